@@ -1,0 +1,30 @@
+"""The two ways a script ends badly, and the one place that turns them into an exit status.
+
+2: the command line or an input file is wrong, found before any work starts.  1: a run that started and failed.
+"""
+from __future__ import annotations
+
+import sys
+from typing import Callable, Optional
+
+
+class UsageError(ValueError):
+    """A flag, a value or an input file is wrong. The message is one line: what is wrong and what would be right."""
+
+
+class RunError(RuntimeError):
+    """A run failed after it started: a file that cannot be written, a hub that cannot be reached, a loss gone wrong."""
+
+
+def run_script(main: Callable[[], Optional[int]]) -> int:
+    """Run `main` and return its exit status; `--debug` on the command line lets the traceback through.
+
+    UsageError gives 2, RunError 1, each as one line on standard error; anything `main` returns is passed on (None is 0).
+    """
+    try:
+        return main() or 0
+    except (UsageError, RunError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
