@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from ipu_options.errors import UsageError
 from ipu_options.layout import Layout, make_layout
@@ -92,6 +92,43 @@ class IPUConfig:
     def write(self, folder: Union[str, Path]) -> None:
         """Write `folder`/ipu_config.json."""
         (Path(folder) / IPU_CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One pipeline, ready to be built: its configuration with every value resolved, and where its blocks are."""
+
+    config: IPUConfig
+    layout: Layout
+
+
+def make_pipelines(config: IPUConfig, num_layers: int, pod: str) -> Tuple[Pipeline, Pipeline]:
+    """The training and the inference pipeline of a model with `num_layers` encoder layers on `pod`.
+
+    Raises UsageError, naming the nearest setting that would work, for a layout that does not add up, too little gradient
+    accumulation or too few device iterations for the number of stages, or more IPUs than the pod has.
+    """
+    training = Pipeline(config, config.layout(num_layers))
+    inference_flag = "--inference_layers_per_ipu" if config.inference_layers_per_ipu else "--layers_per_ipu"
+    inference = Pipeline(config.inference(), config.inference().layout(num_layers, inference_flag))
+    stages, inference_stages = len(training.layout.stages()), len(inference.layout.stages())
+    needed = training.layout.min_gradient_accumulation()
+    if config.gradient_accumulation_steps < needed:
+        raise UsageError(f"--gradient_accumulation_steps {config.gradient_accumulation_steps} is too small: training over {stages} "
+                         f"pipeline stages needs at least {needed}, one micro-batch for each forward and backward stage")
+    if inference_stages > 1 and inference.config.device_iterations < inference_stages:
+        raise UsageError(f"--inference_device_iterations {inference.config.device_iterations} is too small: the inference pipeline "
+                         f"has {inference_stages} stages; use at least {inference_stages}")
+    for pipeline, prefix in ((training, "--"), (inference, "--inference_")):
+        replica = 1 << (pipeline.config.num_ipus() - 1).bit_length()  # IPUs are reserved in powers of two
+        replicas, ipus = pipeline.config.replication_factor, POD_IPUS[pod]
+        if replica > ipus:
+            raise UsageError(f"{prefix}layers_per_ipu {' '.join(map(str, pipeline.config.layers_per_ipu))} takes {replica} IPUs, {pod} "
+                             f"has {ipus}: name at most {ipus} IPUs, or a larger --pod_type")
+        if replica * replicas > ipus:
+            raise UsageError(f"{prefix}replication_factor {replicas} takes {replica * replicas} IPUs, {pod} has {ipus}: use at most "
+                             f"{ipus // replica}, or a larger --pod_type")
+    return training, inference
 
 
 def read_ipu_config(name_or_path: str) -> Dict[str, Any]:

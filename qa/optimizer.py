@@ -1,6 +1,7 @@
 """Optimizer and learning-rate schedule."""
 from __future__ import annotations
 
+from typing import Tuple
 
 import torch
 from transformers import get_scheduler
@@ -8,8 +9,9 @@ from transformers import get_scheduler
 from ipu_options import poptorch
 
 
-def make_optimizer(model: torch.nn.Module, *, name: str, learning_rate: float, weight_decay: float, adam_beta1: float = 0.9,
-                   adam_beta2: float = 0.999, adam_epsilon: float = 1e-8, loss_scaling: float = 1.0, half_first_moment: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, *, name: str, learning_rate: float, weight_decay: float = 0.0,
+                   betas: Tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8, loss_scaling: float = 1.0,
+                   half_first_moment: bool = False) -> torch.optim.Optimizer:
     """poptorch.optim.AdamW ("adamw") or LAMB ("lamb") with weight decay on the matrices alone, not on biases and LayerNorm.
 
     Gradients are accumulated in the model's own type (float16 for a half model), moments in float32. Weight decay is
@@ -19,18 +21,18 @@ def make_optimizer(model: torch.nn.Module, *, name: str, learning_rate: float, w
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = {"adamw": poptorch.optim.AdamW, "lamb": poptorch.optim.LAMB}[name](
-        groups, lr=learning_rate, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, loss_scaling=loss_scaling,
+        groups, lr=learning_rate, betas=betas, eps=epsilon, loss_scaling=loss_scaling,
         accum_type=decayed[0].dtype, first_order_momentum_accum_type=torch.float16 if half_first_moment else torch.float32,
         second_order_momentum_accum_type=torch.float32)
     optimizer.variable_attrs.markAsConstant("weight_decay")
     return optimizer
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_updates: int, total_updates: int,
+def make_schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_steps: int, total_steps: int,
                   ) -> "torch.optim.lr_scheduler.LambdaLR":
-    """Learning-rate schedule over weight updates (transformers' get_scheduler names: linear, cosine, constant_with_warmup ...).
+    """Learning rate by step, a call of the device (transformers' get_scheduler names: linear, cosine, ...).
 
     The loop calls `schedule.step()` and then `training_model.setOptimizer(optimizer)`: on the device nothing changes before.
     """
     optimizer._step_count = 1  # PopTorch updates on the device, so optimizer.step() is never called: keep torch from warning
-    return get_scheduler(kind, optimizer, num_warmup_steps=warmup_updates, num_training_steps=total_updates)
+    return get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)

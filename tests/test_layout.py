@@ -1,0 +1,94 @@
+"""layers_per_ipu, pipelines and ipu_config.json: what is accepted, what is refused and what the refusal says."""
+import itertools
+import json
+
+import pytest
+
+from ipu_options.config import IPUConfig, available_pod, make_pipelines, read_ipu_config
+from ipu_options.errors import UsageError
+from ipu_options.layout import make_layout
+
+
+@pytest.mark.parametrize("given, layers, ipus, counts", [
+    ([0, 4, 4, 4], 12, None, [0, 4, 4, 4]),
+    ([3, 7, 7, 7], 24, 4, [3, 7, 7, 7]),
+    ([-1], 12, 4, [3, 3, 3, 3]),
+    ([-1], 6, 4, [2, 2, 1, 1]),
+    ([0, -1, -1, -1], 12, None, [0, 4, 4, 4]),
+    ([1, 2, -1, -1], 12, 4, [1, 2, 5, 4]),
+    ([12], 12, None, [12]),
+])
+def test_layers_are_where_layers_per_ipu_says(given, layers, ipus, counts):
+    layout = make_layout(given, layers, ipus)
+    assert [layout.layer_ipus.count(i) for i in range(len(counts))] == counts
+    assert list(layout.layer_ipus) == sorted(layout.layer_ipus)
+    assert (layout.embedding_ipu, layout.head_ipu) == (0, len(counts) - 1)
+
+
+def test_stages_are_changes_of_ipu():
+    for ipus in itertools.product(range(3), repeat=4):  # every placement of 4 layers on 3 IPUs, embedding on 0, head on 2
+        from ipu_options.layout import Layout
+        layout = Layout(0, ipus, 2)
+        path = [0, *ipus, 2]
+        changes = 1 + sum(a != b for a, b in zip(path, path[1:]))
+        assert len(layout.stages()) == changes
+        assert [name for _, names in layout.stages() for name in names] == [name for name, _ in layout.blocks()]
+        assert layout.min_gradient_accumulation() == 2 * changes - 1
+
+
+@pytest.mark.parametrize("given, layers, ipus, message", [
+    ([0, 4, 4, 3], 12, None, "adds up to 11 layers, but the model has 12: the sum must be 12"),
+    ([5, 4, 4, -1], 12, None, "the sum must be 12"),
+    ([4, 4, 4], 12, 4, "names 3 IPUs, but --ipus_per_replica is 4"),
+    ([4, -2, 4], 12, None, "0 or more"),
+    ([6, 0, 6], 12, None, "leaves IPU 1 without any block"),
+])
+def test_a_layout_that_does_not_add_up_is_refused(given, layers, ipus, message):
+    with pytest.raises(UsageError, match=message):
+        make_layout(given, layers, ipus)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(gradient_accumulation_steps=6), "needs at least 7"),
+    (dict(inference_device_iterations=3), "use at least 4"),
+    (dict(replication_factor=2), "use at most 1"),
+    (dict(layers_per_ipu=[2, 2, 2, 2, 4]), "name at most 4 IPUs"),
+    (dict(embedding_ipu=4), "--embedding_ipu 4"),
+])
+def test_a_pipeline_poptorch_would_refuse_is_refused_with_the_nearest_setting(change, message):
+    config = IPUConfig(**{**dict(gradient_accumulation_steps=16), **change}).for_pod("pod4")
+    with pytest.raises(UsageError, match=message):
+        make_pipelines(config, 12, "pod4")
+
+
+def test_inference_twins_replace_training_values():
+    config = IPUConfig(inference_layers_per_ipu=[12], inference_matmul_proportion=0.6, inference_device_iterations=8).for_pod("pod16")
+    training, inference = make_pipelines(config, 12, "pod16")
+    assert training.config.replication_factor == inference.config.replication_factor == 4
+    assert len(training.layout.stages()) == 4 and len(inference.layout.stages()) == 1
+    assert inference.config.matmul_proportion == 0.6 and inference.config.device_iterations == 8
+    assert inference.config.gradient_accumulation_steps == 1
+
+
+def test_the_published_ipu_config_is_read_and_written(tmp_path):
+    published = {"embedding_serialization_factor": 1, "recompute_checkpoint_every_layer": True, "optimizer_state_offchip": False,
+                 "replicated_tensor_sharding": True, "enable_half_partials": True, "device_iterations": 1, "inference_device_iterations": 5,
+                 "replication_factor": {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "default": 1},
+                 "gradient_accumulation_steps": 16, "executable_cache_dir": "./exe_cache", "ipus_per_replica": 4,
+                 "layers_per_ipu": [0, 4, 4, 4], "matmul_proportion": 0.25, "optimum_version": "1.0", "seed": 3}
+    (tmp_path / "ipu_config.json").write_text(json.dumps(published))
+    config = IPUConfig(**read_ipu_config(str(tmp_path)))
+    assert config.for_pod("pod16").replication_factor == 4 and config.for_pod("pod4").replication_factor == 1
+    assert make_pipelines(config.for_pod("pod16"), 12, "pod16")[0].layout == make_layout([0, 4, 4, 4], 12)
+    config.write(tmp_path)
+    assert IPUConfig(**read_ipu_config(str(tmp_path / "ipu_config.json"))) == config
+
+
+def test_the_pod_comes_from_the_flag_or_the_environment(monkeypatch):
+    monkeypatch.delenv("NUM_AVAILABLE_IPU", raising=False)
+    assert available_pod() == "pod4"
+    monkeypatch.setenv("NUM_AVAILABLE_IPU", "16")
+    assert available_pod() == "pod16" and available_pod("pod64") == "pod64"
+    monkeypatch.setenv("NUM_AVAILABLE_IPU", "5")
+    with pytest.raises(UsageError, match="NUM_AVAILABLE_IPU=5"):
+        available_pod()
