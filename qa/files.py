@@ -1,0 +1,45 @@
+"""Writing files so that a reader, also one after a crash, finds the old content or the new one and nothing between."""
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Optional, Union
+
+
+def sync_folder(folder: Union[str, Path]) -> None:
+    """Make creations, renames and removals in `folder` survive a loss of power: they live in the directory itself (fsync(2))."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) -> None:
+    """Write `value` to `path` as ASCII JSON: aside, flushed to disk, then renamed. Raises OSError."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "w", encoding="ascii") as file:
+            json.dump(value, file, indent=indent)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def system_error(error: BaseException) -> Optional[str]:
+    """The operating system's reason behind `error` ("No space left on device"), or None where it has another cause.
+
+    The writers in Rust (safetensors, tokenizers) raise exceptions of their own, with the number of the error in the text only.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))
+    return os.strerror(int(number.group(1) or number.group(2))) if number else None
