@@ -1,0 +1,136 @@
+"""Answers: equal bit for bit to run_qa's definition written plainly, window by window and pair by pair."""
+import json
+
+import numpy
+import pytest
+import torch
+from datasets import Dataset
+
+from qa.answers import AnswerFinder, write_answers
+from tests.synthetic_windows import SyntheticWindows
+
+
+def plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold):
+    """run_qa's postprocess_qa_predictions (see qa/answers.py) over lists of float32 logits, a (start, end) pair a window."""
+    answers = []
+    for number, example in enumerate(examples):
+        candidates, null = [], None
+        for window in numpy.flatnonzero(windows.example == number):
+            starts, ends = logits[window]
+            cls, first, offsets = windows.cls_position[window], windows.context_start[window], windows.offsets(window)
+            score = starts[cls] + ends[cls]
+            if null is None or score < null["score"]:
+                null = {"score": score, "start_logit": starts[cls], "end_logit": ends[cls], "start": 0, "end": 0}
+            for start in numpy.argsort(-starts, kind="stable")[:n_best_size]:
+                for end in numpy.argsort(-ends, kind="stable")[:n_best_size]:
+                    if not (first <= start < first + len(offsets) and first <= end < first + len(offsets)):
+                        continue
+                    if end < start or end - start + 1 > max_answer_length:
+                        continue
+                    candidates.append({"score": starts[start] + ends[end], "start_logit": starts[start], "end_logit": ends[end],
+                                       "start": int(offsets[start - first][0]), "end": int(offsets[end - first][1])})
+        if version_2:
+            candidates.append(null)
+        best = sorted(candidates, key=lambda candidate: candidate["score"], reverse=True)[:n_best_size]
+        if version_2 and not any(candidate is null for candidate in best):
+            best.append(null)
+        if not best:
+            best = [{"score": 0.0, "start_logit": 0.0, "end_logit": 0.0, "start": 0, "end": 0}]
+        scores = numpy.array([candidate["score"] for candidate in best], numpy.float32)
+        probabilities = numpy.exp(scores - numpy.max(scores))
+        probabilities = probabilities / probabilities.sum()
+        nbest = [{"text": example["context"][candidate["start"]:candidate["end"]],
+                  "start_logit": float(candidate["start_logit"]), "end_logit": float(candidate["end_logit"]),
+                  "probability": float(probability), "start": candidate["start"], "end": candidate["end"]}
+                 for candidate, probability in zip(best, probabilities)]
+        chosen, odds = nbest[0], {}
+        if version_2:
+            with_text = [place for place, entry in enumerate(nbest) if entry["text"]]
+            logits_of_best = [best[with_text[0]][name] for name in ("start_logit", "end_logit")] if with_text else [0, 0]
+            difference = null["score"] - numpy.float32(logits_of_best[0]) - numpy.float32(logits_of_best[1])
+            no_answer = next(entry for entry, candidate in zip(nbest, best) if candidate is null)
+            chosen = no_answer if not with_text or difference > threshold else nbest[with_text[0]]
+            odds = {"null_odds": float(difference)}
+        answers.append({"id": example["id"], "text": chosen["text"], "score": chosen["probability"], "start": chosen["start"],
+                        "end": chosen["end"], "nbest": nbest, **odds})
+    return answers
+
+
+def rows_of(windows, logits, seed, batch):
+    """Batches of (slices, start logits, end logits): the windows in a slightly shuffled order, two a row with noise around them."""
+    random = numpy.random.default_rng(seed)
+    order = numpy.argsort(numpy.arange(len(windows)) + random.uniform(0, 60, len(windows))).tolist()
+    longest = int(windows.lengths.max())
+    for first in range(0, len(order), 2 * batch):
+        values = random.normal(50, 1, (2, batch, 2 * longest + 3)).astype(numpy.float32)
+        slices = [[] for _ in range(batch)]
+        for place, window in enumerate(order[first:first + 2 * batch]):
+            row, start, length = place // 2, (place % 2) * (longest + 3), int(windows.lengths[window])
+            slices[row].append((window, start, length))
+            values[:, row, start:start + length] = logits[window]
+        yield slices, torch.from_numpy(values[0]), torch.from_numpy(values[1])
+
+
+def problem(lengths, seed=0, coarse=False):
+    """Windows with several windows a question, questions, and logits; coarse logits are full of ties, also of 0.0 with -0.0."""
+    windows = SyntheticWindows(lengths, seed, windows_per_example=3)
+    count = int(windows.example[-1]) + 1
+    examples = Dataset.from_dict({"id": [f"q{i}" for i in range(count)], "context": ["0123456789" * 40] * count})
+    random = numpy.random.default_rng(seed)
+    logits = [random.normal(0, 3, (2, length)).astype(numpy.float32) for length in windows.lengths]
+    if coarse:
+        logits = [numpy.trunc(values / 2) for values in logits]
+    return windows, examples, logits
+
+
+@pytest.mark.parametrize("version_2", [False, True])
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("n_best_size, max_answer_length", [(20, 30), (1, 1), (3, 100), (200, 5)])
+def test_answers_are_those_of_the_plain_definition(version_2, coarse, n_best_size, max_answer_length):
+    windows, examples, logits = problem(numpy.random.default_rng(5).integers(3, 100, 300), coarse=coarse)
+    finder = AnswerFinder(windows, examples, n_best_size=n_best_size, max_answer_length=max_answer_length,
+                          version_2_with_negative=version_2, null_score_diff_threshold=-1.0)
+    answers = [answer for batch in rows_of(windows, logits, 1, batch=8) for answer in finder.add(*batch)]
+    assert len(answers) > len(examples) / 2  # they stream
+    answers += finder.finish()
+    assert answers == plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold=-1.0)
+
+
+def test_a_missing_window_is_an_error_and_not_a_missing_answer():
+    windows, examples, logits = problem([20] * 30)
+    finder = AnswerFinder(windows, examples)
+    for batch in list(rows_of(windows, logits, 1, batch=8))[1:]:
+        list(finder.add(*batch))
+    with pytest.raises(ValueError, match="question 0 of"):
+        list(finder.finish())
+
+
+@pytest.mark.parametrize("version_2", [False, True])
+def test_files_have_the_layouts_of_run_qa(tmp_path, version_2):
+    windows, examples, logits = problem([30] * 40)
+    finder = AnswerFinder(windows, examples, version_2_with_negative=version_2)
+    batches = list(rows_of(windows, logits, 1, batch=20))
+    answers = [answer for batch in batches for answer in finder.add(*batch)] + list(finder.finish())
+    predictions = write_answers(answers, tmp_path, version_2)
+    files = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert set(files) == {"predictions.json", "nbest_predictions.json"} | ({"null_odds.json"} if version_2 else set())
+    assert files["predictions.json"] == {answer["id"]: answer["text"] for answer in answers}
+    assert list(files["predictions.json"]) == examples["id"][:]
+    assert all(set(entry) == {"text", "probability", "start_logit", "end_logit"}
+               for nbest in files["nbest_predictions.json"].values() for entry in nbest)
+    assert [prediction["prediction_text"] for prediction in predictions] == list(files["predictions.json"].values())
+    if version_2:
+        assert [prediction["no_answer_probability"] for prediction in predictions] == list(files["null_odds.json"].values())
+
+
+def test_a_run_that_breaks_off_leaves_the_files_as_they_were(tmp_path):
+    (tmp_path / "predictions.json").write_text("{}")
+
+    def breaking():
+        yield {"id": "a", "text": "", "nbest": []}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_answers(breaking(), tmp_path, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.json"]
+    assert (tmp_path / "predictions.json").read_text() == "{}"
