@@ -7,53 +7,8 @@ import torch
 from datasets import Dataset
 
 from qa.answers import AnswerFinder, write_answers
+from tests.plain_answers import plain_answers
 from tests.synthetic_windows import SyntheticWindows
-
-
-def plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold):
-    """run_qa's postprocess_qa_predictions (see qa/answers.py) over lists of float32 logits, a (start, end) pair a window."""
-    answers = []
-    for number, example in enumerate(examples):
-        candidates, null = [], None
-        for window in numpy.flatnonzero(windows.example == number):
-            starts, ends = logits[window]
-            cls, first, offsets = windows.cls_position[window], windows.context_start[window], windows.offsets(window)
-            score = starts[cls] + ends[cls]
-            if null is None or score < null["score"]:
-                null = {"score": score, "start_logit": starts[cls], "end_logit": ends[cls], "start": 0, "end": 0}
-            for start in numpy.argsort(-starts, kind="stable")[:n_best_size]:
-                for end in numpy.argsort(-ends, kind="stable")[:n_best_size]:
-                    if not (first <= start < first + len(offsets) and first <= end < first + len(offsets)):
-                        continue
-                    if end < start or end - start + 1 > max_answer_length:
-                        continue
-                    candidates.append({"score": starts[start] + ends[end], "start_logit": starts[start], "end_logit": ends[end],
-                                       "start": int(offsets[start - first][0]), "end": int(offsets[end - first][1])})
-        if version_2:
-            candidates.append(null)
-        best = sorted(candidates, key=lambda candidate: candidate["score"], reverse=True)[:n_best_size]
-        if version_2 and not any(candidate is null for candidate in best):
-            best.append(null)
-        if not best:
-            best = [{"score": 0.0, "start_logit": 0.0, "end_logit": 0.0, "start": 0, "end": 0}]
-        scores = numpy.array([candidate["score"] for candidate in best], numpy.float32)
-        probabilities = numpy.exp(scores - numpy.max(scores))
-        probabilities = probabilities / probabilities.sum()
-        nbest = [{"text": example["context"][candidate["start"]:candidate["end"]],
-                  "start_logit": float(candidate["start_logit"]), "end_logit": float(candidate["end_logit"]),
-                  "probability": float(probability), "start": candidate["start"], "end": candidate["end"]}
-                 for candidate, probability in zip(best, probabilities)]
-        chosen, odds = nbest[0], {}
-        if version_2:
-            with_text = [place for place, entry in enumerate(nbest) if entry["text"]]
-            logits_of_best = [best[with_text[0]][name] for name in ("start_logit", "end_logit")] if with_text else [0, 0]
-            difference = null["score"] - numpy.float32(logits_of_best[0]) - numpy.float32(logits_of_best[1])
-            no_answer = next(entry for entry, candidate in zip(nbest, best) if candidate is null)
-            chosen = no_answer if not with_text or difference > threshold else nbest[with_text[0]]
-            odds = {"null_odds": float(difference)}
-        answers.append({"id": example["id"], "text": chosen["text"], "score": chosen["probability"], "start": chosen["start"],
-                        "end": chosen["end"], "nbest": nbest, **odds})
-    return answers
 
 
 def rows_of(windows, logits, seed, batch):
