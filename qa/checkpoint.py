@@ -33,6 +33,7 @@ from ipu_options.errors import RunError, UsageError
 from qa.files import sync_folder, system_error, write_json
 
 log = logging.getLogger(__name__)
+_STATE_FILES = ("training_state.safetensors", "training_state.json", "trainer_state.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+)\.(tmp|removed|replaced)")
 
@@ -86,6 +87,49 @@ def save_checkpoint(
     return folder
 
 
+def starting_point(
+    output_dir: Union[str, Path], resume_from_checkpoint: Optional[str], overwrite_output_dir: bool = False
+) -> Optional[Checkpoint]:
+    """The checkpoint that a run begins at, or None: from the beginning. For the holder of the folder's lock.
+
+    Clears away what a killed run left. Raises UsageError where neither resuming nor overwriting is asked for and there are
+    checkpoints: a run from the beginning would mix its own with those of another run.
+    """
+    _clean_leftovers(Path(output_dir))
+    if overwrite_output_dir and resume_from_checkpoint is None:
+        for folder in list_checkpoints(output_dir):
+            _remove(folder)
+    there = list_checkpoints(output_dir)
+    if there and resume_from_checkpoint is None:
+        raise UsageError(
+            f"--output_dir {output_dir}: holds {there[-1].name} of an earlier run; go on with --resume_from_checkpoint auto, "
+            "start over with --overwrite_output_dir, or name another folder"
+        )
+    folder = find_checkpoint(output_dir, resume_from_checkpoint)
+    return None if folder is None else load_checkpoint(folder)
+
+
+def open_run(output_dir: Union[str, Path], which: Optional[str], overwrite: bool, must_match: Dict[str, Any]) -> Optional[Checkpoint]:
+    """The checkpoint that a run in `output_dir` goes on from, or None for a run from the start. For the holder of the folder's lock.
+
+    which: --resume_from_checkpoint.  overwrite: remove the checkpoints of an earlier run instead of refusing to start over.
+    must_match: see `check_same`.  Raises UsageError for a folder with checkpoints and neither flag, and as `check_same` does.
+    """
+    clean_leftovers(output_dir)
+    folder = find_checkpoint(output_dir, which)
+    if folder is not None:
+        checkpoint = load_checkpoint(folder)
+        check_same(checkpoint, must_match)
+        return checkpoint
+    if which is None:
+        for earlier in list_checkpoints(output_dir):
+            if not overwrite:
+                raise UsageError(f"--output_dir {output_dir} holds {earlier.name} of an earlier run: go on with --resume_from_checkpoint auto, "
+                                 "start over with --overwrite_output_dir, or name another folder")
+            shutil.rmtree(earlier)
+    return None
+
+
 def find_checkpoint(output_dir: Union[str, Path], which: Optional[str]) -> Optional[Path]:
     """The checkpoint that --resume_from_checkpoint means: None, "auto" (the newest whole one, None if there is none) or a path.
 
@@ -101,7 +145,7 @@ def find_checkpoint(output_dir: Union[str, Path], which: Optional[str]) -> Optio
                 return folder
             log.warning("passing over %s: %s", folder, fault)
         return None
-    fault = find_fault(Path(which))
+    fault = find_fault(Path(which).resolve())
     if fault is not None:
         raise UsageError(f"--resume_from_checkpoint {which}: {fault}; {_what_is_left(output_dir)}")
     return Path(which)
@@ -114,8 +158,8 @@ def load_checkpoint(folder: Union[str, Path]) -> Checkpoint:
         trainer_state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
         structure = json.loads((folder / "training_state.json").read_text("utf-8"))
         tensors = safetensors.torch.load_file(folder / "training_state.safetensors")
-        return Checkpoint(folder, trainer_state["step"], progress=trainer_state["progress"], **_decode(structure, tensors))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return Checkpoint(folder, int(trainer_state["step"]), progress=dict(trainer_state["progress"]), **_decode(structure, tensors))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UsageError(f"{folder}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
 
 
@@ -134,10 +178,18 @@ def check_same(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
 
 
 def set_random_state(state: Dict[str, Any]) -> None:
-    """Put Python's, NumPy's and PyTorch's global random generators where they were (`Checkpoint.random_state`)."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["torch"])), dtype=torch.uint8))
+    """Put Python's, NumPy's and PyTorch's global random generators where they were (`Checkpoint.random_state`).
+
+    Raises UsageError if they do not take it.
+    """
+    try:
+        if not 0 <= state["numpy"][2] <= 624:  # NumPy would read beyond its 624 words
+            raise ValueError("NumPy's position in its state")
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["torch"])), dtype=torch.uint8))
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OverflowError) as error:
+        raise UsageError(f"the checkpoint's random state cannot be used ({error})") from error
 
 
 def list_checkpoints(output_dir: Union[str, Path]) -> List[Path]:
@@ -149,26 +201,16 @@ def list_checkpoints(output_dir: Union[str, Path]) -> List[Path]:
     return sorted(found, key=_step)
 
 
-def clean_leftovers(output_dir: Union[str, Path]) -> None:
-    """Clear away what a killed run left half-written or half-removed. Only for the holder of the folder's lock."""
-    for path in Path(output_dir).iterdir():
-        match = _LEFTOVER.fullmatch(path.name)
-        if not match:
-            continue
-        folder = path.with_name(match.group(1))
-        if match.group(2) == "replaced" and not folder.exists():  # killed between the two renames of _rename_into_place
-            path.rename(folder)
-        else:
-            shutil.rmtree(path)
-
-
 def find_fault(folder: Path) -> Optional[str]:
     """Why `folder` is not a whole checkpoint, in a few words, or None: every file's size and SHA-256 is compared with the manifest."""
     try:
-        files = json.loads((folder / "manifest.json").read_text("utf-8"))["files"].items()
         if folder.is_symlink():
             return "it is a symbolic link"
-        for name, expected in files:
+        files = json.loads((folder / "manifest.json").read_text("utf-8"))["files"]
+        absent = [name for name in _STATE_FILES if name not in files]
+        if absent:
+            return f"its manifest.json does not name {absent[0]}"
+        for name, expected in files.items():
             if name != os.path.basename(name) or name in ("", ".", ".."):
                 return f"its manifest.json names {name!r}, which is not a file of this folder"
             status = os.lstat(folder / name)
@@ -195,6 +237,19 @@ def _what_is_left(output_dir: Union[str, Path]) -> str:
     return f"the newest checkpoint in {output_dir} is {checkpoints[-1].name}" if checkpoints else f"there is no checkpoint in {output_dir}"
 
 
+def _clean_leftovers(output_dir: Path) -> None:
+    """Clear away what a killed run left half-written or half-removed."""
+    for path in output_dir.iterdir():
+        match = _LEFTOVER.fullmatch(path.name)
+        if not match:
+            continue
+        folder = path.with_name(match.group(1))
+        if match.group(2) == "replaced" and not folder.exists():  # killed between the two renames of _rename_into_place
+            path.rename(folder)
+        else:
+            shutil.rmtree(path)
+
+
 def _rename_into_place(aside: Path, folder: Path) -> None:
     """rename(2) cannot replace a folder with files in it: an earlier checkpoint of the same step steps aside first."""
     replaced = folder.with_name(f".{folder.name}.replaced")
@@ -218,12 +273,17 @@ def _remove_oldest(output_dir: Path, step: int, save_total_limit: Optional[int])
         return
     earlier = [folder for folder in list_checkpoints(output_dir) if _step(folder) < step]
     for folder in earlier[: max(0, len(earlier) + 1 - save_total_limit)]:
-        removed = folder.with_name(f".{folder.name}.removed")  # by rename first: what is called checkpoint-N is whole to the last
         try:
-            folder.rename(removed)
-            shutil.rmtree(removed)
+            _remove(folder)
         except OSError as error:
             log.warning("could not remove %s: %s", folder, error.strerror)
+
+
+def _remove(folder: Path) -> None:
+    """By a rename first, so that what is called checkpoint-N is whole to the last."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 def _sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
@@ -260,6 +320,11 @@ def _random_state() -> Dict[str, Any]:
 def _write_training_state(folder: Path, state: Dict[str, Any]) -> None:
     tensors: Dict[str, torch.Tensor] = {}
     structure = _encode(state, "", tensors)
+    memory = set()
+    for key, tensor in tensors.items():  # safetensors refuses tensors that share memory; few do, so few are copied
+        if tensor.untyped_storage().data_ptr() in memory:
+            tensors[key] = tensor.clone()
+        memory.add(tensor.untyped_storage().data_ptr())
     safetensors.torch.save_file(tensors, folder / "training_state.safetensors")
     write_json(folder / "training_state.json", structure, indent=None)
 
@@ -270,8 +335,7 @@ def _encode(value: Any, name: str, tensors: Dict[str, torch.Tensor]) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         key = f"{len(tensors)}{name}"
-        # A copy, as safetensors refuses tensors that share memory or are not contiguous.
-        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[key] = value.detach().cpu().contiguous()
         return {"tensor": key}
     if isinstance(value, dict):
         return {"dict": [[key, _encode(item, f"{name}.{key}", tensors)] for key, item in value.items()]}

@@ -1,0 +1,388 @@
+"""Checkpoints: read back bit for bit, whole after a kill at any line, intact when the disk is not, harmless when they are not ours."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ipu_options.errors import RunError, UsageError
+from qa import checkpoint, files
+from qa.checkpoint import check_same, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, set_random_state, starting_point
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_model(folder):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 64)
+
+
+def save(output_dir, step, write_model=write_model, **more):
+    given = {"optimizer": {"ipu_state": {"Accl1___w": torch.full((5,), step)}}, "rng_state": [42, step], "progress": {"loss": [1 / step]}}
+    return save_checkpoint(output_dir, step, write_model, **{**given, **more})
+
+
+def names(output_dir):
+    return sorted(path.name for path in Path(output_dir).iterdir())
+
+
+def assert_same(one, other):
+    """Same structure, types and bits."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(torch.uint8))
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for item, other_item in zip(one, other):
+            assert_same(item, other_item)
+    else:
+        assert repr(one) == repr(other)  # NaN is itself here
+
+
+def test_every_kind_of_state_is_read_back_bit_for_bit(tmp_path):
+    shared = torch.arange(12.0).reshape(3, 4)
+    optimizer = {
+        "ipu_state": {
+            "half": torch.tensor([1.5, float("inf"), float("nan"), 6e-8]).half(),
+            "bfloat16": torch.randn(3, 2).bfloat16(),
+            "scalar": torch.tensor(7),
+            "empty": torch.zeros(0, 3),
+            "a view": shared.t(),
+            "a part": shared[1:],
+            "the same memory": shared,
+            "odd / name.\u00e9": torch.tensor([True, False]),
+        },
+        "ipu_param": None,
+        "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
+        "param_groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 0.999), "eps": float("inf"), "foreach": None, "params": [0, 1]}],
+    }
+    rng_state = [2 ** 64 - 1, 0, 2 ** 32 - 1]
+    folder = save(tmp_path, 7, optimizer=optimizer, rng_state=rng_state, progress={"losses": [1 / 3, 5e-324]})
+    loaded = load_checkpoint(folder)
+    assert_same(loaded.optimizer, optimizer)
+    assert (loaded.step, loaded.rng_state, loaded.progress) == (7, rng_state, {"losses": [1 / 3, 5e-324]})
+
+
+def test_state_of_a_torch_optimizer_continues_exactly(tmp_path):
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    steps(model, optimizer, 3)
+    folder = save(tmp_path, 3, optimizer=optimizer.state_dict())
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    draws = random.random(), np.random.rand()
+    steps(model, optimizer, 4)
+
+    again = torch.nn.Linear(3, 2)
+    again.load_state_dict(weights)
+    optimizer_again = torch.optim.AdamW(again.parameters(), lr=7.0)
+    loaded = load_checkpoint(folder)
+    optimizer_again.load_state_dict(loaded.optimizer)
+    set_random_state(loaded.random_state)
+    assert (random.random(), np.random.rand()) == draws
+    steps(again, optimizer_again, 4)
+    assert_same(dict(again.state_dict()), dict(model.state_dict()))
+    assert_same(optimizer_again.state_dict(), optimizer.state_dict())
+
+
+def test_a_state_that_json_cannot_hold_is_an_error_not_a_pickle(tmp_path):
+    with pytest.raises(TypeError, match=r"optimizer\.state\.0: cannot save a set"):
+        save(tmp_path, 1, optimizer={"state": [{1, 2}]})
+    assert names(tmp_path) == []
+
+
+# ---- Killed at any moment
+
+
+@pytest.mark.parametrize("step", [3, 2], ids=["a new step", "a step saved before"])
+def test_killed_before_any_line_of_saving_leaves_whole_checkpoints(tmp_path, step):
+    """What SIGKILL leaves is what the folder holds at that moment: it is copied before every line that saving executes."""
+    output_dir, copies = tmp_path / "output", []
+    output_dir.mkdir()
+
+    def trace(frame, event, argument):
+        code = frame.f_code
+        if code.co_filename not in (checkpoint.__file__, files.__file__, shutil.__file__) or code is checkpoint._encode.__code__:
+            return None  # not our line, or one of thousands that touch no file
+        if event == "line" and code.co_name != "<listcomp>":
+            copies.append(tmp_path / str(len(copies)))
+            shutil.copytree(output_dir, copies[-1])
+        return trace
+
+    save(output_dir, 1)
+    save(output_dir, 2)
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        save(output_dir, step, save_total_limit=2)
+    finally:
+        sys.settrace(before)
+
+    found = []
+    for copy in copies:
+        begin = starting_point(copy, "auto")
+        assert begin.optimizer["ipu_state"]["Accl1___w"].eq(begin.step).all()
+        assert all(checkpoint.find_fault(folder) is None for folder in list_checkpoints(copy))
+        assert set(names(copy)) <= {"checkpoint-1", "checkpoint-2", f"checkpoint-{step}"}
+        found.append(begin.step)
+    assert len(copies) > 100 and found == sorted(found) and set(found) == {2, step}
+
+
+# ---- Damage
+
+
+def truncate(folder):
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+
+
+def flip_a_bit(folder):
+    data = bytearray((folder / "training_state.safetensors").read_bytes())
+    data[-1] ^= 4
+    (folder / "training_state.safetensors").write_bytes(data)
+
+
+def link_outside(folder):
+    outside = folder.parent / "outside"
+    outside.write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(outside)
+
+
+def name_outside(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder.parent / "secret").write_text("x")
+    manifest["files"]["../secret"] = {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def link_folder(folder):
+    folder.rename(folder.parent / "elsewhere")
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def put_fifo(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+DAMAGE = [
+    (truncate, "model.safetensors has 1000 bytes instead of 16384"),
+    (flip_a_bit, "training_state.safetensors is damaged"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json: No such file"),
+    (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file"),
+    (lambda folder: (folder / "manifest.json").write_text('{"step": 2, "fil'), "manifest.json is damaged"),
+    (lambda folder: (folder / "manifest.json").write_bytes(b"\x80\xff"), "manifest.json is damaged"),
+    (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
+    (lambda folder: (folder / "manifest.json").write_text('{"files": 3}'), "manifest.json is damaged"),
+    (lambda folder: (folder / "manifest.json").write_text('{"files": {}}'), "does not name training_state.safetensors"),
+    (link_outside, "model.safetensors is not a regular file"),
+    (put_fifo, "model.safetensors is not a regular file"),
+    (name_outside, "'../secret', which is not a file of this folder"),
+    (link_folder, "it is a symbolic link"),
+]
+
+
+@pytest.mark.parametrize("damage, reason", DAMAGE, ids=[reason for _, reason in DAMAGE])
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(tmp_path, caplog, damage, reason):
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    assert starting_point(tmp_path, "auto").step == 1
+    (message,) = caplog.messages
+    assert "checkpoint-2" in message and reason in message and "\n" not in message
+    if damage is not link_folder:  # whoever names a link means what it points to
+        with pytest.raises(UsageError, match="--resume_from_checkpoint .*checkpoint-2: ") as refusal:
+            find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"))
+        assert reason in str(refusal.value)
+
+
+def test_no_whole_checkpoint_means_from_the_beginning(tmp_path):
+    assert starting_point(tmp_path, "auto") is None
+    truncate(save(tmp_path, 3))
+    assert starting_point(tmp_path, "auto") is None
+
+
+def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(tmp_path):
+    for step in (5, 10, 15):
+        save(tmp_path, step, save_total_limit=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-15"]
+    truncate(tmp_path / "checkpoint-15")
+    save(tmp_path, 12, save_total_limit=1)  # the resumed run; 15 is still there, but is not counted as one to keep
+    assert find_checkpoint(tmp_path, "auto").name == "checkpoint-12"
+    save(tmp_path, 15, save_total_limit=1)
+    assert names(tmp_path) == ["checkpoint-15"] and find_checkpoint(tmp_path, "auto").name == "checkpoint-15"
+
+
+def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
+    save(tmp_path, 4)
+    (tmp_path / ".checkpoint-6.tmp").mkdir()
+    (tmp_path / ".checkpoint-6.tmp" / "model.safetensors").write_text("half")
+    with pytest.raises(UsageError, match="--resume_from_checkpoint auto.*--overwrite_output_dir"):
+        starting_point(tmp_path, None)
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert starting_point(tmp_path, None, overwrite_output_dir=True) is None
+    assert names(tmp_path) == []
+
+
+def test_going_on_with_something_else_is_refused_by_name(tmp_path):
+    same = {"seed": 42, "micro_batch_size": 2, "training data": "ab12"}
+    loaded = load_checkpoint(save(tmp_path, 4, progress={"must_match": same}))
+    check_same(loaded, dict(same))
+    with pytest.raises(UsageError) as refusal:
+        check_same(loaded, {**same, "seed": 43, "training data": "cd34"})
+    assert "seed was 42, is 43; training data was 'ab12', is 'cd34'" in str(refusal.value)
+
+
+# ---- Disks
+
+
+FULL_DISK = """
+    import errno, subprocess, sys
+    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+    from test_checkpoint import *
+    disk = Path(sys.argv[1])
+    def mount(*words): subprocess.run(["mount", *words], check=True)
+    def large(folder):
+        write_model(folder)
+        (folder / "large").write_bytes(bytes(2 ** 20))
+    mount("-t", "tmpfs", "-o", "size=1M", "tmpfs", str(disk))
+    save(disk, 1)
+    try: save(disk, 2, large)
+    except RunError as error: print(error)
+    print(names(disk))
+    save(disk, 3)
+    mount("-o", "remount,ro", str(disk))
+    try: save(disk, 4)
+    except RunError as error: print(error)
+    print(names(disk), find_checkpoint(disk, "auto").name)
+"""
+
+
+def test_full_and_read_only_disks_are_one_line_and_lose_nothing(tmp_path):
+    script = textwrap.dedent(FULL_DISK).format(root=str(ROOT))
+    run = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", script, str(tmp_path)],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    if "unshare" in run.stderr or "mount" in run.stderr:
+        pytest.skip("no user namespaces here: " + run.stderr.strip().splitlines()[-1])
+    assert run.stderr == "" and run.stdout.replace(str(tmp_path), "DISK").splitlines() == [
+        "could not save DISK/checkpoint-2: No space left on device; the newest checkpoint in DISK is checkpoint-1",
+        "['checkpoint-1']",
+        "could not save DISK/checkpoint-4: Read-only file system; the newest checkpoint in DISK is checkpoint-3",
+        "['checkpoint-1', 'checkpoint-3'] checkpoint-3",
+    ]
+
+
+@pytest.mark.parametrize("limit", [10, 1500, 20_000])
+def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path, limit):
+    """10 and 1500 bytes strike our own writers or safetensors', 20,000 only the optimizer's state, written in Rust."""
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(RunError, match="could not save .*checkpoint-2: File too large; .* checkpoint-1"):
+            save(tmp_path, 2, optimizer={"state": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["checkpoint-1"]
+    save(tmp_path, 2)
+    assert find_checkpoint(tmp_path, "auto").name == "checkpoint-2"
+
+
+def test_a_removed_output_folder_is_one_line(tmp_path):
+    with pytest.raises(RunError, match="could not save .*checkpoint-2: No such file or directory; there is no checkpoint"):
+        save(tmp_path / "gone", 2)
+
+
+def test_an_error_of_another_kind_is_passed_on_and_leaves_nothing(tmp_path):
+    def broken(folder):
+        write_model(folder)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        save(tmp_path, 1, broken)
+    assert names(tmp_path) == []
+
+
+def test_many_saves_and_resumes_leave_no_files_and_no_descriptors(tmp_path):
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for step in range(1, 101):
+        save(tmp_path, step, save_total_limit=2)
+        loaded = starting_point(tmp_path, "auto")
+        assert loaded.step == step
+    assert names(tmp_path) == ["checkpoint-100", "checkpoint-99"]
+    del loaded
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+# ---- Checkpoints of someone else
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("TRAPPED",)
+
+
+def forge(folder, name, content):
+    """Put `content` in a checkpoint, with a manifest that says it belongs there."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+FORGED = [
+    ("training_state.safetensors", pickle.dumps(Trap())),
+    ("training_state.safetensors", (2 ** 40).to_bytes(8, "little") + b"{}"),
+    ("training_state.json", pickle.dumps(Trap())),
+    ("training_state.json", b'{"dict": [["optimizer", {"call": ["os.mkdir", "TRAPPED"]}]]}'),
+    ("training_state.json", b'{"dict": [["optimizer", {"tensor": "not there"}]]}'),
+    ("training_state.json", b"[" * 100_000),
+    ("training_state.json", b'{"dict": [[["optimizer"], 1]]}'),
+    ("training_state.json", b'{"dict": [["optimizer", 1]]}'),
+    ("trainer_state.json", b"[]"),
+    ("trainer_state.json", b'{"step": "seven", "progress": {}}'),
+]
+
+
+@pytest.mark.parametrize("name, content", FORGED)
+def test_a_forged_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    folder = save(tmp_path, 1)
+    forge(folder, name, content)
+    with pytest.raises(UsageError, match="checkpoint-1: cannot be read as a checkpoint"):
+        starting_point(tmp_path, "auto")
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("numpy", ("MT19937", [0] * 624, 10 ** 6, 0, 0.0)), ("numpy", ("MT19937", [0] * 3, 0, 0, 0.0)), ("numpy", 1), ("torch", "AAAA"),
+    ("torch", "?"), ("python", (3, (1, 2), None)), ("python", (3, (0,) * 624 + (-5,), None)),
+])
+def test_a_forged_random_state_is_refused(tmp_path, key, value):
+    state = load_checkpoint(save(tmp_path, 1)).random_state
+    with pytest.raises(UsageError, match="random state cannot be used"):
+        set_random_state({**state, key: value})
+    set_random_state(state)
