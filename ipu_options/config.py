@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Union
 
 from ipu_options.errors import UsageError
 from ipu_options.layout import Layout, make_layout
@@ -102,33 +102,48 @@ class Pipeline:
     layout: Layout
 
 
-def make_pipelines(config: IPUConfig, num_layers: int, pod: str) -> Tuple[Pipeline, Pipeline]:
-    """The training and the inference pipeline of a model with `num_layers` encoder layers on `pod`.
+def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
+    """The training pipeline of a model with `num_layers` encoder layers on `pod`.
 
-    Raises UsageError, naming the nearest setting that would work, for a layout that does not add up, too little gradient
-    accumulation or too few device iterations for the number of stages, or more IPUs than the pod has.
+    Raises UsageError, naming the nearest setting that would work, for a layout that does not add up, more IPUs than the pod
+    has, or too little gradient accumulation for the number of stages.
     """
-    training = Pipeline(config, config.layout(num_layers))
-    inference_flag = "--inference_layers_per_ipu" if config.inference_layers_per_ipu else "--layers_per_ipu"
-    inference = Pipeline(config.inference(), config.inference().layout(num_layers, inference_flag))
-    stages, inference_stages = len(training.layout.stages()), len(inference.layout.stages())
-    needed = training.layout.min_gradient_accumulation()
+    pipeline = Pipeline(config, config.layout(num_layers))
+    stages, needed = len(pipeline.layout.stages()), pipeline.layout.min_gradient_accumulation()
     if config.gradient_accumulation_steps < needed:
         raise UsageError(f"--gradient_accumulation_steps {config.gradient_accumulation_steps} is too small: training over {stages} "
                          f"pipeline stages needs at least {needed}, one micro-batch for each forward and backward stage")
-    if inference_stages > 1 and inference.config.device_iterations < inference_stages:
-        raise UsageError(f"--inference_device_iterations {inference.config.device_iterations} is too small: the inference pipeline "
-                         f"has {inference_stages} stages; use at least {inference_stages}")
-    for pipeline, prefix in ((training, "--"), (inference, "--inference_")):
-        replica = 1 << (pipeline.config.num_ipus() - 1).bit_length()  # IPUs are reserved in powers of two
-        replicas, ipus = pipeline.config.replication_factor, POD_IPUS[pod]
-        if replica > ipus:
-            raise UsageError(f"{prefix}layers_per_ipu {' '.join(map(str, pipeline.config.layers_per_ipu))} takes {replica} IPUs, {pod} "
-                             f"has {ipus}: name at most {ipus} IPUs, or a larger --pod_type")
-        if replica * replicas > ipus:
-            raise UsageError(f"{prefix}replication_factor {replicas} takes {replica * replicas} IPUs, {pod} has {ipus}: use at most "
-                             f"{ipus // replica}, or a larger --pod_type")
-    return training, inference
+    _check_ipus(pipeline, pod, "--")
+    return pipeline
+
+
+def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
+    """The same for inference, which needs a device iteration for each stage; `config` is the whole one, with its training values."""
+    prefix = "--inference_" if config.inference_layers_per_ipu else "--"
+    config = config.inference()
+    pipeline = Pipeline(config, config.layout(num_layers, prefix + "layers_per_ipu"))
+    stages = len(pipeline.layout.stages())
+    if stages > 1 and config.device_iterations < stages:
+        raise UsageError(f"--inference_device_iterations {config.device_iterations} is too small: the inference pipeline has {stages} "
+                         f"stages; use at least {stages}")
+    _check_ipus(pipeline, pod, prefix)
+    return pipeline
+
+
+def _check_ipus(pipeline: Pipeline, pod: str, prefix: str) -> None:
+    config = pipeline.config
+    replica = 1 << (config.num_ipus() - 1).bit_length()  # IPUs are reserved in powers of two
+    replicas, ipus = config.replication_factor, POD_IPUS[pod]
+    if replica > ipus:
+        raise UsageError(f"{prefix}layers_per_ipu {' '.join(map(str, config.layers_per_ipu))} takes {replica} IPUs, {pod} has {ipus}: "
+                         f"name at most {ipus} IPUs, or a larger --pod_type")
+    if replica * replicas > ipus:
+        raise UsageError(f"--replication_factor {replicas} takes {replica * replicas} IPUs, {pod} has {ipus}: use at most "
+                         f"{ipus // replica}, or a larger --pod_type")
+    shares = config.matmul_proportion
+    if isinstance(shares, list) and len(shares) not in (1, config.num_ipus()):
+        raise UsageError(f"{prefix}matmul_proportion {' '.join(map(str, shares))} has {len(shares)} values: give one, or one for each of "
+                         f"the {config.num_ipus()} IPUs of a replica")
 
 
 def read_ipu_config(name_or_path: str) -> Dict[str, Any]:

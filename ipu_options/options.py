@@ -11,7 +11,6 @@ import torch
 
 from ipu_options import poptorch
 from ipu_options.config import IPUConfig
-from ipu_options.errors import UsageError
 
 OUTPUT_MODES = {"final": "Final", "all": "All", "sum": "Sum", "default": "Default"}
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
@@ -22,7 +21,7 @@ def training_options(config: IPUConfig, *, seed: int, compile_only: bool = False
                      ipu_model: bool = False, profile_dir: Optional[str] = None) -> "poptorch.Options":
     """Options of the training pipeline. Gradients are averaged over accumulation and replicas (Mean), which together with
     the rows' loss weights gives the mean loss over an update's real windows."""
-    options = _common_options(config, compile_only, synthetic_data, ipu_model, profile_dir)
+    options = _common_options(config, "training", compile_only, synthetic_data, ipu_model, profile_dir)
     options.Training.gradientAccumulation(config.gradient_accumulation_steps)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
     if config.auto_loss_scaling:
@@ -45,14 +44,15 @@ def training_options(config: IPUConfig, *, seed: int, compile_only: bool = False
 def inference_options(config: IPUConfig, *, compile_only: bool = False, synthetic_data: bool = False, ipu_model: bool = False,
                       profile_dir: Optional[str] = None) -> "poptorch.Options":
     """Options of the inference pipeline; `config` is `IPUConfig.inference()`. All logits are returned, in order."""
-    options = _common_options(config, compile_only, synthetic_data, ipu_model, profile_dir)
+    options = _common_options(config, "inference", compile_only, synthetic_data, ipu_model, profile_dir)
     options.outputMode(poptorch.OutputMode.All)
     options.Precision.enableStochasticRounding(False)
     return options
 
 
-def _common_options(config, compile_only, synthetic_data, ipu_model, profile_dir):
+def _common_options(config, phase, compile_only, synthetic_data, ipu_model, profile_dir):
     options = poptorch.Options()
+    options.modelName(phase)
     options.autoRoundNumIPUs(True)
     options.replicationFactor(config.replication_factor)
     options.deviceIterations(config.device_iterations)
@@ -73,17 +73,12 @@ def _common_options(config, compile_only, synthetic_data, ipu_model, profile_dir
     options._Popart.setPatterns({"TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True})
     options._Popart.setEngineOptions({"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"})
     if profile_dir:
-        options.enableProfiling(profile_dir)  # after setEngineOptions: it adds to what is there
+        options.enableProfiling(os.path.join(profile_dir, phase))  # after setEngineOptions: it adds to what is there
     return options
 
 
 def memory_proportions(config: IPUConfig) -> dict:
     """matmul_proportion as PopTorch takes it: {"IPU0": share, ...}, one entry for each IPU of a replica."""
-    shares = config.matmul_proportion
-    ipus = config.num_ipus()
-    shares = shares if isinstance(shares, (list, tuple)) else [shares]
-    shares = list(shares) * ipus if len(shares) == 1 else shares
-    if len(shares) != ipus:
-        raise UsageError(f"--matmul_proportion {' '.join(map(str, shares))} has {len(shares)} values: give one, or one for each of "
-                         f"the {ipus} IPUs of a replica")
-    return {f"IPU{i}": float(share) for i, share in enumerate(shares)}
+    shares, ipus = config.matmul_proportion, config.num_ipus()
+    shares = shares if isinstance(shares, list) else [shares]
+    return {f"IPU{i}": float(share) for i, share in enumerate(shares * ipus if len(shares) == 1 else shares)}

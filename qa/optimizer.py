@@ -28,11 +28,14 @@ def make_optimizer(model: torch.nn.Module, *, name: str, learning_rate: float, w
     return optimizer
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_steps: int, total_steps: int,
+def make_schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_steps: int, total_steps: int, steps_done: int = 0,
                   ) -> "torch.optim.lr_scheduler.LambdaLR":
     """Learning rate by step, a call of the device (transformers' get_scheduler names: linear, cosine, ...).
 
     The loop calls `schedule.step()` and then `training_model.setOptimizer(optimizer)`: on the device nothing changes before.
     """
     optimizer._step_count = 1  # PopTorch updates on the device, so optimizer.step() is never called: keep torch from warning
-    return get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    schedule = get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    for _ in range(steps_done):
+        schedule.step()
+    return schedule

@@ -173,13 +173,13 @@ class TrainingRows(torch.utils.data.Dataset):
         self._pad_token_id, self._seed = pad_token_id, seed
         self._micro_batches, self._updates_per_step = micro_batches_per_update, updates_per_step
         self._rows_per_update = micro_batches_per_update * micro_batch_size
-        self._rows_per_step = updates_per_step * self._rows_per_update
+        self.rows_per_step = updates_per_step * self._rows_per_update
         self._packing = pack(windows.lengths, row_length, max_windows_per_row)
         self._slot_start = self._packing.slot_start()
         rows = len(self._packing.row_slots) - 1
         self.windows_per_row = len(windows) / rows
         self.fill = float(windows.lengths.sum()) / (rows * row_length)
-        self.steps_per_epoch = math.ceil(rows / self._rows_per_step)
+        self.steps_per_epoch = math.ceil(rows / self.rows_per_step)
         self.total_steps = max_steps if max_steps > 0 else math.ceil(epochs * self.steps_per_epoch)
         self._first_step = first_step
         self._order = self._shuffle(first_step // self.steps_per_epoch)
@@ -188,7 +188,7 @@ class TrainingRows(torch.utils.data.Dataset):
         return _remake_training_rows, (self.windows, self._arguments)
 
     def __len__(self) -> int:
-        return (self.total_steps - self._first_step) * self._rows_per_step
+        return (self.total_steps - self._first_step) * self.rows_per_step
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
@@ -203,8 +203,8 @@ class TrainingRows(torch.utils.data.Dataset):
         loss_weights = numpy.zeros((len(indices), self._room), numpy.float32)
         row_slots = self._packing.row_slots
         for place, index in enumerate(indices):
-            epoch, position = divmod(self._first_step * self._rows_per_step + index,
-                                     self.steps_per_epoch * self._rows_per_step)
+            epoch, position = divmod(self._first_step * self.rows_per_step + index,
+                                     self.steps_per_epoch * self.rows_per_step)
             order = self._epoch_order(epoch)
             row = order.row_at[position]
             if row < 0:
@@ -236,7 +236,7 @@ class TrainingRows(torch.utils.data.Dataset):
         by_length = shuffled[numpy.argsort(self.windows.lengths[shuffled].astype(numpy.int16), kind="stable")]
         rows = generator.permutation(len(self._packing.row_slots) - 1)
         row_at = numpy.full((self.steps_per_epoch, self._updates_per_step, self._rows_per_update), -1, numpy.int32)
-        full = (self.steps_per_epoch - 1) * self._rows_per_step
+        full = (self.steps_per_epoch - 1) * self.rows_per_step
         row_at[:-1] = rows[:full].reshape(row_at[:-1].shape)
         for update, part in zip(row_at[-1], numpy.array_split(rows[full:], self._updates_per_step)):
             update[:len(part)] = part

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -66,7 +67,7 @@ class TrainingSettings:
     overwrite_output_dir: bool = flag(False, "start over in a folder that holds checkpoints")
     micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1)
     eval_micro_batch_size: int = flag(1, "the same for evaluation", min=1)
-    num_train_epochs: float = flag(3.0, "times every training window is seen; 0 evaluates only", min=0)
+    num_train_epochs: float = flag(3.0, "times every training window is seen", above=0)
     max_steps: Optional[int] = flag(None, "end after so many steps, whatever num_train_epochs says", type=int, min=1)
     learning_rate: float = flag(2e-5, "peak learning rate", above=0)
     lr_scheduler_type: str = flag("linear", "learning-rate schedule", choices=SCHEDULES)
@@ -202,8 +203,6 @@ def read_config(name_or_path: str) -> Dict[str, Any]:
 
 def read_qa_settings(folder: str) -> Dict[str, Any]:
     """What train.py noted beside a checkpoint for those who answer with it (qa_settings.json); {} without that file."""
-    import json
-
     path = Path(folder) / "qa_settings.json"
     if not path.is_file():
         return {}
@@ -212,6 +211,12 @@ def read_qa_settings(folder: str) -> Dict[str, Any]:
         return {name: values[name] for name in QA_SETTINGS if name in values}
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: not readable as a JSON object ({error})")
+
+
+def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
+    """Note beside a checkpoint what those who answer with it need (read back by `read_qa_settings`)."""
+    values = {name: getattr(settings, name) for name in QA_SETTINGS}
+    (Path(folder) / "qa_settings.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length", "version_2_with_negative",
@@ -315,8 +320,8 @@ def _check_train(s: TrainSettings) -> None:
             raise UsageError(f"--{name} {path} {what}: name a JSON, JSON Lines, CSV or Parquet file")
     if s.train_file and not s.validation_file:
         raise UsageError("--train_file comes without --validation_file: name the questions to evaluate on as well")
-    if s.validation_file and not s.train_file and s.num_train_epochs > 0:
-        raise UsageError("--validation_file comes without --train_file: name the training questions, or evaluate only with --num_train_epochs 0")
+    if s.validation_file and not s.train_file:
+        raise UsageError("--validation_file comes without --train_file: name the questions to train on as well")
     if s.demo_data and s.train_file:
         raise UsageError("--demo_data and --train_file exclude each other: the demo makes its own questions; leave one out")
     if Path(s.output_dir).exists() and not Path(s.output_dir).is_dir():
@@ -327,6 +332,13 @@ def _check_train(s: TrainSettings) -> None:
         raise UsageError("--compile_only and --synthetic_data exclude each other: what is only compiled runs on no data; leave one out")
     if s.hub_model_id and not s.push_to_hub:
         raise UsageError(f"--hub_model_id {s.hub_model_id} does nothing without --push_to_hub: add it")
+
+
+def check_row_length(settings: ModelSettings, config: Any) -> None:
+    """UsageError unless the model has positions for a row's longest window. RoBERTa counts positions from padding_idx + 1."""
+    most = config.max_position_embeddings - config.pad_token_id - 1
+    if settings.max_seq_length > most:
+        raise UsageError(f"--max_seq_length {settings.max_seq_length}: {settings.model_name_or_path} has positions for {most} tokens; use at most {most}")
 
 
 def _check_infer(s: InferSettings) -> None:

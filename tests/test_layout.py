@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ipu_options.config import IPUConfig, available_pod, make_pipelines, read_ipu_config
+from ipu_options.config import IPUConfig, available_pod, inference_pipeline, read_ipu_config, training_pipeline
 from ipu_options.errors import UsageError
 from ipu_options.layout import make_layout
 
@@ -58,12 +58,13 @@ def test_a_layout_that_does_not_add_up_is_refused(given, layers, ipus, message):
 def test_a_pipeline_poptorch_would_refuse_is_refused_with_the_nearest_setting(change, message):
     config = IPUConfig(**{**dict(gradient_accumulation_steps=16), **change}).for_pod("pod4")
     with pytest.raises(UsageError, match=message):
-        make_pipelines(config, 12, "pod4")
+        training_pipeline(config, 12, "pod4")
+        inference_pipeline(config, 12, "pod4")
 
 
 def test_inference_twins_replace_training_values():
     config = IPUConfig(inference_layers_per_ipu=[12], inference_matmul_proportion=0.6, inference_device_iterations=8).for_pod("pod16")
-    training, inference = make_pipelines(config, 12, "pod16")
+    training, inference = training_pipeline(config, 12, "pod16"), inference_pipeline(config, 12, "pod16")
     assert training.config.replication_factor == inference.config.replication_factor == 4
     assert len(training.layout.stages()) == 4 and len(inference.layout.stages()) == 1
     assert inference.config.matmul_proportion == 0.6 and inference.config.device_iterations == 8
@@ -79,7 +80,7 @@ def test_the_published_ipu_config_is_read_and_written(tmp_path):
     (tmp_path / "ipu_config.json").write_text(json.dumps(published))
     config = IPUConfig(**read_ipu_config(str(tmp_path)))
     assert config.for_pod("pod16").replication_factor == 4 and config.for_pod("pod4").replication_factor == 1
-    assert make_pipelines(config.for_pod("pod16"), 12, "pod16")[0].layout == make_layout([0, 4, 4, 4], 12)
+    assert training_pipeline(config.for_pod("pod16"), 12, "pod16").layout == make_layout([0, 4, 4, 4], 12)
     config.write(tmp_path)
     assert IPUConfig(**read_ipu_config(str(tmp_path / "ipu_config.json"))) == config
 

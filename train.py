@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host where there is none.
+
+    python train.py --config demo      a whole run in two minutes: its own data, tokenizer and model, nothing to download
+    python train.py                    roberta-base on SQuAD v1 on 4 IPUs
+    python train.py --plan             what that would take: memory, balance and speed, with no IPU booked
+
+The job stands here from top to bottom: qa/ holds its parts, ipu_options/ says how it is mapped to IPUs. torch and all that
+builds on it is imported after the flags are checked, so that --help and a refusal take no time.
+"""
+import math
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ipu_options.config import inference_pipeline, training_pipeline
+from ipu_options.errors import RunError, run_script
+from ipu_options.popvision import Spans, profiling_environment
+from qa.settings import check_row_length, parse_train, write_qa_settings
+
+
+def main():
+    s, ipu_config, pod = parse_train()
+    for phase in ("training", "inference"):  # PopVision's environment must stand before PopTorch is imported
+        profiling_environment(s.profile_dir, phase, {**asdict(s), **ipu_config.to_dict()})
+    import torch
+
+    from ipu_options import poptorch
+    from qa.demo import use_demo_data
+    from qa.model import load_config, load_tokenizer
+    from qa.run import StopSignals, output_lock
+
+    print(f"PopTorch: {poptorch.__name__} {poptorch.__version__}, torch {torch.__version__}")
+    s = use_demo_data(s) if s.demo_data else s
+    config = load_config(s.model_name_or_path, s.hub_token)
+    check_row_length(s, config)
+    training = training_pipeline(ipu_config, config.num_hidden_layers, pod)
+    inference = inference_pipeline(ipu_config, config.num_hidden_layers, pod)
+    tokenizer = load_tokenizer(s.tokenizer_name or s.model_name_or_path, s.hub_token)
+    with output_lock(s.output_dir), StopSignals() as stop, Spans("train", s.trace, s.profile_dir is not None) as spans:
+        return fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans)
+
+
+def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans):
+    import torch
+    from tqdm import tqdm
+
+    from ipu_options import poptorch
+    from ipu_options.options import training_options
+    from qa import checkpoint, hub
+    from qa.answers import write_answers
+    from qa.data import load_examples, random_examples
+    from qa.files import write_json
+    from qa.inference import InferencePipeline
+    from qa.metrics import squad_metrics
+    from qa.model import RobertaForSpans, annotate, load_model, save_model, set_weights, weights_of
+    from qa.optimizer import make_optimizer, make_schedule
+    from qa.report import describe_rows, log_line, show_predictions
+    from qa.rows import TrainingRows, collate, packed_accumulation, windows_per_row
+    from qa.run import explain_nonfinite, find_nonfinite, workers_ignore_interrupt, write_run_record
+    from qa.windows import Windows, make_windows
+
+    begin = time.perf_counter()
+    ipu = training.config
+    print(training.layout.table())
+
+    # Questions -> windows. Training windows carry labels, evaluation windows the characters of their tokens.
+    source = dict(dataset_name=s.dataset_name, dataset_config_name=s.dataset_config_name, on_bad_row=s.on_bad_row,
+                  version_2_with_negative=s.version_2_with_negative)
+    examples = load_examples(split="train", file=s.train_file, max_samples=s.max_train_samples, **source)
+    eval_examples = load_examples(split="validation", file=s.validation_file, max_samples=s.max_eval_samples, **source)
+    if s.show_examples:
+        print(random_examples(examples, s.show_examples, s.seed))
+    shape = dict(max_seq_length=s.max_seq_length, doc_stride=s.doc_stride, num_proc=s.preprocessing_num_workers)
+    windows = Windows(make_windows(examples, tokenizer, labels=True, offsets=False, **shape))
+    eval_windows = Windows(make_windows(eval_examples, tokenizer, labels=False, offsets=True, **shape))
+
+    # Windows -> rows. A packed row holds several, so fewer micro-batches give an update the windows it is meant to have.
+    # The rows of the whole run, epoch after epoch, are one data set; a resumed run starts in the middle of it.
+    room = s.max_windows_per_row if s.pack else 1
+    packed = windows_per_row(windows.lengths, s.max_seq_length, room)
+    accumulation = packed_accumulation(ipu.gradient_accumulation_steps, packed, training.layout.min_gradient_accumulation())
+    ipu = replace(ipu, gradient_accumulation_steps=accumulation)
+    plan = dict(row_length=s.max_seq_length, max_windows_per_row=room, pad_token_id=config.pad_token_id, seed=s.seed,
+                micro_batch_size=s.micro_batch_size, micro_batches_per_update=accumulation * ipu.replication_factor,
+                updates_per_step=ipu.device_iterations, epochs=s.num_train_epochs, max_steps=s.max_steps or -1)
+    same = {name: getattr(s, name) for name in ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optimizer",
+                                                "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision")}
+    same.update(plan, data=windows.fingerprint)
+    saved = checkpoint.open_run(s.output_dir, s.resume_from_checkpoint, s.overwrite_output_dir, same)
+    step, losses = (saved.step, saved.progress["losses"]) if saved else (0, [])
+    rows = TrainingRows(windows, **plan, first_step=step)
+    print(describe_rows(rows, len(examples), s.micro_batch_size, ipu))
+    write_run_record(s.output_dir, settings=asdict(s), ipu_config=ipu.to_dict(), data_fingerprint=windows.fingerprint,
+                     resumed_from=str(saved.folder) if saved else None)
+
+    # The annotated model with PopTorch's optimizer and options.
+    torch.manual_seed(s.seed)
+    model = load_model(str(saved.folder) if saved else s.model_name_or_path, config, s.hub_token).train()
+    annotate(model, training.layout, recompute_checkpoint_every_layer=ipu.recompute_checkpoint_every_layer,
+             embedding_serialization_factor=ipu.embedding_serialization_factor)
+    if s.precision == "float16":
+        model.half()
+    optimizer = make_optimizer(model, name=s.optimizer, learning_rate=s.learning_rate, weight_decay=s.weight_decay,
+                               betas=(s.adam_beta1, s.adam_beta2), epsilon=s.adam_epsilon, loss_scaling=s.loss_scaling,
+                               half_first_moment=ipu.enable_half_first_order_momentum)
+    schedule = make_schedule(optimizer, s.lr_scheduler_type, int(s.warmup_ratio * rows.total_steps), rows.total_steps, step)
+    if saved:
+        optimizer.load_state_dict(saved.optimizer)
+    options = training_options(ipu, seed=s.seed, compile_only=s.compile_only, synthetic_data=s.synthetic_data,
+                               ipu_model=s.ipu_model, profile_dir=s.profile_dir)
+    training_model = poptorch.trainingModel(model, options, optimizer)
+    training_model.compile(**rows.__getitems__(range(rows.rows_per_step)))
+    evaluation = InferencePipeline(RobertaForSpans(config), inference, s)
+    if s.compile_only:
+        evaluation.compile(eval_windows)
+        print(f"compiled for an offline target in {time.perf_counter() - begin:.0f} s; nothing was run")
+        return 0
+    if saved:
+        training_model.rng_state = saved.rng_state
+        checkpoint.set_random_state(saved.random_state)
+
+    def write_model(folder):
+        save_model(model, folder)
+        tokenizer.save_pretrained(folder)
+        ipu_config.write(folder)
+        write_qa_settings(s, folder)
+
+    def save():
+        with spans("save"):
+            training_model.copyWeightsToHost()
+            checkpoint.save_checkpoint(s.output_dir, step, write_model, optimizer=optimizer.state_dict(),
+                                       rng_state=training_model.rng_state, save_total_limit=s.save_total_limit,
+                                       progress={"must_match": same, "losses": losses[-200:]})
+
+    def evaluate():
+        with spans("evaluate"):
+            if training_model.isAttachedToDevice():
+                training_model.detachFromDevice()  # frees the IPUs and brings the weights to the host
+            set_weights(evaluation.model, weights_of(model))
+            predictions = write_answers(evaluation.answers(eval_windows, eval_examples), s.output_dir, s.version_2_with_negative)
+            evaluation.detach()
+            references = [{"id": name, "answers": answers} for name, answers in zip(eval_examples["id"], eval_examples["answers"])]
+            metrics = squad_metrics(references, predictions, s.version_2_with_negative)
+            write_json(Path(s.output_dir) / "metrics.json", {**metrics, "step": step, "epoch": step / rows.steps_per_epoch})
+            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+            return metrics, predictions
+
+    # The loop. A step is one call of the device: one combined batch, device_iterations weight updates.
+    with workers_ignore_interrupt():
+        loader = poptorch.DataLoader(options, rows, batch_size=s.micro_batch_size, collate_fn=collate,
+                                     num_workers=s.dataloader_num_workers, mode=poptorch.DataLoaderMode.Async)
+    batches, bar = iter(loader), tqdm(total=rows.total_steps, initial=step, unit="step", dynamic_ncols=True)
+    losses_in_a_sum = accumulation * ipu.device_iterations if ipu.output_mode == "sum" else 1
+    clock, seen = time.perf_counter(), 0
+    while step < rows.total_steps and not stop.requested:
+        with spans("data"):
+            batch = next(batches)
+        learning_rate = schedule.get_last_lr()[0]
+        with spans("step"):
+            loss = training_model(**batch).float().mean().item() / losses_in_a_sum
+        if not math.isfinite(loss):
+            raise RunError(explain_nonfinite(step=step + 1, loss=loss, earlier_losses=losses, learning_rate=learning_rate,
+                                             loss_scaling=s.loss_scaling, precision=s.precision,
+                                             bad_weight=find_nonfinite(weights_of(model).items())))
+        losses.append(loss)
+        seen += rows.windows_in_step(step)
+        step += 1
+        bar.update()
+        if step % s.logging_steps == 0 or step == rows.total_steps:
+            speed, clock, seen = seen / (time.perf_counter() - clock), time.perf_counter(), 0
+            tqdm.write(log_line(step, rows, losses[-s.logging_steps:], learning_rate, speed))
+            bar.set_postfix_str(f"loss {loss:.3f}, learning rate {learning_rate:.3g}, {speed:.0f} windows/s")
+        with spans("schedule"):
+            schedule.step()
+            training_model.setOptimizer(optimizer)  # on the device nothing changes before this call
+        if s.save_steps and step % s.save_steps == 0:
+            save()
+        if s.evaluate_every_epoch and step % rows.steps_per_epoch == 0 and step < rows.total_steps:
+            evaluate()
+    bar.close()
+    loader.terminate()
+    if stop.requested:
+        save()
+        print(f"stopped after step {step} by {stop.requested.name}; the same command with --resume_from_checkpoint auto goes on from there")
+        return stop.exit_status
+
+    with spans("save"):
+        training_model.copyWeightsToHost()
+        write_model(s.output_dir)
+    metrics, predictions = evaluate()
+    print(show_predictions(eval_examples, predictions, s.show_predictions, s.seed))
+    print(f"saved to {s.output_dir} after {time.perf_counter() - begin:.0f} s; ask it: python infer.py --checkpoint {s.output_dir}")
+    if s.push_to_hub:
+        print(hub.push(...))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
