@@ -1,0 +1,154 @@
+"""The best split of the blocks over IPUs, and the settings that go with it, under the memory limit.
+
+For given settings the blocks are cut into contiguous stages, one an IPU, so embedding and head may have an IPU of their own
+or share one. A weight update takes steps x (slowest stage + copies) + update(most parameters on an IPU) + constants: two
+maxima. Dynamic programming finds the split with the least slowest stage among those that keep every stage within memory
+and under a cap on parameters; lowering the cap until it can gain nothing more gives the exact optimum of the sum.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ipu_options.errors import UsageError
+from ipu_options.layout import Layout
+from ipu_options.plan.count import CountedBlock
+from ipu_options.plan.job import Job
+from ipu_options.plan.machine import Efficiencies
+from ipu_options.plan.memory import stage_memory
+from ipu_options.plan.planner import Plan, make_plan
+from ipu_options.plan.throughput import stage_seconds, update_seconds_of
+from ipu_options.plan.totals import Totals, range_totals
+
+SERIALIZATION_FACTORS = (1, 2, 4)
+MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+MATMUL_PROPORTION = 0.25  # where the given proportions are for a pipeline of another length
+
+Counter = Callable[[int, int], Sequence[CountedBlock]]
+
+
+class Cut(NamedTuple):
+    """A split: the index of the block after the last, for each stage; and the seconds of its slowest stage."""
+
+    ends: Tuple[int, ...]
+    slowest_seconds: float
+
+
+def search(job: Job, ipus: int, count: Counter, efficiencies: Efficiencies = Efficiencies(), keep: int = 5,
+           ) -> Tuple[List[Plan], int]:
+    """The `keep` best plans that fit on `ipus` IPUs, best first, and the number of settings tried.
+
+    job: says all that is not searched: model, length, machine, rows of a weight update (kept: it is the batch size that the
+    learning rate was chosen for), replicated tensor sharding, precision.
+    count(micro_batch_size, embedding_serialization_factor): the blocks, counted.
+    Searched: IPUs of a pipeline (a power of two) and replicas, the split, micro-batch and accumulation, recomputation
+    checkpoints, embedding serialisation, optimizer state on or off chip. Every setting appears once, with its best split.
+    Raises UsageError if nothing fits.
+    """
+    plans, tried = [], 0
+    for candidate in _candidates(job, ipus, count):
+        tried += 1
+        cut = best_split(candidate, efficiencies)
+        if cut is not None:
+            plans.append(make_plan(with_cut(candidate, cut), efficiencies))
+    if not plans:
+        raise UsageError(f"nothing fits: no split of this model over {ipus} IPUs keeps every IPU within its memory with "
+                         f"{job.rows_per_update} rows a weight update; use more IPUs, or a shorter --max_seq_length")
+    plans.sort(key=lambda plan: (-plan.windows_per_second, plan.job.config.optimizer_state_offchip,
+                                 plan.job.config.embedding_serialization_factor, -plan.job.config.recompute_checkpoint_every_layer))
+    return _distinct(plans)[:keep], tried
+
+
+def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
+    """The contiguous split of job.blocks over job.config.num_ipus() IPUs with the shortest weight update; None: none fits."""
+    totals = range_totals(job.blocks)
+    stages = job.config.num_ipus()
+    if stages > len(job.blocks):
+        return None
+    seconds = [_stage_table(job, efficiencies, totals, index, stages) for index in range(stages)]
+    steps = job.config.gradient_accumulation_steps + 2 * (stages - 1)
+    best, best_seconds, cap = None, np.inf, np.inf
+    least = sum(update_seconds_of(job, -(-int(totals.parameters[0, -1]) // stages)))
+    while True:
+        cut = _least_slowest([np.where(totals.parameters <= cap, table, np.inf) for table in seconds])
+        if cut is None or steps * cut.slowest_seconds + least >= best_seconds:
+            return best
+        starts = (0,) + cut.ends[:-1]
+        most = max(int(totals.parameters[i, j]) for i, j in zip(starts, cut.ends))
+        total = steps * cut.slowest_seconds + sum(update_seconds_of(job, most))
+        if total < best_seconds:
+            best, best_seconds = cut, total
+        cap = most - 1
+
+
+def with_cut(job: Job, cut: Cut) -> Job:
+    """The job with its layout and layers_per_ipu set to the split."""
+    ipu_of = [ipu for ipu, (start, end) in enumerate(zip((0,) + cut.ends[:-1], cut.ends)) for _ in range(start, end)]
+    layout = Layout(ipu_of[0], tuple(ipu_of[1:-1]), ipu_of[-1])
+    layers = [layout.layer_ipus.count(ipu) for ipu in range(len(cut.ends))]
+    return replace(job, layout=layout, config=replace(job.config, layers_per_ipu=layers, embedding_ipu=0, head_ipu=None))
+
+
+def _candidates(job: Job, ipus: int, count: Counter) -> Iterator[Job]:
+    """Every combination of what is searched besides the split. Accumulation follows from the rows of an update."""
+    stages = 1
+    while stages <= min(ipus, len(job.blocks)):
+        replicas = ipus // stages
+        for micro_batch in MICRO_BATCHES:
+            accumulation, rest = divmod(job.rows_per_update, micro_batch * replicas)
+            if rest or accumulation < 2 * stages - 1:
+                continue
+            for factor in SERIALIZATION_FACTORS:
+                blocks = tuple(count(micro_batch, factor))
+                for offchip in (False, True):
+                    for checkpoints in (True, False):
+                        yield _candidate(job, blocks, micro_batch, ipus_per_replica=stages, replication_factor=replicas,
+                                         gradient_accumulation_steps=accumulation, embedding_serialization_factor=factor,
+                                         optimizer_state_offchip=offchip, recompute_checkpoint_every_layer=checkpoints)
+        stages *= 2
+
+
+def _candidate(job: Job, blocks: Tuple[CountedBlock, ...], micro_batch: int, **changes) -> Job:
+    shares = job.config.matmul_proportion
+    if isinstance(shares, (list, tuple)) and len(shares) > 1 and len(shares) != changes["ipus_per_replica"]:
+        changes["matmul_proportion"] = MATMUL_PROPORTION
+    return replace(job, blocks=blocks, micro_batch_size=micro_batch, config=replace(job.config, **changes))
+
+
+def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int, stages: int) -> np.ndarray:
+    """Seconds of a step for every run of blocks [i, j) as stage `index`; infinite where it does not fit or is empty."""
+    memory = stage_memory(job, totals, job.matmul_proportion(index), index, stages, efficiencies.code_bytes)
+    forward, again, backward = stage_seconds(job, efficiencies, totals, last=index == stages - 1)
+    fits = (sum(memory.values()) <= job.machine.memory_bytes) & (totals.parameters > 0)
+    return np.where(fits, forward + again + backward, np.inf)
+
+
+def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
+    """The split with the least maximum of tables[s][start, end] over stages s; None if every one is infinite."""
+    blocks = tables[0].shape[0]
+    reached = np.full(blocks + 1, np.inf)  # slowest stage so far, by the block at which the next stage begins
+    reached[0] = 0.0
+    origins = []
+    for table in tables:
+        slowest = np.maximum(reached[:-1, None], table)
+        origins.append(slowest.argmin(axis=0))
+        reached = slowest.min(axis=0)
+    if not np.isfinite(reached[-1]):
+        return None
+    ends = [blocks]
+    for origin in reversed(origins[1:]):
+        ends.append(int(origin[ends[-1]]))
+    return Cut(tuple(reversed(ends)), float(reached[-1]))
+
+
+def _distinct(plans: Sequence[Plan]) -> List[Plan]:
+    """Leaves out a plan that differs from an earlier one only in a setting that changes nothing of note for the worse."""
+    seen, kept = set(), []
+    for plan in plans:
+        key = (plan.job.layout, plan.job.micro_batch_size, plan.job.config.optimizer_state_offchip)
+        if key not in seen:
+            seen.add(key)
+            kept.append(plan)
+    return kept

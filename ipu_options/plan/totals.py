@@ -1,0 +1,71 @@
+"""What a run of consecutive blocks needs together: of one stage as numbers, of every possible stage as arrays.
+
+memory.py and throughput.py are written over these fields, so that a plan (numbers) and the search (arrays over all stages
+that a split could have) share one formula.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Sequence
+
+import numpy as np
+
+from ipu_options.plan.count import CountedBlock
+
+
+class Totals(NamedTuple):
+    """Sums and maxima over the blocks of a stage; each field is a number, or an array [first block, block after the last]."""
+
+    parameters: Any
+    largest_parameter: Any
+    embedding_parameter: Any   # largest parameter of an embedding block
+    input_bytes: Any           # of the stage's first block
+    checkpoint_bytes: Any      # inputs of all blocks
+    saved_bytes: Any           # of all blocks
+    most_saved_bytes: Any      # of one block
+    output_bytes: Any          # the largest
+    matmul_bytes: Any          # the largest
+    forward_flops: Any
+    forward_matmuls: Any
+    backward_flops: Any
+    backward_matmuls: Any
+    head_flops: Any            # forward, of what follows the last recomputation checkpoint
+    head_matmuls: Any
+
+
+def stage_totals(blocks: Sequence[CountedBlock]) -> Totals:
+    """The totals of one stage."""
+    return Totals(*(int(field[0, len(blocks)]) for field in range_totals(blocks)))
+
+
+def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
+    """The totals of every run blocks[i:j] as arrays [len(blocks), len(blocks) + 1], 0 where j <= i."""
+    def of(value) -> np.ndarray:
+        return np.array([value(block) for block in blocks], dtype=np.int64)
+
+    heads = of(lambda b: b.kind == "head")
+    forward_matmuls = of(lambda b: max(b.forward_matmuls, 1))  # a block without any, the embedding, takes a call's time as well
+    return Totals(
+        parameters=_sums(of(lambda b: b.parameters)),
+        largest_parameter=_maxima(of(lambda b: b.largest_parameter)),
+        embedding_parameter=_maxima(of(lambda b: b.largest_parameter if b.kind == "embedding" else 0)),
+        input_bytes=np.triu(np.tile(of(lambda b: b.input_bytes)[:, None], len(blocks) + 1), 1),
+        checkpoint_bytes=_sums(of(lambda b: b.input_bytes)),
+        saved_bytes=_sums(of(lambda b: b.saved_bytes)),
+        most_saved_bytes=_maxima(of(lambda b: b.saved_bytes)),
+        output_bytes=_maxima(of(lambda b: b.output_bytes)),
+        matmul_bytes=_maxima(of(lambda b: b.matmul_bytes)),
+        forward_flops=_sums(of(lambda b: b.forward_flops)), forward_matmuls=_sums(forward_matmuls),
+        backward_flops=_sums(of(lambda b: b.backward_flops)), backward_matmuls=_sums(of(lambda b: max(b.backward_matmuls, 1))),
+        head_flops=_sums(heads * of(lambda b: b.forward_flops)), head_matmuls=_sums(heads * forward_matmuls))
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    ends = np.concatenate([[0], np.cumsum(values)])
+    return np.maximum(ends[None, :] - ends[:-1, None], 0)
+
+
+def _maxima(values: np.ndarray) -> np.ndarray:
+    table = np.zeros((len(values), len(values) + 1), dtype=np.int64)
+    for first in range(len(values)):
+        table[first, first + 1:] = np.maximum.accumulate(values[first:])
+    return table
