@@ -5,8 +5,7 @@ import numpy
 
 
 def plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold):
-    """run_qa's postprocess_qa_predictions (see qa/answers.py) over lists of float32 logits, a (start, end) pair a window."""
-    answers = []
+    """run_qa's postprocess_qa_predictions (see qa/answers.py) over lists of float32 logits, a (start, end) pair a window; answers in turn."""
     windows_of = collections.defaultdict(list)
     for window, number in enumerate(windows.example.tolist()):
         windows_of[number].append(window)
@@ -50,6 +49,5 @@ def plain_answers(windows, examples, logits, n_best_size, max_answer_length, ver
             no_answer = next(entry for entry, candidate in zip(nbest, best) if candidate is null)
             chosen = no_answer if not with_text or difference > threshold else nbest[with_text[0]]
             odds = {"null_odds": float(difference)}
-        answers.append({"id": example["id"], "text": chosen["text"], "score": chosen["probability"], "start": chosen["start"],
-                        "end": chosen["end"], "nbest": nbest, **odds})
-    return answers
+        yield {"id": example["id"], "text": chosen["text"], "score": chosen["probability"], "start": chosen["start"],
+               "end": chosen["end"], "nbest": nbest, **odds}

@@ -48,7 +48,7 @@ def test_answers_are_those_of_the_plain_definition(version_2, coarse, n_best_siz
     answers = [answer for batch in rows_of(windows, logits, 1, batch=8) for answer in finder.add(*batch)]
     assert len(answers) > len(examples) / 2  # they stream
     answers += finder.finish()
-    assert answers == plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold=-1.0)
+    assert answers == list(plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold=-1.0))
 
 
 def test_a_missing_window_is_an_error_and_not_a_missing_answer():

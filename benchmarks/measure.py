@@ -1,0 +1,42 @@
+"""How the benchmarks measure: both sides in turn on the same machine, medians, spread, and the ratio against its limit."""
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from typing import Callable, Dict, List
+
+
+def alternate(sides: Dict[str, Callable], runs: int) -> Dict[str, List[float]]:
+    """Run the sides in turn, `runs` times each after one round to warm up; returns each side's seconds."""
+    seconds = {name: [] for name in sides}
+    for run in range(runs + 1):
+        for name, side in sides.items():
+            begin = time.perf_counter()
+            side()
+            if run:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def describe(name: str, seconds: List[float], amount: int, unit: str) -> None:
+    """Print one side's median time, its rate and the spread (fastest and slowest run)."""
+    median = statistics.median(seconds)
+    print(f"  {name:40} {median * 1e3:10.1f} ms   {amount / median:12,.0f} {unit}/s   "
+          f"(runs {min(seconds) * 1e3:.1f} .. {max(seconds) * 1e3:.1f} ms)")
+
+
+def compare(ratio: float, least: float, what: str) -> None:
+    """Print a ratio that has to be at least `least`."""
+    print(f"  {what}: {ratio:.2f} (at least {least:g}: {'reached' if ratio >= least else 'MISSED'})")
+
+
+def machine() -> str:
+    """The machine and the versions a figure belongs to."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+        model = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), model)
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}, torch {torch.__version__}"
