@@ -21,7 +21,7 @@ from qa.settings import check_row_length, parse_train, write_qa_settings
 
 
 def main():
-    s, ipu_config, pod = parse_train()
+    s, ipu_config, _ = parse_train()
     for phase in ("training", "inference"):  # PopVision's environment must stand before PopTorch is imported
         profiling_environment(s.profile_dir, phase, {**asdict(s), **ipu_config.to_dict()})
     import torch
@@ -35,8 +35,8 @@ def main():
     s = use_demo_data(s) if s.demo_data else s
     config = load_config(s.model_name_or_path, s.hub_token)
     check_row_length(s, config)
-    training = training_pipeline(ipu_config, config.num_hidden_layers, pod)
-    inference = inference_pipeline(ipu_config, config.num_hidden_layers, pod)
+    training = training_pipeline(ipu_config, config.num_hidden_layers, s.pod_type)
+    inference = inference_pipeline(ipu_config, config.num_hidden_layers, s.pod_type)
     tokenizer = load_tokenizer(s.tokenizer_name or s.model_name_or_path, s.hub_token)
     with output_lock(s.output_dir), StopSignals() as stop, Spans("train", s.trace, s.profile_dir is not None) as spans:
         return fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans)

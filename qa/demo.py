@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from string import Formatter
 
@@ -88,6 +89,14 @@ SURNAMES = _listed("""Whitfield, Lindqvist, Marlowe, Ferrari, Novak, Okafor, Pem
 
 TRAIN_QUESTIONS, VALIDATION_QUESTIONS, QUESTIONS_PER_CONTEXT, TOPICS_PER_CONTEXT = 8000, 500, 4, 4
 VOCABULARY_SIZE = 2000
+
+
+def use_demo_data(settings):
+    """Write the demo below settings.output_dir and return the settings that read it like any other data and model."""
+    folder = Path(settings.output_dir) / "demo_data"
+    write_demo(folder, seed=settings.seed, version_2_with_negative=settings.version_2_with_negative)
+    return replace(settings, train_file=str(folder / "train.json"), validation_file=str(folder / "validation.json"),
+                   model_name_or_path=str(folder / "model"), dataset_name=None)
 
 
 def write_demo(folder, *, seed, version_2_with_negative=False):
@@ -175,10 +184,19 @@ def _write_model(folder, paragraphs, seed):
     tokenizer = RobertaTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=512)
     tokenizer.save_pretrained(str(folder))
     config = RobertaConfig(
-        vocab_size=VOCABULARY_SIZE, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+        vocab_size=VOCABULARY_SIZE, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192,
         max_position_embeddings=514, type_vocab_size=1, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, layer_norm_eps=1e-5,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        # Weights wider than BERT's 0.02, near 1 / sqrt(hidden_size): at this width attention otherwise stays flat for hundreds of steps.
+        initializer_range=0.08, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         RobertaForQuestionAnswering(config).save_pretrained(str(folder), safe_serialization=True)
+
+
+def use_demo_data(settings):
+    """Write the demo's files to output_dir/demo_data, and return the settings that name them as any local files."""
+    folder = Path(settings.output_dir) / "demo_data"
+    write_demo(folder, seed=settings.seed, version_2_with_negative=settings.version_2_with_negative)
+    return replace(settings, train_file=str(folder / "train.json"), validation_file=str(folder / "validation.json"),
+                   model_name_or_path=str(folder / "model"))

@@ -36,15 +36,15 @@ class InferencePipeline:
         """Compile for the shapes that every call has, without running. windows: qa.windows.Windows, any."""
         self.inference_model.compile(**self._rows(windows).__getitems__(range(self.rows_per_step)))
 
-    def answers(self, windows, examples) -> Iterator[dict]:
+    def answers(self, windows, examples, progress: bool = True) -> Iterator[dict]:
         """The answer to each question in order (see qa.answers.answer for its keys).
 
-        windows: qa.windows.Windows with offsets, made from `examples`.
+        windows: qa.windows.Windows with offsets, made from `examples`.  progress: show a bar.
         """
         s = self.settings
         finder = AnswerFinder(windows, examples, n_best_size=s.n_best_size, max_answer_length=s.max_answer_length,
                               version_2_with_negative=s.version_2_with_negative, null_score_diff_threshold=s.null_score_diff_threshold)
-        return predict(self.inference_model, self.options, self._rows(windows), finder, s.eval_micro_batch_size)
+        return predict(self.inference_model, self.options, self._rows(windows), finder, s.eval_micro_batch_size, progress)
 
     def detach(self) -> None:
         """Give the IPUs back; the weights are uploaded anew when the pipeline is next used."""

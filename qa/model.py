@@ -12,7 +12,7 @@ from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import nn
-from transformers import AutoConfig, RobertaForQuestionAnswering
+from transformers import AutoConfig, AutoTokenizer, RobertaForQuestionAnswering
 
 from ipu_options import attention, poptorch
 from ipu_options.errors import RunError, UsageError
@@ -102,7 +102,7 @@ def window_losses(logits: torch.Tensor, positions: torch.Tensor, window_ids: tor
     slot gives a finite number that means nothing (its loss weight is 0).
     """
     length, slots = logits.shape[1], positions.shape[1]
-    slot = torch.arange(1, slots + 1, dtype=window_ids.dtype).view(1, slots, 1)
+    slot = torch.arange(1, slots + 1, dtype=window_ids.dtype, device=window_ids.device).view(1, slots, 1)
     own = (window_ids.unsqueeze(1) == slot).to(logits.dtype)
     masked = logits.unsqueeze(1) + (1.0 - own) * MASKED
     losses = nn.functional.cross_entropy(masked.view(-1, length), positions.reshape(-1).long(), reduction="none")
@@ -177,30 +177,44 @@ def remove_annotations(model: RobertaForSpans) -> None:
         embeddings.word_embeddings = embeddings.word_embeddings.to_embedding()
 
 
-def load_model(name_or_path: str, token: Optional[str] = None) -> RobertaForSpans:
-    """A checkpoint of RoBERTa's family, from a local folder or the hub, in float32; a missing QA head is initialised.
+def load_config(name_or_path: str, token: Optional[str] = None):
+    """The configuration of a checkpoint of RoBERTa's family, from a local folder or the hub (no weights are read).
 
     Raises UsageError for another architecture, RunError where the checkpoint cannot be had.
     """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, token=token, trust_remote_code=False)
-        check_architecture(config, name_or_path)
-        return RobertaForSpans.from_pretrained(name_or_path, config=config, token=token)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        if isinstance(error, (UsageError, RunError)):
-            raise
-        where = "its files cannot be read" if Path(name_or_path).is_dir() else "no such folder, and the hub did not give it"
-        raise RunError(f"--model_name_or_path {name_or_path}: {where} ({first_line(error)}); name a local folder with config.json, "
-                       "model.safetensors and tokenizer.json, or run --config demo, which needs no download")
-
-
-def check_architecture(config, name_or_path: str) -> None:
-    """UsageError unless `config` is of RoBERTa's family with absolute positions."""
+    config = _fetch(AutoConfig, name_or_path, token=token, trust_remote_code=False)
     if config.model_type not in FAMILY:
         raise UsageError(f"--model_name_or_path {name_or_path} is a {config.model_type} model; this program fine-tunes "
                          f"RoBERTa's family: {', '.join(FAMILY)}")
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         raise UsageError(f"--model_name_or_path {name_or_path} has {config.position_embedding_type} positions; only absolute ones are built")
+    return config
+
+
+def load_tokenizer(name_or_path: str, token: Optional[str] = None):
+    """The checkpoint's tokenizer; UsageError unless it is a fast one, which alone knows the characters of its tokens."""
+    tokenizer = _fetch(AutoTokenizer, name_or_path, token=token, use_fast=True, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise UsageError(f"the tokenizer of {name_or_path} is a slow one: answers need the character offsets of a fast tokenizer "
+                         "(a tokenizer.json file); name one with --tokenizer_name")
+    return tokenizer
+
+
+def load_model(name_or_path: str, config=None, token: Optional[str] = None) -> RobertaForSpans:
+    """A checkpoint of RoBERTa's family, from a local folder or the hub, in float32; a missing QA head is initialised.
+
+    config: what `load_config` gave, to be read once.  Raises as `load_config` does.
+    """
+    return _fetch(RobertaForSpans, name_or_path, config=config or load_config(name_or_path, token), token=token)
+
+
+def _fetch(kind, name_or_path: str, **options):
+    try:
+        return kind.from_pretrained(name_or_path, **options)
+    except (OSError, KeyError, ValueError, RuntimeError, ImportError) as error:
+        where = "its files cannot be read" if Path(name_or_path).is_dir() else "no such folder, and the hub did not give it"
+        raise RunError(f"--model_name_or_path {name_or_path}: {where} ({first_line(error)}); name a local folder with config.json, "
+                       "model.safetensors and tokenizer.json, or run --config demo, which needs no download")
 
 
 WORD_EMBEDDING = "roberta.embeddings.word_embeddings."

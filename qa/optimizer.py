@@ -34,8 +34,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_steps: int
 
     The loop calls `schedule.step()` and then `training_model.setOptimizer(optimizer)`: on the device nothing changes before.
     """
-    optimizer._step_count = 1  # PopTorch updates on the device, so optimizer.step() is never called: keep torch from warning
     schedule = get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    optimizer._step_count = 1  # the device updates, optimizer.step() is never called: keep the schedule from warning of that
     for _ in range(steps_done):
         schedule.step()
     return schedule

@@ -10,7 +10,8 @@ from qa.answers import AnswerFinder
 from qa.rows import InferenceRows, collate
 
 
-def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder, micro_batch_size: int) -> Iterator[dict]:
+def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder, micro_batch_size: int,
+            progress: bool = True) -> Iterator[dict]:
     """Run `rows` through the model and give the answers of `finder` in example order (for their keys see qa.answers.answer).
 
     inference_model: a poptorch.inferenceModel made with `options`, whose output mode is All (the default), so that each call
@@ -19,7 +20,7 @@ def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
     loader = poptorch.DataLoader(options, rows, batch_size=micro_batch_size, collate_fn=collate,
                                  mode=poptorch.DataLoaderMode.Async)
     row = 0
-    with tqdm(total=len(rows.windows), desc="answers", unit="window") as bar:
+    with tqdm(total=len(rows.windows), desc="answers", unit="window", disable=not progress) as bar:
         for batch in loader:
             slices = [rows.slices(index) for index in range(row, row + len(batch["input_ids"]))]
             row += len(slices)

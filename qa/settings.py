@@ -10,7 +10,7 @@ import argparse
 import difflib
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -151,8 +151,9 @@ def parse_train(argv: Optional[Sequence[str]] = None, parser: Optional[argparse.
     name = Path(given.config).stem
     settings, ipu_config = _merge(TrainSettings, values, given)
     settings.config, settings.output_dir = name, settings.output_dir or f"output/{name}"
+    settings.pod_type = available_pod(settings.pod_type)
     _check_train(settings)
-    return settings, ipu_config.for_pod(available_pod(settings.pod_type)), given
+    return settings, ipu_config.for_pod(settings.pod_type), given
 
 
 def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IPUConfig]:
@@ -173,8 +174,9 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
         values.update(read_ipu_config(folder))
     settings, ipu_config = _merge(InferSettings, values, given)
     settings.model_name_or_path = folder
+    settings.pod_type = available_pod(settings.pod_type)
     _check_infer(settings)
-    return settings, ipu_config.for_pod(available_pod(settings.pod_type))
+    return settings, ipu_config.for_pod(settings.pod_type)
 
 
 def named_configs() -> List[str]:
@@ -246,8 +248,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
     is true by default. No flag has a default of its own, so that only what was given is in the result."""
     section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
     for f in fields(group):
-        default = f.default_factory() if callable(f.default_factory) else f.default
-        kind = f.metadata.get("type") or type(default)
+        default, kind = _default_and_kind(f)
         shown = "" if default is None or isinstance(default, dict) else f" (default: {_text(default)})"
         options = dict(help=f.metadata["help"].replace("%", "%%") + shown, type=_reader(kind), dest=f.name)
         if kind is bool:
@@ -264,8 +265,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
 def check_field(group: type, name: str, value: Any) -> None:
     """UsageError unless `value` has the type, the range and the choices of that field."""
     f = next(f for f in fields(group) if f.name == name)
-    default = f.default_factory() if callable(f.default_factory) else f.default
-    kind = f.metadata.get("type") or type(default)
+    default, kind = _default_and_kind(f)
     if value is None or isinstance(value, dict):
         if value is None and default is not None and "None" not in str(f.type) and "Optional" not in str(f.type):
             raise UsageError(f"--{name} has no value: give {_article(kind)}")
@@ -290,6 +290,11 @@ def check_field(group: type, name: str, value: Any) -> None:
         raise UsageError(f"--{name} {value} is too small: it should be {'at least' if low is not None else 'more than'} {low if low is not None else above}")
     if high is not None and value > high or below is not None and value >= below:
         raise UsageError(f"--{name} {value} is too large: it should be {'at most' if high is not None else 'less than'} {high if high is not None else below}")
+
+
+def _default_and_kind(f: Field) -> Tuple[Any, type]:
+    default = f.default_factory() if callable(f.default_factory) else f.default
+    return default, f.metadata.get("type") or (str if default is None else type(default))
 
 
 def _merge(group: type, values: Dict[str, Any], given: argparse.Namespace) -> Tuple[Any, IPUConfig]:
