@@ -1,0 +1,49 @@
+"""PopTorch's interface executed on the host, in plain PyTorch. See README.md in this folder."""
+from __future__ import annotations
+
+import copy
+from typing import Optional
+
+import torch
+
+from . import enums, ops, optim, options, poptorch_core, profiling  # noqa: F401
+from ._dataloader import AsynchronousDataAccessor, DataLoader
+from ._poplar_executor import PoplarExecutor, is_wrapped, registerPostCompileHook, registerPreCompileHook
+from ._structure import ICustomArgParser, registerCustomArgParser
+from .blocks import BeginBlock, Block, BlockFunction, LegacyBeginBlockFn, PipelinedExecution, ShardedExecution, Stage, removeBlocks
+from .enums import *  # noqa: F401,F403
+from .options import Options, TensorLocationSettings
+from .ops import (Attribute, NameScope, identity_loss, isRunningOnIpu, nop, recomputationCheckpoint, serializedMatMul,
+                  set_available_memory)
+from .poptorch_core import Error, NotOffered, RecoverableError, UnrecoverableError
+
+__version__ = "3.4.0-host"
+
+
+def trainingModel(model: torch.nn.Module, options: Optional[Options] = None, optimizer: Optional[torch.optim.Optimizer] = None,
+                  ) -> PoplarExecutor:
+    """An executor that trains `model`; its call runs forward, backward and weight updates. The optimizer's default is SGD
+    with learning rate 0.01. RuntimeError if the model is being trained by another executor."""
+    if isinstance(model, PoplarExecutor):
+        model = model._user_model
+    if is_wrapped(model):
+        raise RuntimeError("Model has already been wrapped in 'poptorch.trainingModel'. Call model.destroy() on the model to unwrap "
+                           "before wrapping again.")
+    return PoplarExecutor(copy.copy(model), options, True, __version__, optimizer, user_model=model)
+
+
+def inferenceModel(model: torch.nn.Module, options: Optional[Options] = None) -> PoplarExecutor:
+    """An executor that runs `model` forward."""
+    if isinstance(model, PoplarExecutor):
+        model = model._user_model
+    return PoplarExecutor(copy.copy(model), options, False, __version__, user_model=model)
+
+
+def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:
+    """True if there are IPUs: never on the host."""
+    return False
+
+
+def ipuHardwareVersion() -> int:
+    """Version of the IPUs: AssertionError, since there are none."""
+    raise AssertionError("No IPU hardware available on this system")

@@ -1,0 +1,396 @@
+"""poptorch.DataLoader: combined batches, read in this process or by a worker process through shared memory.
+
+The worker writes batches into a ring of shared tensors. A tensor handed out is overwritten after the next one is asked for, as
+with PopTorch, so what must outlive an iteration has to be cloned.
+"""
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import pickle
+import tempfile
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Union
+
+import torch
+import torch.multiprocessing
+
+from . import _structure, profiling
+from ._device import input_groups
+from .enums import DataLoaderMode, SharingStrategy
+from .options import Options
+from .poptorch_core import Error
+
+logger = logging.getLogger("poptorch::python")
+START_METHODS = {SharingStrategy.Fork: "fork", SharingStrategy.ForkServer: "forkserver"}
+
+
+class _SubDataset(torch.utils.data.Dataset):
+    """The part of a data set that one of several processes reads: a run of consecutive samples, in an order all agree on.
+
+    With `shuffle` the order of the whole data set is drawn anew in each epoch from the seed all processes share. With
+    `drop_last` the samples that do not fill a step of all processes are left over at the end of one epoch and at the
+    beginning of the next.
+    """
+
+    def __init__(self, dataset, options, step: int, drop_last: bool):
+        processes, process = options.Distributed.numProcesses, options.Distributed.processId
+        total = len(dataset)
+        if drop_last:
+            share = step * (total // (step * processes))
+            self.first, self.length, self.left_over = process * share, min(share, total - process * share), total % share
+        else:
+            shares = [total // processes + (p < total % processes) for p in range(processes)]
+            self.first, self.length, self.left_over = sum(shares[:process]), shares[process], 0
+        self.dataset, self.moved = dataset, torch.zeros((), dtype=torch.bool).share_memory_()
+        self.order: Optional[torch.Tensor] = None
+        self.generator = torch.Generator()
+        if options.exists("random_seed"):
+            self.generator.manual_seed(options.random_seed)
+
+    def __getstate__(self):
+        return {**self.__dict__, "generator": None}  # the parent process alone shuffles
+
+    def next_epoch(self) -> None:
+        """Draw a new order and move to the samples left over by the last one."""
+        order = torch.randperm(len(self.dataset), generator=self.generator)
+        if self.order is None:
+            self.order = order.share_memory_()  # worker processes see later orders too
+        else:
+            self.order.copy_(order)
+        self.moved.logical_not_()
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        index += self.first + (self.left_over if self.moved else 0)
+        return self.dataset[index if self.order is None else int(self.order[index])]
+
+
+class DataLoader(torch.utils.data.DataLoader):
+    """torch's DataLoader of combined batches: batch_size x device iterations x accumulation x replicas rows.
+
+    Modes: Sync reads in this process (and torch's workers); Async in one more process, ahead of time; AsyncRebatched puts the
+    combined batches together there. With several processes (Options.Distributed) each reads its own part of the data set.
+    """
+
+    def __init__(self, options: Options, dataset: torch.utils.data.Dataset, batch_size: int = 1, shuffle: bool = None,
+                 num_workers: int = 0, drop_last: bool = True, persistent_workers: Optional[bool] = None,
+                 auto_distributed_partitioning: bool = True, mode: DataLoaderMode = DataLoaderMode.Sync,
+                 async_options: Optional[Dict[str, Any]] = None, rebatched_worker_size: Optional[int] = None,
+                 batch_sampler: Optional[Union[torch.utils.data.Sampler, Iterable[Sequence]]] = None, **kwargs):
+        self._accessor = None
+        assert isinstance(options, Options)
+        options._freeze()
+        self._options = options
+        iterable = isinstance(dataset, torch.utils.data.IterableDataset)
+        self._sampled = batch_sampler is not None
+        if self._sampled:
+            _check_sampler(options, batch_size, shuffle, auto_distributed_partitioning)
+            batch_size = getattr(batch_sampler, "batch_size", batch_size)
+        self._combine = options.device_iterations * options.Training.gradient_accumulation * input_groups(options)[0]
+        self._combined = None if batch_size is None else batch_size * self._combine
+        self._drop_last = drop_last
+        self._shuffle_here = False
+        if options.Distributed.numProcesses > 1 and auto_distributed_partitioning:
+            assert not iterable, "auto_distributed_partitioning not supported for IterableDataset"
+            assert self._combined is not None, "batch_size=None not allowed when using auto_distributed_partitioning."
+            assert not shuffle or options.exists("random_seed"), (
+                "When using auto_distributed_partitioning you must set poptorch.Options.randomSeed() to ensure that tensors are in "
+                "the same order in all processes.")
+            dataset, self._shuffle_here, shuffle = _SubDataset(dataset, options, self._combined, drop_last), bool(shuffle), False
+        if not iterable:
+            dataset = profiling.Channel("dataset").instrument(dataset, "__getitem__")
+        self._warn(dataset, iterable, num_workers, kwargs)
+        rebatch = self._combined is not None and self._combined > 1 and not drop_last and mode == DataLoaderMode.Async
+        rebatch = rebatch or mode == DataLoaderMode.AsyncRebatched
+        worker_size = self._combined
+        if rebatch and rebatched_worker_size is not None:
+            assert rebatched_worker_size <= self._combined, (
+                f"The rebatched_worker_size ({rebatched_worker_size}) must be <= to the combined batch size ({self._combined})")
+            worker_size = rebatched_worker_size
+        if persistent_workers is None:
+            persistent_workers = num_workers > 0
+        batching = dict(batch_sampler=batch_sampler) if self._sampled else dict(
+            batch_size=worker_size, shuffle=None if iterable else bool(shuffle),
+            drop_last=drop_last and not rebatch and worker_size is not None)
+        super().__init__(dataset, num_workers=num_workers, persistent_workers=persistent_workers, **batching, **kwargs)
+        if mode != DataLoaderMode.Sync:
+            async_options = async_options or {}
+            assert "rebatched_size" not in async_options, (
+                "You cannot use DataLoaderMode.AsyncRebatched and manually specify the rebatched_size in async_options")
+            self._accessor = AsynchronousDataAccessor(self, **async_options, rebatched_size=self._combined if rebatch else None)
+
+    def _warn(self, dataset, iterable, num_workers, kwargs):
+        if iterable and num_workers > 1 and "worker_init_fn" not in kwargs:
+            logger.warning("IterableDataset used with num_workers=%d but no worker_init_fn specified: as a result the DataLoader will "
+                           "return %d times each element in the dataset", num_workers, num_workers)
+        if not iterable and not self._drop_last and not self._sampled and self._combined is not None and len(dataset) % self._combined:
+            logger.warning("The number of elements in the dataset (%d) is not divisible by the number of elements processed per step "
+                           "(%d) and drop_last=False. The last tensor will have a batch size of %d. To avoid having to handle this "
+                           "special case switch to drop_last=True", len(dataset), self._combined, len(dataset) % self._combined)
+
+    @property
+    def combinedBatchSize(self) -> Optional[int]:
+        """Rows of the data set that one call of the model takes."""
+        return self._combined
+
+    @property
+    def options(self) -> Options:
+        """The options, frozen."""
+        return self._options
+
+    def terminate(self) -> None:
+        """End the worker process of an asynchronous mode."""
+        if self._accessor is not None:
+            self._accessor.terminate()
+
+    def __del__(self) -> None:
+        self.terminate()
+
+    def __len__(self) -> int:
+        if self._accessor is not None and self._accessor.rebatched_size:
+            return (len(self.dataset) + (0 if self._drop_last else self._combined - 1)) // self._combined
+        return super().__len__()
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._shuffle_here:
+            self.dataset.next_epoch()
+        return iter(self._accessor) if self._accessor is not None else self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        """The batches as this process reads them; in the worker process, what is put in the ring."""
+        batches = super().__iter__()
+        return _combined(batches, self._combine, self._drop_last) if self._sampled and self._combine > 1 else batches
+
+    def __getstate__(self):
+        return {**self.__dict__, "_accessor": None}
+
+
+def _check_sampler(options, batch_size, shuffle, partitioning):
+    if batch_size != 1 or shuffle:
+        raise Error("`batch_sampler` option is mutually exclusive with batch_size, shuffle.")
+    if options.Distributed.numProcesses > 1 and partitioning:
+        raise Error("`batch_sampler` option is mutually exclusive with auto_distributed_partitioning=True.")
+
+
+def _combined(batches, count: int, drop_last: bool) -> Iterator[Any]:
+    """Join every `count` batches; the last ones too, unless `drop_last`."""
+    waiting: List[Any] = []
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) == count:
+            yield _joined(waiting)
+            waiting = []
+    if waiting and not drop_last:
+        yield _joined(waiting)
+
+
+def _joined(batches):
+    return _structure.rebuild(batches[0], map(torch.cat, zip(*map(_structure.flatten, batches))))
+
+
+class AsynchronousDataAccessor:
+    """Iterates over a data set (or loader) that a worker process reads ahead of time.
+
+    buffer_size: batches in the ring of shared memory.  early_preload: start reading before an iterator is asked for.
+    load_indefinitely: start the next epoch as soon as one ends.  rebatched_size: put batches of this many rows together.
+    """
+
+    def __init__(self, dataset: Union[torch.utils.data.Dataset, DataLoader], buffer_size: int = 3, miss_sleep_time_in_ms: float = 0.1,
+                 load_indefinitely: bool = True, early_preload: bool = False,
+                 sharing_strategy: SharingStrategy = SharingStrategy.ForkServer, rebatched_size: Optional[int] = None):
+        self._process = None
+        is_loader = isinstance(dataset, DataLoader)
+        if is_loader and dataset._accessor is not None:
+            raise Error("The DataLoader already uses an AsynchronousDataAccessor internally. Either use the existing one or set "
+                        "mode='poptorch.DataLoaderMode.Sync' in the DataLoader.")
+        if is_loader and not dataset._sampled and not dataset._drop_last and rebatched_size is None:
+            assert dataset.combinedBatchSize in (None, 1), (
+                "The 'drop_last=False' option from the DataLoader only works if 'rebatched_size' is specified too.")
+        assert rebatched_size is None or rebatched_size > 1, "rebatched_size must be None or greater than 1"
+        self._dataset, self.rebatched_size = dataset, rebatched_size
+        self._slots = buffer_size
+        self._start(load_indefinitely, early_preload, sharing_strategy)
+        atexit.register(self.terminate)
+
+    def _start(self, load_indefinitely, early_preload, sharing_strategy):
+        context = torch.multiprocessing.get_context(START_METHODS.get(sharing_strategy, "spawn"))
+        self._pipe, other = context.Pipe()
+        worker = _Worker(self._slots, self.rebatched_size, load_indefinitely, early_preload)
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = self._dataset
+            if sharing_strategy == SharingStrategy.FileSystem:
+                dataset = os.path.join(folder, "dataset.pkl")
+                with open(dataset, "wb") as file:
+                    pickle.dump(self._dataset, file)
+            self._process = context.Process(target=worker.main, args=(dataset, other), daemon=False)
+            self._process.start()
+            other.close()
+            try:
+                self._structure, self._ring = self._pipe.recv()
+            except EOFError:
+                self._process.join()
+                self._process = None
+                raise Error("AsynchronousDataAccessor worker thread failed to start (Check above for details)") from None
+        self._epoch, self._held, self._used, self._over = 0, None, False, False
+
+    def terminate(self) -> None:
+        """End the worker process."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        atexit.unregister(self.terminate)
+        try:
+            self._pipe.send(("stop", 0))
+        except (BrokenPipeError, OSError):
+            pass
+        process.join(timeout=5)
+        if process.is_alive():  # busy inside the data set
+            process.terminate()
+            process.join()
+        self._pipe.close()
+
+    def __del__(self) -> None:
+        self.terminate()
+
+    def __len__(self) -> int:
+        length = len(self._dataset)
+        if self.rebatched_size and getattr(self._dataset, "_accessor", None) is not self:
+            length = length * self._dataset.batch_size // self.rebatched_size
+        return length
+
+    def __iter__(self) -> "AsynchronousDataAccessor":
+        assert self._process is not None, "The worker process has been terminated"
+        if self._used or self._epoch == 0:
+            self._epoch += 1
+            self._release()
+            self._pipe.send(("epoch", self._epoch))
+        self._used = self._over = False
+        return self
+
+    def __next__(self) -> Any:
+        self._release()
+        if self._over:
+            raise StopIteration
+        self._used = True
+        while True:
+            try:
+                epoch, slot, rows = self._pipe.recv()
+            except (EOFError, ConnectionResetError):
+                raise AssertionError("An error occurred in the data fetcher") from None
+            if epoch != self._epoch:  # read before the iterator was started again
+                self._give_back(slot)
+            elif slot is None:
+                self._over = True
+                raise StopIteration
+            else:
+                self._held = slot
+                tensors = self._ring[slot] if rows is None else [t[:rows] for t in self._ring[slot]]
+                return _structure.rebuild(self._structure, iter(tensors))
+
+    def _release(self):
+        held, self._held = self._held, None
+        self._give_back(held)
+
+    def _give_back(self, slot):
+        if slot is not None:
+            self._pipe.send(("free", slot))
+
+
+class _Worker:
+    """The other process: reads the data set and fills the ring's free slots.
+
+    It sends (structure, ring) once, then for every batch (epoch, slot, rows or None for all), and (epoch, None, None) at the
+    end of an epoch. It receives ("free", slot), ("epoch", number) when an iterator is started, and ("stop", 0).
+    """
+
+    def __init__(self, slots: int, rebatched_size: Optional[int], load_indefinitely: bool, early_preload: bool):
+        self.slots, self.rebatched_size = slots, rebatched_size
+        self.load_indefinitely, self.early_preload = load_indefinitely, early_preload
+
+    def main(self, dataset, pipe) -> None:
+        """Run until told to stop, or until the other end of the pipe is closed."""
+        try:
+            if isinstance(dataset, str):
+                with open(dataset, "rb") as file:
+                    dataset = pickle.load(file)
+            self.pipe, self.dataset = pipe, dataset
+            self._run()
+        except (KeyboardInterrupt, EOFError, BrokenPipeError):
+            pass
+
+    def _run(self):
+        batches = iter(self._batches())
+        first = next(batches, None)
+        if first is None:
+            raise Error("The Dataset is empty")
+        self.ring = [[torch.empty_like(t).share_memory_() for t in _flat(first)] for _ in range(self.slots)]
+        self.pipe.send((first, self.ring))
+        batches = itertools.chain([first], batches)
+        self.free, self.epoch, self.wanted, ahead = list(range(self.slots)), 1, 0, self.early_preload
+        while True:
+            while self.wanted < self.epoch and not ahead:
+                self._receive()
+            finished = self._one_epoch(batches)
+            ahead = finished and self.load_indefinitely
+            self.epoch = self.epoch + 1 if finished else self.wanted
+            batches = self._batches()
+
+    def _one_epoch(self, batches) -> bool:
+        """Send the batches of `self.epoch`; False if the iterator was started again before its end."""
+        for batch in batches:
+            while not self.free or self.pipe.poll():
+                self._receive()
+                if self.wanted > self.epoch:
+                    return False
+            slot, rows = self.free.pop(0), None
+            for shared, tensor in zip(self.ring[slot], _flat(batch)):
+                if shared.shape != tensor.shape:
+                    rows = len(tensor)
+                (shared if rows is None else shared[:rows]).copy_(tensor)
+            self.pipe.send((self.epoch, slot, rows))
+        self.pipe.send((self.epoch, None, None))
+        return True
+
+    def _batches(self) -> Iterator[Any]:
+        batches = self.dataset._batches() if isinstance(self.dataset, DataLoader) else iter(self.dataset)
+        if self.rebatched_size is None:
+            return batches
+        return _rebatched(batches, self.rebatched_size, getattr(self.dataset, "_drop_last", True))
+
+    def _receive(self):
+        what, number = self.pipe.recv()
+        if what == "stop":
+            raise EOFError
+        if what == "free":
+            self.free.append(number)
+        else:
+            self.wanted = number
+
+
+def _rebatched(batches, size: int, drop_last: bool) -> Iterator[Any]:
+    """Batches of `size` rows out of batches of any number; a smaller last one unless `drop_last`."""
+    waiting, rows = [], 0
+    for batch in batches:
+        waiting.append(batch)
+        rows += len(_flat(batch)[0])
+        while rows >= size:
+            joined = _joined(waiting)
+            yield _structure.map_tensors(lambda t: t[:size], joined)
+            rows -= size
+            waiting = [_structure.map_tensors(lambda t: t[size:], joined)] if rows else []
+    if rows and not drop_last:
+        yield _joined(waiting)
+
+
+def _flat(batch) -> List[torch.Tensor]:
+    """The tensors of a batch. AssertionError if it holds anything else."""
+    if _structure.parser_of(batch) is None and not isinstance(batch, torch.Tensor):
+        for i, item in enumerate(batch.values() if isinstance(batch, dict) else batch):
+            assert isinstance(item, torch.Tensor), (
+                f"Tensor at index {i} is not a torch tensor ({type(item)}). AsynchronousDataAccessor expects data to be organised as "
+                "a flat 1D container of tensors.")
+    return _structure.flatten(batch)

@@ -1,0 +1,302 @@
+"""The device: its own copy of the weights, the micro-batches of a call in PopTorch's order, and the weight updates.
+
+Order of a combined batch (PopART's StepIOSplitter hands micro-batches to replicas in turn): device iteration, then gradient
+accumulation, then replica, then the rows of the micro-batch.
+
+A float16 model keeps float16 tensors on the host. Here its weights are float32, and a working copy of them in bfloat16 (where
+the processor multiplies bfloat16, else float32) runs the model; gradients are accumulated in float32.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+
+from . import _structure, _trace, _update, enums, ops
+
+OUTPUT_TYPES = {torch.bfloat16: torch.float16, torch.int64: torch.int32, torch.float64: torch.float32}  # PopTorch has no 64 bits
+
+
+@functools.lru_cache(maxsize=None)
+def half_type() -> torch.dtype:
+    """What stands for float16 in computations: bfloat16 if the processor has instructions for it, else float32."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
+        if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags):
+            return torch.bfloat16
+    return torch.float32
+
+
+def _computed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(half_type()) if tensor.dtype == torch.float16 else tensor
+
+
+class Weight:
+    """One parameter or buffer. `host`: the user's tensor; `working`: the device's, which the model runs with;
+    `value`: what the optimizer updates, the same memory as `working` unless the host's tensor is float16 (then float32)."""
+
+    def __init__(self, name: str, host: torch.Tensor):
+        self.name, self.host = name, host
+        self.is_parameter = isinstance(host, torch.nn.Parameter)
+        value = host.detach()
+        if value.dtype == torch.float16:
+            self.value = value.float()
+            self.working = self.value.to(half_type(), copy=True)
+        else:
+            self.value = self.working = value.clone()
+        if self.is_parameter:
+            self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
+        self.has_copy = host.dtype == torch.float16
+        self.gradient: Optional[torch.Tensor] = None  # accumulated in float32, where `working` is a copy
+
+    def upload(self) -> None:
+        """Host to device."""
+        self.value.copy_(self.host.detach())
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Make the working copy that of `value`."""
+        if self.has_copy:
+            self.working.detach().copy_(self.value)
+
+    def download(self) -> None:
+        """Device to host. A buffer is changed by the model itself, so its working copy is the newer one."""
+        if self.has_copy and not self.is_parameter:
+            self.value.copy_(self.working)
+        self.host.detach().copy_(self.value)
+
+    def accumulate(self) -> None:
+        """Add a micro-batch's gradient to the update's, where autograd has not done so in place."""
+        if self.has_copy and self.working.grad is not None:
+            gradient, self.working.grad = self.working.grad, None
+            if self.gradient is None:
+                self.gradient = gradient.float()
+            else:
+                self.gradient.add_(gradient)
+
+    def take_gradient(self) -> Optional[torch.Tensor]:
+        """The update's gradient, float32, or None if the loss does not depend on the weight; forgets it."""
+        gradient = self.gradient if self.has_copy else self.working.grad
+        self.gradient = self.working.grad = None
+        return gradient
+
+
+class Device:
+    """A compiled model with weights, optimizer state and random numbers of its own, apart from the host's."""
+
+    def __init__(self, model: torch.nn.Module, options: Any, training: bool, seed: int):
+        self.model, self.options, self.training = model, options, training
+        self.attached = False
+        self.seed = seed
+        self.rng = seeded(seed)
+        with torch._C.DisableTorchFunctionSubclass():
+            self.weights = {id(t): Weight(name, t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self.slots = list(self._find_slots())
+        self.trace: Optional[_trace.Trace] = None
+        self.settings: Dict[str, Any] = {}
+        self.trained: List[Tuple[Weight, int]] = []  # each trained weight with the index of its parameter group
+        self.hyper: Dict[str, Dict[str, Any]] = {}   # by weight: the numbers of its group
+        self.state: Dict[str, Dict[str, torch.Tensor]] = {}
+
+    def _find_slots(self) -> Iterator[tuple]:
+        """(container, key, weight) of every place where the model keeps a tensor; shared weights have several."""
+        for module in self.model.modules():
+            flat = module.__dict__.get("_flat_weights", [])  # torch.nn.LSTM and its kin keep their weights a second time
+            for container in (module._parameters, module._buffers, flat):
+                for key, tensor in (enumerate(container) if container is flat else container.items()):
+                    if id(tensor) in self.weights:
+                        yield container, key, self.weights[id(tensor)]
+
+    @contextlib.contextmanager
+    def _installed(self):
+        """Let the model hold the device's tensors and draw the device's random numbers, and no one else's."""
+        host_rng = torch.get_rng_state()
+        held = [container[key] for container, key, _ in self.slots]
+        for container, key, weight in self.slots:
+            container[key] = weight.working
+        torch.set_rng_state(self.rng)
+        ops._running = True
+        try:
+            yield
+        finally:
+            ops._running = False
+            self.rng = torch.get_rng_state()
+            torch.set_rng_state(host_rng)
+            for (container, key, _), tensor in zip(self.slots, held):
+                container[key] = tensor
+
+    def compile(self, arguments) -> None:
+        """Trace the model with one micro-batch. Nothing the trace does to buffers or random numbers lasts."""
+        rng, buffers = self.rng, [w for w in self.weights.values() if not w.is_parameter]
+        saved = [w.working for w in buffers]
+        for weight in buffers:
+            weight.working = weight.working.clone()
+        try:
+            with self._installed():
+                micro_batch = arguments.micro_batches(_computed, micro_batches_per_call(self.options))(0)
+                self.trace = _trace.run(self.model, micro_batch, self.options._execution_strategy, self.training)
+                _trace.check_reassigned(self.model, self.slots)
+        finally:
+            self.rng = rng
+            for weight, working in zip(buffers, saved):
+                weight.working = working
+
+    # ---- weights and optimizer -------------------------------------------------------------------------------------
+
+    def upload(self, only: Optional[List[str]] = None) -> None:
+        """All weights, or those named, from the host to the device."""
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for weight in self.weights.values():
+                if only is None or weight.name in only:
+                    weight.upload()
+
+    def download(self) -> None:
+        """All weights from the device to the host."""
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for weight in self.weights.values():
+                weight.download()
+
+    def set_optimizer(self, settings: Dict[str, Any], groups: List[list]) -> None:
+        """Take the numbers of an optimizer; `groups` are its parameters, which choose the weights the first time."""
+        if not self.trained:
+            self.trained = [(self.weights[id(p)], i) for i, group in enumerate(groups) for p in group if id(p) in self.weights]
+            tf_variant = settings["kind"] == "RMSprop" and settings["use_tf_variant"]
+            self.state = {w.name: _update.new_state(settings["kind"], w.value, tf_variant) for w, _ in self.trained}
+        self.settings = settings
+        self.hyper = {w.name: dict(settings["groups"][i]) for w, i in self.trained}
+
+    def read_state(self) -> Dict[str, Dict[str, torch.Tensor]]:
+        """The optimizer's state on the device, in PopTorch's form. Master___NAME is a float16 weight's float32 value."""
+        state = {f"{slot}___{w.name}": self.state[w.name][slot].clone() for w, _ in self.trained for slot in self.state[w.name]}
+        state.update({f"Master___{w.name}": w.value.clone() for w, _ in self.trained if w.has_copy})
+        return {"ipu_state": state, "ipu_param": _update.parameters(self.settings, self.hyper)}
+
+    def write_state(self, state: Dict[str, Dict[str, torch.Tensor]]) -> None:
+        """Take what read_state() gave, or a part of it. A master that is not its weight any more is not taken."""
+        for weight, _ in self.trained:
+            for slot, tensor in self.state[weight.name].items():
+                tensor.copy_(state["ipu_state"].get(f"{slot}___{weight.name}", tensor))
+            master = state["ipu_state"].get(f"Master___{weight.name}")
+            if weight.has_copy and master is not None and torch.equal(master.half(), weight.value.half()):
+                weight.value.copy_(master)
+                weight.refresh()
+        _update.set_parameters(self.hyper, state["ipu_param"])
+
+    def _update_weights(self) -> None:
+        ready = [(w, g) for w, g in ((w, w.take_gradient()) for w, _ in self.trained) if g is not None]
+        if not ready:
+            return
+        with torch.no_grad():
+            if self.settings["max_grad_norm"] != float("inf"):
+                _update.clip([g for _, g in ready], self.settings["max_grad_norm"])
+            groups: Dict[tuple, list] = {}
+            for weight, gradient in ready:
+                groups.setdefault(tuple(self.hyper[weight.name].items()), []).append((weight, gradient))
+            for hyper, members in groups.items():
+                _update.apply(self.settings, dict(hyper), [w.value for w, _ in members], [g for _, g in members],
+                              [self.state[w.name] for w, _ in members])
+            for weight, _ in ready:
+                weight.refresh()
+
+    def get_rng(self) -> List[int]:
+        """The seed, then the generator's state in integers of 8 bytes."""
+        return [self.seed, *self.rng.view(torch.int64).tolist()]
+
+    def set_rng(self, state: List[int]) -> None:
+        """The reverse of get_rng; a list with the seed alone starts from that seed."""
+        self.seed = state[0]
+        self.rng = torch.tensor(state[1:], dtype=torch.int64).view(torch.uint8) if state[1:] else seeded(self.seed)
+
+    # ---- running ---------------------------------------------------------------------------------------------------
+
+    def run(self, arguments) -> List[torch.Tensor]:
+        """One call: all micro-batches and updates of a combined batch. Returns the outputs that the output mode keeps."""
+        options = self.options
+        accumulation, replicas = options.Training.gradient_accumulation, options.replication_factor
+        groups, group_of = input_groups(options)
+        synthetic = options._Popart.options.get("syntheticDataMode", 0)
+        micro_batch = arguments.micro_batches(_synthetic if synthetic else _computed, micro_batches_per_call(options))
+        outputs = _Outputs(options)
+        with self._installed(), torch.set_grad_enabled(self.training):
+            for iteration in range(options.device_iterations):
+                for step in range(accumulation):
+                    for replica in range(replicas):
+                        args, kwargs = micro_batch((iteration * accumulation + step) * groups + group_of(replica))
+                        outputs.add(iteration, replica, self._run_micro_batch(args, kwargs))
+                if self.training:
+                    self._update_weights()
+        return outputs.joined()
+
+    def _run_micro_batch(self, args, kwargs) -> List[torch.Tensor]:
+        if not self.training:
+            return _structure.flatten(self.model(*args, **kwargs))
+        ops.marked_losses = []
+        try:
+            with _trace.LossFinder() if self.trace.needs_finder else contextlib.nullcontext():
+                result = self.model(*args, **kwargs)
+            loss = ops.marked_losses[self.trace.loss_index][0]
+        finally:
+            ops.marked_losses = None
+        loss.backward(torch.full_like(loss, self.gradient_scale))
+        for weight, _ in self.trained:
+            weight.accumulate()
+        return [t.detach() for t in _structure.flatten(result)]
+
+    @property
+    def gradient_scale(self) -> float:
+        """What a micro-batch's gradient counts in its update. Loss scaling multiplies it on the device and is divided out in
+        the optimizer, to keep float16 gradients in range; float32 and bfloat16 gradients are always in range."""
+        training = self.options.Training
+        if training.accumulation_and_replication_reduction_type == enums.ReductionType.Sum:
+            return 1.0
+        return 1.0 / (training.gradient_accumulation * self.options.replication_factor)
+
+
+def seeded(seed: int) -> torch.Tensor:
+    """State of a random number generator that starts from `seed`."""
+    return torch.Generator().manual_seed(seed & ((1 << 63) - 1)).get_state()
+
+
+def input_groups(options) -> tuple:
+    """(number of groups of replicas with an input of their own, function from replica to its group)."""
+    size, groups = options.input_group_size, options.replication_factor // options.input_group_size
+    if options.input_cgt == enums.CommGroupType.Orthogonal:
+        return groups, lambda replica: replica % groups
+    return groups, lambda replica: replica // size
+
+
+def micro_batches_per_call(options) -> int:
+    """Micro-batches in the combined batch of one call."""
+    return options.device_iterations * options.Training.gradient_accumulation * input_groups(options)[0]
+
+
+def _synthetic(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.randn_like(_computed(tensor)) if tensor.is_floating_point() else torch.zeros_like(tensor)
+
+
+class _Outputs:
+    """Collects the outputs of micro-batches as the output mode says."""
+
+    def __init__(self, options):
+        self.mode, self.period = options.output_mode, options.output_return_period
+        self.kept: Any = {} if self.mode in (enums.OutputMode.Final, enums.OutputMode.Sum) else []
+
+    def add(self, iteration: int, replica: int, tensors: List[torch.Tensor]) -> None:
+        if self.mode == enums.OutputMode.Final:
+            self.kept[replica] = tensors
+        elif self.mode == enums.OutputMode.Sum:
+            old = self.kept.get(replica)
+            self.kept[replica] = tensors if old is None else [a + b for a, b in zip(old, tensors)]
+        elif self.mode == enums.OutputMode.All or (iteration + 1) % self.period == 0:
+            self.kept.append(tensors)
+
+    def joined(self) -> List[torch.Tensor]:
+        """One new tensor for each output: micro-batches one after the other along dimension 0; a lone scalar stays one."""
+        kept = list(self.kept.values()) if isinstance(self.kept, dict) else self.kept
+        joined = []
+        for column in zip(*kept):
+            out = column[0].clone() if len(column) == 1 else torch.cat([t.reshape(1) if t.dim() == 0 else t for t in column])
+            joined.append(out.to(OUTPUT_TYPES.get(out.dtype, out.dtype)))
+        return joined

@@ -1,0 +1,109 @@
+"""One forward pass watched closely, when a model is compiled: what PopTorch's compiler would refuse is refused here.
+
+The trace learns which tensor is the loss, what the outputs look like, and which blocks the model has.
+"""
+from __future__ import annotations
+
+from typing import Any, List, Optional
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import blocks, ops
+from .poptorch_core import Error
+
+LOSSES = {"l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss", "nll_loss", "nll_loss_nd", "cross_entropy", "kl_div", "poisson_nll_loss",
+          "binary_cross_entropy", "binary_cross_entropy_with_logits", "hinge_embedding_loss", "soft_margin_loss", "ctc_loss",
+          "cosine_embedding_loss", "margin_ranking_loss", "triplet_margin_loss", "multi_margin_loss", "gaussian_nll_loss",
+          "multilabel_margin_loss", "multilabel_soft_margin_loss", "triplet_margin_with_distance_loss"}
+FREE = {"detach", "alias", "_to_copy", "lift_fresh", "clone"}  # not operations of their own on a device
+
+
+class LossFinder(TorchFunctionMode):
+    """Appends the result of every torch loss function to ops.marked_losses, as identity_loss does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in LOSSES and isinstance(out, torch.Tensor):
+            ops.marked_losses.append((out, False))
+        return out
+
+
+class _BlockCheck(TorchDispatchMode):
+    """Refuses operations outside all blocks, once a `with Block` has ended."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if blocks.recorder.ipu is None and name not in FREE and any(isinstance(a, torch.Tensor) for a in args):
+            raise Error(f"No active Block, all the ops must belong to a Block (aten::{name})")
+        return func(*args, **(kwargs or {}))
+
+
+class Trace:
+    """What a trace has learned: `blocks`, `outputs` (the structure, its tensors with dtypes), and how to find the loss again."""
+
+    def __init__(self, recorder: blocks.Recorder, outputs: Any):
+        self.recorder, self.outputs = recorder, outputs
+        self.loss_index: Optional[int] = None   # index of the loss among the losses marked in a forward pass
+        self.needs_finder = False               # the loss is a torch loss, found only with a LossFinder
+
+
+def active() -> Optional[blocks.Recorder]:
+    """The recorder of the trace that is running, if one is."""
+    return blocks.recorder
+
+
+def run(model, args_and_kwargs, strategy, training: bool) -> Trace:
+    """Run `model` once and return what was learned. Error where PopTorch's compiler would give one."""
+    recorder = blocks.recorder = blocks.Recorder(strategy)
+    try:
+        ops.marked_losses = []
+        with torch.set_grad_enabled(training), LossFinder(), _BlockCheck():
+            outputs = model(*args_and_kwargs[0], **args_and_kwargs[1])
+        trace = Trace(recorder, outputs)
+        if training:
+            found = ops.marked_losses
+            final = _final_loss([loss for loss, _ in found])
+            trace.needs_finder = not found[final][1]
+            trace.loss_index = final if trace.needs_finder else sum(identity for _, identity in found[:final])
+        return trace
+    finally:
+        blocks.recorder, ops.marked_losses = None, None
+
+
+BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+
+
+def check_reassigned(model: torch.nn.Module, slots: List[tuple]) -> None:
+    """Error if the forward pass has replaced a parameter or buffer by another tensor instead of copying into it."""
+    free = [module._buffers for module in model.modules() if isinstance(module, BATCH_NORMS)]
+    for container, key, weight in slots:
+        if not any(container is other for other in free) and container[key] is not weight.working:
+            kind = "Parameter" if weight.is_parameter else "Buffer"
+            raise Error(f"{kind} {weight.name} is reassigned within the model when calling the forward method. This is not supported. "
+                        f"Consider using self.{weight.name}.copy_(src) to copy data from a source tensor, where src is the name of "
+                        "the source tensor.")
+
+
+def _final_loss(losses: List[torch.Tensor]) -> int:
+    """Index of the loss that no other loss is computed from (PopTorch: RemoveSurplusIdentityLosses.cpp)."""
+    if not losses:
+        raise Error("Couldn't find a loss in graph!")
+    final = [i for i, loss in enumerate(losses) if not any(_depends(other, loss) for other in losses if other is not loss)]
+    if len(final) != 1:
+        raise Error("Multiple independent losses found in graph. Graph must have one final loss. "
+                    "Wrap final graph loss in poptorch.identity_loss.")
+    return final[0]
+
+
+def _depends(later: torch.Tensor, earlier: torch.Tensor) -> bool:
+    seen, todo = set(), [later.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is earlier.grad_fn and node is not None:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(parent for parent, _ in node.next_functions)
+    return False

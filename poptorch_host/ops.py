@@ -1,0 +1,100 @@
+"""PopTorch's operations: each is ordinary PyTorch on the host, with PopTorch's checks of its arguments."""
+from __future__ import annotations
+
+import copy
+from typing import List, Optional, Tuple
+
+import torch
+
+from . import enums
+from .poptorch_core import Error
+
+marked_losses: Optional[List[Tuple[torch.Tensor, bool]]] = None  # (loss, marked by identity_loss?) of the running forward pass
+_running = False                                    # True while the executor runs a model
+
+
+def isRunningOnIpu() -> bool:
+    """True inside a model that an executor runs: on the host too, so that a model takes the branch it will take on an IPU."""
+    return _running
+
+
+def identity_loss(x: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Mark `x` as the loss that training starts from; reduction is "sum", "mean" or "none". Returns the reduced loss."""
+    assert reduction in ("sum", "mean", "none"), "Unsupported reduction type!"
+    loss = x.sum() if reduction == "sum" else x.mean() if reduction == "mean" else x.clone()
+    if marked_losses is not None:
+        marked_losses.append((loss, True))
+    return loss
+
+
+def recomputationCheckpoint(*tensors: List[torch.Tensor]) -> List[torch.Tensor]:
+    """Keep these activations for the backward pass instead of recomputing them. The host recomputes nothing: the identity.
+
+    One tensor or one list or tuple of tensors comes back as it is, several as a tuple.
+    """
+    if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)):
+        return type(tensors[0])(recomputationCheckpoint(*tensors[0]))
+    if not all(isinstance(t, torch.Tensor) for t in tensors):
+        raise ValueError("All inputs must be tensors")
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def serializedMatMul(lhs: torch.Tensor, rhs: torch.Tensor, mode: enums.MatMulSerializationMode, factor: int = 0,
+                     keep_precision: bool = False) -> torch.Tensor:
+    """torch.matmul(lhs, rhs); on an IPU it is split in `factor` parts to save memory. Error if `factor` does not divide the
+    dimension that `mode` splits."""
+    assert isinstance(keep_precision, bool)
+    assert isinstance(factor, int)
+    assert isinstance(mode, enums.MatMulSerializationMode)
+    split = {enums.MatMulSerializationMode.InputChannels: lhs.shape[-2], enums.MatMulSerializationMode.ReducingDim: lhs.shape[-1],
+             enums.MatMulSerializationMode.OutputChannels: rhs.shape[-1]}.get(mode)
+    if split is not None and (factor < 1 or split % factor):
+        raise Error(f"serializedMatMul: factor ({factor}) must be a positive divisor of the dimension split by {mode.name} ({split})")
+    return torch.matmul(lhs, rhs)
+
+
+def set_available_memory(tensor: torch.Tensor, available_memory_proportion: float) -> torch.Tensor:
+    """Share of memory for temporary data of the operation that made `tensor`: the identity on the host."""
+    if not isinstance(tensor, torch.Tensor):
+        raise Error(f"You may only set available memory for torch.tensor values. {type(tensor)} is not supported.")
+    return tensor
+
+
+def nop(tensor: torch.Tensor) -> torch.Tensor:
+    """The identity."""
+    if not isinstance(tensor, torch.Tensor):
+        raise Error(f"nop must take a torch.tensor argument. {type(tensor)} is not supported.")
+    return tensor
+
+
+class NameScope:
+    """A context manager that prefixes the names of operations in PopART's graph; the host has none."""
+
+    def __init__(self, name: str):
+        assert isinstance(name, str), "Parameter to NameScope must be a string"
+        self.name = name
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, type, value, traceback):
+        pass
+
+
+class Attribute:
+    """A context manager that sets attributes of operations, {"attribute": {"key": value}}, for the compiler alone."""
+
+    _current_attrs: dict = {}
+
+    def __init__(self, **kwargs):
+        self._kwargs = kwargs
+        self._saved: list = []
+
+    def __enter__(self):
+        self._saved.append(Attribute._current_attrs)
+        Attribute._current_attrs = copy.deepcopy(Attribute._current_attrs)
+        for attribute, values in self._kwargs.items():
+            Attribute._current_attrs.setdefault(attribute, {}).update(values)
+
+    def __exit__(self, type, value, traceback):
+        Attribute._current_attrs = self._saved.pop()

@@ -1,0 +1,186 @@
+"""PopTorch's optimizers: PyTorch's hyperparameters and param_groups, plus loss scaling and the types of the device's state.
+
+An optimizer here holds numbers and, as state_dict()["ipu_state"], a copy of the device's state. The formulas are in _update.py.
+"""
+from __future__ import annotations
+
+import weakref
+from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+import torch
+
+
+class VariableAttributes:
+    """Which attributes may change after compilation; those given to the optimizer's constructor may."""
+
+    def __init__(self, variable_attributes: List[str], allowed_attributes: List[str]) -> None:
+        self._variable_attributes = variable_attributes
+        self._allowed_attributes = allowed_attributes
+
+    def isConstant(self, attr: str) -> bool:
+        """True if `attr` is compiled in."""
+        return attr not in self._variable_attributes
+
+    def markAsConstant(self, attr: str) -> None:
+        """Compile `attr` in."""
+        self._check(attr)
+        self._variable_attributes = [a for a in self._variable_attributes if a != attr]
+
+    def markAsVariable(self, attr: str) -> None:
+        """Let `attr` change between calls."""
+        self._check(attr)
+        self._variable_attributes.append(attr)
+
+    def _check(self, attr):
+        assert attr in self._allowed_attributes, f"Unknown attribute {attr}, allowed values: {self._allowed_attributes}"
+
+
+class Optimizer:
+    """What all optimizers here share: the copy of the device's state and its way in and out of state_dict()."""
+
+    _own: Tuple[str, ...] = ()  # constructor arguments that PyTorch's optimizer does not have
+
+    def __init__(self):
+        self._state_dict = {"ipu_state": None, "ipu_param": None}
+        self.ipu_state_is_dirty = False   # the state here is newer than the device's
+        self.host_state_is_dirty = False  # the device's state is newer than the one here
+        self._executor = None             # weak reference to the executor that uses this optimizer
+
+    def _construct(self, parent_init, arguments):
+        arguments = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
+        given = [k for k, v in arguments.items() if v is not None]
+        Optimizer.__init__(self)
+        parent_init(self, **{k: arguments[k] for k in given if k not in self._own})
+        for name in self._own:
+            value = arguments[name] if arguments[name] is not None else OWN_DEFAULTS[name]
+            assert not name.endswith("accum_type") or value in (torch.float16, torch.float32), (
+                "Accumulation types must be either torch.float32 or torch.float16")
+            setattr(self, name, value)
+        self.variable_attrs = VariableAttributes(given, list(self.defaults) + ["loss_scaling"])
+
+    def state_dict(self) -> Dict[str, Any]:
+        """PyTorch's state_dict with "ipu_state" and "ipu_param", read from the device if it has run since."""
+        executor = self._executor() if self._executor is not None else None
+        if executor is not None:
+            executor._read_optimizer_state()
+        return self.get_state_dict()
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Take what state_dict() gave; the device gets it before it runs next. RuntimeError if it has no device state."""
+        torch.optim.Optimizer.load_state_dict(self, state)
+        self.set_state_dict(state)
+
+    def get_state_dict(self) -> Dict[str, Any]:
+        """state_dict() without asking the device."""
+        return {**self._state_dict, **torch.optim.Optimizer.state_dict(self)}
+
+    def set_state_dict(self, state: Dict[str, Any]) -> None:
+        """load_state_dict() of the device's state alone."""
+        if not state:
+            raise RuntimeError("Cannot load optimizer state dictionary because it is empty.")
+        if "ipu_state" not in state or "ipu_param" not in state:
+            raise RuntimeError("Only IPU optimizer states can be loaded onto the IPU.")
+        self._state_dict = {name: state[name] for name in ("ipu_state", "ipu_param")}
+        self.ipu_state_is_dirty = True
+        self.host_state_is_dirty = False
+
+    def has_state(self) -> bool:
+        """True if there is a copy of the device's state."""
+        return self._state_dict["ipu_state"] is not None and self._state_dict["ipu_param"] is not None
+
+    def _used_by(self, executor) -> None:
+        self._executor = weakref.ref(executor) if executor is not None else None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_executor": None, "ipu_state_is_dirty": self.has_state(), "host_state_is_dirty": False}
+
+
+OWN_DEFAULTS = {
+    "loss_scaling": 1.0, "velocity_scaling": 1.0, "use_combined_accum": False, "accum_type": torch.float32,
+    "velocity_accum_type": torch.float32, "first_order_momentum_accum_type": torch.float32,
+    "second_order_momentum_accum_type": torch.float32, "max_grad_norm": float("inf"), "bias_correction": True,
+    "use_tf_variant": False, "max_weight_norm": 65500.0}  # 65500: about the largest float16
+
+
+class SGD(Optimizer, torch.optim.SGD):
+    """Stochastic gradient descent with momentum, PyTorch's formula. `velocity_scaling`, `use_combined_accum` and the types
+    choose how PopART stores the velocity; on the host it is float32."""
+
+    _own = ("loss_scaling", "velocity_scaling", "use_combined_accum", "accum_type", "velocity_accum_type", "max_grad_norm")
+
+    def __init__(self, params: Iterable, lr: float, momentum: Optional[float] = None, dampening: Optional[float] = None,
+                 weight_decay: Optional[float] = None, nesterov: Optional[bool] = None, maximize: Optional[bool] = None,
+                 foreach: Optional[bool] = None, differentiable: Optional[bool] = None, loss_scaling: Optional[float] = None,
+                 velocity_scaling: Optional[float] = None, use_combined_accum: Optional[bool] = None,
+                 accum_type: Optional[torch.dtype] = None, velocity_accum_type: Optional[torch.dtype] = None,
+                 max_grad_norm: Optional[float] = None) -> None:
+        self._construct(torch.optim.SGD.__init__, locals())
+        velocity_scaling = self.__dict__.pop("velocity_scaling")
+        if self.use_combined_accum:
+            self.defaults["velocity_scaling"] = velocity_scaling
+            for group in self.param_groups:
+                group.setdefault("velocity_scaling", velocity_scaling)
+            self.variable_attrs._allowed_attributes.append("velocity_scaling")
+
+
+class Adam(Optimizer, torch.optim.Adam):
+    """Adam (Kingma and Ba 2015), weight decay added to the gradient."""
+
+    _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type", "second_order_momentum_accum_type", "max_grad_norm")
+
+    def __init__(self, params: Iterable, lr: Optional[float] = None, betas: Optional[Tuple[float, float]] = None,
+                 eps: Optional[float] = None, weight_decay: Optional[float] = None, amsgrad: Optional[bool] = None,
+                 foreach: Optional[bool] = None, maximize: Optional[bool] = None, capturable: Optional[bool] = None,
+                 differentiable: Optional[bool] = None, fused: Optional[bool] = None, loss_scaling: Optional[float] = None,
+                 accum_type: Optional[torch.dtype] = None, first_order_momentum_accum_type: Optional[torch.dtype] = None,
+                 second_order_momentum_accum_type: Optional[torch.dtype] = None, max_grad_norm: Optional[float] = None) -> None:
+        self._construct(torch.optim.Adam.__init__, locals())
+
+
+class AdamW(Optimizer, torch.optim.AdamW):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), with or without bias correction."""
+
+    _own = ("loss_scaling", "bias_correction", "accum_type", "first_order_momentum_accum_type",
+            "second_order_momentum_accum_type", "max_grad_norm")
+
+    def __init__(self, params: Iterable, lr: Optional[float] = None, betas: Optional[Tuple[float, float]] = None,
+                 eps: Optional[float] = None, weight_decay: Optional[float] = None, amsgrad: Optional[bool] = None,
+                 maximize: Optional[bool] = None, foreach: Optional[bool] = None, capturable: Optional[bool] = None,
+                 differentiable: Optional[bool] = None, fused: Optional[bool] = None, loss_scaling: Optional[float] = None,
+                 bias_correction: Optional[bool] = None, accum_type: Optional[torch.dtype] = None,
+                 first_order_momentum_accum_type: Optional[torch.dtype] = None,
+                 second_order_momentum_accum_type: Optional[torch.dtype] = None, max_grad_norm: Optional[float] = None) -> None:
+        self._construct(torch.optim.AdamW.__init__, locals())
+
+
+class RMSprop(Optimizer, torch.optim.RMSprop):
+    """RMSprop, PyTorch's formula, or TensorFlow's (`use_tf_variant`): mean square from 1, eps under the root, learning rate
+    inside the momentum."""
+
+    _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type", "second_order_momentum_accum_type", "use_tf_variant")
+
+    def __init__(self, params: Iterable, lr: Optional[float] = None, alpha: Optional[float] = None, eps: Optional[float] = None,
+                 weight_decay: Optional[float] = None, momentum: Optional[float] = None, centered: Optional[bool] = None,
+                 foreach: Optional[bool] = None, maximize: Optional[bool] = None, differentiable: Optional[bool] = None,
+                 loss_scaling: Optional[float] = None, accum_type: Optional[torch.dtype] = None,
+                 first_order_momentum_accum_type: Optional[torch.dtype] = None,
+                 second_order_momentum_accum_type: Optional[torch.dtype] = None, use_tf_variant: Optional[bool] = None) -> None:
+        self._construct(torch.optim.RMSprop.__init__, locals())
+
+
+def _lamb_init(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, max_weight_norm=65500.0):
+    defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_weight_norm=max_weight_norm)
+    torch.optim.Optimizer.__init__(self, params, defaults)
+
+
+class LAMB(Optimizer, torch.optim.Optimizer):
+    """LAMB (You et al. 2020): Adam's update scaled for each weight tensor by min(|weight|, max_weight_norm) / |update|."""
+
+    _own = ("bias_correction", "loss_scaling", "accum_type", "first_order_momentum_accum_type", "second_order_momentum_accum_type")
+
+    def __init__(self, params: Iterable, lr: Optional[float] = None, betas: Tuple[float, float] = None, eps: Optional[float] = None,
+                 weight_decay: Optional[float] = None, bias_correction: Optional[bool] = None, loss_scaling: Optional[float] = None,
+                 max_weight_norm: Optional[float] = None, accum_type: Optional[torch.dtype] = None,
+                 first_order_momentum_accum_type: Optional[torch.dtype] = None,
+                 second_order_momentum_accum_type: Optional[torch.dtype] = None) -> None:
+        self._construct(_lamb_init, locals())

@@ -1,0 +1,592 @@
+"""poptorch.Options and its parts: what PopTorch accepts is accepted, what it refuses is refused, in the same words.
+
+Most options steer the Poplar compiler and mean nothing on a host: they are checked and kept, so that a script's configuration
+can be read back and printed, and otherwise change nothing. Those that change results (batching, reduction, output mode, seed,
+offline target) are obeyed by the executor and the data loader.
+"""
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from typing import Any, Dict, List, Optional, Set, Union
+
+import torch
+
+from . import enums
+from .blocks import ExecutionStrategy, PipelinedExecution
+
+logger = logging.getLogger("poptorch::python")
+FROZEN = "Can't modify frozen Options"
+
+
+class ConfigFileError(Exception):
+    """A file given to Options.loadFromFile is not Python."""
+
+
+class OptionsDict:
+    """Named values that refuse unknown names, values of another type, and any change once they are frozen."""
+
+    def __init__(self, **values: Any):
+        self.__dict__.update(values, _is_frozen=False)
+
+    def exists(self, option: str) -> bool:
+        """True if `option` has a value."""
+        return option in self.__dict__
+
+    def set(self, **values: Any) -> None:
+        """Change values that exist. AssertionError for an unknown name or another type, AttributeError when frozen."""
+        for name, value in values.items():
+            self.checkIsFrozen()
+            assert self.exists(name), f"Invalid option {name}, valid options are {list(self.toDict())}"
+            expected = type(self.__dict__[name])
+            assert isinstance(value, expected), f"Unexpected type {type(value)} for option {name}. Expected {expected}"
+            self.__dict__[name] = value
+
+    def createOrSet(self, **values: Any) -> None:
+        """As `set`, for values that need not exist yet."""
+        for name, value in values.items():
+            self.checkIsFrozen()
+            self.__dict__.setdefault(name, value)
+            self.set(**{name: value})
+
+    def deleteIfExists(self, option: str) -> None:
+        """Forget `option`."""
+        self.__dict__.pop(option, None)
+
+    def checkIsFrozen(self, option: Optional[str] = None) -> None:
+        """AttributeError if the options are frozen."""
+        if self._is_frozen and option != "_is_frozen":
+            raise AttributeError(FROZEN)
+
+    def update(self, other: Dict[str, Any]) -> Dict[str, Any]:
+        """Add the values to `other`, which may not have any of them, and return it."""
+        mine = OptionsDict.toDict(self)
+        assert not mine.keys() & other.keys(), "Can't merge dictionaries, they have some keys in common"
+        other.update(mine)
+        return other
+
+    def toDict(self) -> Dict[str, Any]:
+        """The values by name."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __call__(self, option: str) -> Any:
+        return getattr(self, option)
+
+    def __setattr__(self, name, value):
+        if name.startswith("_") or name == "__class__":
+            self.checkIsFrozen(name)
+            object.__setattr__(self, name, value)
+        else:
+            self.set(**{name: value})
+
+    def __getattr__(self, name):
+        raise AttributeError(f"Invalid attribute {name}.")
+
+    def __deepcopy__(self, memo):
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()}, _is_frozen=False)
+        return other
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in OptionsDict.toDict(self).items())})"
+
+    def _freeze(self, frozen: bool = True):
+        for part in (self, *self.__dict__.values()):
+            if isinstance(part, (OptionsDict, _PopartOptions)):
+                part.__dict__["_is_frozen"] = frozen
+
+    def _unfreeze(self):
+        self._freeze(False)
+
+
+class _PopartOptions:
+    """Options of the PopART compiler, by PopART's names; kept for inspection."""
+
+    def __init__(self) -> None:
+        self.__dict__.update(_is_frozen=False, options={})
+        self.set("instrumentWithHardwareCycleCounter", False)
+        self.set("rearrangeAnchorsOnHost", False)
+
+    def checkIsFrozen(self, option: Optional[str] = None) -> None:
+        """AttributeError if the options are frozen."""
+        if self._is_frozen and option != "_is_frozen":
+            raise AttributeError(FROZEN)
+
+    def set(self, key: str, value: Union[int, float, str, List[str], Set[str]]) -> "_PopartOptions":
+        """Keep one of popart.SessionOptions' options; a name PopART does not have is refused when a model is compiled."""
+        self.checkIsFrozen()
+        self.options[key] = value
+        return self
+
+    def setEngineOptions(self, engine_options: Dict[str, str]) -> "_PopartOptions":
+        """Poplar engine options."""
+        return self.set("engineOptions", engine_options)
+
+    def setPatterns(self, patterns: Dict[str, bool], level: int = 2) -> "_PopartOptions":
+        """Patterns of PopART's compiler to switch on or off."""
+        assert isinstance(level, int)
+        assert isinstance(patterns, dict)
+        return self.set("patterns_level", level).set("patterns", patterns)
+
+    def __deepcopy__(self, memo):
+        other = _PopartOptions()
+        other.options.update(copy.deepcopy(self.options, memo))
+        return other
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+
+
+class _JitOptions(OptionsDict):
+    """Deprecated in PopTorch."""
+
+    def traceModel(self, trace_model: bool) -> "_JitOptions":
+        """Only False is possible since PopTorch 3.0."""
+        logger.warning("[Deprecated] options.Jit.traceModel() has no effect: the model is never traced by torch.jit")
+        if trace_model:
+            raise ValueError("options.Jit.traceModel(True) is no longer supported")
+        return self
+
+
+class _PrecisionOptions(OptionsDict):
+    """Number formats. On the host a float16 model computes in bfloat16 or float32, so these are kept without effect."""
+
+    def __init__(self, popart_options: _PopartOptions) -> None:
+        super().__init__(_popart=popart_options)
+
+    def halfFloatCasting(self, half_float_casting: enums.HalfFloatCastingBehavior) -> "_PrecisionOptions":
+        """Deprecated: half is always cast up to float."""
+        logger.warning("[Deprecated] options.Precision.halfFloatCasting(): HalfUpcastToFloat is the only behaviour")
+        return self
+
+    def runningStatisticsAlwaysFloat(self, value: bool) -> "_PrecisionOptions":
+        """Deprecated: running statistics have the type PyTorch gives them."""
+        if not isinstance(value, bool):
+            raise ValueError("runningStatisticsAlwaysFloat needs to be set to a bool")
+        logger.warning("[Deprecated] options.Precision.runningStatisticsAlwaysFloat(): False is the only behaviour")
+        return self
+
+    def enableFloatingPointExceptions(self, enabled: bool) -> "_PrecisionOptions":
+        """Stop on invalid operations and overflows (kept without effect)."""
+        assert isinstance(enabled, bool), "enableFloatingPointExceptions needs to be set to a bool"
+        self._popart.set("enableFloatingPointChecks", enabled)
+        return self
+
+    def enableStochasticRounding(self, enabled: bool) -> "_PrecisionOptions":
+        """Stochastic rounding to float16 (kept without effect: the host's weights are float32)."""
+        self._popart.set("enableStochasticRounding", enabled)
+        return self
+
+    def setPartialsType(self, dtype: torch.dtype) -> "_PrecisionOptions":
+        """Type of a matrix multiplication's partial sums (kept without effect: the host sums in float32)."""
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError("parameter to setPartialsType should be either torch.float or torch.half")
+        kind = "half" if dtype == torch.float16 else "float"
+        self._popart.set("partialsTypeMatMuls", kind)
+        self._popart.set("convolutionOptions", {"partialsType": kind})
+        return self
+
+
+class _TrainingOptions(OptionsDict):
+    """Options of training; an inference model takes none of them."""
+
+    def __init__(self, popart_options: _PopartOptions) -> None:
+        super().__init__(_popart=popart_options, gradient_accumulation=1,
+                         accumulation_and_replication_reduction_type=enums.ReductionType.Mean,
+                         meanAccumulationAndReplicationReductionStrategy=enums.MeanReductionStrategy.Post)
+
+    def gradientAccumulation(self, gradient_accumulation: int) -> "_TrainingOptions":
+        """Micro-batches of one replica in one weight update."""
+        self.set(gradient_accumulation=gradient_accumulation)
+        return self
+
+    def accumulationAndReplicationReductionType(self, reduction_type: enums.ReductionType) -> "_TrainingOptions":
+        """Gradients of an update are the mean (default) or the sum over its micro-batches and replicas."""
+        if reduction_type not in (enums.ReductionType.Mean, enums.ReductionType.Sum) or not isinstance(reduction_type, enums.ReductionType):
+            raise ValueError("accumulationAndReplicationReductionType must be set to poptorch.ReductionType.Mean or "
+                             "poptorch.ReductionType.Sum")
+        self.set(accumulation_and_replication_reduction_type=reduction_type)
+        return self
+
+    def setMeanAccumulationAndReplicationReductionStrategy(
+            self, mean_reduction_strategy: enums.MeanReductionStrategy) -> "_TrainingOptions":
+        """When the mean's division happens; in float32, which the host accumulates in, it makes no difference."""
+        self.set(meanAccumulationAndReplicationReductionStrategy=mean_reduction_strategy)
+        return self
+
+    def setAutomaticLossScaling(self, enabled: bool) -> "_TrainingOptions":
+        """Let the device choose the loss scaling. It keeps float16 gradients in range, which float32 ones always are."""
+        self._popart.set("automaticLossScalingSettings.enabled", enabled)
+        return self
+
+    def setConvolutionDithering(self, enabled: bool) -> "_TrainingOptions":
+        """Spread convolutions over tiles (kept without effect)."""
+        self._popart.set("convolutionOptions", {"enableConvDithering": enabled})
+        return self
+
+
+class _DistributedOptions(OptionsDict):
+    """Which of several processes this one is. The data loader obeys it; the executor refuses more than one process."""
+
+    def __init__(self) -> None:
+        super().__init__(num_distributed_processes=1, distributed_process_id=0, ipuof_configs={}, _gcd_mappings={})
+        self.setEnvVarNames("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+
+    def disable(self) -> "_DistributedOptions":
+        """One process, whatever the environment says."""
+        return self.configureProcessId(0, 1)
+
+    def setEnvVarNames(self, var_num_processes: str, var_process_id: str) -> "_DistributedOptions":
+        """Read number of processes and process id from these environment variables (default: OpenMPI's)."""
+        return self.configureProcessId(int(os.environ.get(var_process_id, "0")), int(os.environ.get(var_num_processes, "1")))
+
+    def configureProcessId(self, process_id: int, num_processes: int) -> "_DistributedOptions":
+        """This process is number `process_id` of `num_processes`."""
+        self.set(distributed_process_id=process_id, num_distributed_processes=num_processes)
+        return self
+
+    @property
+    def processId(self) -> int:
+        """Number of this process, from 0."""
+        return self.distributed_process_id
+
+    @property
+    def numProcesses(self) -> int:
+        """Number of processes."""
+        return self.num_distributed_processes
+
+
+class TensorLocationSettings(OptionsDict):
+    """Where a kind of tensor is kept: on or off chip, whole or sharded over replicas. Kept without effect."""
+
+    def minElementsForOffChip(self, min_elements: int) -> "TensorLocationSettings":
+        """Smaller tensors stay on chip."""
+        return self._keep("minElementsForOffChip", min_elements, int)
+
+    def minElementsForReplicatedTensorSharding(self, min_elements: int) -> "TensorLocationSettings":
+        """Smaller tensors are not sharded."""
+        return self._keep("minElementsForReplicatedTensorSharding", min_elements, int)
+
+    def useOnChipStorage(self, use: bool = True) -> "TensorLocationSettings":
+        """On chip, off chip, or (None) unsaid."""
+        if use is None:
+            self.deleteIfExists("onChip")
+            return self
+        return self._keep("onChip", use, bool)
+
+    def useReplicatedTensorSharding(self, use: bool = True) -> "TensorLocationSettings":
+        """Shard the tensor over replicas."""
+        return self._keep("useReplicatedTensorSharding", use, bool)
+
+    def useIOTilesToLoad(self, use: bool = True) -> "TensorLocationSettings":
+        """Load through IO tiles."""
+        return self._keep("useIOTilesToLoad", use, bool)
+
+    def useIOTilesToStore(self, use: bool = True) -> "TensorLocationSettings":
+        """Store through IO tiles."""
+        return self._keep("useIOTilesToStore", use, bool)
+
+    def _keep(self, name, value, kind):
+        assert isinstance(value, kind)
+        self.createOrSet(**{name: int(value)})
+        return self
+
+
+class _TensorLocationOptions(OptionsDict):
+    """TensorLocationSettings for activations, weights, optimizer state and gradient accumulators. Kept without effect."""
+
+    def numIOTiles(self, num_tiles: int) -> "_TensorLocationOptions":
+        """Tiles set aside for input and output."""
+        assert isinstance(num_tiles, int)
+        assert 32 <= num_tiles <= 192 and num_tiles % 2 == 0, "numIOTiles must be an even number between 32 and 192."
+        self.createOrSet(numIOTiles=num_tiles)
+        return self
+
+    def setActivationLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
+        """Where activations are kept."""
+        return self._keep("location_activation", location)
+
+    def setWeightLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
+        """Where weights are kept."""
+        return self._keep("location_weight", location)
+
+    def setOptimizerLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
+        """Where the optimizer's state is kept."""
+        return self._keep("location_optimizer", location)
+
+    def setAccumulatorLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
+        """Where gradients are accumulated."""
+        return self._keep("location_accumulator", location)
+
+    def _keep(self, name, location):
+        assert isinstance(location, TensorLocationSettings)
+        self.createOrSet(**{name: location.toDict()})
+        return self
+
+
+class Options(OptionsDict):
+    """How a model is compiled and run; frozen once a model or a data loader has been made with it."""
+
+    def __init__(self) -> None:
+        popart = _PopartOptions()
+        super().__init__(
+            _jit=_JitOptions(), _popart=popart, _graphProcessing=_PrecisionOptions(popart), _training=_TrainingOptions(popart),
+            _distributed=_DistributedOptions(), _tensor_locations=_TensorLocationOptions(),
+            _execution_strategy=PipelinedExecution(), _source_location_excludes=[], _relax_optimizer_checks=False,
+            _show_compilation_progress_bar=True, _module_namescope_enabled=True,
+            replication_factor=1, input_group_size=1, input_cgt=enums.CommGroupType.Consecutive, broadcast_buffers=True,
+            device_iterations=1, log_dir=".", max_repeat_logs=4, auto_round_num_ipus=False, anchored_tensors={},
+            output_mode=enums.OutputMode.Default.value, output_return_period=1,
+            connection_type=enums.ConnectionType.Always.value, sync_pattern=enums.SyncPattern.Full.value,
+            available_memory_proportion={})
+        if os.environ.get("POPTORCH_CACHE_DIR"):
+            self.enableExecutableCaching(os.environ["POPTORCH_CACHE_DIR"])
+        self.from_json(os.environ.get("POPTORCH_DEFAULT_OPTIONS", "{}"))
+
+    def from_json(self, string: str) -> "Options":
+        """Set options from JSON: {"deviceIterations": 4, "connectionType": "ConnectionType.Never", "_Popart.set": ["name", 1]}."""
+        for option, value in json.loads(string).items():
+            setter = self
+            for name in option.split("."):
+                setter = getattr(setter, name)
+            if isinstance(value, str) and value.count(".") == 1:
+                kind, member = value.split(".")
+                value = getattr(getattr(enums, kind, None), member, value)
+            setter(*value) if isinstance(value, list) else setter(value)
+        return self
+
+    def loadFromFile(self, filepath: str) -> "Options":
+        """Set options from a file of lines like `deviceIterations(4)`; ConfigFileError where a line is not Python."""
+        import poptorch_host
+        with open(filepath) as file:
+            lines = ["options." + line.strip() for line in file if line.strip() and not line.strip().startswith("#")]
+        try:
+            exec("\n".join(lines), {}, {"poptorch": poptorch_host, "options": self})
+        except SyntaxError as error:
+            raise ConfigFileError(f"{type(error).__name__} at line {error.lineno} of {os.path.basename(filepath)}: "
+                                  f"{error.args[0]}\n> {error.text}") from None
+        return self
+
+    def sourceLocationExcludes(self, excludes: List[str]) -> "Options":
+        """Frames left out of the compiler's source locations (kept without effect)."""
+        self._source_location_excludes = excludes
+        return self
+
+    def appendToLocationExcludes(self, *excludes: str) -> "Options":
+        """More frames left out of the compiler's source locations."""
+        self._source_location_excludes = [*self._source_location_excludes, *excludes]
+        return self
+
+    def showCompilationProgressBar(self, show: bool = True) -> "Options":
+        """A progress bar while compiling; the host compiles too quickly for one."""
+        self._show_compilation_progress_bar = show
+        return self
+
+    def relaxOptimizerAttributesChecks(self, relax: bool = True) -> "Options":
+        """Report unexpected attributes of an optimizer at debug level instead of warning."""
+        self._relax_optimizer_checks = relax
+        return self
+
+    @property
+    def TensorLocations(self) -> _TensorLocationOptions:
+        """Where tensors are kept."""
+        return self._tensor_locations
+
+    @property
+    def Distributed(self) -> _DistributedOptions:
+        """Which process of several this is."""
+        return self._distributed
+
+    @property
+    def Jit(self) -> _JitOptions:
+        """Deprecated."""
+        return self._jit
+
+    @property
+    def Precision(self) -> _PrecisionOptions:
+        """Number formats."""
+        return self._graphProcessing
+
+    @property
+    def Training(self) -> _TrainingOptions:
+        """Options of training."""
+        return self._training
+
+    @property
+    def _Popart(self) -> _PopartOptions:
+        return self._popart
+
+    def autoRoundNumIPUs(self, auto_round_num_ipus: bool = True) -> "Options":
+        """Round the number of IPUs up to a power of two instead of refusing another number."""
+        self.set(auto_round_num_ipus=auto_round_num_ipus)
+        return self
+
+    def deviceIterations(self, device_iterations: int) -> "Options":
+        """Weight updates (training) or micro-batches of one replica (inference) in one call of the model."""
+        self.set(device_iterations=device_iterations)
+        return self
+
+    def setExecutionStrategy(self, strategy: ExecutionStrategy) -> "Options":
+        """PipelinedExecution (default) or ShardedExecution."""
+        assert isinstance(strategy, ExecutionStrategy)
+        self._execution_strategy = strategy
+        return self
+
+    def setAvailableMemoryProportion(self, available_memory_proportion: Dict[str, float]) -> "Options":
+        """Share of an IPU's memory for temporary data: {"IPU0": 0.2, ...} (kept without effect)."""
+        for key in available_memory_proportion:
+            assert key.startswith("IPU"), ('Available memory proportions are expected to be in a dictionary of {"IPU0": 0.5} '
+                                           f"where the 0 in IPU is the index of the IPU. Invalid key: {key}")
+        self.createOrSet(available_memory_proportion={int(k[3:]): v for k, v in available_memory_proportion.items()})
+        return self
+
+    def replicationFactor(self, replication_factor: int) -> "Options":
+        """Number of replicas. On the host their micro-batches run one after the other, with the same result."""
+        self.set(replication_factor=replication_factor)
+        return self
+
+    def inputReplicaGrouping(self, input_group_size: int, input_group_type: enums.CommGroupType) -> "Options":
+        """Give the same input to the replicas of a group of this size."""
+        if input_group_type == enums.CommGroupType.NoGrouping:
+            input_group_size, input_group_type = 1, enums.CommGroupType.Consecutive
+        if input_group_type == enums.CommGroupType.All:
+            raise ValueError("input_group_type cannot be All")
+        if self.replication_factor < input_group_size:
+            raise ValueError("input_group_size cannot be larger than replication_factor")
+        if self.replication_factor % input_group_size:
+            raise ValueError("input_group_size must be a factor of replication_factor")
+        self.set(input_group_size=input_group_size, input_cgt=input_group_type)
+        return self
+
+    def broadcastBuffers(self, broadcast_buffers: bool = True) -> "Options":
+        """One set of buffers for all replicas (True), or one each, which the host refuses for more than one replica."""
+        self.set(broadcast_buffers=broadcast_buffers)
+        return self
+
+    def logDir(self, log_dir: str) -> "Options":
+        """Folder of log files (kept without effect)."""
+        self.set(log_dir=log_dir)
+        return self
+
+    def maxRepeatLogs(self, max_lines: Optional[int]) -> "Options":
+        """How often the same log line is printed (kept without effect)."""
+        self.set(max_repeat_logs=(1 << 64) - 1 if max_lines is None else max_lines)
+        return self
+
+    def modelName(self, name: str) -> "Options":
+        """Name of the model in profiles."""
+        self.createOrSet(model_name=name)
+        return self
+
+    def enableExecutableCaching(self, path: str) -> "Options":
+        """Folder of compiled executables (kept without effect); None switches it off."""
+        if path is not None:
+            self._popart.set("cachePath", path)
+        self._popart.set("enableEngineCaching", path is not None)
+        return self
+
+    def useIpuModel(self, use_model: bool) -> "Options":
+        """Simulate an IPU. The host runs the model the same way either way."""
+        self.createOrSet(use_model=use_model)
+        return self
+
+    def connectionType(self, connection_type: enums.ConnectionType) -> "Options":
+        """When to attach to a device."""
+        assert isinstance(connection_type, enums.ConnectionType)
+        self.set(connection_type=connection_type.value)
+        return self
+
+    def syncPattern(self, sync_pattern: enums.SyncPattern) -> "Options":
+        """Synchronisation of IPUs (kept without effect)."""
+        assert isinstance(sync_pattern, enums.SyncPattern)
+        self.set(sync_pattern=sync_pattern.value)
+        return self
+
+    def useIpuId(self, ipu_id: int) -> "Options":
+        """Run on this device (kept without effect)."""
+        assert isinstance(ipu_id, int)
+        self.createOrSet(ipu_id=ipu_id)
+        return self
+
+    def useOfflineIpuTarget(self, ipu_version: int = 2) -> "Options":
+        """Compile only: running the model is refused."""
+        self.connectionType(enums.ConnectionType.Never)
+        self.createOrSet(ipu_version=ipu_version)
+        return self
+
+    def anchorTensor(self, short_name: str, long_name: str, output_mode: Optional[enums.OutputMode] = None,
+                     output_return_period: Optional[int] = 1) -> None:
+        """Ask for a tensor of PopART's graph by its name. The host has no such graph: compiling the model is refused."""
+        period = output_return_period if output_mode == enums.OutputMode.EveryN else 1
+        self.anchored_tensors[short_name] = [long_name, output_mode is None, output_mode, period]
+
+    def outputMode(self, output_mode: enums.OutputMode, output_return_period: Optional[int] = None) -> "Options":
+        """Which micro-batches' outputs a call returns; EveryN needs the period, in device iterations."""
+        assert isinstance(output_mode, enums.OutputMode)
+        if output_mode == enums.OutputMode.EveryN:
+            assert output_return_period and output_return_period > 0, (
+                "EveryN anchor must have output_return_period set to valid positive integer")
+        self.set(output_mode=output_mode.value, output_return_period=output_return_period or 1)
+        return self
+
+    def defaultOutputMode(self) -> bool:
+        """True if outputMode has not been set to anything but Default."""
+        return self.output_mode == enums.OutputMode.Default
+
+    def randomSeed(self, random_seed: int) -> "Options":
+        """Seed of the device's random numbers; seeds torch too, as PopTorch does."""
+        assert isinstance(random_seed, int)
+        torch.manual_seed(random_seed)
+        self.createOrSet(random_seed=random_seed)
+        return self
+
+    def enableStableNorm(self, enabled: bool) -> "Options":
+        """A slower and more accurate norm (kept without effect: torch's is used)."""
+        self._popart.set("enableStableNorm", enabled)
+        return self
+
+    def enableSyntheticData(self, enabled: bool) -> "Options":
+        """Normally distributed random inputs instead of the caller's, for measurements."""
+        self._popart.set("syntheticDataMode", 2 if enabled else 0)
+        return self
+
+    def logCycleCount(self, log_cycle_count: bool) -> "Options":
+        """Count IPU cycles; without an IPU, asking for the count is refused."""
+        self._popart.set("instrumentWithHardwareCycleCounter", log_cycle_count)
+        return self
+
+    def enableProfiling(self, profile_dir: Optional[str] = None) -> "Options":
+        """Write PopVision reports to `profile_dir`. They are the Poplar compiler's, so a host run leaves none."""
+        engine = dict(self._popart.options.get("engineOptions", {}))
+        engine.update({"debug.allowOutOfMemory": "true", "autoReport.directory": profile_dir or ".", "autoReport.all": "true"})
+        self._popart.setEngineOptions(engine)
+        return self
+
+    def disableModuleNamescope(self) -> "Options":
+        """Leave module names out of the compiler's graph (kept without effect)."""
+        self._module_namescope_enabled = False
+        return self
+
+    def updatableNamedBuffers(self, buffers: List[str]) -> "Options":
+        """Buffers that copyNamedBuffersToDevice() may update."""
+        self._popart.set("updatableNamedBuffers", buffers)
+        return self
+
+    def toDict(self) -> Dict[str, Any]:
+        """All options in one dictionary, as PopTorch hands them to its compiler."""
+        assert not self.defaultOutputMode(), "An output mode must be picked before serialisation"
+        out = {**self._execution_strategy.backendOptions(), **self._popart.options}
+        for part in (self, self._training, self._distributed, self._tensor_locations):
+            out = OptionsDict.update(part, out)
+        return out
+
+    def clone(self) -> "Options":
+        """An unfrozen deep copy."""
+        return copy.deepcopy(self)
+
+    def __repr__(self):
+        parts = (self._tensor_locations, self._distributed, self._training, self._popart, self._execution_strategy)
+        return f"{super().__repr__()[:-1]}, {', '.join(map(repr, parts))})"
