@@ -45,13 +45,13 @@ class PublishedRun(NamedTuple):
 
 
 def published_runs(count: Counter) -> List[PublishedRun]:
-    """The runs of published_runs.json. count(model shape, layout, config, max_seq_length, micro_batch_size) counts blocks."""
+    """The runs of published_runs.json. count(model shape, config, max_seq_length, micro_batch_size) counts blocks."""
     table = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     runs = []
     for run in table["runs"]:
         config, shape = IPUConfig(**run["ipu_config"]), table["models"][run["model"]]
         layout = config.layout(shape["num_hidden_layers"])
-        blocks = count(shape, layout, config, run["max_seq_length"], run["micro_batch_size"])
+        blocks = count(shape, config, run["max_seq_length"], run["micro_batch_size"])
         job = Job(tuple(blocks), layout, config, MACHINES[run["machine"]], run["micro_batch_size"], run["max_seq_length"])
         runs.append(PublishedRun(run["name"], run["use"], run.get("windows_per_second"), run["source"], job))
     return runs

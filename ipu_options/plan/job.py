@@ -1,13 +1,15 @@
 """What is planned: one training pipeline and how it is fed."""
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from ipu_options.config import IPUConfig
 from ipu_options.layout import Layout
 from ipu_options.plan.count import CountedBlock
 from ipu_options.plan.machine import Machine
+
+Counter = Callable[[int, int], Sequence[CountedBlock]]
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,9 @@ class Job:
     """A training pipeline: its blocks, counted for one micro-batch, on the IPUs that `layout` names.
 
     config: with the by-pod values resolved.  windows_per_row: real windows in a row, more than 1 with packing.
-    train_windows, epochs: windows of one epoch and number of epochs, for the time of the whole run; None: not known.
+    packed_windows_per_row: what packing would make of that, as far as is known.  train_windows, epochs: windows of one epoch
+    and number of epochs, for the time of the whole run; None: not known.
+    count(micro_batch_size, embedding_serialization_factor) counts the blocks anew, for plans of other settings.
     """
 
     blocks: Tuple[CountedBlock, ...]
@@ -26,8 +30,10 @@ class Job:
     max_seq_length: int
     precision: str = "float16"
     windows_per_row: float = 1.0
+    packed_windows_per_row: Optional[float] = None
     train_windows: Optional[int] = None
     epochs: float = 1.0
+    count: Optional[Counter] = field(default=None, compare=False, repr=False)
 
     @property
     def element_bytes(self) -> int:

@@ -68,7 +68,7 @@ class Plan:
 
     def to_dict(self) -> Dict[str, Any]:
         """All of it for machines, units in the names."""
-        from ipu_options.plan.text import suggestion
+        from ipu_options.plan.advice import suggestion
         job, config = self.job, self.job.config
         limit = job.machine.memory_bytes
         names = {ipu: [name for name, at in job.layout.blocks() if at == ipu] for ipu in self.memory}

@@ -3,12 +3,13 @@
 For given settings the blocks are cut into contiguous stages, one an IPU, so embedding and head may have an IPU of their own
 or share one. A weight update takes steps x (slowest stage + copies) + update(most parameters on an IPU) + constants: two
 maxima. Dynamic programming finds the split with the least slowest stage among those that keep every stage within memory
-and under a cap on parameters; lowering the cap until it can gain nothing more gives the exact optimum of the sum.
+and under a cap on parameters; lowering the cap until it can gain nothing more gives the exact optimum of the sum. (The copies
+are the same for every split, since all of a transformer's blocks hand on tensors of one size.)
 """
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -26,8 +27,6 @@ SERIALIZATION_FACTORS = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MATMUL_PROPORTION = 0.25  # where the given proportions are for a pipeline of another length
 
-Counter = Callable[[int, int], Sequence[CountedBlock]]
-
 
 class Cut(NamedTuple):
     """A split: the index of the block after the last, for each stage; and the seconds of its slowest stage."""
@@ -36,19 +35,17 @@ class Cut(NamedTuple):
     slowest_seconds: float
 
 
-def search(job: Job, ipus: int, count: Counter, efficiencies: Efficiencies = Efficiencies(), keep: int = 5,
-           ) -> Tuple[List[Plan], int]:
+def search(job: Job, ipus: int, efficiencies: Efficiencies = Efficiencies(), keep: int = 5) -> Tuple[List[Plan], int]:
     """The `keep` best plans that fit on `ipus` IPUs, best first, and the number of settings tried.
 
     job: says all that is not searched: model, length, machine, rows of a weight update (kept: it is the batch size that the
-    learning rate was chosen for), replicated tensor sharding, precision.
-    count(micro_batch_size, embedding_serialization_factor): the blocks, counted.
+    learning rate was chosen for), replicated tensor sharding, precision; and how to count its blocks anew (job.count).
     Searched: IPUs of a pipeline (a power of two) and replicas, the split, micro-batch and accumulation, recomputation
     checkpoints, embedding serialisation, optimizer state on or off chip. Every setting appears once, with its best split.
     Raises UsageError if nothing fits.
     """
     plans, tried = [], 0
-    for candidate in _candidates(job, ipus, count):
+    for candidate in _candidates(job, ipus):
         tried += 1
         cut = best_split(candidate, efficiencies)
         if cut is not None:
@@ -91,7 +88,7 @@ def with_cut(job: Job, cut: Cut) -> Job:
     return replace(job, layout=layout, config=replace(job.config, layers_per_ipu=layers, embedding_ipu=0, head_ipu=None))
 
 
-def _candidates(job: Job, ipus: int, count: Counter) -> Iterator[Job]:
+def _candidates(job: Job, ipus: int) -> Iterator[Job]:
     """Every combination of what is searched besides the split. Accumulation follows from the rows of an update."""
     stages = 1
     while stages <= min(ipus, len(job.blocks)):
@@ -101,7 +98,7 @@ def _candidates(job: Job, ipus: int, count: Counter) -> Iterator[Job]:
             if rest or accumulation < 2 * stages - 1:
                 continue
             for factor in SERIALIZATION_FACTORS:
-                blocks = tuple(count(micro_batch, factor))
+                blocks = tuple(job.count(micro_batch, factor))
                 for offchip in (False, True):
                     for checkpoints in (True, False):
                         yield _candidate(job, blocks, micro_batch, ipus_per_replica=stages, replication_factor=replicas,

@@ -1,0 +1,201 @@
+"""python -m ipu_options plan | search | sweep | calibrate | report: choose how a job is mapped to IPUs. --help with each."""
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import List, Optional, Tuple
+
+from ipu_options.config import available_pod, POD_IPUS
+from ipu_options.errors import UsageError, run_script
+from ipu_options.plan.flags import add_plan_flags
+from qa.settings import Parser, parse_train
+
+COMMANDS = "plan, search, sweep, calibrate, report"
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run one command; argv without the program's name."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"plan": plan, "search": search, "sweep": sweep, "calibrate": calibrate, "report": report}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if argv[0] not in commands:
+        raise UsageError(f"{argv[0]}: there is no such command; choose from {COMMANDS}")
+    return commands[argv[0]](argv[1:])
+
+
+def plan(argv: List[str]) -> int:
+    """Memory, time and throughput of the run that train.py would make with the same flags."""
+    parser = Parser("python -m ipu_options plan", plan.__doc__)
+    add_plan_flags(parser)
+    s, ipu_config, given = _parse(argv, parser)
+    return show_plan(s, ipu_config, given, trace=getattr(given, "plan_trace", None) or s.trace)
+
+
+def show_plan(s, ipu_config, given, trace: Optional[str] = None) -> int:
+    """Plan, print and draw; `train.py --plan` calls this too. given: the namespace that holds the planner's flags."""
+    from ipu_options.plan import calibrate as calibration
+    from ipu_options.plan.planner import make_plan
+    from ipu_options.plan.text import fit_text, plan_text
+    from qa.plan import make_job, model_name
+
+    made = make_plan(make_job(s, ipu_config, given), calibration.load(getattr(given, "calibration", None)))
+    if getattr(given, "json", False):
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        print(plan_text(made, f"{s.config}, {model_name(s, given)}"))
+    if getattr(given, "fit", False) and not getattr(given, "json", False):
+        print("\n" + fit_text(calibration.fit_table(_published(), made.efficiencies), made.efficiencies))
+    if getattr(given, "plot", None):
+        from ipu_options.plan.draw import draw_plan
+        draw_plan(made, given.plot, f"{s.config}, {model_name(s, given)}")
+    if trace:
+        from ipu_options.plan.draw import write_timeline
+        write_timeline(made, trace)
+    return 0
+
+
+def search(argv: List[str]) -> int:
+    """The best split and settings for a number of IPUs, under the memory limit and at the same batch size."""
+    from ipu_options.plan import calibrate as calibration
+
+    parser = Parser("python -m ipu_options search", search.__doc__)
+    add_plan_flags(parser)
+    parser.add_argument("--ipus", type=int, metavar="N", help="IPUs to use (default: those of the pod)")
+    parser.add_argument("--write", metavar="FILE", help="write the best as an ipu_config.json")
+    parser.add_argument("--keep", type=int, metavar="N", help="settings to show (default: 5)")
+    s, ipu_config, given = _parse(argv, parser)
+    ipus = getattr(given, "ipus", POD_IPUS[available_pod(s.pod_type)])
+    if ipus not in (1, 2, 4, 8, 16, 32, 64):
+        near = min((1, 2, 4, 8, 16, 32, 64), key=lambda n: abs(n - ipus))
+        raise UsageError(f"--ipus {ipus}: IPUs are reserved in powers of two, at most 64; the nearest is {near}")
+    from ipu_options.plan.planner import make_plan
+    from ipu_options.plan.search import search as best_plans
+    from ipu_options.plan.text import search_text
+    from qa.plan import make_job
+
+    begin = time.perf_counter()
+    job, efficiencies = make_job(s, ipu_config, given), calibration.load(getattr(given, "calibration", None))
+    plans, tried = best_plans(job, ipus, efficiencies, getattr(given, "keep", 5))
+    if getattr(given, "json", False):
+        print(json.dumps([made.to_dict() for made in plans], indent=2))
+    else:
+        print(search_text(plans, tried, time.perf_counter() - begin, make_plan(job, efficiencies)))
+    if hasattr(given, "write"):
+        _write_config(given.write, plans[0])
+    return 0
+
+
+def sweep(argv: List[str]) -> int:
+    """Plan, and with --run measure, every combination of some flags: sweep --layers_per_ipu "0 4 4 4" "3 3 3 3"
+    --micro_batch_size 1 2 4 [--run] [--output sweep.csv] -- [train.py flags]."""
+    from ipu_options.plan.sweep import run_sweep
+    return run_sweep(argv)
+
+
+def calibrate(argv: List[str]) -> int:
+    """Fit the efficiencies to your own run, or --show how far they are from the published ones."""
+    parser = Parser("python -m ipu_options calibrate", calibrate.__doc__)
+    add_plan_flags(parser)
+    parser.add_argument("--measured", metavar="windows_per_second=N", help="what the run with these flags measured")
+    parser.add_argument("--profile", metavar="DIR", help="its PopVision profile: the code's size is taken from it")
+    parser.add_argument("--show", action="store_true", help="print the published runs and how far the planner is from each")
+    parser.add_argument("--refit_published", action="store_true", help="fit to the published runs and print the numbers")
+    s, ipu_config, given = _parse(argv, parser)
+    from ipu_options.plan import calibrate as calibration
+    from ipu_options.plan.text import fit_text
+
+    if hasattr(given, "refit_published"):
+        print(calibration.fit_published(_published()))
+        return 0
+    if hasattr(given, "show"):
+        now = calibration.load(getattr(given, "calibration", None))
+        print(fit_text(calibration.fit_table(_published(), now), now))
+        return 0
+    return _calibrate_own(s, ipu_config, given)
+
+
+def report(argv: List[str]) -> int:
+    """What a PopVision profile says, against the plan of the same flags: report PROFILE [train.py flags]."""
+    if not argv or argv[0].startswith("-"):
+        raise UsageError("report: name a profile.pop, or the folder that --profile_dir wrote, first")
+    from ipu_options.plan import calibrate as calibration
+    from ipu_options.plan.planner import make_plan
+    from ipu_options.plan.profile import open_profile, profile_text
+    from qa.plan import make_job
+
+    parser = Parser("python -m ipu_options report PROFILE", report.__doc__)
+    add_plan_flags(parser)
+    s, ipu_config, given = _parse(argv[1:], parser)
+    profile = open_profile(argv[0])
+    planned = make_plan(make_job(s, ipu_config, given), calibration.load(getattr(given, "calibration", None)))
+    print(profile_text(profile, planned))
+    return 0
+
+
+def _calibrate_own(s, ipu_config, given) -> int:
+    from dataclasses import replace
+
+    from ipu_options.plan import calibrate as calibration
+    from ipu_options.plan.machine import Efficiencies
+    from ipu_options.plan.planner import make_plan
+    from qa.plan import make_job
+
+    name, _, value = getattr(given, "measured", "").partition("=")
+    try:
+        measured = float(value)
+    except ValueError:
+        measured = 0.0
+    if name != "windows_per_second" or not measured > 0:
+        raise UsageError("--measured: give what the run reached, as --measured windows_per_second=1234")
+    job = make_job(s, ipu_config, given)
+    before = make_plan(job, Efficiencies()).windows_per_second
+    fitted = calibration.fit_own(job, measured, Efficiencies())
+    if hasattr(given, "profile"):
+        from ipu_options.plan.profile import open_profile
+        fitted = replace(fitted, code_bytes=open_profile(given.profile).code_bytes)
+    file = calibration.calibration_file(getattr(given, "calibration", None))
+    calibration.save(fitted, file)
+    print(f"measured {measured:,.0f} windows/s; planned {before:,.0f} before and {make_plan(job, fitted).windows_per_second:,.0f} now\n"
+          f"saved to {file}; plans use it from now on and say so; delete it to go back to the published runs")
+    return 0
+
+
+def _parse(argv: List[str], parser: Parser) -> Tuple:
+    s, ipu_config, given = parse_train(argv, parser)
+    return s, ipu_config, given
+
+
+def _published() -> list:
+    """The published runs, counted; models that appear several times are counted once."""
+    from functools import lru_cache
+
+    from transformers import RobertaConfig
+
+    from ipu_options.plan.calibrate import published_runs
+    from qa.counting import make_counter
+
+    @lru_cache(maxsize=None)
+    def counter(shape: Tuple, max_seq_length: int):
+        return make_counter(RobertaConfig(**dict(shape)), max_seq_length=max_seq_length)
+
+    return published_runs(lambda shape, config, length, micro_batch_size:
+                          counter(tuple(shape.items()), length)(micro_batch_size, config.embedding_serialization_factor))
+
+
+def _write_config(path: str, made) -> None:
+    from ipu_options.errors import RunError
+    values = {**made.job.config.to_dict(), "micro_batch_size": made.job.micro_batch_size}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2, sort_keys=True)
+            file.write("\n")
+    except OSError as error:
+        raise RunError(f"--write {path}: cannot write it ({error})")
+    print(f"\nwrote {path}; train with it: python train.py --ipu_config {path} --micro_batch_size {made.job.micro_batch_size}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

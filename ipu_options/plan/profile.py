@@ -1,0 +1,129 @@
+"""What a PopVision profile says of memory and balance, against the plan.
+
+Reads profile.pop through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision Analysis Library: Python API"), which
+comes with the Poplar SDK. Attributes used: compilation.target.{numIPUs, numTiles, bytesPerTile, clockFrequency},
+compilation.tiles[].memory.{total.excludingGaps, category.NAME.total}, execution.steps[].{program.type, ipus[].cycles}.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List
+
+from ipu_options.errors import RunError, UsageError
+from ipu_options.plan.advice import suggestion
+from ipu_options.plan.planner import Plan
+from ipu_options.plan.text import MIB, table
+
+CODE = ("vertexCode", "controlCode", "internalExchangeCode", "hostExchangeCode", "globalExchangeCode", "vertexInstanceState",
+        "copyDescriptor", "vertexFieldData")
+# Program types by what the IPU is doing; the others are control flow, which takes next to no time.
+ACTIVITY = {"OnTileExecute": "compute", "DoExchange": "exchange", "GlobalExchange": "IPU-Links", "StreamCopy": "host",
+            "StreamCopyBegin": "host", "StreamCopyMid": "host", "StreamCopyEnd": "host", "Sync": "waiting"}
+ACTIVITIES = ("compute", "exchange", "IPU-Links", "host", "waiting", "other")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Memory in bytes and cycles by activity, a list over the IPUs of a replica."""
+
+    total_bytes: List[int]
+    ipu_code_bytes: List[int]
+    largest_tile_bytes: List[int]
+    tile_limit_bytes: int
+    cycles: List[Dict[str, int]]
+    clock_hz: float
+
+    @property
+    def code_bytes(self) -> int:
+        """Code, control and exchange code of the IPU that has most of it."""
+        return max(self.ipu_code_bytes)
+
+    def work_cycles(self, ipu: int) -> int:
+        """Cycles in which the IPU computed or exchanged."""
+        return sum(self.cycles[ipu][name] for name in ("compute", "exchange", "IPU-Links"))
+
+
+def open_profile(path: str) -> Profile:
+    """Read a profile.pop, or the newest one below a folder (a training profile before an inference one).
+
+    Raises UsageError where pva or the profile is missing, RunError where pva cannot read it.
+    """
+    try:
+        import pva
+    except ImportError:
+        raise UsageError("reading a profile needs pva, which comes with the Poplar SDK and not from a package index: run this where "
+                         "the SDK is enabled (source its poplar enable.sh)")
+    found = [Path(path)] if Path(path).is_file() else sorted(
+        Path(path).rglob("profile.pop"), key=lambda file: ("training" in file.parts, file.stat().st_mtime))
+    if not found:
+        raise UsageError(f"{path}: no profile.pop there; `python train.py --profile_dir {path}` on an IPU writes one")
+    try:
+        return read_profile(pva.openReport(str(found[-1])))
+    except Exception as error:  # pva raises its own kinds, and RuntimeError for a broken file
+        raise RunError(f"{found[-1]}: pva cannot read it ({error})")
+
+
+def read_profile(report: Any) -> Profile:
+    """The Profile in a pva report."""
+    target = report.compilation.target
+    ipus, per_ipu = target.numIPUs, target.numTiles // target.numIPUs
+    total, code, largest = [0] * ipus, [0] * ipus, [0] * ipus
+    for index, tile in enumerate(report.compilation.tiles):
+        ipu = index // per_ipu
+        size = tile.memory.total.excludingGaps
+        total[ipu] += size
+        largest[ipu] = max(largest[ipu], size)
+        code[ipu] += sum(getattr(tile.memory.category, name).total for name in CODE if hasattr(tile.memory.category, name))
+    cycles = [dict.fromkeys(ACTIVITIES, 0) for _ in range(ipus)]
+    for step in report.execution.steps:
+        activity = ACTIVITY.get(str(step.program.type).split(".")[-1], "other")
+        for ipu, part in enumerate(step.ipus):
+            cycles[ipu][activity] += part.cycles
+    return Profile(total, code, largest, target.bytesPerTile, cycles, target.clockFrequency)
+
+
+def profile_text(profile: Profile, plan: Plan) -> str:
+    """Memory, cycles and balance beside the plan of the same configuration, and what to change."""
+    if len(profile.total_bytes) != len(plan.memory):
+        raise UsageError(f"the profile is of {len(profile.total_bytes)} IPUs, the plan of {len(plan.memory)}: give report the flags that "
+                         "the profiled run was started with")
+    memory = [[f"IPU {ipu}", f"{profile.total_bytes[ipu] / MIB:.0f}", f"{sum(parts.values()) / MIB:.0f}",
+               f"{profile.ipu_code_bytes[ipu] / MIB:.0f}", f"{parts['code'] / MIB:.0f}",
+               f"{100 * profile.largest_tile_bytes[ipu] / profile.tile_limit_bytes:.0f} %"] for ipu, parts in plan.memory.items()]
+    load = _planned_load(plan)
+    most = max(profile.work_cycles(ipu) for ipu in plan.memory) or 1
+    cycles = [[f"IPU {ipu}"] + [f"{1e3 * profile.cycles[ipu][name] / profile.clock_hz:.2f}" for name in ACTIVITIES]
+              + [f"{100 * profile.work_cycles(ipu) / most:.0f} %", f"{100 * load[ipu]:.0f} %"] for ipu in plan.memory]
+    return "\n\n".join([
+        "Memory in MiB, as profiled and as planned\n"
+        + table(["", "profiled", "planned", "code", "code planned", "fullest tile"], memory),
+        "Time in ms of the profiled call, by what an IPU does\n" + table(["", *ACTIVITIES, "load", "load planned"], cycles),
+        "What to change: " + advice(profile, plan)])
+
+
+def advice(profile: Profile, plan: Plan) -> str:
+    """The change that the profile asks for: memory first, then balance, then the host; else what the plan suggests."""
+    ipus = list(plan.memory)
+    full = max(ipus, key=lambda ipu: profile.largest_tile_bytes[ipu])
+    if profile.largest_tile_bytes[full] > profile.tile_limit_bytes:
+        return (f"IPU {full}'s fullest tile is over by {(profile.largest_tile_bytes[full] - profile.tile_limit_bytes) / 1024:.0f} KiB: move a "
+                "layer away from it, lower its --matmul_proportion, or use a smaller --micro_batch_size")
+    slowest, idlest = max(ipus, key=profile.work_cycles), min(ipus, key=profile.work_cycles)
+    layers = [plan.job.layout.layer_ipus.count(ipu) for ipu in ipus]
+    mean = sum(profile.work_cycles(ipu) for ipu in ipus) / len(ipus)
+    if layers[slowest] > 1 and profile.work_cycles(slowest) - profile.work_cycles(idlest) > 2 * profile.work_cycles(slowest) / layers[slowest]:
+        layers[slowest], layers[idlest] = layers[slowest] - 1, layers[idlest] + 1
+        return (f"IPU {slowest} works {profile.work_cycles(slowest) / mean:.2f} times the mean, IPU {idlest} least: move a layer, "
+                f"--layers_per_ipu {' '.join(map(str, layers))}, if `plan` says that it fits")
+    busy = sum(sum(parts.values()) for parts in profile.cycles) or 1
+    host = sum(parts["host"] for parts in profile.cycles) / busy
+    if host > 0.1:
+        return (f"{100 * host:.0f} % of the time goes to the host: --device_iterations {2 * plan.job.config.device_iterations}, or more "
+                "--dataloader_num_workers")
+    return suggestion(plan)
+
+
+def _planned_load(plan: Plan) -> Dict[int, float]:
+    seconds = {ipu: sum(work.seconds for work in plan.work if work.ipu == ipu) for ipu in plan.memory}
+    return {ipu: value / max(seconds.values()) for ipu, value in seconds.items()}
