@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
     optimizer: Dict[str, Any]  # for optimizer.load_state_dict()
     rng_state: Optional[List[int]]  # for training_model.rng_state, which takes it once the model is compiled
     random_state: Dict[str, Any]  # for set_random_state()
-    progress: Dict[str, Any]  # what the loop gave to save_checkpoint()
+    progress: Dict[str, Any]  # as it was given to save_checkpoint()
 
 
 def save_checkpoint(
@@ -63,7 +63,7 @@ def save_checkpoint(
 
     write_model(folder) writes weights (safetensors), tokenizer and ipu_config.json. `optimizer` is `optimizer.state_dict()`,
     which in PopTorch reads the state from the device ("ipu_state", "ipu_param"); `rng_state` is `training_model.rng_state`;
-    `progress` is anything JSON can hold. Python's, NumPy's and PyTorch's random states are taken as they are now.
+    `progress` is anything JSON can hold; its "must_match" is what a resumed run has to agree with (`open_run`). Python's, NumPy's and PyTorch's random states are taken as they are now.
     Raises RunError where the disk is full, read-only, gone ...: earlier checkpoints are as they were, nothing half-written stays.
     """
     output_dir = Path(output_dir)
@@ -87,57 +87,40 @@ def save_checkpoint(
     return folder
 
 
-def starting_point(
-    output_dir: Union[str, Path], resume_from_checkpoint: Optional[str], overwrite_output_dir: bool = False
+def open_run(
+    output_dir: Union[str, Path], resume_from_checkpoint: Optional[str], overwrite_output_dir: bool, must_match: Dict[str, Any]
 ) -> Optional[Checkpoint]:
-    """The checkpoint that a run begins at, or None: from the beginning. For the holder of the folder's lock.
+    """The checkpoint that this run goes on from, or None: from the beginning. For the holder of the folder's lock.
 
-    Clears away what a killed run left. Raises UsageError where neither resuming nor overwriting is asked for and there are
-    checkpoints: a run from the beginning would mix its own with those of another run.
+    Clears away what a killed run left half-written, and with `overwrite_output_dir` the checkpoints of earlier runs. must_match:
+    what the checkpoint's `progress["must_match"]` has to say too. Raises UsageError where it says otherwise, where there is no
+    whole checkpoint at the path given, and where a run from the beginning would mix its checkpoints with another run's.
     """
-    _clean_leftovers(Path(output_dir))
-    if overwrite_output_dir and resume_from_checkpoint is None:
+    output_dir = Path(output_dir)
+    _clean_leftovers(output_dir)
+    if resume_from_checkpoint is None:
         for folder in list_checkpoints(output_dir):
+            if not overwrite_output_dir:
+                raise UsageError(
+                    f"--output_dir {output_dir}: holds {folder.name} of an earlier run; go on with --resume_from_checkpoint auto, "
+                    "start over with --overwrite_output_dir, or name another folder"
+                )
             _remove(folder)
-    there = list_checkpoints(output_dir)
-    if there and resume_from_checkpoint is None:
-        raise UsageError(
-            f"--output_dir {output_dir}: holds {there[-1].name} of an earlier run; go on with --resume_from_checkpoint auto, "
-            "start over with --overwrite_output_dir, or name another folder"
-        )
+        return None
     folder = find_checkpoint(output_dir, resume_from_checkpoint)
-    return None if folder is None else load_checkpoint(folder)
+    if folder is None:
+        return None
+    checkpoint = load_checkpoint(folder)
+    _check_same(checkpoint, must_match)
+    return checkpoint
 
 
-def open_run(output_dir: Union[str, Path], which: Optional[str], overwrite: bool, must_match: Dict[str, Any]) -> Optional[Checkpoint]:
-    """The checkpoint that a run in `output_dir` goes on from, or None for a run from the start. For the holder of the folder's lock.
-
-    which: --resume_from_checkpoint.  overwrite: remove the checkpoints of an earlier run instead of refusing to start over.
-    must_match: see `check_same`.  Raises UsageError for a folder with checkpoints and neither flag, and as `check_same` does.
-    """
-    clean_leftovers(output_dir)
-    folder = find_checkpoint(output_dir, which)
-    if folder is not None:
-        checkpoint = load_checkpoint(folder)
-        check_same(checkpoint, must_match)
-        return checkpoint
-    if which is None:
-        for earlier in list_checkpoints(output_dir):
-            if not overwrite:
-                raise UsageError(f"--output_dir {output_dir} holds {earlier.name} of an earlier run: go on with --resume_from_checkpoint auto, "
-                                 "start over with --overwrite_output_dir, or name another folder")
-            shutil.rmtree(earlier)
-    return None
-
-
-def find_checkpoint(output_dir: Union[str, Path], which: Optional[str]) -> Optional[Path]:
-    """The checkpoint that --resume_from_checkpoint means: None, "auto" (the newest whole one, None if there is none) or a path.
+def find_checkpoint(output_dir: Union[str, Path], which: str) -> Optional[Path]:
+    """The checkpoint that --resume_from_checkpoint means: "auto" (the newest whole one, None if there is none) or a path.
 
     With "auto" a checkpoint that is not whole is named in a warning and passed over. A path that is not a whole checkpoint
     raises UsageError.
     """
-    if which is None:
-        return None
     if which == "auto":
         for folder in reversed(list_checkpoints(output_dir)):
             fault = find_fault(folder)
@@ -163,18 +146,25 @@ def load_checkpoint(folder: Union[str, Path]) -> Checkpoint:
         raise UsageError(f"{folder}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
 
 
-def check_same(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
-    """Refuse to go on with another data set, seed, batch size ... than the checkpoint's `progress["must_match"]`.
+def go_back(
+    output_dir: Union[str, Path], training_model: Any, optimizer: Any, set_weights: Callable[[Dict[str, torch.Tensor]], None]
+) -> Checkpoint:
+    """Put the weights and the optimizer of a running training back to the newest whole checkpoint, which is returned.
 
-    Raises UsageError naming what differs, with both values: the rest of the run would not be the run that was begun.
+    For a step whose numbers went wrong: the device has updated the weights before the host sees the loss, so the step cannot
+    be left out. The loop then goes on with the next batch, and the batches since the checkpoint are passed over, as in the
+    training of PaLM (Chowdhery et al. 2022, section 5.1).  set_weights: puts the tensors of model.safetensors in the model
+    on the host.  Raises RunError if there is no whole checkpoint.
     """
-    then = checkpoint.progress["must_match"]
-    differences = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-    if differences:
-        raise UsageError(
-            f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differences)}. Go on with what it was begun with, "
-            f"or start another run from its weights: --model_name_or_path {checkpoint.folder} and a new --output_dir"
-        )
+    folder = find_checkpoint(output_dir, "auto")
+    if folder is None:
+        raise RunError(f"there is no checkpoint in {output_dir} to go back to; save some with --save_steps")
+    checkpoint = load_checkpoint(folder)
+    set_weights(safetensors.torch.load_file(folder / "model.safetensors"))
+    training_model.copyWeightsToDevice()
+    optimizer.load_state_dict(checkpoint.optimizer)
+    training_model.setOptimizer(optimizer)
+    return checkpoint
 
 
 def set_random_state(state: Dict[str, Any]) -> None:
@@ -229,6 +219,17 @@ def find_fault(folder: Path) -> Optional[str]:
 
 def _step(folder: Path) -> int:
     return int(_NAME.fullmatch(folder.name).group(1))
+
+
+def _check_same(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
+    """With another data set, seed, batch size ... the rest of the run would not be the run that was begun: name what differs."""
+    then = checkpoint.progress.get("must_match", {})
+    differences = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    if differences:
+        raise UsageError(
+            f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differences)}. Go on with what it was begun with, "
+            f"or start another run from its weights: --model_name_or_path {checkpoint.folder} and a new --output_dir"
+        )
 
 
 def _what_is_left(output_dir: Union[str, Path]) -> str:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import math
 import os
 import platform
 import shlex
@@ -14,12 +13,13 @@ import sys
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
-
-import torch
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 from ipu_options.errors import UsageError
 from qa.files import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "poptorch", "transformers", "tokenizers", "datasets", "evaluate", "numpy", "safetensors", "pyarrow")
 
@@ -93,25 +93,26 @@ def workers_ignore_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def write_run_record(output_dir: Union[str, Path], **facts: Any) -> None:
+def write_run_record(output_dir: Union[str, Path], *, settings: Dict[str, Any], **facts: Any) -> None:
     """Write OUTPUT_DIR/run.json: all that is needed to repeat this run.
 
-    `facts` are the caller's (settings, ipu_config, data_fingerprint, resumed_from ...), anything JSON can hold; command line,
-    versions, git revision, machine and time are added. Access tokens are left out.
+    settings: the flags and their values; the hub's access token is left out, in the command line too. facts: what else the
+    caller knows (ipu_config, data_fingerprint, resumed_from), anything JSON can hold.
     """
+    import torch
+
     command, hide = [], False
     for word in sys.argv:
         command.append("***" if hide else "--hub_token=***" if word.startswith("--hub_token=") else word)
         hide = word == "--hub_token"
-    if isinstance(facts.get("settings"), dict) and facts["settings"].get("hub_token"):
-        facts["settings"] = {**facts["settings"], "hub_token": "***"}
     record = {
         "command": " ".join(map(shlex.quote, command)),
+        "settings": {**settings, "hub_token": "***" if settings.get("hub_token") else None},
+        **facts,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": {"host": socket.gethostname(), "platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
-        **facts,
     }
     write_json(Path(output_dir) / "run.json", record)
 
@@ -139,41 +140,38 @@ def _versions() -> Dict[str, str]:
 
 
 def find_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]:
-    """The name of the first floating-point tensor with an infinity or a NaN in it, or None."""
+    """The name of the first floating-point tensor of (name, tensor) pairs with an infinity or a NaN in it, or None."""
     for name, tensor in tensors:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
             return name
     return None
 
 
-def explain_nonfinite(
-    *, step: int, loss: float, earlier_losses: List[float], learning_rate: float, loss_scaling: float, precision: str, bad_weight: Optional[str]
-) -> str:
-    """One line on a non-finite loss: what gave way (overflow of the scaled gradients, of the forward pass, or divergence) and what to try.
+def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], learning_rate: float, loss_scaling: float,
+                      precision: str, bad_weight: Optional[str] = None) -> str:
+    """One line on numbers gone wrong in `step`: whether a float16 overflowed or the run diverged, and what to try.
 
-    The device returns the loss alone, after the update is done. So the evidence is: the weights read back now (`bad_weight`, from
-    `find_nonfinite`), and the finite losses before (`earlier_losses`, of the latest steps in order). A run that diverges shows it in
-    its losses; gradients that overflow under loss scaling (float16 ends at 65,504) strike a run whose losses were calm.
+    The device returns the loss alone, and has updated the weights by then: a loss that is not finite has spoilt them all, and
+    its cause is in this step's forward pass or in the step before. What tells overflow from divergence is therefore the finite
+    losses before it, in order: a run that diverges shows it there, while an overflow (float16 ends at 65,504) strikes a
+    run whose losses were steady.  bad_weight: a weight that `find_nonfinite` found although the loss was finite, before a
+    checkpoint; then the forward pass was sound, and the gradients or their update were not.
     """
-    facts = f"step {step}: the loss is {loss} (learning rate {learning_rate:.3g}, loss scaling {loss_scaling:g}, {precision})"
+    what = f"the loss is {loss}" if bad_weight is None else f"{bad_weight} is not finite after the update (the loss was {loss:.4g})"
+    facts = f"step {step}: {what}, with learning rate {learning_rate:.3g}, loss scaling {loss_scaling:g}, {precision}"
+    smaller_rate = f"try --learning_rate {learning_rate / 3:.2g} or a larger --warmup_ratio"
     if _rising(earlier_losses):
-        return (
-            f"{facts}: the run diverged, its loss rose from {min(earlier_losses):.3g} to {earlier_losses[-1]:.3g} before; "
-            f"try --learning_rate {learning_rate / 3:.2g}, or a larger --warmup_ratio"
-        )
+        return f"{facts}: the run diverged, its loss had risen from {min(earlier_losses):.3g} to {earlier_losses[-1]:.3g}; {smaller_rate}"
+    if precision != "float16":
+        return f"{facts}: one update was too large, the losses before it were steady; {smaller_rate}, and look at this step's data"
+    overflow = f"{facts}: float16 overflowed, the losses before it were steady; try --loss_scaling {max(1.0, loss_scaling / 8):g}"
     if bad_weight is None:
-        remedy = "try --precision float32" if precision == "float16" else "look at the batch of this step, and try a smaller --learning_rate"
-        return f"{facts}: the weights are finite, so the forward pass of this step overflowed; {remedy}"
-    if precision == "float16" and loss_scaling > 1:
-        return (
-            f"{facts}: {bad_weight} is not finite after steady losses, so gradients overflowed under loss scaling in the step before; "
-            f"try --loss_scaling {max(1, loss_scaling / 8):g}"
-        )
-    return f"{facts}: {bad_weight} is not finite, the update of the step before was too large; try --learning_rate {learning_rate / 3:.2g}"
+        overflow += ", and --precision float32 if the same step stops again: then it was not the scaled gradients but the forward pass"
+    return overflow
 
 
 def _rising(losses: List[float]) -> bool:
-    """Whether the last eighth of `losses` lies well above the lowest run of that length: half as much again."""
+    """Whether the last eighth of `losses` has a mean half as high again as the lowest mean of as many in a row."""
     width = max(1, len(losses) // 8)
-    means = [math.fsum(losses[i : i + width]) / width for i in range(len(losses) - width + 1)]
-    return len(losses) >= 3 and means[-1] > 1.5 * min(means)
+    means = [sum(losses[i:i + width]) / width for i in range(len(losses) - width + 1)]
+    return bool(means) and means[-1] > 1.5 * min(means)

@@ -19,7 +19,7 @@ import torch
 
 from ipu_options.errors import RunError, UsageError
 from qa import checkpoint, files
-from qa.checkpoint import check_same, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, set_random_state, starting_point
+from qa.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, open_run, save_checkpoint, set_random_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,7 +143,7 @@ def test_killed_before_any_line_of_saving_leaves_whole_checkpoints(tmp_path, ste
 
     found = []
     for copy in copies:
-        begin = starting_point(copy, "auto")
+        begin = open_run(copy, "auto", False, {})
         assert begin.optimizer["ipu_state"]["Accl1___w"].eq(begin.step).all()
         assert all(checkpoint.find_fault(folder) is None for folder in list_checkpoints(copy))
         assert set(names(copy)) <= {"checkpoint-1", "checkpoint-2", f"checkpoint-{step}"}
@@ -210,7 +210,7 @@ DAMAGE = [
 def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(tmp_path, caplog, damage, reason):
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
-    assert starting_point(tmp_path, "auto").step == 1
+    assert open_run(tmp_path, "auto", False, {}).step == 1
     (message,) = caplog.messages
     assert "checkpoint-2" in message and reason in message and "\n" not in message
     if damage is not link_folder:  # whoever names a link means what it points to
@@ -220,9 +220,9 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(tmp_path, 
 
 
 def test_no_whole_checkpoint_means_from_the_beginning(tmp_path):
-    assert starting_point(tmp_path, "auto") is None
+    assert open_run(tmp_path, "auto", False, {}) is None
     truncate(save(tmp_path, 3))
-    assert starting_point(tmp_path, "auto") is None
+    assert open_run(tmp_path, "auto", False, {}) is None
 
 
 def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(tmp_path):
@@ -241,19 +241,18 @@ def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
     (tmp_path / ".checkpoint-6.tmp").mkdir()
     (tmp_path / ".checkpoint-6.tmp" / "model.safetensors").write_text("half")
     with pytest.raises(UsageError, match="--resume_from_checkpoint auto.*--overwrite_output_dir"):
-        starting_point(tmp_path, None)
+        open_run(tmp_path, None, False, {})
     assert names(tmp_path) == ["checkpoint-4"]
-    assert starting_point(tmp_path, None, overwrite_output_dir=True) is None
+    assert open_run(tmp_path, None, True, {}) is None
     assert names(tmp_path) == []
 
 
 def test_going_on_with_something_else_is_refused_by_name(tmp_path):
     same = {"seed": 42, "micro_batch_size": 2, "training data": "ab12"}
-    loaded = load_checkpoint(save(tmp_path, 4, progress={"must_match": same}))
-    check_same(loaded, dict(same))
-    with pytest.raises(UsageError) as refusal:
-        check_same(loaded, {**same, "seed": 43, "training data": "cd34"})
-    assert "seed was 42, is 43; training data was 'ab12', is 'cd34'" in str(refusal.value)
+    save(tmp_path, 4, progress={"must_match": same})
+    assert open_run(tmp_path, "auto", False, dict(same)).step == 4
+    with pytest.raises(UsageError, match="seed was 42, is 43; training data was ab12, is cd34"):
+        open_run(tmp_path, "auto", False, {**same, "seed": 43, "training data": "cd34"})
 
 
 # ---- Disks
@@ -330,7 +329,7 @@ def test_many_saves_and_resumes_leave_no_files_and_no_descriptors(tmp_path):
     descriptors = len(os.listdir("/proc/self/fd"))
     for step in range(1, 101):
         save(tmp_path, step, save_total_limit=2)
-        loaded = starting_point(tmp_path, "auto")
+        loaded = open_run(tmp_path, "auto", False, {})
         assert loaded.step == step
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-99"]
     del loaded
@@ -373,7 +372,7 @@ def test_a_forged_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, m
     folder = save(tmp_path, 1)
     forge(folder, name, content)
     with pytest.raises(UsageError, match="checkpoint-1: cannot be read as a checkpoint"):
-        starting_point(tmp_path, "auto")
+        open_run(tmp_path, "auto", False, {})
     assert names(tmp_path) == ["checkpoint-1"]
 
 
