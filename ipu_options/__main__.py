@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import List, Optional, Tuple
+from typing import List, Optional
 
 from ipu_options.config import available_pod, POD_IPUS
 from ipu_options.errors import UsageError, run_script
@@ -30,31 +30,9 @@ def plan(argv: List[str]) -> int:
     """Memory, time and throughput of the run that train.py would make with the same flags."""
     parser = Parser("python -m ipu_options plan", plan.__doc__)
     add_plan_flags(parser)
-    s, ipu_config, given = _parse(argv, parser)
-    return show_plan(s, ipu_config, given, trace=getattr(given, "plan_trace", None) or s.trace)
-
-
-def show_plan(s, ipu_config, given, trace: Optional[str] = None) -> int:
-    """Plan, print and draw; `train.py --plan` calls this too. given: the namespace that holds the planner's flags."""
-    from ipu_options.plan import calibrate as calibration
-    from ipu_options.plan.planner import make_plan
-    from ipu_options.plan.text import fit_text, plan_text
-    from qa.plan import make_job, model_name
-
-    made = make_plan(make_job(s, ipu_config, given), calibration.load(getattr(given, "calibration", None)))
-    if getattr(given, "json", False):
-        print(json.dumps(made.to_dict(), indent=2))
-    else:
-        print(plan_text(made, f"{s.config}, {model_name(s, given)}"))
-    if getattr(given, "fit", False) and not getattr(given, "json", False):
-        print("\n" + fit_text(calibration.fit_table(_published(), made.efficiencies), made.efficiencies))
-    if getattr(given, "plot", None):
-        from ipu_options.plan.draw import draw_plan
-        draw_plan(made, given.plot, f"{s.config}, {model_name(s, given)}")
-    if trace:
-        from ipu_options.plan.draw import write_timeline
-        write_timeline(made, trace)
-    return 0
+    s, ipu_config, given = parse_train(argv, parser)
+    from qa.plan import show_plan
+    return show_plan(s, ipu_config, given)
 
 
 def search(argv: List[str]) -> int:
@@ -66,7 +44,7 @@ def search(argv: List[str]) -> int:
     parser.add_argument("--ipus", type=int, metavar="N", help="IPUs to use (default: those of the pod)")
     parser.add_argument("--write", metavar="FILE", help="write the best as an ipu_config.json")
     parser.add_argument("--keep", type=int, metavar="N", help="settings to show (default: 5)")
-    s, ipu_config, given = _parse(argv, parser)
+    s, ipu_config, given = parse_train(argv, parser)
     ipus = getattr(given, "ipus", POD_IPUS[available_pod(s.pod_type)])
     if ipus not in (1, 2, 4, 8, 16, 32, 64):
         near = min((1, 2, 4, 8, 16, 32, 64), key=lambda n: abs(n - ipus))
@@ -103,16 +81,17 @@ def calibrate(argv: List[str]) -> int:
     parser.add_argument("--profile", metavar="DIR", help="its PopVision profile: the code's size is taken from it")
     parser.add_argument("--show", action="store_true", help="print the published runs and how far the planner is from each")
     parser.add_argument("--refit_published", action="store_true", help="fit to the published runs and print the numbers")
-    s, ipu_config, given = _parse(argv, parser)
+    s, ipu_config, given = parse_train(argv, parser)
     from ipu_options.plan import calibrate as calibration
     from ipu_options.plan.text import fit_text
+    from qa.plan import published
 
     if hasattr(given, "refit_published"):
-        print(calibration.fit_published(_published()))
+        print(calibration.fit_published(published()))
         return 0
     if hasattr(given, "show"):
         now = calibration.load(getattr(given, "calibration", None))
-        print(fit_text(calibration.fit_table(_published(), now), now))
+        print(fit_text(calibration.fit_table(published(), now), now))
         return 0
     return _calibrate_own(s, ipu_config, given)
 
@@ -128,7 +107,7 @@ def report(argv: List[str]) -> int:
 
     parser = Parser("python -m ipu_options report PROFILE", report.__doc__)
     add_plan_flags(parser)
-    s, ipu_config, given = _parse(argv[1:], parser)
+    s, ipu_config, given = parse_train(argv[1:], parser)
     profile = open_profile(argv[0])
     planned = make_plan(make_job(s, ipu_config, given), calibration.load(getattr(given, "calibration", None)))
     print(profile_text(profile, planned))
@@ -161,28 +140,6 @@ def _calibrate_own(s, ipu_config, given) -> int:
     print(f"measured {measured:,.0f} windows/s; planned {before:,.0f} before and {make_plan(job, fitted).windows_per_second:,.0f} now\n"
           f"saved to {file}; plans use it from now on and say so; delete it to go back to the published runs")
     return 0
-
-
-def _parse(argv: List[str], parser: Parser) -> Tuple:
-    s, ipu_config, given = parse_train(argv, parser)
-    return s, ipu_config, given
-
-
-def _published() -> list:
-    """The published runs, counted; models that appear several times are counted once."""
-    from functools import lru_cache
-
-    from transformers import RobertaConfig
-
-    from ipu_options.plan.calibrate import published_runs
-    from qa.counting import make_counter
-
-    @lru_cache(maxsize=None)
-    def counter(shape: Tuple, max_seq_length: int):
-        return make_counter(RobertaConfig(**dict(shape)), max_seq_length=max_seq_length)
-
-    return published_runs(lambda shape, config, length, micro_batch_size:
-                          counter(tuple(shape.items()), length)(micro_batch_size, config.embedding_serialization_factor))
 
 
 def _write_config(path: str, made) -> None:

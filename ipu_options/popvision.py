@@ -1,6 +1,6 @@
 """PopVision: what makes a run write reports for Graph Analyser and System Analyser, and the loop's phases as named spans.
 
-How a script uses it (both calls do nothing but return when their folder or file is None):
+How a script uses it (without folder and file both do nothing):
 
     profiling_environment(args.profile_dir, "training", configuration)     # before PopTorch is imported
     with Spans("train", trace=args.trace, profile=args.profile_dir is not None) as spans:
@@ -9,7 +9,7 @@ How a script uses it (both calls do nothing but return when their folder or file
         with spans("step"):
             loss = training_model(**batch)
 
-What stands in profile_dir afterwards (on an IPU; PopART names each engine's folder after its model):
+What stands in profile_dir afterwards (on an IPU):
 
     training/profile.pop, inference/profile.pop, debug.cbor      Graph Analyser; from Python: pva.openReport
     training/framework.json, inference/framework.json            the configuration, shown on Graph Analyser's Summary page
@@ -24,31 +24,33 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from ipu_options.errors import RunError
+from ipu_options.errors import RunError, UsageError
 
 PHASES = ("training", "inference")
 _NOTHING = nullcontext()  # one object for every span of a run that records none
 
 
 def profiling_environment(profile_dir: Optional[str], phase: str, configuration: Optional[Dict[str, Any]] = None) -> None:
-    """Make the engines created from here on write PopVision reports below `profile_dir`; nothing if it is None.
+    """Make this process write System Analyser's trace below `profile_dir`, and note the configuration; nothing if it is None.
 
-    profile_dir: folder, made where missing.  phase: "training" or "inference", the name that PopTorch gives the model
-    and Poplar the model's report folder.  configuration: written as `profile_dir`/`phase`/framework.json.
+    Graph Analyser's report is switched on by `options.enableProfiling(profile_dir)`, see options.py; PopTorch names the
+    engines "training" and "inference", and Poplar keeps each engine's report in a folder of its name.
 
-    Must run before PopTorch is imported, which looks at PVTI_OPTIONS once (poptorch/profiling.py), and before the model
-    is compiled, when Poplar reads POPLAR_ENGINE_OPTIONS. What the user has set in these variables stays as it is, only
-    missing keys are added. debug.allowOutOfMemory lets a model that does not fit still write its memory profile.
-    Raises RunError if the folder cannot be written.
+    profile_dir: folder, made where missing.  phase: "training" or "inference".  configuration: written as
+    `profile_dir`/`phase`/framework.json.  Must run before PopTorch is imported, which looks at PVTI_OPTIONS once
+    (poptorch/profiling.py). What the user has set there stays as it is, only missing keys are added.
+    Raises RunError if the folder cannot be written, UsageError if the variable is not JSON.
     """
     if profile_dir is None:
         return
     if phase not in PHASES:
         raise ValueError(f"phase is one of {PHASES}, not {phase!r}")
     folder = Path(profile_dir).absolute()
-    _add_options("POPLAR_ENGINE_OPTIONS", {"autoReport.all": "true", "autoReport.directory": str(folder),
-                                           "debug.allowOutOfMemory": "true"})
-    _add_options("PVTI_OPTIONS", {"enable": "true", "directory": str(folder / "host")})
+    given = os.environ.get("PVTI_OPTIONS") or "{}"
+    try:
+        os.environ["PVTI_OPTIONS"] = json.dumps({"enable": "true", "directory": str(folder / "host"), **json.loads(given)})
+    except (ValueError, TypeError):
+        raise UsageError(f"PVTI_OPTIONS={given}: it should be a JSON object; correct or unset it")
     try:
         (folder / "host").mkdir(parents=True, exist_ok=True)
         (folder / phase).mkdir(exist_ok=True)
@@ -56,14 +58,6 @@ def profiling_environment(profile_dir: Optional[str], phase: str, configuration:
         (folder / phase / "framework.json").write_text(note + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"--profile_dir {profile_dir}: cannot write there ({error})")
-
-
-def _add_options(variable: str, options: Dict[str, str]) -> None:
-    given = os.environ.get(variable, "")
-    try:
-        os.environ[variable] = json.dumps({**options, **(json.loads(given) if given else {})})
-    except ValueError:
-        raise RunError(f"{variable}={given}: is not JSON, as Poplar needs it; correct or unset it")
 
 
 class Spans:

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 from ipu_options.config import IPUConfig, available_pod, training_pipeline
 from ipu_options.errors import UsageError
@@ -56,6 +57,43 @@ def make_job(s: TrainSettings, ipu_config: IPUConfig, given: argparse.Namespace)
                packed_windows_per_row=packed, train_windows=_train_windows(s, given), epochs=s.num_train_epochs, count=count)
 
 
+def show_plan(s: TrainSettings, ipu_config: IPUConfig, given: argparse.Namespace) -> int:
+    """Print the plan of train.py's run with these settings, and draw or write what the planner's flags in `given` ask for."""
+    from ipu_options.plan import calibrate as calibration
+    from ipu_options.plan.planner import make_plan
+    from ipu_options.plan.text import fit_text, plan_text
+
+    made = make_plan(make_job(s, ipu_config, given), calibration.load(getattr(given, "calibration", None)))
+    if getattr(given, "json", False):
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        print(plan_text(made, f"{s.config}, {model_name(s, given)}"))
+    if getattr(given, "fit", False) and not getattr(given, "json", False):
+        print("\n" + fit_text(calibration.fit_table(published(), made.efficiencies), made.efficiencies))
+    if getattr(given, "plot", None):
+        from ipu_options.plan.draw import draw_plan
+        draw_plan(made, given.plot, f"{s.config}, {model_name(s, given)}")
+    if s.trace:
+        from ipu_options.plan.draw import write_timeline
+        write_timeline(made, s.trace)
+    return 0
+
+
+def published() -> list:
+    """The published runs, counted; models that appear several times are counted once."""
+    from transformers import RobertaConfig
+
+    from ipu_options.plan.calibrate import published_runs
+    from qa.counting import make_counter
+
+    @lru_cache(maxsize=None)
+    def counter(shape: Tuple, max_seq_length: int):
+        return make_counter(RobertaConfig(**dict(shape)), max_seq_length=max_seq_length)
+
+    return published_runs(lambda shape, config, length, micro_batch_size:
+                          counter(tuple(shape.items()), length)(micro_batch_size, config.embedding_serialization_factor))
+
+
 def model_config(s: TrainSettings, given: argparse.Namespace) -> Any:
     """transformers' configuration of the model to plan."""
     from transformers import RobertaConfig
@@ -100,10 +138,12 @@ def _config_from_json(path: str, shape: dict) -> Any:
 def _derived(shape: dict) -> dict:
     """The usual proportions for what is not given: 64 wide heads, an inner layer four times as wide."""
     width = shape.get("hidden_size", 768)
-    heads = max(1, width // 64)
-    if width < 1 or width % shape.get("num_attention_heads", heads):
-        raise UsageError(f"--hidden_size {width} is not a multiple of --num_attention_heads {shape.get('num_attention_heads', heads)}: "
-                         f"the nearest is {max(1, round(width / heads)) * shape.get('num_attention_heads', heads)}")
+    heads = shape.get("num_attention_heads")
+    if heads is None:
+        heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
+    if heads > 0 and width % heads:
+        raise UsageError(f"--hidden_size {width} is not a multiple of --num_attention_heads {heads}: the nearest is "
+                         f"{max(1, round(width / heads)) * heads}")
     return {"num_attention_heads": heads, "intermediate_size": 4 * width}
 
 

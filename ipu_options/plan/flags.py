@@ -7,12 +7,12 @@ SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    """What `train.py --plan` and `python -m ipu_options plan` understand besides the flags of train.py."""
+    """What `train.py --plan` and `python -m ipu_options plan` understand besides the flags of train.py, whose --trace writes the
+    planned timeline when planning."""
     group = parser.add_argument_group("Planning")
     group.add_argument("--ipu", choices=("mk2", "bow"), help="generation of the IPU (default: mk2)")
     group.add_argument("--json", action="store_true", help="print the plan as one JSON object, units in the names")
     group.add_argument("--plot", metavar="FILE", help="draw the plan: timeline, memory and split, as .png, .svg or .pdf")
-    group.add_argument("--plan_trace", metavar="FILE", help="write the planned timeline as a Chrome trace (with plan, --trace does the same)")
     group.add_argument("--config_json", metavar="FILE", help="plan the model of this config.json, without weights or tokenizer")
     for name in SHAPE:
         group.add_argument("--" + name, type=int, metavar="N", help="plan a model of this shape, without any file")
