@@ -27,7 +27,8 @@ LENGTH, N_BEST, MAX_ANSWER, BATCH = 384, 20, 30, 16
 
 
 def trained_logits(random: numpy.random.Generator, windows: SyntheticWindows) -> numpy.ndarray:
-    """float32 [windows, 2, tokens]: low everywhere but around a few places, where end follows start, as a trained model gives."""
+    """float32 [windows, 2, tokens]: low everywhere but around a few places, where end follows start, as a trained model
+    gives."""
     logits = random.normal(-6, 1.5, (len(windows), 2, LENGTH)).astype(numpy.float32)
     for window, first in enumerate(windows.context_start.tolist()):
         for height in (9, 6, 4):
@@ -38,8 +39,8 @@ def trained_logits(random: numpy.random.Generator, windows: SyntheticWindows) ->
 
 
 class TableWindows:
-    """The windows as rows of a `datasets` table, as run_qa and the notebook keep and read them: one walk over all rows to learn
-    which belong to which question, then a row at a time, all columns becoming Python lists."""
+    """The windows as rows of a `datasets` table, as run_qa and the notebook keep and read them: one walk over all rows
+    to learn which belong to which question, then a row at a time, all columns becoming Python lists."""
 
     def __init__(self, windows: SyntheticWindows):
         self.cls_position, self.context_start = windows.cls_position, windows.context_start

@@ -1,4 +1,5 @@
-"""From cached windows to the training loop: packing, collation, poptorch.DataLoader; where the time goes, and how far ahead it is.
+"""From cached windows to the training loop: packing, collation, poptorch.DataLoader; where the time goes, and how far
+ahead it is.
 
     python -m benchmarks.input_pipeline            length 384, unpacked and packed
 

@@ -1,4 +1,5 @@
-"""How the benchmarks measure: both sides in turn on the same machine, medians, spread, and the ratio against its limit."""
+"""How the benchmarks measure: both sides in turn on the same machine, medians, spread, and the ratio against its
+limit."""
 from __future__ import annotations
 
 import os

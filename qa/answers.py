@@ -1,20 +1,21 @@
 """From logits to answers: the best spans over all windows of a question, found while the logits stream in.
 
-The definition is that of run_qa's postprocess_qa_predictions (transformers, examples/pytorch/question-answering/utils_qa.py),
-made exact where it leaves something open:
-- In each window the `n_best_size` tokens with the highest start logits are paired with the `n_best_size` tokens with the
-  highest end logits, over the window's own tokens. Of equal logits the earlier token comes first.
+The definition is that of run_qa's postprocess_qa_predictions (transformers,
+examples/pytorch/question-answering/utils_qa.py), made exact where it leaves something open:
+- In each window the `n_best_size` tokens with the highest start logits are paired with the `n_best_size` tokens with
+  the highest end logits, over the window's own tokens. Of equal logits the earlier token comes first.
 - A pair is a candidate if both tokens lie in the context, the end is not before the start, and the span has at most
   `max_answer_length` tokens. Its score is the sum of the two logits, in float32.
-- A question's n-best list holds the `n_best_size` best-scored candidates of all its windows. Of equal scores the earlier
-  window, then the better start, then the better end comes first.
-- With version 2 data "no answer" is one more candidate, behind all of equal score: the CLS token's start and end logit in the
-  window where their sum, the null score, is smallest (the first such window). It stays in the list even if not among the best.
+- A question's n-best list holds the `n_best_size` best-scored candidates of all its windows. Of equal scores the
+  earlier window, then the better start, then the better end comes first.
+- With version 2 data "no answer" is one more candidate, behind all of equal score: the CLS token's start and end logit
+  in the window where their sum, the null score, is smallest (the first such window). It stays in the list even if not
+  among the best.
 - The probability of an entry is the softmax, in float32, over the scores of the list.
-- The answer is the first entry; with version 2 the first entry with a text, unless the null score exceeds its two logits by
-  more than `null_score_diff_threshold`: then there is no answer, the empty text.
-- Where there is no candidate at all, the answer is the empty text with logits 0, as in Hugging Face's question-answering
-  notebook (run_qa writes the word "empty").
+- The answer is the first entry; with version 2 the first entry with a text, unless the null score exceeds its two
+  logits by more than `null_score_diff_threshold`: then there is no answer, the empty text.
+- Where there is no candidate at all, the answer is the empty text with logits 0, as in Hugging Face's
+  question-answering notebook (run_qa writes the word "empty").
 
 Everything up to the lists of Python objects is done for hundreds of windows at once in numpy.
 """
@@ -37,10 +38,10 @@ _SPAN = numpy.dtype([("score", "f4"), ("start_logit", "f4"), ("end_logit", "f4")
 
 
 def _rank_keys(values: numpy.ndarray) -> numpy.ndarray:
-    """int64 keys of float32 values [R, C], all different in a row: a greater value, then an earlier column, has the greater key.
+    """int64 keys of float32 values [R, C]: the greater value, of equal values the earlier column has the greater key.
 
-    The bits of a positive float32 sort as integers; those of a negative one do with all but the sign inverted. Adding 0.0
-    makes -0.0 equal to 0.0. The low half holds the column, counted from the end.
+    The bits of a positive float32 sort as integers; those of a negative one do with all but the sign inverted. Adding
+    0.0 makes -0.0 equal to 0.0. The low half holds the column, counted from the end.
     """
     bits = (values + numpy.float32(0.0)).view(numpy.int32)
     bits ^= (bits >> 31) & 0x7FFFFFFF
@@ -57,10 +58,10 @@ def _best_columns(keys: numpy.ndarray, count: int) -> numpy.ndarray:
 
 def best_spans(start_logits: numpy.ndarray, end_logits: numpy.ndarray, context_start: numpy.ndarray, context_end: numpy.ndarray,
                n_best_size: int, max_answer_length: int) -> numpy.ndarray:
-    """The best spans of each window by the definition at the top of this file: _SPAN [W, n_best_size] in tokens, best first.
+    """The best spans of each window by the definition at the top of this file, best first: _SPAN [W, n_best_size].
 
-    start_logits, end_logits: float32 [W, S], -inf behind a window's end; the context is the tokens context_start up to, not
-    including, context_end (int [W]).
+    start_logits, end_logits: float32 [W, S], -inf behind a window's end; the context is the tokens context_start up to,
+    not including, context_end (int [W]).
     """
     starts = _best_columns(_rank_keys(start_logits), n_best_size)
     ends = _best_columns(_rank_keys(end_logits), n_best_size)
@@ -85,7 +86,7 @@ def best_spans(start_logits: numpy.ndarray, end_logits: numpy.ndarray, context_s
 
 
 class AnswerFinder:
-    """Takes the logits of rows in any order, and gives each question's answer as soon as all windows up to and of it are in.
+    """Takes the logits of rows in any order; gives a question's answer once all windows up to and of it are in.
 
     Holds the spans of the windows that wait for that, and no logits but those of the last few hundred windows.
 
@@ -112,10 +113,10 @@ class AnswerFinder:
         row_slices: for each row [(window, its first token in the row, number of tokens), ...] (InferenceRows.slices).
         start_logits, end_logits: tensors [rows, tokens], of any floating type; not kept.
 
-        An answer is a dictionary: id; text; score, its probability among the n-best; start and end, the characters of the
-        context that it spans (end not included; both 0 where there is no answer); nbest, a list of {text, start_logit,
-        end_logit, probability, start, end}, best first; with version 2 null_odds, the null score minus the two logits of the
-        best span.
+        An answer is a dictionary: id; text; score, its probability among the n-best; start and end, the characters of
+        the context that it spans (end not included; both 0 where there is no answer); nbest, a list of {text,
+        start_logit, end_logit, probability, start, end}, best first; with version 2 null_odds, the null score minus the
+        two logits of the best span.
         """
         logits = torch.stack((start_logits, end_logits)).float().numpy()
         for row, slices in enumerate(row_slices):
@@ -195,8 +196,8 @@ def question_answers(names: List[str], contexts: List[str], spans: numpy.ndarray
                      threshold: Optional[float]) -> Iterator[dict]:
     """The answers (see AnswerFinder.add) to Q questions.
 
-    spans: _SPAN [windows, n_best_size + 1] in characters, the null span last; question q has the windows bounds[q] up to, not
-    including, bounds[q + 1] (int [Q + 1]). threshold: None unless the data are version 2.
+    spans: _SPAN [windows, n_best_size + 1] in characters, the null span last; question q has the windows bounds[q] up
+    to, not including, bounds[q + 1] (int [Q + 1]). threshold: None unless the data are version 2.
     """
     spans = _merge_windows(spans, bounds)
     null_scores = spans["score"][:, -1]
@@ -226,7 +227,7 @@ def question_answers(names: List[str], contexts: List[str], spans: numpy.ndarray
 
 
 def _merge_windows(spans: numpy.ndarray, bounds: numpy.ndarray) -> numpy.ndarray:
-    """From the spans of windows those of questions: the best of all windows, and the null span with the smallest score."""
+    """The spans of questions from those of their windows: the best of all, and the null span of the smallest score."""
     merged = spans[bounds[:-1]]
     for question in numpy.flatnonzero(numpy.diff(bounds) > 1):
         windows = spans[bounds[question]:bounds[question + 1]]
@@ -253,8 +254,11 @@ def _rank_null(spans: numpy.ndarray) -> Tuple[numpy.ndarray, numpy.ndarray, nump
 
 
 def _probabilities(scores: numpy.ndarray, counts: numpy.ndarray) -> numpy.ndarray:
-    """float32 [Q, n]: the softmax over each question's first `counts` scores. Questions of equal count are done together:
-    padded to a common width, numpy would add them up in another order, and the last bit could differ."""
+    """float32 [Q, n]: the softmax over each question's first `counts` scores.
+
+    Questions of equal count are done together: padded to a common width, numpy would add the numbers up in another order,
+    and the last bit could differ.
+    """
     probabilities = numpy.zeros(scores.shape, numpy.float32)
     for count in numpy.unique(counts):
         rows = counts == count
@@ -265,10 +269,11 @@ def _probabilities(scores: numpy.ndarray, counts: numpy.ndarray) -> numpy.ndarra
 
 
 def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool) -> List[dict]:
-    """Write predictions.json, nbest_predictions.json and, with version 2, null_odds.json in run_qa's layouts, as the answers come.
+    """Write predictions.json, nbest_predictions.json and, with version 2, null_odds.json in run_qa's layouts.
 
-    Each file maps a question's id to its text, its n-best list or its null odds, and appears whole or not at all. Returns what
-    `qa.metrics.squad_metrics` takes: [{id, prediction_text, no_answer_probability (with version 2: the null odds)}, ...].
+    Each file maps a question's id to its text, its n-best list or its null odds, and appears whole or not at all.
+    Returns what `qa.metrics.squad_metrics` takes: [{id, prediction_text, no_answer_probability (with version 2: the
+    null odds)}, ...].
     """
     folder = Path(folder)
     predictions = []
@@ -290,7 +295,7 @@ def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool
 
 @contextlib.contextmanager
 def _json_object(path: Path) -> Iterator[Callable]:
-    """Write a JSON object entry by entry with the function given, a line each; the file takes its place when it is complete."""
+    """Gives a function that writes an entry of a JSON object; the file takes its place when all are written."""
     partial = path.with_name(path.name + ".partial")
     separator = ""
     try:

@@ -1,8 +1,8 @@
-"""Exact match and F1 by the definitions of SQuAD v1.1 and v2.0, as metrics of the `evaluate` library that need no network.
+"""Exact match and F1 as SQuAD v1.1 and v2.0 define them: metrics of the `evaluate` library that need no network.
 
-The definitions are those of the official scripts, evaluate-v1.1.py (Rajpurkar et al. 2016) and evaluate-v2.0.py (Rajpurkar et
-al. 2018): texts are compared in lower case without punctuation, articles and superfluous white space; F1 counts common tokens;
-each question takes its best reference. `evaluate.load("squad")` would fetch the same from the hub.
+The definitions are those of the official scripts, evaluate-v1.1.py (Rajpurkar et al. 2016) and evaluate-v2.0.py
+(Rajpurkar et al. 2018): texts are compared in lower case without punctuation, articles and superfluous white space; F1
+counts common tokens; each question takes its best reference. (`evaluate.load` would fetch such metrics from the hub.)
 """
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def squad_metrics(references: List[dict], predictions: List[dict], version_2_with_negative: bool) -> Dict[str, float]:
-    """Compute the metrics of SQuAD v1.1 or v2.0, in percent: exact_match, f1 and, with version 2, the official v2.0 figures.
+    """The metrics of SQuAD v1.1 or v2.0, in percent: exact_match, f1 and, with version 2, the others of v2.0.
 
-    references: [{id, answers: {text: [...], answer_start: [...]}}, ...]; predictions: [{id, prediction_text}, ...] in the same
-    order, with version 2 also no_answer_probability: any number that grows with the belief that there is no answer, such as
-    null_odds. The texts decide the figures; the numbers only serve to find best_exact and best_f1, what the best threshold on
-    them (best_exact_thresh, best_f1_thresh) would have given, as `evaluate-v2.0.py --na-prob-file null_odds.json` does.
+    references: [{id, answers: {text: [...], answer_start: [...]}}, ...]; predictions: [{id, prediction_text}, ...] in
+    the same order, with version 2 also no_answer_probability: any number that grows with the belief that there is no
+    answer, such as null_odds. The texts decide the figures; the numbers only serve to find best_exact and best_f1, what
+    the best threshold on them (best_exact_thresh, best_f1_thresh) would have given, as `evaluate-v2.0.py --na-prob-file
+    null_odds.json` does.
     """
     metric = (SquadV2 if version_2_with_negative else Squad)(keep_in_memory=True)
     return metric.compute(references=references, predictions=predictions)
@@ -47,7 +48,7 @@ class Squad(evaluate.Metric):
 
 
 class SquadV2(evaluate.Metric):
-    """SQuAD v2.0: exact_match, f1 and total; HasAns_*, NoAns_* for questions with and without answer; best_* over thresholds."""
+    """SQuAD v2.0: as v1.1; HasAns_*, NoAns_* for questions with and without answer; best_* over thresholds."""
 
     def _info(self):
         return _metric_info({"id": datasets.Value("string"), "prediction_text": datasets.Value("string"),
@@ -93,8 +94,10 @@ def _percent(scores: List[float]) -> float:
 
 
 def _best_threshold(predictions: List[dict], scores: List[float], has_answer: List[bool]) -> Tuple[float, float]:
-    """The best mean score (percent) over thresholds on no_answer_probability above which a text counts as "no answer", and the
-    first threshold that reaches it. Starts from a threshold that answers nothing and takes in one question after the other."""
+    """The best mean score (percent) over thresholds on no_answer_probability, and the first threshold that reaches it.
+
+    Above the threshold a text counts as "no answer". It rises from one that answers nothing, a question at a time.
+    """
     total = best = sum(not has for has in has_answer)
     threshold = 0.0
     for place in sorted(range(len(scores)), key=lambda place: predictions[place]["no_answer_probability"]):

@@ -15,10 +15,11 @@ _ROWS_WORTH_A_WORKER = 10_000  # fewer are made in less time than it takes to st
 
 def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder, micro_batch_size: int,
             progress: bool = True) -> Iterator[dict]:
-    """Run `rows` through the model and give the answers of `finder` in example order (for their keys: AnswerFinder.add).
+    """Run `rows` through the model and give the answers of `finder` in example order (keys: AnswerFinder.add).
 
-    inference_model: a poptorch.inferenceModel made with `options`, whose output mode is All (the default), so that each call
-    returns start and end logits [rows of the combined batch, tokens] in the order of the rows. progress: show a bar.
+    inference_model: a poptorch.inferenceModel made with `options`, whose output mode is All (the default), so that each
+    call returns start and end logits [rows of the combined batch, tokens] in the order of the rows.
+    progress: show a bar.
     """
     mode = poptorch.DataLoaderMode.Async if len(rows) > _ROWS_WORTH_A_WORKER else poptorch.DataLoaderMode.Sync
     with workers_ignore_interrupt():

@@ -2,8 +2,8 @@
 
 One format for packed and unpacked rows. A row of S tokens with room for K windows is a dictionary of
     input_ids        int32 [S]    the windows' tokens one after the other, then padding
-    position_ids     int32 [S]    restarts in every window at padding_idx + 1 (RoBERTa counts from there); padding_idx on padding
-    window_ids       int32 [S]    0 on padding, 1..K: which of the row's windows a token belongs to
+    position_ids     int32 [S]    from padding_idx + 1 on in every window, as RoBERTa counts; padding_idx on padding
+    window_ids       int32 [S]    which of the row's windows a token belongs to, 1..K; 0 on padding
 and, in training rows,
     start_positions  int32 [K]    index in the row of the first and of the last answer token of each window
     end_positions    int32 [K]
@@ -14,38 +14,31 @@ from __future__ import annotations
 
 import bisect
 import math
-from typing import NamedTuple, Optional
+from functools import partial
+from typing import NamedTuple
 
 import numpy
 import torch
 
-_BLOCK = 4096  # windows packed together for inference: enough to fill rows well, few enough to answer while streaming
+_BLOCK = 4096  # windows packed together for inference: enough to fill rows well, few enough for answers to stream
 
 
 class Packing(NamedTuple):
-    """Which lengths share a row: slot s of row r, for s in row_slots[r]:row_slots[r + 1], holds a window of slot_length[s] tokens.
-
-    Rows are in the order in which they were filled up; slots in a row from long to short.
-    """
+    """Which lengths share a row. Row r has the slots row_slots[r] up to, not including, row_slots[r + 1]."""
 
     row_slots: numpy.ndarray  # int32 [rows + 1]
-    slot_length: numpy.ndarray  # int32 [windows]
-
-    def slot_start(self) -> numpy.ndarray:
-        """int32 [windows]: the token of the row at which each slot starts."""
-        ends = numpy.cumsum(self.slot_length)
-        starts = ends - self.slot_length
-        return (starts - numpy.repeat(starts[self.row_slots[:-1]], numpy.diff(self.row_slots))).astype(numpy.int32)
+    slot_length: numpy.ndarray  # int32 [windows]: tokens of the window that goes there
+    slot_start: numpy.ndarray  # int32 [windows]: the token of the row at which it starts
 
 
 def pack(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> Packing:
     """Pack windows into rows by best-fit decreasing on the histogram of their lengths.
 
-    Windows are placed from the longest to the shortest, each in the row with the least room that is left for it, as in
-    Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination" (arXiv:2107.02027). Equal rows are kept as one
-    entry with a count, so the time depends on `row_length` and not on the number of windows.
+    Windows are placed from the longest to the shortest, each in the row with the least room that is left for it (Krell
+    et al. 2021, "Efficient Sequence Packing without Cross-contamination", arXiv:2107.02027). Equal rows are kept as one
+    entry with a count, so that the time depends on `row_length` and hardly on the number of windows.
 
-    lengths: int [N], tokens of each window, at least one window; raises ValueError if one is longer than `row_length` or empty.
+    lengths: int [N], tokens of each window. Raises ValueError if there is none, an empty one or one that fits no row.
     """
     if not len(lengths) or lengths.min() < 1 or lengths.max() > row_length:
         raise ValueError(f"window lengths must lie in 1..{row_length}, got {len(lengths)} windows"
@@ -62,7 +55,7 @@ def pack(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> P
                 room, row, count = _take_open(open_rows, places, best)
             else:
                 room, row, count = row_length, (), left
-            # Having taken one window, a row has less room than any other that fits: it stays the best fit until it is full.
+            # A row that has taken a window has less room than any other that fits: it stays the best fit until it is full.
             take = min(room // length, max_windows_per_row - len(row), left)
             used = min(count, left // take)
             if row and used < count:
@@ -74,10 +67,17 @@ def pack(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> P
             else:
                 done.append((row, used))
     done += [entry for place in places for entry in open_rows[place]]
-    repeats = [count for _, count in done]
-    windows_per_row = numpy.repeat([len(row) for row, _ in done], repeats)
-    return Packing(numpy.concatenate([[0], numpy.cumsum(windows_per_row)]).astype(numpy.int32),
-                   numpy.concatenate([numpy.tile(numpy.array(row, numpy.int32), count) for row, count in done]))
+    return _flatten(done)
+
+
+def _flatten(rows: list) -> Packing:
+    """The packing of [(lengths in the row, number of such rows), ...]."""
+    windows_in_row = numpy.repeat([len(row) for row, _ in rows], [count for _, count in rows])
+    row_slots = numpy.concatenate([[0], numpy.cumsum(windows_in_row)]).astype(numpy.int32)
+    slot_length = numpy.concatenate([numpy.tile(numpy.array(row, numpy.int32), count) for row, count in rows])
+    tokens_before = numpy.cumsum(slot_length) - slot_length
+    slot_start = tokens_before - numpy.repeat(tokens_before[row_slots[:-1]], windows_in_row)
+    return Packing(row_slots, slot_length, slot_start.astype(numpy.int32))
 
 
 def _put_open(open_rows: dict, places: list, room: int, row: tuple, count: int) -> None:
@@ -96,11 +96,22 @@ def _take_open(open_rows: dict, places: list, index: int) -> tuple:
     return place[0], row, count
 
 
-def _fill_slots(packing: Packing, windows_by_length: numpy.ndarray) -> numpy.ndarray:
-    """int32 [windows]: the window in each slot, when windows (given in ascending order of length) go to slots of their length."""
-    window_of_slot = numpy.empty(len(windows_by_length), numpy.int32)
-    window_of_slot[numpy.argsort(packing.slot_length.astype(numpy.int16), kind="stable")] = windows_by_length
-    return window_of_slot
+def windows_per_row(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> float:
+    """The packing factor: windows in a row on average, 1.0 unpacked."""
+    return len(lengths) / (len(pack(lengths, row_length, max_windows_per_row).row_slots) - 1)
+
+
+def packed_accumulation(accumulation: int, windows_per_row: float, minimum: int = 1) -> int:
+    """The gradient accumulation that gives packed updates, on average, the windows of `accumulation` unpacked ones.
+
+    minimum: the micro-batches that fill the pipeline, 2 S - 1 for S stages.
+    """
+    return max(minimum, round(accumulation / windows_per_row))
+
+
+def _by_length(lengths: numpy.ndarray) -> numpy.ndarray:
+    """Indices in ascending order of length, equal lengths in their order (radix sort for int16: linear time)."""
+    return numpy.argsort(lengths.astype(numpy.int16), kind="stable")
 
 
 class _RowWriter:
@@ -108,16 +119,15 @@ class _RowWriter:
 
     def __init__(self, windows, rows: int, row_length: int, pad_token_id: int):
         self.windows = windows
-        self.first_position = pad_token_id + 1
-        self.positions = numpy.arange(self.first_position, self.first_position + row_length, dtype=numpy.int32)
+        self.positions = numpy.arange(pad_token_id + 1, pad_token_id + 1 + row_length, dtype=numpy.int32)
         self.input_ids = numpy.full((rows, row_length), pad_token_id, numpy.int32)
         self.position_ids = numpy.full((rows, row_length), pad_token_id, numpy.int32)
         self.window_ids = numpy.zeros((rows, row_length), numpy.int32)
 
-    def write(self, row: int, window_indices: list, starts: list) -> None:
-        """Put the windows into row `row`, each from its start on, numbered 1, 2, ..."""
+    def write(self, row: int, chosen: numpy.ndarray, starts: numpy.ndarray) -> None:
+        """Put the chosen windows into row `row`, each at its start, numbered 1, 2, ..."""
         input_ids, position_ids, window_ids = self.input_ids[row], self.position_ids[row], self.window_ids[row]
-        for number, (window, start) in enumerate(zip(window_indices, starts), 1):
+        for number, (window, start) in enumerate(zip(chosen.tolist(), starts.tolist()), 1):
             tokens = self.windows.input_ids(window)
             end = start + len(tokens)
             input_ids[start:end] = tokens
@@ -129,7 +139,7 @@ class _RowWriter:
 
 
 def collate(rows):
-    """Batch rows for a DataLoader, given as `collate_fn`: rows that were made as one batch already pass through as they are."""
+    """Batch rows for a DataLoader, as its `collate_fn`: rows that were made as one batch pass through as they are."""
     return rows if isinstance(rows, dict) else torch.utils.data.default_collate(rows)
 
 
@@ -142,32 +152,38 @@ class _EpochOrder(NamedTuple):
     windows_in_update: numpy.ndarray  # int64 [updates of the epoch]
 
 
-class TrainingRows(torch.utils.data.Dataset):
-    """All rows of a whole run, epoch after epoch, so that one loader runs through it and a resumed run starts at any step.
+class _Rows(torch.utils.data.Dataset):
+    """A data set that makes whole batches of rows (`__getitems__`); one row is a batch of one."""
 
-    A step (one combined batch) is `updates_per_step` (poptorch's deviceIterations) weight updates of `micro_batches_per_update`
-    (gradient accumulation x replication factor) micro-batches of `micro_batch_size` rows; PopTorch deals a combined batch out in
-    this order, device iterations outermost, so an update takes consecutive rows. An epoch is a whole number of steps: its last
-    step is filled up with empty rows, spread evenly over its updates.
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
 
-    loss_weights of an update's windows are micro_batches_per_update / (windows in the update). With a micro-batch loss of
-    sum_k weight_k * loss_k, PopTorch's Mean reduction over accumulation and replicas gives the mean loss over those windows,
-    wherever they stand.
 
-    Every epoch has its own shuffle, made from (seed, epoch) alone: windows of equal length swap places, so each epoch has other
-    windows sharing a row but the same number of rows, and the rows change their order.
+class TrainingRows(_Rows):
+    """All rows of a whole run, epoch after epoch: one loader runs through it, and a resumed run starts at any step.
 
-    windows: qa.windows.Windows with labels. epochs may be fractional; max_steps > 0 overrides it.
-    first_step: steps of the run that are done already. Unpickling makes the object anew: nothing per window crosses to a worker.
+    A step (one combined batch) is `updates_per_step` (poptorch's deviceIterations) weight updates of
+    `micro_batches_per_update` (gradient accumulation x replication factor) micro-batches of `micro_batch_size` rows.
+    PopTorch deals a combined batch out in this order, device iterations outermost, so an update takes consecutive rows.
+    An epoch is a whole number of steps: its last one is filled up with empty rows, spread evenly over its updates.
+
+    The loss weight of each window is micro_batches_per_update / (windows in the update). With a micro-batch loss of
+    sum_k weight_k * loss_k, PopTorch's Mean reduction over accumulation and replicas gives the mean loss over the
+    windows of the update, wherever they stand.
+
+    Each epoch is shuffled by (seed, epoch) alone: windows of equal length swap places, so that others share a row and
+    yet the number of rows stays the same, and the rows change their order.
+
+    windows: qa.windows.Windows with labels. epochs may be fractional; max_steps > 0 overrides it. first_step: steps of
+    the run that are done. A pickle holds the arguments alone: a loader's worker packs and shuffles for itself.
     """
 
     def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int, micro_batch_size: int,
                  micro_batches_per_update: int, updates_per_step: int = 1, epochs: float = 1.0, max_steps: int = -1,
                  seed: int = 0, first_step: int = 0):
-        self._arguments = dict(row_length=row_length, max_windows_per_row=max_windows_per_row, pad_token_id=pad_token_id,
-                               micro_batch_size=micro_batch_size, micro_batches_per_update=micro_batches_per_update,
-                               updates_per_step=updates_per_step, epochs=epochs, max_steps=max_steps, seed=seed,
-                               first_step=first_step)
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "windows")}
         self.windows = windows
         self._row_length, self._room = row_length, max_windows_per_row
         self._pad_token_id, self._seed = pad_token_id, seed
@@ -175,52 +191,45 @@ class TrainingRows(torch.utils.data.Dataset):
         self._rows_per_update = micro_batches_per_update * micro_batch_size
         self.rows_per_step = updates_per_step * self._rows_per_update
         self._packing = pack(windows.lengths, row_length, max_windows_per_row)
-        self._slot_start = self._packing.slot_start()
         rows = len(self._packing.row_slots) - 1
         self.windows_per_row = len(windows) / rows
-        self.fill = float(windows.lengths.sum()) / (rows * row_length)
+        self.fill = float(windows.lengths.sum()) / (rows * row_length)  # share of the rows' tokens that is not padding
         self.steps_per_epoch = math.ceil(rows / self.rows_per_step)
         self.total_steps = max_steps if max_steps > 0 else math.ceil(epochs * self.steps_per_epoch)
         self._first_step = first_step
         self._order = self._shuffle(first_step // self.steps_per_epoch)
 
     def __reduce__(self):
-        return _remake_training_rows, (self.windows, self._arguments)
+        return partial(TrainingRows, **self._arguments), (self.windows,)
 
     def __len__(self) -> int:
         return (self.total_steps - self._first_step) * self.rows_per_step
 
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
-
-    def __getitems__(self, indices: list) -> dict:
+    def __getitems__(self, indices) -> dict:
         """The rows as one batch: what torch's DataLoader asks for (torch >= 2.0), to be passed on by `collate`."""
         writer = _RowWriter(self.windows, len(indices), self._row_length, self._pad_token_id)
         start_positions = numpy.zeros((len(indices), self._room), numpy.int32)
         end_positions = numpy.zeros((len(indices), self._room), numpy.int32)
         loss_weights = numpy.zeros((len(indices), self._room), numpy.float32)
-        row_slots = self._packing.row_slots
+        rows_per_epoch, row_slots = self.steps_per_epoch * self.rows_per_step, self._packing.row_slots
         for place, index in enumerate(indices):
-            epoch, position = divmod(self._first_step * self.rows_per_step + index,
-                                     self.steps_per_epoch * self.rows_per_step)
+            epoch, position = divmod(self._first_step * self.rows_per_step + index, rows_per_epoch)
             order = self._epoch_order(epoch)
             row = order.row_at[position]
             if row < 0:
                 continue
             slots = slice(row_slots[row], row_slots[row + 1])
-            windows, starts = order.window_of_slot[slots], self._slot_start[slots]
-            writer.write(place, windows.tolist(), starts.tolist())
-            start_positions[place, :len(windows)] = self.windows.start_position[windows] + starts
-            end_positions[place, :len(windows)] = self.windows.end_position[windows] + starts
-            loss_weights[place, :len(windows)] = (
+            chosen, starts = order.window_of_slot[slots], self._packing.slot_start[slots]
+            writer.write(place, chosen, starts)
+            start_positions[place, :len(chosen)] = self.windows.start_position[chosen] + starts
+            end_positions[place, :len(chosen)] = self.windows.end_position[chosen] + starts
+            loss_weights[place, :len(chosen)] = (
                 self._micro_batches / order.windows_in_update[position // self._rows_per_update])
         return {**writer.tensors(), "start_positions": torch.from_numpy(start_positions),
                 "end_positions": torch.from_numpy(end_positions), "loss_weights": torch.from_numpy(loss_weights)}
 
     def windows_in_step(self, step: int) -> int:
-        """Real windows in step `step` of the run (counted from the run's start, not from first_step)."""
+        """Windows in step `step`, counted from the beginning of the run."""
         epoch, step = divmod(step, self.steps_per_epoch)
         updates = self._epoch_order(epoch).windows_in_update
         return int(updates[step * self._updates_per_step:(step + 1) * self._updates_per_step].sum())
@@ -232,88 +241,61 @@ class TrainingRows(torch.utils.data.Dataset):
 
     def _shuffle(self, epoch: int) -> _EpochOrder:
         generator = numpy.random.Generator(numpy.random.PCG64([self._seed, epoch]))
-        shuffled = generator.permutation(len(self.windows))
-        by_length = shuffled[numpy.argsort(self.windows.lengths[shuffled].astype(numpy.int16), kind="stable")]
+        shuffled = generator.permutation(len(self.windows)).astype(numpy.int32)
+        window_of_slot = numpy.empty_like(shuffled)
+        window_of_slot[_by_length(self._packing.slot_length)] = shuffled[_by_length(self.windows.lengths[shuffled])]
         rows = generator.permutation(len(self._packing.row_slots) - 1)
         row_at = numpy.full((self.steps_per_epoch, self._updates_per_step, self._rows_per_update), -1, numpy.int32)
         full = (self.steps_per_epoch - 1) * self.rows_per_step
         row_at[:-1] = rows[:full].reshape(row_at[:-1].shape)
         for update, part in zip(row_at[-1], numpy.array_split(rows[full:], self._updates_per_step)):
             update[:len(part)] = part
-        windows_in_row = numpy.append(numpy.diff(self._packing.row_slots), 0)  # the last, also [-1], is the empty row
-        return _EpochOrder(epoch, row_at.reshape(-1), _fill_slots(self._packing, by_length),
-                           windows_in_row[row_at].sum(axis=-1).reshape(-1))
+        windows_in_row = numpy.append(numpy.diff(self._packing.row_slots), 0)  # the last one, [-1], is the empty row
+        return _EpochOrder(epoch, row_at.reshape(-1), window_of_slot, windows_in_row[row_at].sum(axis=-1).reshape(-1))
 
 
-def _remake_training_rows(windows, arguments: dict) -> TrainingRows:
-    return TrainingRows(windows, **arguments)
+class InferenceRows(_Rows):
+    """Every window once, packed within blocks of consecutive windows, so that answers can stream.
 
-
-class InferenceRows(torch.utils.data.Dataset):
-    """Every window once, packed within blocks of consecutive windows, so that answers can be finished while rows stream.
-
-    rows_per_step: rows of a combined batch; the last one is filled up with empty rows.
+    windows: qa.windows.Windows. rows_per_step: rows of a combined batch; the last one is filled up with empty rows.
+    A pickle holds the arguments alone.
     """
 
     def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int, rows_per_step: int):
-        self._arguments = dict(row_length=row_length, max_windows_per_row=max_windows_per_row, pad_token_id=pad_token_id,
-                               rows_per_step=rows_per_step)
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "windows")}
         self.windows = windows
         self._row_length, self._pad_token_id = row_length, pad_token_id
         row_slots, slot_start, window_of_slot = [numpy.zeros(1, numpy.int32)], [], []
         for first in range(0, len(windows), _BLOCK):
             lengths = windows.lengths[first:first + _BLOCK]
             packing = pack(lengths, row_length, max_windows_per_row)
-            row_slots.append(packing.row_slots[1:] + first)
-            slot_start.append(packing.slot_start())
-            window_of_slot.append(_fill_slots(packing, numpy.argsort(lengths, kind="stable")) + first)
-        self._row_slots = numpy.concatenate(row_slots)
-        self._slot_start = numpy.concatenate(slot_start)
-        self._window_of_slot = numpy.concatenate(window_of_slot)
+            row_slots.append(first + packing.row_slots[1:])
+            slot_start.append(packing.slot_start)
+            window_of_slot.append(numpy.empty(len(lengths), numpy.int32))
+            window_of_slot[-1][_by_length(packing.slot_length)] = first + _by_length(lengths)
+        self._row_slots, self._slot_start, self._window_of_slot = map(
+            numpy.concatenate, (row_slots, slot_start, window_of_slot))
         self._rows = len(self._row_slots) - 1
-        self._len = math.ceil(self._rows / rows_per_step) * rows_per_step
+        self._length = math.ceil(self._rows / rows_per_step) * rows_per_step
 
     def __reduce__(self):
-        return _remake_inference_rows, (self.windows, self._arguments)
+        return partial(InferenceRows, **self._arguments), (self.windows,)
 
     def __len__(self) -> int:
-        return self._len
+        return self._length
 
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
-
-    def __getitems__(self, indices: list) -> dict:
+    def __getitems__(self, indices) -> dict:
         """The rows as one batch: what torch's DataLoader asks for (torch >= 2.0), to be passed on by `collate`."""
         writer = _RowWriter(self.windows, len(indices), self._row_length, self._pad_token_id)
         for place, index in enumerate(indices):
-            windows, starts = self._slots(index)
-            writer.write(place, windows.tolist(), starts.tolist())
+            writer.write(place, *self._windows_of(index))
         return writer.tensors()
 
     def slices(self, index: int) -> list:
-        """[(window, its first token in the row, its number of tokens), ...] of row `index`; empty for an empty row."""
-        windows, starts = self._slots(index)
-        return list(zip(windows.tolist(), starts.tolist(), self.windows.lengths[windows].tolist()))
+        """[(window, its first token in the row, number of tokens), ...] of row `index`; empty for an empty row."""
+        chosen, starts = self._windows_of(index)
+        return list(zip(chosen.tolist(), starts.tolist(), self.windows.lengths[chosen].tolist()))
 
-    def _slots(self, index: int) -> tuple:
+    def _windows_of(self, index: int) -> tuple:
         first, last = self._row_slots[min(index, self._rows)], self._row_slots[min(index + 1, self._rows)]
         return self._window_of_slot[first:last], self._slot_start[first:last]
-
-
-def _remake_inference_rows(windows, arguments: dict) -> InferenceRows:
-    return InferenceRows(windows, **arguments)
-
-
-def windows_per_row(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> float:
-    """The packing factor: windows in a row on average, 1.0 unpacked."""
-    return len(lengths) / (len(pack(lengths, row_length, max_windows_per_row).row_slots) - 1)
-
-
-def packed_accumulation(accumulation: int, windows_per_row: float, minimum: int = 1) -> int:
-    """The gradient accumulation with which packed rows give an update as many windows, on average, as `accumulation` unpacked ones.
-
-    minimum: what the pipeline needs to be filled (2 S - 1 micro-batches for S stages).
-    """
-    return max(minimum, round(accumulation / windows_per_row))

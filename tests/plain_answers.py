@@ -5,7 +5,8 @@ import numpy
 
 
 def plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold):
-    """run_qa's postprocess_qa_predictions (see qa/answers.py) over lists of float32 logits, a (start, end) pair a window; answers in turn."""
+    """run_qa's postprocess_qa_predictions (see qa/answers.py) over lists of float32 logits, a (start, end) pair a
+    window; answers in turn."""
     windows_of = collections.defaultdict(list)
     for window, number in enumerate(windows.example.tolist()):
         windows_of[number].append(window)

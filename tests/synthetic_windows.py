@@ -1,9 +1,11 @@
-"""Windows made up from random numbers, with the interface of qa.windows.Windows: for tests that need many, odd or known ones."""
+"""Windows made up from random numbers, with the interface of qa.windows.Windows: for tests that need many, odd or known
+ones."""
 import numpy
 
 
 class SyntheticWindows:
-    """`lengths` tokens a window; context from a random token on up to the last but one; 1 or more windows an example."""
+    """`lengths` tokens a window; context from a random token on up to the last but one; 1 or more windows an
+    example."""
 
     def __init__(self, lengths, seed=0, windows_per_example=1):
         random = numpy.random.default_rng(seed)

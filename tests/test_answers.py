@@ -12,7 +12,8 @@ from tests.synthetic_windows import SyntheticWindows
 
 
 def rows_of(windows, logits, seed, batch):
-    """Batches of (slices, start logits, end logits): the windows in a slightly shuffled order, two a row with noise around them."""
+    """Batches of (slices, start logits, end logits): the windows in a slightly shuffled order, two a row with noise
+    around them."""
     random = numpy.random.default_rng(seed)
     order = numpy.argsort(numpy.arange(len(windows)) + random.uniform(0, 60, len(windows))).tolist()
     longest = int(windows.lengths.max())
@@ -27,7 +28,8 @@ def rows_of(windows, logits, seed, batch):
 
 
 def problem(lengths, seed=0, coarse=False):
-    """Windows with several windows a question, questions, and logits; coarse logits are full of ties, also of 0.0 with -0.0."""
+    """Windows with several windows a question, questions, and logits; coarse logits are full of ties, also of 0.0 with
+    -0.0."""
     windows = SyntheticWindows(lengths, seed, windows_per_example=3)
     count = int(windows.example[-1]) + 1
     examples = Dataset.from_dict({"id": [f"q{i}" for i in range(count)], "context": ["0123456789" * 40] * count})

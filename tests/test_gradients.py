@@ -1,4 +1,5 @@
-"""A training step's gradient against plain PyTorch's: Hugging Face's model on each window by itself, the mean of its losses."""
+"""A training step's gradient against plain PyTorch's: Hugging Face's model on each window by itself, the mean of its
+losses."""
 import pytest
 import torch
 from transformers import RobertaConfig, RobertaForQuestionAnswering

@@ -32,7 +32,8 @@ def official_v1(golds, prediction):
 
 
 def made_up(count, seed, unanswerable):
-    """References and predictions of a few words, with what makes trouble: articles, punctuation, case, Unicode, empty texts."""
+    """References and predictions of a few words, with what makes trouble: articles, punctuation, case, Unicode, empty
+    texts."""
     chance = random.Random(seed)
 
     def text(least):

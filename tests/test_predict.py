@@ -1,4 +1,5 @@
-"""The inference loop, packed and unpacked, with and without a worker process, against Hugging Face's model on each window alone."""
+"""The inference loop, packed and unpacked, with and without a worker process, against Hugging Face's model on each
+window alone."""
 import pytest
 import torch
 from datasets import Dataset

@@ -12,7 +12,8 @@ PAD = 1
 
 
 def best_fit_decreasing(lengths, row_length, most):
-    """The plain algorithm: each window, from long to short, into the row with the least room that takes it (of these, the fewest windows)."""
+    """The plain algorithm: each window, from long to short, into the row with the least room that takes it (of these,
+    the fewest windows)."""
     rows = []
     for length in sorted(lengths, reverse=True):
         fitting = [row for row in rows if sum(row) + length <= row_length and len(row) < most]
