@@ -12,26 +12,37 @@ import math
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 
 from ipu_options.config import inference_pipeline, training_pipeline
 from ipu_options.errors import RunError, run_script
+from ipu_options.plan.flags import add_plan_flags, check_plan_flags
 from ipu_options.popvision import Spans, profiling_environment
-from qa.settings import check_row_length, parse_train, write_qa_settings
+from qa.settings import MUST_MATCH, Parser, check_row_length, parse_train, write_qa_settings
 
 
 def main():
-    s, ipu_config, _ = parse_train()
+    parser = Parser("train.py", "Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host.")
+    parser.add_argument("--plan", action="store_true", help="print what the run would take on IPUs, and do nothing else")
+    add_plan_flags(parser)
+    s, ipu_config, given = parse_train(parser=parser)
+    check_plan_flags(given)
+    if hasattr(given, "plan"):
+        from qa.plan import show_plan
+        return show_plan(s, ipu_config, given)
     for phase in ("training", "inference"):  # PopVision's environment must stand before PopTorch is imported
         profiling_environment(s.profile_dir, phase, {**asdict(s), **ipu_config.to_dict()})
     import torch
 
     from ipu_options import poptorch
     from qa.demo import use_demo_data
+    from qa.hub import check_login
     from qa.model import load_config, load_tokenizer
     from qa.run import StopSignals, output_lock
 
     print(f"PopTorch: {poptorch.__name__} {poptorch.__version__}, torch {torch.__version__}")
+    if s.push_to_hub:
+        check_login(s.hub_token)
     s = use_demo_data(s) if s.demo_data else s
     config = load_config(s.model_name_or_path, s.hub_token)
     check_row_length(s, config)
@@ -49,45 +60,28 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
     from ipu_options import poptorch
     from ipu_options.options import training_options
     from qa import checkpoint, hub
-    from qa.answers import write_answers
-    from qa.data import load_examples, random_examples
-    from qa.files import write_json
     from qa.inference import InferencePipeline
-    from qa.metrics import squad_metrics
-    from qa.model import RobertaForSpans, annotate, load_model, save_model, set_weights, weights_of
-    from qa.optimizer import make_optimizer, make_schedule
+    from qa.model import RobertaForSpans, save_model, set_weights, weights_of
+    from qa.optimizer import make_schedule
     from qa.report import describe_rows, log_line, show_predictions
     from qa.rows import TrainingRows, collate, packed_accumulation, windows_per_row
     from qa.run import explain_nonfinite, find_nonfinite, workers_ignore_interrupt, write_run_record
-    from qa.windows import Windows, make_windows
+    from qa.training import evaluate_answers, model_and_optimizer, questions_and_windows
 
     begin = time.perf_counter()
-    ipu = training.config
     print(training.layout.table())
-
-    # Questions -> windows. Training windows carry labels, evaluation windows the characters of their tokens.
-    source = dict(dataset_name=s.dataset_name, dataset_config_name=s.dataset_config_name, on_bad_row=s.on_bad_row,
-                  version_2_with_negative=s.version_2_with_negative)
-    examples = load_examples(split="train", file=s.train_file, max_samples=s.max_train_samples, **source)
-    eval_examples = load_examples(split="validation", file=s.validation_file, max_samples=s.max_eval_samples, **source)
-    if s.show_examples:
-        print(random_examples(examples, s.show_examples, s.seed))
-    shape = dict(max_seq_length=s.max_seq_length, doc_stride=s.doc_stride, num_proc=s.preprocessing_num_workers)
-    windows = Windows(make_windows(examples, tokenizer, labels=True, offsets=False, **shape))
-    eval_windows = Windows(make_windows(eval_examples, tokenizer, labels=False, offsets=True, **shape))
+    examples, eval_examples, windows, eval_windows = questions_and_windows(s, tokenizer)
 
     # Windows -> rows. A packed row holds several, so fewer micro-batches give an update the windows it is meant to have.
     # The rows of the whole run, epoch after epoch, are one data set; a resumed run starts in the middle of it.
     room = s.max_windows_per_row if s.pack else 1
-    packed = windows_per_row(windows.lengths, s.max_seq_length, room)
-    accumulation = packed_accumulation(ipu.gradient_accumulation_steps, packed, training.layout.min_gradient_accumulation())
-    ipu = replace(ipu, gradient_accumulation_steps=accumulation)
+    accumulation = packed_accumulation(training.config.gradient_accumulation_steps, minimum=training.layout.min_gradient_accumulation(),
+                                       windows_per_row=windows_per_row(windows.lengths, s.max_seq_length, room))
+    ipu = replace(training.config, gradient_accumulation_steps=accumulation)
     plan = dict(row_length=s.max_seq_length, max_windows_per_row=room, pad_token_id=config.pad_token_id, seed=s.seed,
                 micro_batch_size=s.micro_batch_size, micro_batches_per_update=accumulation * ipu.replication_factor,
                 updates_per_step=ipu.device_iterations, epochs=s.num_train_epochs, max_steps=s.max_steps or -1)
-    same = {name: getattr(s, name) for name in ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optimizer",
-                                                "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision")}
-    same.update(plan, data=windows.fingerprint)
+    same = {**plan, "data": windows.fingerprint, **{name: getattr(s, name) for name in MUST_MATCH}}
     saved = checkpoint.open_run(s.output_dir, s.resume_from_checkpoint, s.overwrite_output_dir, same)
     step, losses = (saved.step, saved.progress["losses"]) if saved else (0, [])
     rows = TrainingRows(windows, **plan, first_step=step)
@@ -95,19 +89,10 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
     write_run_record(s.output_dir, settings=asdict(s), ipu_config=ipu.to_dict(), data_fingerprint=windows.fingerprint,
                      resumed_from=str(saved.folder) if saved else None)
 
-    # The annotated model with PopTorch's optimizer and options.
+    # PopTorch: the annotated model, its options and optimizer, compiled for one combined batch.
     torch.manual_seed(s.seed)
-    model = load_model(str(saved.folder) if saved else s.model_name_or_path, config, s.hub_token).train()
-    annotate(model, training.layout, recompute_checkpoint_every_layer=ipu.recompute_checkpoint_every_layer,
-             embedding_serialization_factor=ipu.embedding_serialization_factor)
-    if s.precision == "float16":
-        model.half()
-    optimizer = make_optimizer(model, name=s.optimizer, learning_rate=s.learning_rate, weight_decay=s.weight_decay,
-                               betas=(s.adam_beta1, s.adam_beta2), epsilon=s.adam_epsilon, loss_scaling=s.loss_scaling,
-                               half_first_moment=ipu.enable_half_first_order_momentum)
+    model, optimizer = model_and_optimizer(s, config, replace(training, config=ipu), saved)
     schedule = make_schedule(optimizer, s.lr_scheduler_type, int(s.warmup_ratio * rows.total_steps), rows.total_steps, step)
-    if saved:
-        optimizer.load_state_dict(saved.optimizer)
     options = training_options(ipu, seed=s.seed, compile_only=s.compile_only, synthetic_data=s.synthetic_data,
                                ipu_model=s.ipu_model, profile_dir=s.profile_dir)
     training_model = poptorch.trainingModel(model, options, optimizer)
@@ -118,6 +103,8 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
         print(f"compiled for an offline target in {time.perf_counter() - begin:.0f} s; nothing was run")
         return 0
     if saved:
+        optimizer.load_state_dict(saved.optimizer)
+        training_model.setOptimizer(optimizer)
         training_model.rng_state = saved.rng_state
         checkpoint.set_random_state(saved.random_state)
 
@@ -139,61 +126,64 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
             if training_model.isAttachedToDevice():
                 training_model.detachFromDevice()  # frees the IPUs and brings the weights to the host
             set_weights(evaluation.model, weights_of(model))
-            predictions = write_answers(evaluation.answers(eval_windows, eval_examples), s.output_dir, s.version_2_with_negative)
-            evaluation.detach()
-            references = [{"id": name, "answers": answers} for name, answers in zip(eval_examples["id"], eval_examples["answers"])]
-            metrics = squad_metrics(references, predictions, s.version_2_with_negative)
-            write_json(Path(s.output_dir) / "metrics.json", {**metrics, "step": step, "epoch": step / rows.steps_per_epoch})
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
-            return metrics, predictions
+            return evaluate_answers(evaluation, eval_windows, eval_examples, s.output_dir, step, step / rows.steps_per_epoch)
 
     # The loop. A step is one call of the device: one combined batch, device_iterations weight updates.
     with workers_ignore_interrupt():
         loader = poptorch.DataLoader(options, rows, batch_size=s.micro_batch_size, collate_fn=collate,
                                      num_workers=s.dataloader_num_workers, mode=poptorch.DataLoaderMode.Async)
-    batches, bar = iter(loader), tqdm(total=rows.total_steps, initial=step, unit="step", dynamic_ncols=True)
+    batches, bar = iter(loader), tqdm(total=rows.total_steps, initial=step, desc="Training", unit="step", dynamic_ncols=True)
     losses_in_a_sum = accumulation * ipu.device_iterations if ipu.output_mode == "sum" else 1
     clock, seen = time.perf_counter(), 0
     while step < rows.total_steps and not stop.requested:
+        learning_rate = schedule.get_last_lr()[0]
         with spans("data"):
             batch = next(batches)
-        learning_rate = schedule.get_last_lr()[0]
         with spans("step"):
             loss = training_model(**batch).float().mean().item() / losses_in_a_sum
-        if not math.isfinite(loss):
-            raise RunError(explain_nonfinite(step=step + 1, loss=loss, earlier_losses=losses, learning_rate=learning_rate,
-                                             loss_scaling=s.loss_scaling, precision=s.precision,
-                                             bad_weight=find_nonfinite(weights_of(model).items())))
-        losses.append(loss)
         seen += rows.windows_in_step(step)
         step += 1
+        saving = s.save_steps and step % s.save_steps == 0
+        bad_weight = find_nonfinite(weights_of(model).items()) if saving else None
+        if bad_weight or not math.isfinite(loss):
+            why = explain_nonfinite(step=step, loss=loss, earlier_losses=losses, learning_rate=learning_rate,
+                                    loss_scaling=s.loss_scaling, precision=s.precision, bad_weight=bad_weight)
+            if s.on_nonfinite == "stop":
+                raise RunError(why)
+            back = checkpoint.go_back(s.output_dir, training_model, optimizer, partial(set_weights, model))
+            tqdm.write(f"warning: {why}; going on from the weights of step {back.step}")
+        else:
+            losses.append(loss)
+        with spans("schedule"):
+            schedule.step()
+            training_model.setOptimizer(optimizer)  # on the device nothing changes before this call
         bar.update()
         if step % s.logging_steps == 0 or step == rows.total_steps:
             speed, clock, seen = seen / (time.perf_counter() - clock), time.perf_counter(), 0
             tqdm.write(log_line(step, rows, losses[-s.logging_steps:], learning_rate, speed))
             bar.set_postfix_str(f"loss {loss:.3f}, learning rate {learning_rate:.3g}, {speed:.0f} windows/s")
-        with spans("schedule"):
-            schedule.step()
-            training_model.setOptimizer(optimizer)  # on the device nothing changes before this call
-        if s.save_steps and step % s.save_steps == 0:
-            save()
+        if saving:
+            try:
+                save()
+            except RunError as error:  # a full disk may have room again at the next save
+                tqdm.write(f"warning: {error}; the run goes on")
         if s.evaluate_every_epoch and step % rows.steps_per_epoch == 0 and step < rows.total_steps:
             evaluate()
     bar.close()
     loader.terminate()
     if stop.requested:
         save()
-        print(f"stopped after step {step} by {stop.requested.name}; the same command with --resume_from_checkpoint auto goes on from there")
+        print(f"stopped by {stop.requested.name} after step {step}; the same command with --resume_from_checkpoint auto goes on")
         return stop.exit_status
 
     with spans("save"):
         training_model.copyWeightsToHost()
         write_model(s.output_dir)
-    metrics, predictions = evaluate()
+    predictions = evaluate()
     print(show_predictions(eval_examples, predictions, s.show_predictions, s.seed))
     print(f"saved to {s.output_dir} after {time.perf_counter() - begin:.0f} s; ask it: python infer.py --checkpoint {s.output_dir}")
     if s.push_to_hub:
-        print(hub.push(...))
+        print(f"shared: {hub.push(s.output_dir, s.hub_model_id, s.hub_token, s.hub_private_repo)}")
     return 0
 
 

@@ -17,14 +17,18 @@ class RunError(RuntimeError):
 
 
 def run_script(main: Callable[[], Optional[int]]) -> int:
-    """Run `main` and return its exit status; `--debug` on the command line lets the traceback through.
+    """Run `main` and return its exit status; `--debug` on the command line lets a traceback through.
 
-    UsageError gives 2, RunError 1, each as one line on standard error; anything `main` returns is passed on (None is 0).
+    UsageError gives 2, everything else that goes wrong 1, each as one line on standard error; what `main` returns is passed
+    on (None is 0).
     """
     try:
         return main() or 0
-    except (UsageError, RunError) as error:
+    except Exception as error:  # pylint: disable=broad-except
         if "--debug" in sys.argv:
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (UsageError, RunError)):
+            message = f"{type(error).__name__}: {message} (--debug shows where)"
+        print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

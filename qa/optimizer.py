@@ -1,6 +1,7 @@
 """Optimizer and learning-rate schedule."""
 from __future__ import annotations
 
+import warnings
 from typing import Tuple
 
 import torch
@@ -34,8 +35,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_steps: int
 
     The loop calls `schedule.step()` and then `training_model.setOptimizer(optimizer)`: on the device nothing changes before.
     """
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the device updates: optimizer.step() is never called
     schedule = get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
-    optimizer._step_count = 1  # the device updates, optimizer.step() is never called: keep the schedule from warning of that
     for _ in range(steps_done):
         schedule.step()
     return schedule

@@ -19,7 +19,8 @@ def describe_rows(rows: TrainingRows, questions: int, micro_batch_size: int, ipu
 
 def log_line(step: int, rows: TrainingRows, losses: List[float], learning_rate: float, windows_per_second: float) -> str:
     """One line of the training log. losses: mean loss of each step since the last line."""
-    return (f"step {step}/{rows.total_steps}  epoch {step / rows.steps_per_epoch:.2f}  loss {sum(losses) / len(losses):.4f}  "
+    loss = sum(losses) / len(losses) if losses else float("nan")
+    return (f"step {step}/{rows.total_steps}  epoch {step / rows.steps_per_epoch:.2f}  loss {loss:.4f}  "
             f"learning rate {learning_rate:.3g}  windows/s {windows_per_second:.1f}")
 
 

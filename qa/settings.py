@@ -221,6 +221,9 @@ def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
     (Path(folder) / "qa_settings.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+# What a resumed run must have in common with the run it goes on with, beside its data and its batches.
+MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon",
+              "loss_scaling", "precision")
 QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length", "version_2_with_negative",
                "null_score_diff_threshold", "precision")
 

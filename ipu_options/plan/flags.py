@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import argparse
 
+from ipu_options.errors import UsageError
+
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -20,3 +22,11 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train_windows", type=int, metavar="N", help="windows of one epoch (default: known for squad and squad_v2)")
     group.add_argument("--calibration", metavar="FILE", help="efficiencies to plan with, as `calibrate` writes them")
     group.add_argument("--fit", action="store_true", help="also print how far the planner is from each published run")
+
+
+def check_plan_flags(given: argparse.Namespace) -> None:
+    """UsageError for a flag of the planner on a command line that does not plan."""
+    if not hasattr(given, "plan"):
+        for name in ("ipu", "json", "plot", "config_json", "windows_per_row", "train_windows", "calibration", "fit", *SHAPE):
+            if hasattr(given, name):
+                raise UsageError(f"--{name} does nothing without --plan: add it")
