@@ -26,8 +26,8 @@ PUBLISHED = 1_317
 MICRO_BATCHES, REPLICAS = 16, 4  # the published run's accumulation and replication
 
 
-def write_windows(folder: str, count: int) -> Windows:
-    """Windows with labels, as qa.windows.make_windows writes them, in a memory-mapped Arrow file."""
+def write_windows(folder: str, count: int, offsets: bool = False) -> Windows:
+    """Windows with labels or offsets, as qa.windows.make_windows writes them, in a memory-mapped Arrow file."""
     disable_progress_bars()
     random = numpy.random.default_rng(0)
     lengths = random.gamma(7.5, 24, count).clip(20, 384).astype(numpy.int32)  # mean 180, 95th percentile 300
@@ -35,7 +35,14 @@ def write_windows(folder: str, count: int) -> Windows:
     starts = random.integers(10, lengths).astype(numpy.int16)
     columns = {"input_ids": pyarrow.ListArray.from_arrays(begins, random.integers(4, 50_000, begins[-1]).astype(numpy.uint16)),
                "example": numpy.arange(count, dtype=numpy.int32), "cls_position": numpy.zeros(count, numpy.int16),
-               "context_start": numpy.full(count, 12, numpy.int16), "start_position": starts, "end_position": starts}
+               "context_start": numpy.full(count, 12, numpy.int16)}
+    if offsets:
+        characters = 4 * numpy.arange(begins[-1] - 13 * count, dtype=numpy.int32)  # a context is all but 13 tokens
+        begins -= 13 * numpy.arange(count + 1, dtype=numpy.int32)
+        characters -= 4 * numpy.repeat(begins[:-1], numpy.diff(begins))
+        columns["offsets"] = pyarrow.ListArray.from_arrays(2 * begins, numpy.stack((characters, characters + 4), 1).ravel())
+    else:
+        columns.update(start_position=starts, end_position=starts)
     Dataset(pyarrow.table(columns)).save_to_disk(folder)
     return Windows(load_from_disk(folder))
 

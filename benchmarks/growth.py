@@ -1,0 +1,101 @@
+"""How time and memory grow with the number of windows: packing, loading, answers. Linear time; flat memory beyond the indices.
+
+    python -m benchmarks.growth                    1,000 to 1,000,000 windows (some minutes, and 3 GB of disk for the last)
+
+Each figure comes from a process of its own. Memory is the peak of what the process holds for itself beyond what it held at the
+start of the stage; the windows are in a memory-mapped file, whose pages belong to the system's cache.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import multiprocessing
+import re
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from typing import Tuple
+
+import datasets
+import torch
+
+from benchmarks.input_pipeline import write_windows
+from benchmarks.measure import machine
+from qa.answers import AnswerFinder
+from qa.rows import InferenceRows, TrainingRows
+from qa.windows import Windows
+
+ROW = dict(row_length=384, max_windows_per_row=8, pad_token_id=1)
+
+
+def packing(windows: Windows) -> None:
+    """Pack and shuffle a training run's rows."""
+    TrainingRows(windows, micro_batch_size=1, micro_batches_per_update=64, **ROW)
+
+
+def loading(windows: Windows) -> None:
+    """Make every training row of an epoch."""
+    rows = TrainingRows(windows, micro_batch_size=1, micro_batches_per_update=64, **ROW)
+    for first in range(0, len(rows), rows.rows_per_step):
+        rows.__getitems__(range(first, first + rows.rows_per_step))
+
+
+def answers(windows: Windows) -> None:
+    """Find the answers of one question a window from the (random) logits of packed rows."""
+    examples = datasets.Dataset.from_dict({"id": ["question"], "context": ["0123456789" * 160]}).select([0] * len(windows))
+    rows = InferenceRows(windows, rows_per_step=16, **ROW)
+    finder = AnswerFinder(windows, examples)
+    torch.manual_seed(0)
+    start_logits, end_logits = torch.randn(2, 16, 384)
+    for first in range(0, len(rows), 16):
+        slices = [rows.slices(row) for row in range(first, first + 16)]
+        collections.deque(finder.add(slices, start_logits, end_logits), maxlen=0)
+    collections.deque(finder.finish(), maxlen=0)
+
+
+def own_memory() -> float:
+    """MB of anonymous memory that this process has in use (proc(5), RssAnon)."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return int(re.search(r"RssAnon:\s*(\d+) kB", status.read()).group(1)) / 1024
+
+
+def measure(stage: str, folder: str) -> Tuple[float, float]:
+    """(seconds, peak MB beyond the start) of a stage on the windows in `folder`."""
+    torch.set_num_threads(1)
+    windows = Windows(datasets.load_from_disk(folder))
+    before, peak, done = own_memory(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.01):
+            peak = max(peak, own_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.perf_counter()
+    {"packing": packing, "loading": loading, "answers": answers}[stage](windows)
+    seconds = time.perf_counter() - begin
+    done.set()
+    watcher.join()
+    return seconds, max(peak, own_memory()) - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    given = parser.parse_args()
+    print(f"growth with the number of windows, rows of 384 tokens, packed; one thread; {machine()}")
+    print(f"{'windows':>12}" + "".join(f"{stage:>16}: s  us/window     MB" for stage in ("packing", "loading", "answers")))
+    for count in given.windows:
+        figures = []
+        for stage in ("packing", "loading", "answers"):
+            with tempfile.TemporaryDirectory() as folder:
+                write_windows(folder, count, offsets=stage == "answers")
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                    figures.append(process.submit(measure, stage, folder).result())
+        print(f"{count:12,}" + "".join(f"{seconds:19.3f} {seconds / count * 1e6:10.2f} {memory:6.0f}" for seconds, memory in figures))
+
+
+if __name__ == "__main__":
+    main()
