@@ -31,7 +31,7 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 class IPUConfig:
     """How the job is mapped to IPUs. A field `inference_X` left at None takes the value of its training twin X."""
 
-    layers_per_ipu: List[int] = flag([0, 4, 4, 4], "encoder layers on each IPU of a replica; -1: an equal share of what is left",
+    layers_per_ipu: List[int] = flag([0, -1, -1, -1], "encoder layers on each IPU of a replica; -1: an equal share of what is left",
                                      type=int, nargs="+", min=-1)
     ipus_per_replica: Optional[int] = flag(None, "IPUs of one pipeline (default: as many as layers_per_ipu names)", type=int, min=1)
     embedding_ipu: int = flag(0, "IPU of the embedding", type=int, min=0)

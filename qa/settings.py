@@ -10,6 +10,7 @@ import argparse
 import difflib
 import json
 import math
+import re
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -234,6 +235,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, program: str, description: str):
         super().__init__(program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                          formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=42, width=120))
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own takes -2e-5 for a flag
 
     def error(self, message: str):
         raise UsageError(message.replace("argument --", "--", 1).replace(": ", " ", 1))
