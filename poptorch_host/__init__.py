@@ -2,19 +2,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Optional
+import logging
+from typing import Optional, Union
 
 import torch
 
 from . import enums, ops, optim, options, poptorch_core, profiling  # noqa: F401
 from ._dataloader import AsynchronousDataAccessor, DataLoader
-from ._poplar_executor import PoplarExecutor, is_wrapped, registerPostCompileHook, registerPreCompileHook
+from ._poplar_executor import PoplarExecutor, is_wrapped, module_repr, registerPostCompileHook, registerPreCompileHook
 from ._structure import ICustomArgParser, registerCustomArgParser
 from .blocks import BeginBlock, Block, BlockFunction, LegacyBeginBlockFn, PipelinedExecution, ShardedExecution, Stage, removeBlocks
 from .enums import *  # noqa: F401,F403
 from .options import Options, TensorLocationSettings
-from .ops import (Attribute, NameScope, identity_loss, isRunningOnIpu, nop, recomputationCheckpoint, serializedMatMul,
-                  set_available_memory)
+from .ops import (Attribute, NameScope, identity_loss, isRunningOnIpu, nop, ipu_print_tensor, recomputationCheckpoint,
+                  serializedMatMul, set_available_memory)
 from .poptorch_core import Error, NotOffered, RecoverableError, UnrecoverableError
 
 __version__ = "3.4.0-host"
@@ -47,3 +48,32 @@ def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:
 def ipuHardwareVersion() -> int:
     """Version of the IPUs: AssertionError, since there are none."""
     raise AssertionError("No IPU hardware available on this system")
+
+
+LOG_LEVELS = {"TRACE": logging.DEBUG, "DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARN": logging.WARNING, "ERR": logging.ERROR,
+              "OFF": logging.CRITICAL}
+
+
+def setLogLevel(level: Union[str, int]) -> None:
+    """What is logged: TRACE, DEBUG, INFO, WARN, ERR or OFF (or PopTorch's number for it). ValueError for anything else."""
+    level = {0: "TRACE", 1: "DEBUG", 2: "INFO", 3: "WARN", 4: "ERR", 6: "OFF"}.get(level, level)
+    if level not in LOG_LEVELS:
+        raise ValueError(f"Unknown log level: {level}. Valid values are {', '.join(LOG_LEVELS)}")
+    logging.getLogger("poptorch::python").setLevel(LOG_LEVELS[level])
+
+
+NOT_OFFERED = {
+    **dict.fromkeys(("Phase", "ParallelPhasedExecution", "SerialPhasedExecution", "Liveness"), "phased execution keeps parts of a model off "
+                    "the chip, and this project pipelines"),
+    **dict.fromkeys(("MultiConv", "MultiConvPlanType", "ctc_beam_search_decoder", "fps", "nearest"), "no model here uses it"),
+    **dict.fromkeys(("for_loop", "cond", "dynamic_slice", "dynamic_update"), "control flow on the device is not executed on the host"),
+    **dict.fromkeys(("custom_op", "CPU"), "it needs code compiled for an IPU"),
+    **dict.fromkeys(("set_overlap_for_input", "set_overlap_for_output"), "there are no transfers to overlap"),
+    **dict.fromkeys(("VariableRetrievalMode",), "every replica has the same weights"),
+}
+
+
+def __getattr__(name):
+    if name in NOT_OFFERED:
+        raise NotOffered(name, NOT_OFFERED[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,36 @@ from .poptorch_core import Error, NotOffered
 
 MAX_IPUS = 64
 
+# Options that PopTorch 3.4 hands to PopART (popart_compiler/source/SessionOptions.cpp), beside anything with a dot in its name
+POPART_OPTIONS = set("""
+accumulationAndReplicationReductionType accumulationFactor aliasZeroCopy autoRecomputation cachePath compilationProgressTotal
+compileEngine constantWeights convolutionOptions customCodeletCompileFlags customCodelets decomposeGradSum defaultBufferingDepth
+defaultPrefetchBufferingDepth delayVarUpdates disableGradAccumulationTensorStreams disableOptimizerStateTensorStreams dotChecks
+dotOpNames enableDistributedReplicatedGraphs enableEngineCaching enableExplicitIR enableExplicitMainLoops enableFloatingPointChecks
+enableFullyConnectedPass enableGradientAccumulation enableInplaceAmbiguityChecking enableLoadAndOffloadRNGState enableMergeExchange
+enableNonStableSoftmax enableOutlining enableOutliningCopyCostPruning enablePipelining enablePrefetchDatastreams
+enableReplicatedGraphs enableSerializedMatmuls enableStableNorm enableStochasticRounding enableSupportedDataTypeCasting
+engineOptions ensureFp32LossScaleTensor explicitRecomputation exportPoplarComputationGraph exportPoplarVertexGraph finalDotOp
+firstDotOp gclOptions globalReplicaOffset globalReplicationFactor groupHostSync groupNormStridedChannelGrouping
+hardwareInstrumentations instrumentWithHardwareCycleCounter kahnTieBreaker logDir looseThresholdAtPeak lstmOptions matmulOptions
+meanAccumulationAndReplicationReductionStrategy mergeVarUpdate mergeVarUpdateMemThreshold numIOTiles opxAliasChecking
+opxModifyChecking outlineSequenceBreakCost outlineThreshold partialsTypeMatMuls patterns patterns_level rearrangeAnchorsOnHost
+rearrangeStreamsOnHost reportOptions saveInitializersToFile scheduleNonWeightUpdateGradientConsumersEarly separateCallOpPdfs
+serializedPoprithmsShiftGraphsDir strictOpVersions subgraphCopyingStrategy swapLimitScheduler syntheticDataMode timeLimitScheduler
+transitiveClosureOptimizationThreshold updatableNamedBuffers useHostCopyOps virtualGraphMode
+""".split())
+POPART_SETTINGS = ("accumulateOuterFragmentSettings.", "autodiffSettings.", "automaticLossScalingSettings.",
+                   "batchSerializationSettings.", "executionPhaseSettings.", "replicatedCollectivesSettings.")
+
+
+def popart_options(values: dict) -> None:
+    """Error for an option PopART does not have, or a value that is no number, text or collection."""
+    for name, value in values.items():
+        if name not in POPART_OPTIONS and not name.startswith(POPART_SETTINGS):
+            raise Error(f"Unknown option {name} given to poptorch.Options._Popart.set()")
+        if not isinstance(value, (bool, int, float, str, list, tuple, set, dict)):
+            raise Error(f"Unknown value type {type(value)} for option {name}")
+
 
 def inference_options(options) -> None:
     """Error for gradient accumulation in inference."""
@@ -38,10 +68,9 @@ def options(opts) -> None:
     """Error for options that cannot be obeyed, whatever the model."""
     if opts.Distributed.numProcesses > 1:
         raise NotOffered("Options.Distributed", "the executor runs in one process; replicationFactor() gives the same result")
+    popart_options(opts._Popart.options)
     if opts.anchored_tensors:
         raise NotOffered("Options.anchorTensor", "its names are those of PopART's graph; return the tensor from forward() instead")
-    if not opts.broadcast_buffers and opts.replication_factor > 1:
-        raise NotOffered("Options.broadcastBuffers(False)", "replicas share one set of buffers on the host")
     offline = opts.connection_type == enums.ConnectionType.Never
     if offline and opts.exists("use_model") and opts.use_model:
         raise Error("ConnectionType.Never / poptorch.Options.useOfflineIpuTarget not supported for the IPU model")
@@ -50,6 +79,15 @@ def options(opts) -> None:
     if opts.output_mode == enums.OutputMode.EveryN and opts.device_iterations % opts.output_return_period:
         raise Error(f"The output return period ({opts.output_return_period}) must be a divisor of "
                     f"poptorch.Options().deviceIterations ({opts.device_iterations})")
+
+
+def buffers(changed: list, opts) -> None:
+    """Error if replicas would have to share buffers that the model changes."""
+    if changed and opts.replication_factor > 1:
+        if opts.broadcast_buffers:
+            raise Error("PopTorch does not support broadcasting buffers. If your model is able to tolerate buffers becoming out of sync "
+                        "between replicas, you can disable buffer broadcasting using poptorch.Options.broadcastBuffers(False).")
+        raise NotOffered("Options.broadcastBuffers(False)", f"replicas share one set of buffers on the host, and {changed} change")
 
 
 def pipeline(recorder: Recorder, opts, training: bool) -> None:

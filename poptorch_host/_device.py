@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
-from . import _structure, _trace, _update, enums, ops
+from . import _checks, _structure, _trace, _update, enums, ops
+from .poptorch_core import Error
 
 OUTPUT_TYPES = {torch.bfloat16: torch.float16, torch.int64: torch.int32, torch.float64: torch.float32}  # PopTorch has no 64 bits
 
@@ -95,6 +96,7 @@ class Device:
             self.weights = {id(t): Weight(name, t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         self.slots = list(self._find_slots())
         self.trace: Optional[_trace.Trace] = None
+        self.casts: Callable[[], ContextManager] = contextlib.nullcontext
         self.settings: Dict[str, Any] = {}
         self.trained: List[Tuple[Weight, int]] = []  # each trained weight with the index of its parameter group
         self.hyper: Dict[str, Dict[str, Any]] = {}   # by weight: the numbers of its group
@@ -132,16 +134,31 @@ class Device:
         rng, buffers = self.rng, [w for w in self.weights.values() if not w.is_parameter]
         saved = [w.working for w in buffers]
         for weight in buffers:
-            weight.working = weight.working.clone()
+            weight.working = weight.working.clone()  # version 0
         try:
             with self._installed():
                 micro_batch = arguments.micro_batches(_computed, micro_batches_per_call(self.options))(0)
-                self.trace = _trace.run(self.model, micro_batch, self.options._execution_strategy, self.training)
+                self.trace = self._traced(micro_batch)
                 _trace.check_reassigned(self.model, self.slots)
+            _checks.buffers([w.name for w in buffers if w.working._version != 0], self.options)
         finally:
             self.rng = rng
             for weight, working in zip(buffers, saved):
                 weight.working = working
+
+    def _traced(self, micro_batch) -> _trace.Trace:
+        """A model that mixes float16 and float32 fails without a cast that PopTorch makes by itself: then make it too."""
+        try:
+            return _trace.run(self.model, micro_batch, self.options._execution_strategy, self.training)
+        except RuntimeError as error:
+            if isinstance(error, Error):
+                raise
+            self.casts = _trace.UpcastMixed
+            with self.casts():
+                try:
+                    return _trace.run(self.model, micro_batch, self.options._execution_strategy, self.training)
+                except Exception:
+                    raise error from None
 
     # ---- weights and optimizer -------------------------------------------------------------------------------------
 
@@ -219,7 +236,7 @@ class Device:
         synthetic = options._Popart.options.get("syntheticDataMode", 0)
         micro_batch = arguments.micro_batches(_synthetic if synthetic else _computed, micro_batches_per_call(options))
         outputs = _Outputs(options)
-        with self._installed(), torch.set_grad_enabled(self.training):
+        with self._installed(), torch.set_grad_enabled(self.training), self.casts():
             for iteration in range(options.device_iterations):
                 for step in range(accumulation):
                     for replica in range(replicas):

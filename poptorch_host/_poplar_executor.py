@@ -198,6 +198,7 @@ class PoplarExecutor:
             self._write_optimizer_state()
 
     def _change_optimizer(self, optimizer):
+        _update.warn_subclass(optimizer)
         if isinstance(self._optimizer, optim.Optimizer):
             self._read_optimizer_state()
             self._optimizer._used_by(None)
@@ -239,6 +240,9 @@ class PoplarExecutor:
             arguments.check_batch(self._options, micro_batches_per_call(self._options))
             seed = self._options.random_seed if self._options.exists("random_seed") else torch.initial_seed()
             device = Device(self._model, self._options, self._training, seed)
+            unknown = set(self._options._Popart.options.get("updatableNamedBuffers", [])) - {w.name for w in device.weights.values()}
+            if unknown:
+                raise Error(f"updatableNamedBuffers names buffers that the model does not have: {sorted(unknown)}")
             device.compile(arguments)
             _checks.pipeline(device.trace.recorder, self._options, self._training)
         finally:
@@ -349,6 +353,8 @@ class PoplarExecutor:
         """IPU cycles of the last run: there are none, so always Error."""
         if not self._options._Popart.options["instrumentWithHardwareCycleCounter"]:
             raise Error("Cycle count logging is disabled. Please set option logCycleCount to True to enable.")
+        if not self.isCompiled():
+            raise Error("Please run the model at least once before obtaining cycle count.")
         raise NotOffered("PoplarExecutor.cycleCount", "a host has no IPU cycles to count")
 
     def _require_compiled(self) -> None:

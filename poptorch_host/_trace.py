@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import blocks, ops
+from ._structure import flatten, map_tensors
 from .poptorch_core import Error
 
 LOSSES = {"l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss", "nll_loss", "nll_loss_nd", "cross_entropy", "kl_div", "poisson_nll_loss",
@@ -28,6 +29,16 @@ class LossFinder(TorchFunctionMode):
         if getattr(func, "__name__", "") in LOSSES and isinstance(out, torch.Tensor):
             ops.marked_losses.append((out, False))
         return out
+
+
+class UpcastMixed(TorchFunctionMode):
+    """Where a torch function has bfloat16 and float32 arguments, makes them all float32: PopTorch casts half up to float."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kinds = {t.dtype for t in flatten([args, kwargs])}
+        if {torch.bfloat16, torch.float32} <= kinds and not getattr(func, "__name__", "").endswith("_"):
+            args, kwargs = map_tensors(lambda t: t.float() if t.dtype == torch.bfloat16 else t, [args, kwargs or {}])
+        return func(*args, **(kwargs or {}))
 
 
 class _BlockCheck(TorchDispatchMode):
@@ -76,11 +87,13 @@ BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 
 
 def check_reassigned(model: torch.nn.Module, slots: List[tuple]) -> None:
-    """Error if the forward pass has replaced a parameter or buffer by another tensor instead of copying into it."""
+    """Error if the forward pass has removed a parameter or buffer, or replaced it by another tensor instead of copying into it."""
     free = [module._buffers for module in model.modules() if isinstance(module, BATCH_NORMS)]
     for container, key, weight in slots:
+        kind = "Parameter" if weight.is_parameter else "Buffer"
+        if isinstance(container, dict) and key not in container:
+            raise Error(f"{kind} {weight.name} is removed from the model when calling the forward method.")
         if not any(container is other for other in free) and container[key] is not weight.working:
-            kind = "Parameter" if weight.is_parameter else "Buffer"
             raise Error(f"{kind} {weight.name} is reassigned within the model when calling the forward method. This is not supported. "
                         f"Consider using self.{weight.name}.copy_(src) to copy data from a source tensor, where src is the name of "
                         "the source tensor.")

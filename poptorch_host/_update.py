@@ -5,6 +5,7 @@ Where PyTorch has a fused kernel for the CPU it is used; otherwise the same form
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any, Dict, List
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from . import optim
 from .poptorch_core import Error
 
+logger = logging.getLogger("poptorch::python")
 CONSTANT_BY_VALUE = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "eps": 1e-8, "max_weight_norm": 65500.0}
 STATE = {"SGD": ("Accl1",), "Adam": ("Accl1", "Accl2", "Step"), "AdamW": ("Accl1", "Accl2", "Step"),
          "LAMB": ("Accl1", "Accl2", "Step"), "RMSprop": ("Accl1", "Accl2", "Accl3")}
@@ -29,6 +31,14 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
         if isinstance(optimizer, parents):
             return kind
     raise AssertionError(f"Unsupported optimizer type {type(optimizer).__name__}. Types supported {', '.join(HYPER)}")
+
+
+def warn_subclass(optimizer: torch.optim.Optimizer) -> None:
+    """A class of one's own is probably meant to change step(), which is never called."""
+    if not {torch.optim.Optimizer, optim.Optimizer} & set(type(optimizer).__bases__) and not type(optimizer).__module__.startswith("torch."):
+        logger.warning("Optimizer `%s` subclassed from classes in poptorch.optim or torch.optim are unlikely to behave as intended. "
+                       "Poptorch does not run Python optimizer code directly; but instead uses IPU native optimisers implemented in "
+                       "PopART.", type(optimizer).__name__)
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
@@ -140,7 +150,7 @@ def _adam(weights, gradients, state, hyper, numbers, fused=FUSED and getattr(tor
             g = g.add(w, alpha=decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        root = (v.sqrt() / (1 - beta2 ** float(step)) ** 0.5).add_(hyper["eps"])
+        root = (v / (1 - beta2 ** float(step))).sqrt_().add_(hyper["eps"])
         w.addcdiv_(m, root, value=-rate / (1 - beta1 ** float(step)))
 
 
@@ -155,7 +165,7 @@ def _lamb(weights, gradients, state, hyper, numbers):
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         step = float(step) if numbers["bias_correction"] else float("inf")
-        root = (v.sqrt() / (1 - beta2 ** step) ** 0.5).add_(hyper["eps"])
+        root = (v / (1 - beta2 ** step)).sqrt_().add_(hyper["eps"])
         change = (m / (1 - beta1 ** step)).div_(root).add_(w, alpha=hyper["weight_decay"])
         weight_norm, change_norm = float(w.norm().clamp(max=hyper["max_weight_norm"])), float(change.norm())
         trust = weight_norm / change_norm if weight_norm and change_norm else 1.0

@@ -167,6 +167,8 @@ class LegacyBeginBlockFn(torch.nn.Module):
     def __init__(self, layer_to_call: Callable, user_id: Optional[str] = None, ipu_id: Optional[int] = None):
         super().__init__()
         self._layer_to_call = layer_to_call
+        self._user_id = user_id
+        self._ipu_id = ipu_id
         self._begin = _BlockHook(user_id, ipu_id)
 
     def __call__(self, *input, **kwargs):

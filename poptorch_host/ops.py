@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import List, Optional, Tuple
 
 import torch
@@ -57,6 +58,18 @@ def set_available_memory(tensor: torch.Tensor, available_memory_proportion: floa
     """Share of memory for temporary data of the operation that made `tensor`: the identity on the host."""
     if not isinstance(tensor, torch.Tensor):
         raise Error(f"You may only set available memory for torch.tensor values. {type(tensor)} is not supported.")
+    return tensor
+
+
+def ipu_print_tensor(tensor: torch.Tensor, title: str = "", print_gradient: bool = True, summarise_threshold: int = 1000,
+                     edge_items: int = 3, max_line_width: int = 80, digits: int = 4, float_format: str = "auto", separator: str = ", ",
+                     open_bracket: str = "(", close_bracket: str = ")") -> torch.Tensor:
+    """Print `tensor` whenever it is computed, and its gradient; returns it. The host prints as torch does, to standard error."""
+    if not isinstance(tensor, torch.Tensor):
+        raise Error(f"ipu print tensor must take a torch.tensor argument. {type(tensor)} is not supported.")
+    print(f"{title}: {tensor.detach()}", file=sys.stderr)
+    if print_gradient and tensor.requires_grad:
+        tensor.register_hook(lambda gradient: print(f"{title}_gradient: {gradient}", file=sys.stderr))
     return tensor
 
 

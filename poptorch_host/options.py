@@ -29,31 +29,32 @@ class OptionsDict:
     """Named values that refuse unknown names, values of another type, and any change once they are frozen."""
 
     def __init__(self, **values: Any):
-        self.__dict__.update(values, _is_frozen=False)
+        private = {name: values.pop(name) for name in list(values) if name.startswith("_")}
+        self.__dict__.update(private, _values=values, _is_frozen=False)
 
     def exists(self, option: str) -> bool:
         """True if `option` has a value."""
-        return option in self.__dict__
+        return option in self._values
 
     def set(self, **values: Any) -> None:
         """Change values that exist. AssertionError for an unknown name or another type, AttributeError when frozen."""
+        self.checkIsFrozen()
         for name, value in values.items():
-            self.checkIsFrozen()
-            assert self.exists(name), f"Invalid option {name}, valid options are {list(self.toDict())}"
-            expected = type(self.__dict__[name])
+            assert self.exists(name), f"Invalid option {name}, valid options are {list(self._values)}"
+            expected = type(self._values[name])
             assert isinstance(value, expected), f"Unexpected type {type(value)} for option {name}. Expected {expected}"
-            self.__dict__[name] = value
+            self._values[name] = value
 
     def createOrSet(self, **values: Any) -> None:
         """As `set`, for values that need not exist yet."""
+        self.checkIsFrozen()
         for name, value in values.items():
-            self.checkIsFrozen()
-            self.__dict__.setdefault(name, value)
-            self.set(**{name: value})
+            self._values.setdefault(name, value)
+        self.set(**values)
 
     def deleteIfExists(self, option: str) -> None:
         """Forget `option`."""
-        self.__dict__.pop(option, None)
+        self._values.pop(option, None)
 
     def checkIsFrozen(self, option: Optional[str] = None) -> None:
         """AttributeError if the options are frozen."""
@@ -62,36 +63,38 @@ class OptionsDict:
 
     def update(self, other: Dict[str, Any]) -> Dict[str, Any]:
         """Add the values to `other`, which may not have any of them, and return it."""
-        mine = OptionsDict.toDict(self)
-        assert not mine.keys() & other.keys(), "Can't merge dictionaries, they have some keys in common"
-        other.update(mine)
+        assert not self._values.keys() & other.keys(), "Can't merge dictionaries, they have some keys in common"
+        other.update(self._values)
         return other
 
     def toDict(self) -> Dict[str, Any]:
         """The values by name."""
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+        return dict(self._values)
 
     def __call__(self, option: str) -> Any:
         return getattr(self, option)
 
     def __setattr__(self, name, value):
-        if name.startswith("_") or name == "__class__":
-            self.checkIsFrozen(name)
+        self.checkIsFrozen(name)
+        if name.startswith("_"):
             object.__setattr__(self, name, value)
         else:
             self.set(**{name: value})
 
     def __getattr__(self, name):
-        raise AttributeError(f"Invalid attribute {name}.")
+        values = self.__dict__.get("_values", {})
+        if name not in values:
+            raise AttributeError(f"Invalid attribute {name}.")
+        return values[name]
 
     def __deepcopy__(self, memo):
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        other.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()}, _is_frozen=False)
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo), _is_frozen=False)
         return other
 
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in OptionsDict.toDict(self).items())})"
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._values.items())})"
 
     def _freeze(self, frozen: bool = True):
         for part in (self, *self.__dict__.values()):
@@ -580,7 +583,7 @@ class Options(OptionsDict):
         assert not self.defaultOutputMode(), "An output mode must be picked before serialisation"
         out = {**self._execution_strategy.backendOptions(), **self._popart.options}
         for part in (self, self._training, self._distributed, self._tensor_locations):
-            out = OptionsDict.update(part, out)
+            out = part.update(out)
         return out
 
     def clone(self) -> "Options":
