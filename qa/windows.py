@@ -86,10 +86,11 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
     recipe = _recipe(tokenizer, max_seq_length, doc_stride, labels, offsets, on_bad_row)
     key = (_VERSION, examples._fingerprint, recipe.tokenizer.to_str(), recipe[1:])
     make = partial(_windows_of_batch, recipe=recipe)
-    return examples.with_format("arrow").map(
+    windows = examples.with_format("arrow").map(
         make, with_indices=True, batched=True, remove_columns=examples.column_names, num_proc=num_proc,
         features=datasets.Features.from_arrow_schema(recipe.schema()), load_from_cache_file=not overwrite_cache,
         new_fingerprint=datasets.fingerprint.Hasher.hash(key), desc="Windows")
+    return windows.with_format(None)
 
 
 def _recipe(tokenizer, max_seq_length, doc_stride, labels, offsets, on_bad_row):
