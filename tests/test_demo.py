@@ -1,0 +1,35 @@
+"""The demo's files: what they promise, and that the ordinary code reads them."""
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+from qa.data import load_examples
+from qa.demo import write_demo
+
+
+@pytest.mark.parametrize("version_2", [False, True])
+def test_demo(tmp_path, version_2):
+    state = torch.random.get_rng_state()
+    for folder in ("demo", "again"):
+        write_demo(tmp_path / folder, seed=3, version_2_with_negative=version_2)
+    assert torch.equal(state, torch.random.get_rng_state())
+    for name in ("train.json", "validation.json", "model/tokenizer.json", "model/model.safetensors"):
+        assert (tmp_path / "demo" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+    contexts = []
+    for split, questions in (("train", 8000), ("validation", 500)):
+        file = tmp_path / "demo" / f"{split}.json"
+        assert set(json.loads(file.read_text())["data"][0]) == {"title", "paragraphs"}
+        examples = load_examples(split=split, file=file, version_2_with_negative=version_2, cache_dir=tmp_path)
+        unanswered = sum(not row["answers"]["text"] for row in examples)
+        assert len(examples) == questions and (0.28 < unanswered / questions < 0.39 if version_2 else unanswered == 0)
+        contexts.append(set(examples["context"]))
+    assert not contexts[0] & contexts[1]
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "demo" / "model"))
+    model = AutoModelForQuestionAnswering.from_pretrained(str(tmp_path / "demo" / "model"))
+    assert model.config.num_hidden_layers == 4 and len(tokenizer) <= model.config.vocab_size
+    tokens = tokenizer(examples["question"][:], examples["context"][:])["input_ids"]
+    assert max(map(len, tokens)) < 80
