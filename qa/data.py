@@ -57,7 +57,9 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
         source, rows, identity = f"{dataset_name} ({split})", iter(hub), hub._fingerprint
     settings = (_VERSION, identity, max_samples, need_answers, version_2_with_negative, on_bad_row)
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
-    arrow_file = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "squad_rows" / f"{key}.arrow"
+    # A folder for each release of `datasets`, which write their own kinds of columns beside this file (the cached windows).
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"squad_rows-{datasets.__version__}"
+    arrow_file = folder / f"{key}.arrow"
     # Rows are only skipped where they are read, so then read them again: the log is to have the count in every run.
     if on_bad_row == "skip" or not arrow_file.exists():
         checked = _checked(rows, source, need_answers, version_2_with_negative, on_bad_row)
