@@ -6,8 +6,8 @@ import sys
 import time
 from typing import List, Optional
 
-from ipu_options.config import available_pod, POD_IPUS
-from ipu_options.errors import UsageError, run_script
+from ipu_options.config import POD_IPUS, available_pod
+from ipu_options.errors import RunError, UsageError, run_script
 from ipu_options.plan.flags import add_plan_flags
 from qa.settings import Parser, parse_train
 
@@ -37,30 +37,29 @@ def plan(argv: List[str]) -> int:
 
 def search(argv: List[str]) -> int:
     """The best split and settings for a number of IPUs, under the memory limit and at the same batch size."""
-    from ipu_options.plan import calibrate as calibration
-
     parser = Parser("python -m ipu_options search", search.__doc__)
     add_plan_flags(parser)
     parser.add_argument("--ipus", type=int, metavar="N", help="IPUs to use (default: those of the pod)")
     parser.add_argument("--write", metavar="FILE", help="write the best as an ipu_config.json")
     parser.add_argument("--keep", type=int, metavar="N", help="settings to show (default: 5)")
     s, ipu_config, given = parse_train(argv, parser)
-    ipus = getattr(given, "ipus", POD_IPUS[available_pod(s.pod_type)])
+    ipus, keep = getattr(given, "ipus", POD_IPUS[available_pod(s.pod_type)]), getattr(given, "keep", 5)
     if ipus not in (1, 2, 4, 8, 16, 32, 64):
         near = min((1, 2, 4, 8, 16, 32, 64), key=lambda n: abs(n - ipus))
         raise UsageError(f"--ipus {ipus}: IPUs are reserved in powers of two, at most 64; the nearest is {near}")
-    from ipu_options.plan.planner import make_plan
+    if keep < 1:
+        raise UsageError(f"--keep {keep}: it should be at least 1")
     from ipu_options.plan.search import search as best_plans
     from ipu_options.plan.text import search_text
-    from qa.plan import make_job
+    from qa.plan import planned
 
     begin = time.perf_counter()
-    job, efficiencies = make_job(s, ipu_config, given), calibration.load(getattr(given, "calibration", None))
-    plans, tried = best_plans(job, ipus, efficiencies, getattr(given, "keep", 5))
-    if getattr(given, "json", False):
-        print(json.dumps([made.to_dict() for made in plans], indent=2))
+    given_plan = planned(s, ipu_config, given)
+    plans, tried = best_plans(given_plan.job, ipus, given_plan.efficiencies, keep)
+    if hasattr(given, "json"):
+        print(json.dumps([plan.to_dict() for plan in plans], indent=2))
     else:
-        print(search_text(plans, tried, time.perf_counter() - begin, make_plan(job, efficiencies)))
+        print(search_text(plans, tried, time.perf_counter() - begin, given_plan))
     if hasattr(given, "write"):
         _write_config(given.write, plans[0])
     return 0
@@ -97,20 +96,15 @@ def calibrate(argv: List[str]) -> int:
 
 
 def report(argv: List[str]) -> int:
-    """What a PopVision profile says, against the plan of the same flags: report PROFILE [train.py flags]."""
-    if not argv or argv[0].startswith("-"):
-        raise UsageError("report: name a profile.pop, or the folder that --profile_dir wrote, first")
-    from ipu_options.plan import calibrate as calibration
-    from ipu_options.plan.planner import make_plan
-    from ipu_options.plan.profile import open_profile, profile_text
-    from qa.plan import make_job
-
-    parser = Parser("python -m ipu_options report PROFILE", report.__doc__)
+    """What a PopVision profile says, against the plan of the same flags."""
+    parser = Parser("python -m ipu_options report", report.__doc__)
+    parser.add_argument("profile", metavar="PROFILE", help="a profile.pop, or the folder that --profile_dir named")
     add_plan_flags(parser)
-    s, ipu_config, given = parse_train(argv[1:], parser)
-    profile = open_profile(argv[0])
-    planned = make_plan(make_job(s, ipu_config, given), calibration.load(getattr(given, "calibration", None)))
-    print(profile_text(profile, planned))
+    s, ipu_config, given = parse_train(argv, parser)
+    from ipu_options.plan.profile import open_profile, profile_text
+    from qa.plan import planned
+
+    print(profile_text(open_profile(given.profile), planned(s, ipu_config, given)))
     return 0
 
 
@@ -137,21 +131,21 @@ def _calibrate_own(s, ipu_config, given) -> int:
         fitted = replace(fitted, code_bytes=open_profile(given.profile).code_bytes)
     file = calibration.calibration_file(getattr(given, "calibration", None))
     calibration.save(fitted, file)
-    print(f"measured {measured:,.0f} windows/s; planned {before:,.0f} before and {make_plan(job, fitted).windows_per_second:,.0f} now\n"
+    now = make_plan(job, fitted).windows_per_second
+    print(f"measured {measured:,.0f} windows/s; planned {before:,.0f} before and {now:,.0f} now\n"
           f"saved to {file}; plans use it from now on and say so; delete it to go back to the published runs")
     return 0
 
 
 def _write_config(path: str, made) -> None:
-    from ipu_options.errors import RunError
-    values = {**made.job.config.to_dict(), "micro_batch_size": made.job.micro_batch_size}
     try:
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2, sort_keys=True)
+            json.dump(made.job.config.to_dict(), file, indent=2, sort_keys=True)
             file.write("\n")
     except OSError as error:
         raise RunError(f"--write {path}: cannot write it ({error})")
-    print(f"\nwrote {path}; train with it: python train.py --ipu_config {path} --micro_batch_size {made.job.micro_batch_size}")
+    print(f"wrote {path}; train with it: your flags and --ipu_config {path} --micro_batch_size {made.job.micro_batch_size}",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

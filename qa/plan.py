@@ -12,18 +12,16 @@ from ipu_options.errors import UsageError
 from ipu_options.plan.flags import SHAPE
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import MACHINES
+from ipu_options.plan.planner import Plan, make_plan
 from qa.settings import TrainSettings, check_row_length
 
 # Shapes of well-known checkpoints (their config.json on the hub), so that planning them needs no network.
-SHAPES = {
-    "roberta-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=50265),
-    "roberta-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, vocab_size=50265),
-    "distilroberta-base": dict(hidden_size=768, num_hidden_layers=6, num_attention_heads=12, intermediate_size=3072, vocab_size=50265),
-    "xlm-roberta-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=250002),
-    "xlm-roberta-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, vocab_size=250002),
-    "camembert-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=32005),
-}
-DEMO_SHAPE = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, vocab_size=2000)  # qa/demo.py
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 50265}
+LARGE = {**BASE, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+SHAPES = {"roberta-base": BASE, "roberta-large": LARGE, "distilroberta-base": {**BASE, "num_hidden_layers": 6},
+          "xlm-roberta-base": {**BASE, "vocab_size": 250002}, "xlm-roberta-large": {**LARGE, "vocab_size": 250002},
+          "camembert-base": {**BASE, "vocab_size": 32005}}
+DEMO_SHAPE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512, "vocab_size": 2000}
 # Mean real tokens of a window, and windows of an epoch: SQuAD at length 384 and stride 128, v1 as in the published run of
 # roberta-base, v2 as in that of roberta-base-squad2; the demo's as qa/demo.py writes them.
 REAL_TOKENS = {"squad": 181, "squad_v2": 181}
@@ -49,7 +47,8 @@ def make_job(s: TrainSettings, ipu_config: IPUConfig, given: argparse.Namespace)
     ipu, windows_per_row = pipeline.config, 1.0
     if s.pack:
         windows_per_row = packed or 1.0
-        accumulation = packed_accumulation(ipu.gradient_accumulation_steps, windows_per_row, pipeline.layout.min_gradient_accumulation())
+        least = pipeline.layout.min_gradient_accumulation()
+        accumulation = packed_accumulation(ipu.gradient_accumulation_steps, windows_per_row, least)
         ipu = IPUConfig(**{**vars(ipu), "gradient_accumulation_steps": accumulation})
     count = make_counter(config, max_seq_length=s.max_seq_length, windows_per_row=room, precision=s.precision)
     return Job(tuple(count(s.micro_batch_size, ipu.embedding_serialization_factor)), pipeline.layout, ipu,
@@ -57,19 +56,24 @@ def make_job(s: TrainSettings, ipu_config: IPUConfig, given: argparse.Namespace)
                packed_windows_per_row=packed, train_windows=_train_windows(s, given), epochs=s.num_train_epochs, count=count)
 
 
+def planned(s: TrainSettings, ipu_config: IPUConfig, given: argparse.Namespace) -> Plan:
+    """The plan of train.py's run with these settings, with the user's calibration where there is one."""
+    from ipu_options.plan.calibrate import load
+    return make_plan(make_job(s, ipu_config, given), load(getattr(given, "calibration", None)))
+
+
 def show_plan(s: TrainSettings, ipu_config: IPUConfig, given: argparse.Namespace) -> int:
     """Print the plan of train.py's run with these settings, and draw or write what the planner's flags in `given` ask for."""
-    from ipu_options.plan import calibrate as calibration
-    from ipu_options.plan.planner import make_plan
+    from ipu_options.plan.calibrate import fit_table
     from ipu_options.plan.text import fit_text, plan_text
 
-    made = make_plan(make_job(s, ipu_config, given), calibration.load(getattr(given, "calibration", None)))
+    made = planned(s, ipu_config, given)
     if getattr(given, "json", False):
         print(json.dumps(made.to_dict(), indent=2))
     else:
         print(plan_text(made, f"{s.config}, {model_name(s, given)}"))
     if getattr(given, "fit", False) and not getattr(given, "json", False):
-        print("\n" + fit_text(calibration.fit_table(published(), made.efficiencies), made.efficiencies))
+        print("\n" + fit_text(fit_table(published(), made.efficiencies), made.efficiencies))
     if getattr(given, "plot", None):
         from ipu_options.plan.draw import draw_plan
         draw_plan(made, given.plot, f"{s.config}, {model_name(s, given)}")
@@ -103,7 +107,7 @@ def model_config(s: TrainSettings, given: argparse.Namespace) -> Any:
     if path is not None:
         return _config_from_json(path, shape)
     if shape:
-        return RobertaConfig(**_positions({**SHAPES["roberta-base"], **_derived(shape), **shape}))
+        return RobertaConfig(**_positions({**BASE, **_derived(shape), **shape}))
     if s.demo_data:
         return RobertaConfig(**_positions(DEMO_SHAPE), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     folder = Path(s.model_name_or_path)
@@ -132,6 +136,8 @@ def _config_from_json(path: str, shape: dict) -> Any:
         raise UsageError(f"--config_json {path}: not a readable config.json ({error})")
     if missing:
         raise UsageError(f"--config_json {path}: has no {missing[0]}; name the config.json of a RoBERTa checkpoint")
+    if "roberta" not in values.get("model_type", "roberta") and values.get("model_type") != "camembert":
+        values.update(pad_token_id=1, max_position_embeddings=values.get("max_position_embeddings", 512) + 2)  # BERT counts from 0
     return RobertaConfig(**{**values, **shape})
 
 

@@ -50,9 +50,10 @@ def _single_changes(job: Job, plan: Plan) -> Iterator[Tuple[Job, str]]:
         if job.count and accumulation % factor == 0 and accumulation // factor >= least:
             yield (_with_micro_batch(job, micro * factor, accumulation // factor),
                    f"--micro_batch_size {micro * factor} --gradient_accumulation_steps {accumulation // factor} (the same batch)")
-    if job.count and micro % 2 == 0:
-        yield (_with_micro_batch(job, micro // 2, accumulation * 2),
-               f"--micro_batch_size {micro // 2} --gradient_accumulation_steps {accumulation * 2} (the same batch)")
+    for factor in (2, 4, 8):
+        if job.count and micro % factor == 0:
+            yield (_with_micro_batch(job, micro // factor, accumulation * factor),
+                   f"--micro_batch_size {micro // factor} --gradient_accumulation_steps {accumulation * factor} (the same batch)")
     if job.packed_windows_per_row and job.packed_windows_per_row > 1.05 * job.windows_per_row:
         fewer = max(least, round(accumulation / job.packed_windows_per_row))
         packed = replace(with_config(job, gradient_accumulation_steps=fewer), windows_per_row=job.packed_windows_per_row)
@@ -77,7 +78,8 @@ def _memory_changes(job: Job) -> Iterator[Tuple[Job, str]]:
     if job.count:
         factor = 2 * config.embedding_serialization_factor
         blocks = tuple(job.count(job.micro_batch_size, factor))
-        yield replace(with_config(job, embedding_serialization_factor=factor), blocks=blocks), f"--embedding_serialization_factor {factor}"
+        serialised = replace(with_config(job, embedding_serialization_factor=factor), blocks=blocks)
+        yield serialised, f"--embedding_serialization_factor {factor}"
     if config.replication_factor > 1 and not config.replicated_tensor_sharding:
         yield with_config(job, replicated_tensor_sharding=True), "--replicated_tensor_sharding true"
 

@@ -33,8 +33,9 @@ def draw_plan(plan: Plan, path: str, title: str) -> None:
     if not path.lower().endswith((".png", ".svg", ".pdf")):
         raise UsageError(f"--plot {path}: name a .png, .svg or .pdf file")
     ipus = len(plan.memory)
-    figure, (timeline, memory, split) = pyplot.subplots(
-        3, 1, figsize=(12, 5.5 + 1.1 * ipus), gridspec_kw={"height_ratios": [1.3 * ipus + 1.5, ipus + 1.5, ipus + 1]}, layout="constrained")
+    heights = {"height_ratios": [1.3 * ipus + 1.5, ipus + 1.5, ipus + 1]}
+    size = (12, 5.5 + 1.1 * ipus)
+    figure, (timeline, memory, split) = pyplot.subplots(3, 1, figsize=size, gridspec_kw=heights, layout="constrained")
     figure.suptitle(f"{title}: {plan.windows_per_second:,.0f} windows/s on {plan.job.machine.name}, "
                     + ("fits" if plan.fits else "DOES NOT FIT"))
     _timeline(timeline, plan)
@@ -91,10 +92,11 @@ def _memory(axes: Any, plan: Plan) -> None:
     axes.axvline(limit, color="black", linewidth=2)
     axes.text(limit, -0.85, f"{limit:.0f} MiB", va="bottom", ha="center", fontsize=9)
     for ipu, total in left.items():
-        axes.text(total, ipu, f" {total:.0f}" + ("" if total <= limit else f", over by {total - limit:.0f}"), va="center", fontsize=9)
+        over = f", over by {total - limit:.0f}" if total > limit else ""
+        axes.text(total, ipu, f" {total:.0f}{over}", va="center", fontsize=9)
     ipus = sorted(plan.memory)
-    axes.set(xlabel="MiB", xlim=(0, 1.12 * max(limit, *left.values())), yticks=ipus, yticklabels=[f"IPU {i}" for i in ipus],
-             ylim=(ipus[-1] + 0.6, -0.8))
+    axes.set(xlabel="MiB", xlim=(0, max(1.12 * limit, 1.2 * max(left.values()))), ylim=(ipus[-1] + 0.6, -0.8),
+             yticks=ipus, yticklabels=[f"IPU {i}" for i in ipus])
     axes.set_title("Memory of each IPU", loc="left")
     _legend(axes, {name: MEMORY_STYLES[name] for name in used})
 
@@ -113,7 +115,8 @@ def _split(axes: Any, plan: Plan) -> None:
             axes.text(place + 0.48, ipu, block, ha="center", va="center", fontsize=8)
         axes.text(widest + 0.1, ipu, f"{100 * load[ipu] / max(load.values()):.0f} % of the slowest", va="center", fontsize=9)
     ipus = sorted(names)
-    axes.set(xlim=(0, widest + 0.25 * widest + 0.5), xticks=[], yticks=ipus, yticklabels=[f"IPU {i}" for i in ipus], ylim=(ipus[-1] + 0.6, -0.6))
+    axes.set(xlim=(0, 1.25 * widest + 0.5), xticks=[], yticks=ipus, yticklabels=[f"IPU {i}" for i in ipus],
+             ylim=(ipus[-1] + 0.6, -0.6))
     axes.set_title("Split (numbers: encoder layers) and the work of a micro-batch", loc="left")
 
 

@@ -19,7 +19,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     for name in SHAPE:
         group.add_argument("--" + name, type=int, metavar="N", help="plan a model of this shape, without any file")
     group.add_argument("--windows_per_row", type=float, metavar="X", help="real windows in a packed row (default: estimated)")
-    group.add_argument("--train_windows", type=int, metavar="N", help="windows of one epoch (default: known for squad and squad_v2)")
+    group.add_argument("--train_windows", type=int, metavar="N", help="windows of an epoch (default: known for squad and squad_v2)")
     group.add_argument("--calibration", metavar="FILE", help="efficiencies to plan with, as `calibrate` writes them")
     group.add_argument("--fit", action="store_true", help="also print how far the planner is from each published run")
 

@@ -40,8 +40,9 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Efficiencies:
-    """Three fitted numbers and an allowance. A matrix multiplication of F FLOPs takes F / (peak x peak_utilisation) + matmul_cycles / clock.
+    """Three fitted numbers and an allowance.
 
+    A matrix multiplication of F FLOPs takes F / (peak x peak_utilisation) + matmul_cycles / clock.
     So utilisation grows with the work of one layer on one micro-batch and saturates: half of `peak_utilisation` is reached
     where both terms are equal. `matmul_cycles` stands for all that does not grow with the work: exchange, synchronisation,
     and the element-wise operations around a multiplication.  `call_seconds` is what the host adds to each call of the

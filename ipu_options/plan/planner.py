@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import Efficiencies
 from ipu_options.plan.memory import ipu_memory, reasons
-from ipu_options.plan.schedule import Schedule, StageWork, bubble_fraction, simulate
+from ipu_options.plan.schedule import KINDS, Schedule, StageWork, bubble_fraction, simulate
 from ipu_options.plan.throughput import copy_seconds, stage_work, update_seconds
 
 
@@ -60,11 +60,12 @@ class Plan:
         of a step makes the average one wait."""
         steps, batches = self.schedule.steps, self.job.config.gradient_accumulation_steps
         ipus = len(self.memory)
-        mean = {kind: batches * sum(getattr(work, kind) for work in self.work) / ipus for kind in ("forward", "recompute", "backward")}
+        mean = {kind: batches * sum(getattr(work, kind) for work in self.work) / ipus for kind in KINDS}
         slowest = self.schedule.step_seconds - self.copy_seconds
         return {**mean, "waiting for the slowest IPU": batches * slowest - sum(mean.values()),
                 "pipeline ramp": (steps - batches) * slowest, "copies between IPUs": steps * self.copy_seconds,
-                "gradient reduction": self.reduction_seconds, "weight update": self.weight_update_seconds, "host": self.host_seconds}
+                "gradient reduction": self.reduction_seconds, "weight update": self.weight_update_seconds,
+                "host": self.host_seconds}
 
     def to_dict(self) -> Dict[str, Any]:
         """All of it for machines, units in the names."""
@@ -85,7 +86,8 @@ class Plan:
                         "recompute_seconds": work.recompute, "backward_seconds": work.backward}
                        for i, (work, (_, blocks)) in enumerate(zip(self.work, job.stages()))],
             "blocks": [{"name": block.name, "ipu": ipu, "parameters": block.parameters, "forward_flops": block.forward_flops,
-                        "backward_flops": block.backward_flops, "saved_bytes": block.saved_bytes, "output_bytes": block.output_bytes}
+                        "backward_flops": block.backward_flops, "saved_bytes": block.saved_bytes,
+                        "output_bytes": block.output_bytes}
                        for block, (_, ipu) in zip(job.blocks, job.layout.blocks())],
             "machine": job.machine.name, "precision": job.precision, "max_seq_length": job.max_seq_length,
             "micro_batch_size": job.micro_batch_size, "rows_per_update": job.rows_per_update,

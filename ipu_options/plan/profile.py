@@ -52,8 +52,8 @@ def open_profile(path: str) -> Profile:
     try:
         import pva
     except ImportError:
-        raise UsageError("reading a profile needs pva, which comes with the Poplar SDK and not from a package index: run this where "
-                         "the SDK is enabled (source its poplar enable.sh)")
+        raise UsageError("reading a profile needs pva, which comes with the Poplar SDK and not from a package index: run this "
+                         "where the SDK is enabled (source its poplar enable.sh)")
     found = [Path(path)] if Path(path).is_file() else sorted(
         Path(path).rglob("profile.pop"), key=lambda file: ("training" in file.parts, file.stat().st_mtime))
     if not found:
@@ -86,8 +86,8 @@ def read_profile(report: Any) -> Profile:
 def profile_text(profile: Profile, plan: Plan) -> str:
     """Memory, cycles and balance beside the plan of the same configuration, and what to change."""
     if len(profile.total_bytes) != len(plan.memory):
-        raise UsageError(f"the profile is of {len(profile.total_bytes)} IPUs, the plan of {len(plan.memory)}: give report the flags that "
-                         "the profiled run was started with")
+        raise UsageError(f"the profile is of {len(profile.total_bytes)} IPUs, the plan of {len(plan.memory)}: give report the "
+                         "flags that the profiled run was started with")
     memory = [[f"IPU {ipu}", f"{profile.total_bytes[ipu] / MIB:.0f}", f"{sum(parts.values()) / MIB:.0f}",
                f"{profile.ipu_code_bytes[ipu] / MIB:.0f}", f"{parts['code'] / MIB:.0f}",
                f"{100 * profile.largest_tile_bytes[ipu] / profile.tile_limit_bytes:.0f} %"] for ipu, parts in plan.memory.items()]
@@ -106,21 +106,23 @@ def advice(profile: Profile, plan: Plan) -> str:
     """The change that the profile asks for: memory first, then balance, then the host; else what the plan suggests."""
     ipus = list(plan.memory)
     full = max(ipus, key=lambda ipu: profile.largest_tile_bytes[ipu])
-    if profile.largest_tile_bytes[full] > profile.tile_limit_bytes:
-        return (f"IPU {full}'s fullest tile is over by {(profile.largest_tile_bytes[full] - profile.tile_limit_bytes) / 1024:.0f} KiB: move a "
-                "layer away from it, lower its --matmul_proportion, or use a smaller --micro_batch_size")
+    over = profile.largest_tile_bytes[full] - profile.tile_limit_bytes
+    if over > 0:
+        return (f"IPU {full}'s fullest tile is over by {over / 1024:.0f} KiB: move a layer away from it, lower its "
+                "--matmul_proportion, or use a smaller --micro_batch_size")
     slowest, idlest = max(ipus, key=profile.work_cycles), min(ipus, key=profile.work_cycles)
+    most, least = profile.work_cycles(slowest), profile.work_cycles(idlest)
     layers = [plan.job.layout.layer_ipus.count(ipu) for ipu in ipus]
-    mean = sum(profile.work_cycles(ipu) for ipu in ipus) / len(ipus)
-    if layers[slowest] > 1 and profile.work_cycles(slowest) - profile.work_cycles(idlest) > 2 * profile.work_cycles(slowest) / layers[slowest]:
+    if layers[slowest] > 1 and most - least > 2 * most / layers[slowest]:  # a layer's worth of work less leaves it ahead still
         layers[slowest], layers[idlest] = layers[slowest] - 1, layers[idlest] + 1
-        return (f"IPU {slowest} works {profile.work_cycles(slowest) / mean:.2f} times the mean, IPU {idlest} least: move a layer, "
+        mean = sum(profile.work_cycles(ipu) for ipu in ipus) / len(ipus)
+        return (f"IPU {slowest} works {most / mean:.2f} times the mean, IPU {idlest} least: move a layer, "
                 f"--layers_per_ipu {' '.join(map(str, layers))}, if `plan` says that it fits")
     busy = sum(sum(parts.values()) for parts in profile.cycles) or 1
     host = sum(parts["host"] for parts in profile.cycles) / busy
     if host > 0.1:
-        return (f"{100 * host:.0f} % of the time goes to the host: --device_iterations {2 * plan.job.config.device_iterations}, or more "
-                "--dataloader_num_workers")
+        return (f"{100 * host:.0f} % of the time goes to the host: --device_iterations {2 * plan.job.config.device_iterations}, "
+                "or more --dataloader_num_workers")
     return suggestion(plan)
 
 

@@ -14,8 +14,10 @@ from typing import Any, Dict, List, Sequence, Tuple
 from ipu_options.errors import RunError, UsageError
 from ipu_options.plan.text import table
 
-USAGE = 'sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] [--output FILE] -- [train.py flags]'
-COLUMNS = ("setting", "fits", "planned_windows_per_second", "measured_windows_per_second", "bubble_percent", "fullest_mib", "status")
+USAGE = ('sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] [--timeout SECONDS] '
+         '[--output FILE] -- [train.py flags]')
+COLUMNS = ("setting", "fits", "planned_windows_per_second", "measured_windows_per_second", "bubble_percent", "fullest_mib",
+           "status")
 OWN = {"--run": 0, "--steps": 1, "--output": 1, "--timeout": 1, "--help": 0}
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
@@ -30,7 +32,7 @@ def run_sweep(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     output = Path(own.get("--output", ["sweep.csv"])[0])
-    measure = "--run" in own
+    measure, steps, timeout = "--run" in own, _number(own, "--steps", 20), _number(own, "--timeout", 3600)
     rows = read_rows(output)
     done = {row["setting"] for row in rows if row["measured_windows_per_second"] or not measure or row["status"] != "planned"}
     for flags in combinations(swept):
@@ -39,7 +41,7 @@ def run_sweep(argv: Sequence[str]) -> int:
             continue
         row = plan_row(setting, flags + list(common))
         if measure and row["status"] == "planned":
-            row.update(measure_run(flags + list(common), steps=_number(own, "--steps", 20), timeout=_number(own, "--timeout", 3600)))
+            row.update(measure_run(flags + list(common), steps, timeout))
         rows = [old for old in rows if old["setting"] != setting] + [row]
         write_rows(output, rows)
         print(f"{setting}: {row['status']}", file=sys.stderr)
@@ -107,7 +109,7 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
         command = [sys.executable, str(TRAIN), *flags, "--synthetic_data", "--max_steps", str(steps), "--max_eval_samples", "1",
                    "--logging_steps", str(max(1, steps // 2)), "--output_dir", folder + "/run"]
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout, text=True)
+            done = subprocess.run(command, capture_output=True, timeout=timeout, text=True)
         except subprocess.TimeoutExpired:
             return {"status": f"failed: no result after {timeout} s"}
     speeds = re.findall(r"windows/s ([\d.]+)", done.stdout + done.stderr)

@@ -61,19 +61,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int
 
 def _heading(plan: Plan, title: str) -> str:
     job, config = plan.job, plan.job.config
-    replicas = config.replication_factor
-    return (f"Plan: {title}, length {job.max_seq_length}, {job.precision}, on {replicas * config.num_ipus()} {job.machine.name} IPUs "
-            f"({replicas} replica{'s' * (replicas > 1)} of {config.num_ipus()})\n"
+    replicas, ipus = config.replication_factor, config.num_ipus()
+    packed = f" ({job.windows_per_row:.2f} windows in a row)" if job.windows_per_row > 1 else ""
+    return (f"Plan: {title}, length {job.max_seq_length}, {job.precision}, on {replicas * ipus} {job.machine.name} IPUs "
+            f"({replicas} replica{'s' * (replicas > 1)} of {ipus})\n"
             f"micro-batch {job.micro_batch_size} x accumulation {config.gradient_accumulation_steps} x replicas {replicas} = "
-            f"{job.rows_per_update} rows a weight update" + (f" ({job.windows_per_row:.2f} windows in a row)" if job.windows_per_row > 1 else ""))
+            f"{job.rows_per_update} rows a weight update{packed}")
 
 
 def _blocks(plan: Plan) -> str:
-    ipus = dict(plan.job.layout.blocks())
+    ipus, blocks = dict(plan.job.layout.blocks()), plan.job.blocks
     rows = [[b.name, str(ipus[b.name]), f"{b.parameters:,}", f"{b.forward_flops / 1e9:.2f}", f"{b.saved_bytes / MIB:.1f}",
-             f"{b.output_bytes / MIB:.2f}"] for b in plan.job.blocks]
-    total = sum(b.parameters for b in plan.job.blocks), sum(b.forward_flops for b in plan.job.blocks), sum(b.saved_bytes for b in plan.job.blocks)
-    rows.append(["total", "", f"{total[0]:,}", f"{total[1] / 1e9:.2f}", f"{total[2] / MIB:.1f}", ""])
+             f"{b.output_bytes / MIB:.2f}"] for b in blocks]
+    rows.append(["total", "", f"{sum(b.parameters for b in blocks):,}", f"{sum(b.forward_flops for b in blocks) / 1e9:.2f}",
+                 f"{sum(b.saved_bytes for b in blocks) / MIB:.1f}", ""])
     return "Allocation, for one micro-batch (counted from the model)\n" + table(
         ["block", "IPU", "parameters", "forward GFLOP", "saved MiB", "output MiB"], rows)
 
@@ -109,14 +110,14 @@ def _throughput(plan: Plan) -> str:
         lines[0] += f" real, in {plan.rows_per_second:,.0f} rows/s"
     lines[0] += f"; a weight update every {1e3 * plan.update_seconds:.1f} ms"
     if plan.training_seconds:
-        lines.append(f"{job.epochs:g} epoch{'s' * (job.epochs != 1)} of {job.train_windows:,} windows: {_duration(plan.training_seconds)} "
-                     "(without compilation and evaluation)")
+        lines.append(f"{job.epochs:g} epoch{'s' * (job.epochs != 1)} of {job.train_windows:,} windows: "
+                     f"{_duration(plan.training_seconds)} (without compilation and evaluation)")
     return "\n".join(lines)
 
 
 def _where(plan: Plan) -> str:
-    parts = sorted(plan.parts().items(), key=lambda part: -part[1])
-    rows = [[name, f"{1e3 * seconds:.2f}", f"{100 * seconds / plan.update_seconds:.1f} %"] for name, seconds in parts if seconds > 0]
+    parts = sorted(((name, seconds) for name, seconds in plan.parts().items() if seconds > 0), key=lambda part: -part[1])
+    rows = [[name, f"{1e3 * seconds:.2f}", f"{100 * seconds / plan.update_seconds:.1f} %"] for name, seconds in parts]
     return "Where the time of an update goes (mean over the IPUs)\n" + table(["", "ms", "share"], rows)
 
 
@@ -131,10 +132,10 @@ def _advice(plan: Plan) -> str:
 
 def _provenance(efficiencies: Efficiencies) -> str:
     e = efficiencies
-    lines = ["Counted from the model: parameters, FLOPs, saved and output bytes. Documented: clock, peak, memory, links. Estimated: "
-             f"code {e.code_bytes / MIB:.0f} MiB, matmul temporaries.",
-             f"Fitted ({e.source}): {100 * e.peak_utilisation:.1f} % of the peak rate at most, {e.matmul_cycles:,.0f} cycles around each "
-             f"multiplication, {1e3 * e.call_seconds:.0f} ms of host a call."]
+    lines = ["Counted from the model: parameters, FLOPs, saved and output bytes. Documented: clock, peak, memory, links.",
+             f"Estimated: code {e.code_bytes / MIB:.0f} MiB, matmul temporaries.",
+             (f"Fitted ({e.source}): {100 * e.peak_utilisation:.1f} % of the peak rate at most, {e.matmul_cycles:,.0f} cycles "
+              f"around each multiplication, {1e3 * e.call_seconds:.0f} ms of host a call.")]
     if e == Efficiencies():
         errors = ", ".join(f"{name} {error:+.0f} %" for name, error in PUBLISHED_ERRORS_PERCENT.items())
         lines.append(f"Against published runs: {errors}.")
@@ -144,8 +145,8 @@ def _provenance(efficiencies: Efficiencies) -> str:
 def _setting(plan: Plan) -> str:
     config = plan.job.config
     layers = " ".join(str(plan.job.layout.layer_ipus.count(ipu)) for ipu in range(config.num_ipus()))
-    text = (f"--layers_per_ipu {layers} --replication_factor {config.replication_factor} --micro_batch_size {plan.job.micro_batch_size} "
-            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}")
+    text = (f"--layers_per_ipu {layers} --replication_factor {config.replication_factor} --micro_batch_size "
+            f"{plan.job.micro_batch_size} --gradient_accumulation_steps {config.gradient_accumulation_steps}")
     if config.embedding_serialization_factor > 1:
         text += f" --embedding_serialization_factor {config.embedding_serialization_factor}"
     if config.optimizer_state_offchip:
@@ -156,13 +157,15 @@ def _setting(plan: Plan) -> str:
 def _reasons(plan: Plan) -> List[str]:
     limit, parts = plan.job.machine.memory_bytes, plan.parts()
     full = max(plan.memory, key=lambda ipu: sum(plan.memory[ipu].values()))
+    used = sum(plan.memory[full].values())
     slowest = max(plan.memory, key=lambda ipu: sum(work.seconds for work in plan.work if work.ipu == ipu))
     share = {name: 100 * seconds / plan.update_seconds for name, seconds in parts.items()}
-    useful = share["forward"] + share["backward"]
-    return [f"{useful:.0f} % of the time is forward and backward work, {share['recompute']:.0f} % recomputation, "
-            f"{share['waiting for the slowest IPU']:.0f} % imbalance (IPU {slowest} is slowest), {share['pipeline ramp']:.0f} % ramp, "
-            f"{share['host'] + share['weight update'] + share['gradient reduction']:.0f} % update and host",
-            f"IPU {full} is fullest: {sum(plan.memory[full].values()) / MIB:.0f} of {limit / MIB:.0f} MiB"]
+    useful, between = share["forward"] + share["backward"], share["host"] + share["weight update"] + share["gradient reduction"]
+    tight = " (tight, for an estimate)" if used > 0.95 * limit else ""
+    return [(f"{useful:.0f} % of the time is forward and backward work, {share['recompute']:.0f} % recomputation, "
+             f"{share['waiting for the slowest IPU']:.0f} % imbalance (IPU {slowest} is slowest), "
+             f"{share['pipeline ramp']:.0f} % ramp, {between:.0f} % update and host"),
+            f"IPU {full} is fullest: {used / MIB:.0f} of {limit / MIB:.0f} MiB{tight}"]
 
 
 def _duration(seconds: float) -> str:

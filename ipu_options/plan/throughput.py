@@ -28,8 +28,10 @@ def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, last: bo
 
     forward = seconds(totals.forward_flops, totals.forward_matmuls)
     again = forward
-    if last:
-        again = forward - seconds(totals.head_flops, totals.head_matmuls) if job.config.recompute_checkpoint_every_layer else 0 * forward
+    if last and job.config.recompute_checkpoint_every_layer:
+        again = forward - seconds(totals.head_flops, totals.head_matmuls)
+    elif last:
+        again = 0 * forward
     return forward, again, seconds(totals.backward_flops, totals.backward_matmuls)
 
 
