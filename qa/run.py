@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import math
 import os
 import platform
 import shlex
@@ -157,7 +158,8 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
     run whose losses were steady.  bad_weight: a weight that `find_nonfinite` found although the loss was finite, before a
     checkpoint; then the forward pass was sound, and the gradients or their update were not.
     """
-    what = f"the loss is {loss}" if bad_weight is None else f"{bad_weight} is not finite after the update (the loss was {loss:.4g})"
+    sound_forward = bad_weight is not None and math.isfinite(loss)
+    what = f"{bad_weight} is not finite after the update (the loss was {loss:.4g})" if sound_forward else f"the loss is {loss}"
     facts = f"step {step}: {what}, with learning rate {learning_rate:.3g}, loss scaling {loss_scaling:g}, {precision}"
     smaller_rate = f"try --learning_rate {learning_rate / 3:.2g} or a larger --warmup_ratio"
     if _rising(earlier_losses):
@@ -165,7 +167,7 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
     if precision != "float16":
         return f"{facts}: one update was too large, the losses before it were steady; {smaller_rate}, and look at this step's data"
     overflow = f"{facts}: float16 overflowed, the losses before it were steady; try --loss_scaling {max(1.0, loss_scaling / 8):g}"
-    if bad_weight is None:
+    if not sound_forward:
         overflow += ", and --precision float32 if the same step stops again: then it was not the scaled gradients but the forward pass"
     return overflow
 
