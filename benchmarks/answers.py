@@ -71,7 +71,7 @@ def find_all(windows, examples, logits: torch.Tensor, version_2: bool) -> Iterat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=10_800)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
     random = numpy.random.default_rng(0)
