@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Optional, Union
+from typing import Callable, Optional, Union
 
 import torch
 
 from . import enums, ops, optim, options, poptorch_core, profiling  # noqa: F401
 from ._dataloader import AsynchronousDataAccessor, DataLoader
-from ._poplar_executor import PoplarExecutor, is_wrapped, module_repr, registerPostCompileHook, registerPreCompileHook
+from ._poplar_executor import PoplarExecutor, is_wrapped, module_repr, read_saved, registerPostCompileHook, registerPreCompileHook
 from ._structure import ICustomArgParser, registerCustomArgParser
 from .blocks import BeginBlock, Block, BlockFunction, LegacyBeginBlockFn, PipelinedExecution, ShardedExecution, Stage, removeBlocks
 from .enums import *  # noqa: F401,F403
@@ -40,6 +40,26 @@ def inferenceModel(model: torch.nn.Module, options: Optional[Options] = None) ->
     return PoplarExecutor(copy.copy(model), options, False, __version__, user_model=model)
 
 
+def load(filename: str, edit_opts_fn: Optional[Callable[[Options], None]] = None) -> PoplarExecutor:
+    """The executor that PoplarExecutor.save() wrote with its model; `edit_opts_fn` may change the options first."""
+    data = read_saved(filename)
+    assert "model" in data, (
+        f"{filename} is a valid PopTorch file but was created with 'export_model=False' which means you need to re-create the PopTorch "
+        "model using poptorch.inferenceModel or poptorch.trainingModel then call "
+        f'poptorch_model.loadExecutable("{filename}").')
+    options = data["options"].clone()
+    options.connectionType(enums.ConnectionType.Always)  # it may have been compiled for an offline target
+    options.deleteIfExists("ipu_version")
+    if edit_opts_fn:
+        edit_opts_fn(options)
+    wrap = (data["optimizer"],) if data["training"] else ()
+    executor = (trainingModel if data["training"] else inferenceModel)(data["model"], options, *wrap)
+    executor.loadExecutable(filename)
+    if data["rng_state"] is not None:
+        executor.rng_state = data["rng_state"]
+    return executor
+
+
 def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:
     """True if there are IPUs: never on the host."""
     return False
@@ -50,6 +70,8 @@ def ipuHardwareVersion() -> int:
     raise AssertionError("No IPU hardware available on this system")
 
 
+logger = logging.getLogger("poptorch::python")
+logger.addHandler(logging.lastResort)  # PopTorch prints its warnings whether logging is set up or not
 LOG_LEVELS = {"TRACE": logging.DEBUG, "DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARN": logging.WARNING, "ERR": logging.ERROR,
               "OFF": logging.CRITICAL}
 
@@ -59,7 +81,7 @@ def setLogLevel(level: Union[str, int]) -> None:
     level = {0: "TRACE", 1: "DEBUG", 2: "INFO", 3: "WARN", 4: "ERR", 6: "OFF"}.get(level, level)
     if level not in LOG_LEVELS:
         raise ValueError(f"Unknown log level: {level}. Valid values are {', '.join(LOG_LEVELS)}")
-    logging.getLogger("poptorch::python").setLevel(LOG_LEVELS[level])
+    logger.setLevel(LOG_LEVELS[level])
 
 
 NOT_OFFERED = {

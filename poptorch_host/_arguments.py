@@ -19,10 +19,9 @@ MISMATCH = ("\nThis error occurred because the inputs passed at runtime don't ma
 class Arguments:
     """Positional and keyword arguments of one call, by the names of forward()'s parameters."""
 
-    def __init__(self, bound: inspect.BoundArguments):
-        self.named: Dict[str, Any] = dict(bound.arguments)
-        self.call: Tuple[tuple, dict] = (bound.args, bound.kwargs)
-        self.tensors: List[torch.Tensor] = _structure.flatten(self.call)
+    def __init__(self, named: Dict[str, Any], call: Tuple[tuple, dict]):
+        self.named, self.call = named, call
+        self.tensors: List[torch.Tensor] = _structure.flatten(call)
 
     def check_batch(self, options, parts: int) -> None:
         """AssertionError unless every tensor's first dimension can be cut into `parts` micro-batches."""
@@ -44,15 +43,18 @@ class Arguments:
 
     def compiled(self) -> "Arguments":
         """The same with tensors that have a type and a shape and no data, to compare later calls with."""
-        other = object.__new__(Arguments)
-        other.named = _structure.map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), self.named)
-        return other
+        return self._mapped(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+
+    def zeros(self) -> "Arguments":
+        """The same with zeros, to trace a model that was compiled elsewhere."""
+        return self._mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype))
+
+    def _mapped(self, function):
+        return Arguments(*_structure.map_tensors(function, (self.named, self.call)))
 
     def check_same(self, other: "Arguments") -> None:
         """Error unless `other` has the shapes, types, structure and constants of these compiled arguments."""
-        for name in [*self.named, *(n for n in other.named if n not in self.named)]:
-            if name not in self.named or name not in other.named:
-                raise Error(f"Keys mismatch for named arguments: {name}.{MISMATCH}")
+        for name in self.named:
             _check_same(name, self.named[name], other.named[name])
 
 
@@ -75,7 +77,7 @@ def _check_same(name: str, old: Any, new: Any) -> None:
         if details:
             raise Error(f"Keys mismatch for {name}: {'. '.join(details)}.{MISMATCH}")
         for key in old:
-            _check_same(f"{name}[{key}]", old[key], new[key])
+            _check_same(str(key) if name == "kwargs" else f"{name}[{key}]", old[key], new[key])
     elif _structure.flatten(old):
         _check_same(name, tuple(_structure.flatten(old)), tuple(_structure.flatten(new)))
     elif old != new:
@@ -109,7 +111,7 @@ class Parser:
                     raise Error(f"Mandatory parameter {name} missing")
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        arguments = Arguments(bound)
+        arguments = Arguments(dict(bound.arguments), (bound.args, bound.kwargs))
         if not self.warned and any(not t.is_contiguous() for t in arguments.tensors):
             logger.warning("At least one input tensor is not contiguous: non-contiguous tensors will be converted.")
             self.warned = True

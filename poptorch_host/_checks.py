@@ -35,7 +35,7 @@ def popart_options(values: dict) -> None:
     """Error for an option PopART does not have, or a value that is no number, text or collection."""
     for name, value in values.items():
         if name not in POPART_OPTIONS and not name.startswith(POPART_SETTINGS):
-            raise Error(f"Unknown option {name} given to poptorch.Options._Popart.set()")
+            raise Error(f"Unknown PopART option {name}: poptorch.Options._Popart.set() takes the names of popart.SessionOptions")
         if not isinstance(value, (bool, int, float, str, list, tuple, set, dict)):
             raise Error(f"Unknown value type {type(value)} for option {name}")
 

@@ -218,6 +218,8 @@ class AsynchronousDataAccessor:
 
     def _start(self, load_indefinitely, early_preload, sharing_strategy):
         context = torch.multiprocessing.get_context(START_METHODS.get(sharing_strategy, "spawn"))
+        if sharing_strategy == SharingStrategy.ForkServer:  # import torch once in the server, not in every process it forks
+            context.set_forkserver_preload(["__main__", __name__])
         self._pipe, other = context.Pipe()
         worker = _Worker(self._slots, self.rebatched_size, load_indefinitely, early_preload)
         with tempfile.TemporaryDirectory() as folder:

@@ -179,8 +179,7 @@ class Device:
         """Take the numbers of an optimizer; `groups` are its parameters, which choose the weights the first time."""
         if not self.trained:
             self.trained = [(self.weights[id(p)], i) for i, group in enumerate(groups) for p in group if id(p) in self.weights]
-            tf_variant = settings["kind"] == "RMSprop" and settings["use_tf_variant"]
-            self.state = {w.name: _update.new_state(settings["kind"], w.value, tf_variant) for w, _ in self.trained}
+            self.state = {w.name: _update.new_state(settings, w.value) for w, _ in self.trained}
         self.settings = settings
         self.hyper = {w.name: dict(settings["groups"][i]) for w, i in self.trained}
 

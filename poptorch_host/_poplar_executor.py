@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import datetime
+import functools
 import logging
+import os
+import pickle
+import time
 import weakref
 from typing import Any, Callable, Dict, List, Optional
 
@@ -233,6 +238,7 @@ class PoplarExecutor:
         self._compile(self._parser(args, kwargs))
 
     def _compile(self, arguments) -> None:
+        began = time.monotonic()
         for hook in self._precompile_hooks.values():
             hook()
         try:
@@ -249,6 +255,7 @@ class PoplarExecutor:
             for hook in self._postcompile_hooks.values():
                 hook()
         self._device, self._compiled_arguments = device, arguments.compiled()
+        self._compilation_time = datetime.timedelta(seconds=time.monotonic() - began)
         if self._training:
             self._constants = _update.constants(self._optimizer, self._settings)
         self._rng_state = None
@@ -349,6 +356,35 @@ class PoplarExecutor:
         self._rng_state = list(state)
         self._device.set_rng(self._rng_state)
 
+    def save(self, filename: str, export_model: bool = True, save_rng_state: bool = True) -> None:
+        """Write what poptorch_host.load() or loadExecutable() need to compile again: arguments, options, and the model with its
+        optimizer if `export_model`. A folder gets a file model.poptorch. The file is a pickle: load only what you trust."""
+        self._require_compiled()
+        if os.path.isdir(filename):
+            filename = os.path.join(filename, "model.poptorch")
+        os.makedirs(os.path.dirname(filename) or ".", exist_ok=True)
+        data = {"arguments": self._compiled_arguments, "options": self._options, "rng_state": self.rng_state if save_rng_state else None}
+        if export_model:
+            data.update(model=self._user_model, training=self._training, optimizer=self._optimizer)
+        torch.save(data, filename)
+
+    def compileAndExport(self, filename: str, *args: Any, export_model: bool = True, **kwargs: Any) -> None:
+        """compile(*args, **kwargs), then save(filename, export_model)."""
+        self.compile(*args, **kwargs)
+        self.save(filename, export_model)
+
+    def loadExecutable(self, filename: str) -> None:
+        """Compile for the arguments saved in a file. Error if it is not one of save()'s."""
+        self._compile(read_saved(filename)["arguments"].zeros())
+
+    def compilationTime(self) -> datetime.timedelta:
+        """How long the compilation took. Error if there was none, or without Options.showCompilationProgressBar."""
+        if not self.isCompiled():
+            raise Error("Please compile the model before obtaining compilation time.")
+        if not self._options._show_compilation_progress_bar:
+            raise Error("Please set showCompilationProgressBar option to obtain compilation time.")
+        return self._compilation_time
+
     def cycleCount(self) -> int:
         """IPU cycles of the last run: there are none, so always Error."""
         if not self._options._Popart.options["instrumentWithHardwareCycleCounter"]:
@@ -360,6 +396,18 @@ class PoplarExecutor:
     def _require_compiled(self) -> None:
         if not self.isCompiled():
             raise Error(NOT_COMPILED)
+
+
+def read_saved(filename: str) -> Dict[str, Any]:
+    """What save() wrote. Error if the file is something else."""
+    load = functools.partial(torch.load, weights_only=False) if torch.__version__ >= "2.1" else torch.load
+    try:
+        data = load(filename)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise Error(f"Invalid file {filename}: {error}") from None
+    if not isinstance(data, dict) or "arguments" not in data:
+        raise Error(f"Invalid file {filename}: it was not written by PoplarExecutor.save()")
+    return data
 
 
 def is_wrapped(model: torch.nn.Module) -> bool:

@@ -60,11 +60,6 @@ class Trace:
         self.needs_finder = False               # the loss is a torch loss, found only with a LossFinder
 
 
-def active() -> Optional[blocks.Recorder]:
-    """The recorder of the trace that is running, if one is."""
-    return blocks.recorder
-
-
 def run(model, args_and_kwargs, strategy, training: bool) -> Trace:
     """Run `model` once and return what was learned. Error where PopTorch's compiler would give one."""
     recorder = blocks.recorder = blocks.Recorder(strategy)

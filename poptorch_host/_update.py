@@ -79,12 +79,11 @@ def check_constants(constant: Dict[tuple, Any], settings: Dict[str, Any]) -> Non
                         f"optimizer.variable_attrs.markAsVariable('{name}') before the model is compiled.")
 
 
-def new_state(kind: str, weight: torch.Tensor, tf_variant: bool) -> Dict[str, torch.Tensor]:
+def new_state(settings: Dict[str, Any], weight: torch.Tensor) -> Dict[str, torch.Tensor]:
     """The optimizer state of one weight before its first update."""
-    state = {name: torch.zeros_like(weight) for name in STATE[kind] if name != "Step"}
-    if "Step" in STATE[kind]:
-        state["Step"] = torch.zeros((), dtype=torch.float32)
-    if tf_variant:
+    kind = settings["kind"]
+    state = {name: torch.zeros((), dtype=torch.float32) if name == "Step" else torch.zeros_like(weight) for name in STATE[kind]}
+    if kind == "RMSprop" and settings["use_tf_variant"]:
         state["Accl1"].fill_(1.0)
     return state
 
@@ -92,11 +91,15 @@ def new_state(kind: str, weight: torch.Tensor, tf_variant: bool) -> Dict[str, to
 POPART_NAMES = {"lr": "learningRate", "weight_decay": "weightDecay", "max_weight_norm": "maxWeightNorm"}
 
 
+def _real(numbers):
+    return [(name, value) for name, value in numbers.items() if not isinstance(value, bool)]
+
+
 def parameters(settings: Dict[str, Any], hyper: Dict[str, Dict[str, Any]]) -> Dict[str, torch.Tensor]:
     """The numbers of every weight as tensors, by PopART's names: learningRate___specific___NAME."""
     out = {"lossScaling_FLOAT": torch.tensor(float(settings["loss_scaling"]))}
     for weight, numbers in hyper.items():
-        for name, value in numbers.items():
+        for name, value in _real(numbers):
             out[f"{POPART_NAMES.get(name, name)}___specific___{weight}"] = torch.tensor(value, dtype=torch.float32)
     return out
 
@@ -104,10 +107,10 @@ def parameters(settings: Dict[str, Any], hyper: Dict[str, Dict[str, Any]]) -> Di
 def set_parameters(hyper: Dict[str, Dict[str, Any]], tensors: Dict[str, torch.Tensor]) -> None:
     """The reverse: numbers that differ from those in `hyper`, read as float32, are taken over."""
     for weight, numbers in hyper.items():
-        for name, value in numbers.items():
+        for name, value in _real(numbers):
             tensor = tensors.get(f"{POPART_NAMES.get(name, name)}___specific___{weight}")
             if tensor is not None and not torch.equal(tensor, torch.tensor(value, dtype=torch.float32)):
-                numbers[name] = tuple(tensor.tolist()) if isinstance(value, tuple) else type(value)(tensor)
+                numbers[name] = tuple(tensor.tolist()) if isinstance(value, tuple) else float(tensor)
 
 
 def clip(gradients: List[torch.Tensor], max_norm: float) -> None:
@@ -150,8 +153,8 @@ def _adam(weights, gradients, state, hyper, numbers, fused=FUSED and getattr(tor
             g = g.add(w, alpha=decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        root = (v / (1 - beta2 ** float(step))).sqrt_().add_(hyper["eps"])
-        w.addcdiv_(m, root, value=-rate / (1 - beta1 ** float(step)))
+        root = (v / (1 - torch.pow(beta2, step))).sqrt_().add_(hyper["eps"])
+        w.addcdiv_(m, root, value=-rate / float(1 - torch.pow(beta1, step)))
 
 
 def _adamw(weights, gradients, state, hyper, numbers):
@@ -164,9 +167,9 @@ def _lamb(weights, gradients, state, hyper, numbers):
     for w, g, m, v, step in zip(weights, gradients, state["Accl1"], state["Accl2"], state["Step"]):
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        step = float(step) if numbers["bias_correction"] else float("inf")
-        root = (v / (1 - beta2 ** step)).sqrt_().add_(hyper["eps"])
-        change = (m / (1 - beta1 ** step)).div_(root).add_(w, alpha=hyper["weight_decay"])
+        step = step if numbers["bias_correction"] else torch.tensor(float("inf"))
+        root = (v / (1 - torch.pow(beta2, step))).sqrt_().add_(hyper["eps"])
+        change = (m / (1 - torch.pow(beta1, step))).div_(root).add_(w, alpha=hyper["weight_decay"])
         weight_norm, change_norm = float(w.norm().clamp(max=hyper["max_weight_norm"])), float(change.norm())
         trust = weight_norm / change_norm if weight_norm and change_norm else 1.0
         w.add_(change, alpha=-hyper["lr"] * trust)

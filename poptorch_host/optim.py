@@ -5,7 +5,7 @@ An optimizer here holds numbers and, as state_dict()["ipu_state"], a copy of the
 from __future__ import annotations
 
 import weakref
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 
@@ -184,3 +184,16 @@ class LAMB(Optimizer, torch.optim.Optimizer):
                  first_order_momentum_accum_type: Optional[torch.dtype] = None,
                  second_order_momentum_accum_type: Optional[torch.dtype] = None) -> None:
         self._construct(_lamb_init, locals())
+
+    def step(self, closure: Optional[Callable] = None) -> Optional[float]:
+        """One update of parameters on the host from their .grad, for comparison with the device. Returns closure()'s loss."""
+        from . import _update
+        loss = closure() if closure is not None else None
+        settings = _update.snapshot(self)
+        for group, hyper in zip(self.param_groups, settings["groups"]):
+            weights = [p for p in group["params"] if p.grad is not None]
+            for p in weights:
+                self.state[p] = self.state.get(p) or _update.new_state(settings, p.detach())
+            with torch.no_grad():
+                _update.apply(settings, hyper, weights, [p.grad for p in weights], [self.state[p] for p in weights])
+        return loss

@@ -27,5 +27,13 @@ class NotOffered(Error, AttributeError):
 
 def isCompilingWithDispatcher() -> bool:
     """True while a model is being traced."""
-    from poptorch_host import _trace
-    return _trace.active() is not None
+    from . import blocks
+    return blocks.recorder is not None
+
+
+def _validateOptions(options: dict) -> None:
+    """Error for options of PopART that do not exist; what PopTorch's own tests call."""
+    from . import _checks, options as own
+    known = own.Options()
+    known.outputMode(own.enums.OutputMode.All)
+    _checks.popart_options({k: v for k, v in options.items() if k not in known.toDict()})
