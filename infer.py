@@ -45,9 +45,9 @@ def main():
             from qa.data import load_examples
             examples = load_examples(split="test", file=s.input_file, need_answers=False, on_bad_row=s.on_bad_row,
                                      version_2_with_negative=s.version_2_with_negative)
-            write_answers(answer(examples, progress=True), s)
+            print_answers(answer(examples, progress=True), s)
         elif s.question is not None:
-            write_answers(answer(one_question(s.question, context)), s)
+            print_answers(answer(one_question(s.question, context)), s)
         else:
             converse(answer, context, s)
 
@@ -77,7 +77,7 @@ def as_text(answer):
     return "\n".join(lines)
 
 
-def write_answers(answers, s):
+def print_answers(answers, s):
     """Print the answers, or write them to --output_file, which appears when it is complete."""
     if not s.output_file:
         for answer in answers:
@@ -108,7 +108,7 @@ def converse(answer, context, s):
         if question == "\x04":
             return
         if question:
-            write_answers(answer(one_question(question, context)), s)
+            print_answers(answer(one_question(question, context)), s)
         else:
             context = None
 

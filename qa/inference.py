@@ -37,7 +37,7 @@ class InferencePipeline:
         self.inference_model.compile(**self._rows(windows).__getitems__(range(self.rows_per_step)))
 
     def answers(self, windows, examples, progress: bool = True) -> Iterator[dict]:
-        """The answer to each question in order (see qa.answers.answer for its keys).
+        """The answer to each question in order (see AnswerFinder.add for its keys).
 
         windows: qa.windows.Windows with offsets, made from `examples`.  progress: show a bar.
         """
