@@ -157,7 +157,7 @@ def test_sweep_has_a_row_for_everything_and_goes_on_where_it_was(tmp_path, capsy
     assert len(read_rows(path)) == 3 and "12345.0" in capsys.readouterr().out
 
 
-def recorded_profile(plan, slow_ipu):
+def recorded_profile(slow_ipu):
     """A profile as pva gives it: 4 IPUs of 4 tiles, one of which computes for longer."""
     def tile(size, code):
         return SimpleNamespace(memory=SimpleNamespace(total=SimpleNamespace(excludingGaps=size),
@@ -169,7 +169,7 @@ def recorded_profile(plan, slow_ipu):
     compute = [1000, 1000, 1000, 1000]
     compute[slow_ipu] = 4000
     return SimpleNamespace(
-        compilation=SimpleNamespace(target=SimpleNamespace(numIPUs=4, numTiles=16, bytesPerTile=638976, clockFrequency=1.33e9),
+        compilation=SimpleNamespace(target=SimpleNamespace(numIPUs=4, bytesPerTile=638976, clockFrequency=1.33e9),
                                     tiles=[tile(1000 * (1 + i // 4), 100) for i in range(16)]),
         execution=SimpleNamespace(steps=[step("OnTileExecute", *compute), step("DoExchange", 100, 100, 100, 100),
                                          step("Sync", *(5000 - c for c in compute))]))
@@ -177,11 +177,26 @@ def recorded_profile(plan, slow_ipu):
 
 def test_a_profile_is_read_and_compared(runs):
     plan = make_plan(job_named(runs, "roberta-base SQuAD v1, 16 Mk2"))
-    profile = read_profile(recorded_profile(plan, slow_ipu=2))
+    profile = read_profile(recorded_profile(slow_ipu=2))
     assert profile.total_bytes == [4000, 8000, 12000, 16000] and profile.code_bytes == 400
     assert profile.work_cycles(2) == 4100 and profile.cycles[2]["waiting"] == 1000
     text = profile_text(profile, plan)
     assert "--layers_per_ipu 1 4 3 4" in text  # one of the slow IPU's layers moves to the idlest
+
+
+def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, monkeypatch, capsys):
+    opened = []
+    pva = SimpleNamespace(openReport=lambda path: opened.append(Path(path)) or recorded_profile(slow_ipu=2))
+    monkeypatch.setitem(sys.modules, "pva", pva)
+    for phase in ("training", "inference"):
+        (tmp_path / phase).mkdir()
+        (tmp_path / phase / "profile.pop").write_bytes(b"")
+    assert main(["report", str(tmp_path), "--config", "squad_base_384"]) == 0
+    assert "--layers_per_ipu 1 4 3 4" in capsys.readouterr().out
+    assert main(["calibrate", "--measured", "windows_per_second=250", "--profile", str(tmp_path), "--calibration",
+                 str(tmp_path / "mine.json"), "--config", "squad_base_384"]) == 0
+    assert json.loads((tmp_path / "mine.json").read_text())["code_bytes"] == 400
+    assert opened == [tmp_path / "training" / "profile.pop"] * 2
 
 
 def test_report_says_in_one_line_that_pva_is_missing(tmp_path):

@@ -1,7 +1,7 @@
 """What a PopVision profile says of memory and balance, against the plan.
 
 Reads profile.pop through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision Analysis Library: Python API"), which
-comes with the Poplar SDK. Attributes used: compilation.target.{numIPUs, numTiles, bytesPerTile, clockFrequency},
+comes with the Poplar SDK. Attributes used: compilation.target.{numIPUs, bytesPerTile, clockFrequency},
 compilation.tiles[].memory.{total.excludingGaps, category.NAME.total}, execution.steps[].{program.type, ipus[].cycles}.
 """
 from __future__ import annotations
@@ -66,10 +66,10 @@ def open_profile(path: str) -> Profile:
 
 def read_profile(report: Any) -> Profile:
     """The Profile in a pva report."""
-    target = report.compilation.target
-    ipus, per_ipu = target.numIPUs, target.numTiles // target.numIPUs
+    target, tiles = report.compilation.target, list(report.compilation.tiles)
+    ipus, per_ipu = target.numIPUs, len(tiles) // target.numIPUs
     total, code, largest = [0] * ipus, [0] * ipus, [0] * ipus
-    for index, tile in enumerate(report.compilation.tiles):
+    for index, tile in enumerate(tiles):
         ipu = index // per_ipu
         size = tile.memory.total.excludingGaps
         total[ipu] += size
