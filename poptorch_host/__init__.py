@@ -37,7 +37,7 @@ def inferenceModel(model: torch.nn.Module, options: Optional[Options] = None) ->
     """An executor that runs `model` forward."""
     if isinstance(model, PoplarExecutor):
         model = model._user_model
-    return PoplarExecutor(copy.copy(model), options, False, __version__, user_model=model)
+    return PoplarExecutor(copy.copy(model), options, False, __version__)
 
 
 def load(filename: str, edit_opts_fn: Optional[Callable[[Options], None]] = None) -> PoplarExecutor:

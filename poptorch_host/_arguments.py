@@ -54,6 +54,9 @@ class Arguments:
 
     def check_same(self, other: "Arguments") -> None:
         """Error unless `other` has the shapes, types, structure and constants of these compiled arguments."""
+        old, new = len(self.call[0]), len(other.call[0])
+        if old != new:
+            raise Error(f"Number of positional arguments mismatch: expected {old} arguments but got {new}.{MISMATCH}")
         for name in self.named:
             _check_same(name, self.named[name], other.named[name])
 

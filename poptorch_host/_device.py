@@ -198,7 +198,7 @@ class Device:
             if weight.has_copy and master is not None and torch.equal(master.half(), weight.value.half()):
                 weight.value.copy_(master)
                 weight.refresh()
-        _update.set_parameters(self.hyper, state["ipu_param"])
+        self.settings = _update.set_parameters(self.settings, self.hyper, state["ipu_param"])
 
     def _update_weights(self) -> None:
         ready = [(w, g) for w, g in ((w, w.take_gradient()) for w, _ in self.trained) if g is not None]
@@ -215,6 +215,12 @@ class Device:
                               [self.state[w.name] for w, _ in members])
             for weight, _ in ready:
                 weight.refresh()
+
+    def trainer(self) -> Any:
+        """The executor that trains these weights, if there is one: it has marked the host's tensors."""
+        host = next((w.host for w in self.weights.values()), None)
+        executor = getattr(host, "__dict__", {}).get("_executor", lambda: None)()
+        return None if self.training else executor
 
     def get_rng(self) -> List[int]:
         """The seed, then the generator's state in integers of 8 bytes."""

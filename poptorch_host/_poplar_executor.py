@@ -119,7 +119,7 @@ class PoplarExecutor:
                 return _restore, (type(self).__bases__[0], plain)
 
         PoptorchModel.__name__ = f"Poptorch{type(self._user_model).__name__}"
-        PoptorchModel._poptorch_executor = parent
+        PoptorchModel._is_poptorch_model = True
         self._user_model.__class__ = PoptorchModel
         for tensor in (*self._user_model.parameters(), *self._user_model.buffers()):
             tensor.__class__ = WatchedParameter if isinstance(tensor, torch.nn.Parameter) else WatchedBuffer
@@ -337,8 +337,8 @@ class PoplarExecutor:
 
     def _take_trained_weights(self) -> None:
         """If the same model is being trained, run with what it has learned so far."""
-        trainer = getattr(type(self._user_model), "_poptorch_executor", lambda: None)()
-        if trainer is not None and trainer is not self:
+        trainer = self._device.trainer()
+        if trainer is not None:
             trainer.copyWeightsToHostIfNeeded()
             if self._host_weights_version != trainer._host_weights_version:
                 self.copyWeightsToDevice()
@@ -412,7 +412,7 @@ def read_saved(filename: str) -> Dict[str, Any]:
 
 def is_wrapped(model: torch.nn.Module) -> bool:
     """True if `model` is the user's model of a training executor."""
-    return "_poptorch_executor" in type(model).__dict__
+    return "_is_poptorch_model" in type(model).__dict__
 
 
 def _restore(cls, state):

@@ -104,13 +104,14 @@ def parameters(settings: Dict[str, Any], hyper: Dict[str, Dict[str, Any]]) -> Di
     return out
 
 
-def set_parameters(hyper: Dict[str, Dict[str, Any]], tensors: Dict[str, torch.Tensor]) -> None:
-    """The reverse: numbers that differ from those in `hyper`, read as float32, are taken over."""
+def set_parameters(settings: Dict[str, Any], hyper: Dict[str, Dict[str, Any]], tensors: Dict[str, torch.Tensor]) -> Dict[str, Any]:
+    """The reverse: numbers that differ from those in `hyper`, read as float32, are taken over. Returns the new settings."""
     for weight, numbers in hyper.items():
         for name, value in _real(numbers):
             tensor = tensors.get(f"{POPART_NAMES.get(name, name)}___specific___{weight}")
             if tensor is not None and not torch.equal(tensor, torch.tensor(value, dtype=torch.float32)):
                 numbers[name] = tuple(tensor.tolist()) if isinstance(value, tuple) else float(tensor)
+    return {**settings, "loss_scaling": float(tensors.get("lossScaling_FLOAT", settings["loss_scaling"]))}
 
 
 def clip(gradients: List[torch.Tensor], max_norm: float) -> None:

@@ -1,0 +1,305 @@
+"""poptorch_host's executor against plain PyTorch: batching, reduction, output modes, weights, state, refusals."""
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+import poptorch_host as poptorch
+
+
+class Net(torch.nn.Module):
+    """Two linear layers in two blocks; the mean loss of a micro-batch."""
+
+    def __init__(self, dropout=0.0, ipus=(0, 0)):
+        super().__init__()
+        self.first = poptorch.BeginBlock(torch.nn.Linear(6, 5), "first", ipu_id=ipus[0])
+        self.second = poptorch.BeginBlock(torch.nn.Linear(5, 3), "second", ipu_id=ipus[1])
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, x, target=None):
+        out = self.second(self.dropout(torch.relu(self.first(x))))
+        if target is None:
+            return out
+        return out, poptorch.identity_loss(torch.nn.functional.cross_entropy(out.float(), target), reduction="none")
+
+
+def options(iterations=1, accumulation=1, replicas=1, mode=None, period=None, reduction=None):
+    opts = poptorch.Options().deviceIterations(iterations).replicationFactor(replicas)
+    opts.Training.gradientAccumulation(accumulation)
+    if mode is not None:
+        opts.outputMode(mode, period)
+    if reduction is not None:
+        opts.Training.accumulationAndReplicationReductionType(reduction)
+    return opts
+
+
+def data(rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 6, generator=generator), torch.randint(0, 3, (rows,), generator=generator)
+
+
+def train_plainly(model, optimizer, x, y, iterations, accumulation, replicas, mean=True):
+    """The same updates in plain PyTorch; returns every micro-batch's output and loss in PopTorch's order."""
+    count = accumulation * replicas
+    seen = []
+    for update in zip(x.chunk(iterations), y.chunk(iterations)):
+        optimizer.zero_grad()
+        for micro_x, micro_y in zip(update[0].chunk(count), update[1].chunk(count)):
+            out, loss = model(micro_x, micro_y)
+            (loss / (count if mean else 1)).backward()
+            seen.append((out.detach(), loss.detach()))
+        optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize("reduction", [poptorch.ReductionType.Mean, poptorch.ReductionType.Sum])
+@pytest.mark.parametrize("iterations, accumulation, replicas", [(1, 1, 1), (3, 1, 1), (1, 4, 1), (1, 1, 4), (2, 3, 2)])
+def test_updates_and_outputs_equal_plain_pytorch(iterations, accumulation, replicas, reduction):
+    model = Net()
+    reference = copy.deepcopy(model)
+    executor = poptorch.trainingModel(model, options(iterations, accumulation, replicas, poptorch.OutputMode.All, reduction=reduction),
+                                      torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    plain = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+    for seed in range(2):
+        x, y = data(2 * iterations * accumulation * replicas, seed)
+        seen = train_plainly(reference, plain, x, y, iterations, accumulation, replicas, reduction == poptorch.ReductionType.Mean)
+        out, loss = executor(x, y)
+        torch.testing.assert_close(out, torch.cat([o for o, _ in seen]))
+        losses = torch.stack([l for _, l in seen])
+        torch.testing.assert_close(loss, losses if len(losses) > 1 else losses[0])
+    for ours, theirs in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(ours.data, theirs.data)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", list(poptorch.OutputMode))
+def test_output_modes(mode, training):
+    model = Net()
+    iterations, accumulation, replicas = 4, 3 if training else 1, 2
+    opts = options(iterations, accumulation, replicas, mode, 2)
+    x, y = data(2 * iterations * accumulation * replicas)
+    with torch.no_grad():
+        every = torch.stack([model(part) for part in x.chunk(iterations * accumulation * replicas)])
+    every = every.view(iterations, accumulation, replicas, 2, 3)
+    if training:
+        out, loss = poptorch.trainingModel(model, opts, torch.optim.SGD(model.parameters(), lr=0.0))(x, y)
+    else:
+        out = poptorch.inferenceModel(model, opts)(x)
+    if mode == poptorch.OutputMode.Default:
+        mode = poptorch.OutputMode.Final if training else poptorch.OutputMode.All
+    expected = {poptorch.OutputMode.All: every, poptorch.OutputMode.Final: every[-1, -1], poptorch.OutputMode.Sum: every.sum((0, 1)),
+                poptorch.OutputMode.EveryN: every[1::2]}[mode].reshape(-1, 3)
+    torch.testing.assert_close(out, expected)
+    if training:
+        assert loss.shape == (len(expected) // 2,)
+
+
+def test_a_changed_learning_rate_waits_for_set_optimizer():
+    model = Net()
+    optimizer = poptorch.optim.SGD(model.parameters(), lr=0.0)
+    executor = poptorch.trainingModel(model, options(), optimizer)
+    before = model.first.weight.detach().clone()
+    x, y = data(4)
+    executor(x, y)
+    optimizer.param_groups[0]["lr"] = 0.5
+    executor(x, y)
+    assert torch.equal(model.first.weight, before)
+    executor.setOptimizer(optimizer)
+    executor(x, y)
+    assert not torch.equal(model.first.weight, before)
+
+
+def test_a_constant_of_the_optimizer_cannot_change_after_compilation():
+    model = Net()
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    optimizer.variable_attrs.markAsConstant("weight_decay")
+    executor = poptorch.trainingModel(model, options(), optimizer)
+    executor.compile(*data(2))
+    optimizer.param_groups[0]["weight_decay"] = 0.2
+    with pytest.raises(poptorch.Error, match="markAsVariable"):
+        executor.setOptimizer(optimizer)
+
+
+@pytest.mark.parametrize("dropout, half", [(0.5, False), (0.5, True)])
+def test_saved_state_continues_exactly(dropout, half):
+    """Weights, moments, float32 masters and random numbers come back bit by bit in a model made anew."""
+    x, y = data(8)
+    x = x.half() if half else x
+
+    def start(state=None):
+        torch.manual_seed(7)
+        model = Net(dropout)
+        model = model.half() if half else model
+        if state:
+            model.load_state_dict(state["model"])
+        optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.05, loss_scaling=64.0)
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+        executor = poptorch.trainingModel(model, options(2, 2).randomSeed(3), optimizer)
+        executor.compile(x, y)
+        if state:
+            executor.rng_state = state["rng"]
+        return model, optimizer, executor
+
+    model, optimizer, executor = start()
+    executor(x, y)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": executor.rng_state}, file)
+    file.seek(0)
+    executor(x, y)
+    other_model, _, other = start(torch.load(file))
+    other(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other_model.state_dict().values()))
+    assert torch.equal(executor(x, y)[1], other(x, y)[1])
+
+
+def test_half_model_keeps_half_tensors_and_trains_in_float32():
+    model = Net().half()
+    reference = copy.deepcopy(model).float()
+    executor = poptorch.trainingModel(model, options(1, 2), poptorch.optim.SGD(model.parameters(), lr=1e-4))
+    plain = torch.optim.SGD(reference.parameters(), lr=1e-4)
+    x, y = data(4)
+    for _ in range(20):
+        train_plainly(reference, plain, x, y, 1, 2, 1)
+        out, loss = executor(x.half(), y)
+    assert out.dtype == model.first.weight.dtype == torch.float16 and loss.dtype == torch.float32
+    # 20 updates of a rate so small that float16 alone would not have moved
+    torch.testing.assert_close(model.second.bias.float(), reference.second.bias, atol=2e-4, rtol=1e-2)
+
+
+def test_weights_are_shared_by_training_inference_and_the_users_model():
+    model = Net()
+    training = poptorch.trainingModel(model, options(), torch.optim.SGD(model.parameters(), lr=0.5))
+    inference = poptorch.inferenceModel(model)
+    x, y = data(4)
+    first = inference(x)
+    training(x, y)
+    assert not torch.equal(inference(x), first)
+    torch.testing.assert_close(inference(x), model(x).detach())
+    with torch.no_grad():
+        model.first.weight.zero_()  # the device has its own copy until it is told
+    assert not torch.equal(training(x, y)[0], model.second.bias.expand(4, 3))
+    with torch.no_grad():
+        model.first.weight.zero_()
+        model.first.bias.zero_()
+    training.copyWeightsToDevice()
+    out, _ = training(x, y)
+    torch.testing.assert_close(out, out[:1].expand(4, 3))
+
+
+def test_attach_detach_compile_destroy():
+    model = Net()
+    executor = poptorch.trainingModel(model, options())
+    x, y = data(2)
+    assert not executor.isCompiled() and not executor.isAttachedToDevice()
+    with pytest.raises(poptorch.Error, match="not been compiled"):
+        executor.detachFromDevice()
+    with pytest.raises(RuntimeError, match="already been wrapped"):
+        poptorch.trainingModel(model)
+    executor.compile(x, y)
+    with pytest.raises(poptorch.Error, match="already attached"):
+        executor.attachToDevice()
+    executor.detachFromDevice()
+    with pytest.raises(poptorch.Error, match="not attached"):
+        executor.detachFromDevice()
+    executor(x, y)  # attaches
+    executor.destroy()
+    assert not executor.isCompiled() and type(model) is Net and type(model.first.weight) is torch.nn.Parameter
+    poptorch.trainingModel(model, options())(x, y)
+
+
+def test_reproducible_and_apart_from_the_hosts_random_numbers():
+    x, y = data(4)
+
+    def losses():
+        torch.manual_seed(1)
+        model = Net(dropout=0.5)
+        executor = poptorch.trainingModel(model, options().randomSeed(5))
+        out = []
+        for _ in range(3):
+            out.append(executor(x, y)[1])
+            torch.rand(3)
+        return torch.stack(out), torch.rand(1)
+
+    (first, host), (second, _) = losses(), losses()
+    assert torch.equal(first, second) and len(set(first.tolist())) == 3
+    torch.manual_seed(5)
+    assert host != torch.rand(1)
+
+
+class Wrong(torch.nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 3)
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def outside_all_blocks(self, x):
+    with poptorch.Block("one", ipu_id=0):
+        x = self.layer(x)
+    return x * 2
+
+
+def two_losses(self, x):
+    return poptorch.identity_loss(self.layer(x).sum(), "none"), poptorch.identity_loss(self.layer(x).mean(), "none")
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: poptorch.inferenceModel(Wrong(outside_all_blocks))(torch.zeros(2, 6)), "No active Block"),
+    (lambda: poptorch.trainingModel(Wrong(lambda self, x: self.layer(x)))(torch.zeros(2, 6)), "Couldn't find a loss"),
+    (lambda: poptorch.trainingModel(Wrong(two_losses))(torch.zeros(2, 6)), "Multiple independent losses"),
+    (lambda: poptorch.inferenceModel(Net(), options(accumulation=2)), "gradientAccumulation to 1"),
+    (lambda: poptorch.trainingModel(Net(ipus=(0, 1)), options(accumulation=2))(*data(2)), r"number of pipeline stages \(3\)"),
+    (lambda: poptorch.inferenceModel(Net(ipus=(0, 1)))(data(2)[0]), r"number of pipeline stages \(2\)"),
+    (lambda: poptorch.inferenceModel(Net(ipus=(0, 2)), options(3))(data(3)[0]), r"autoRoundNumIPUs\(True\)"),
+    (lambda: poptorch.inferenceModel(Net(), options(replicas=128))(data(128)[0]), r"Too many IPUs requested \(128\)"),
+])
+def test_refusals(make, message):
+    with pytest.raises(poptorch.Error, match=message):
+        make()
+
+
+def test_sharded_execution_needs_no_accumulation():
+    opts = options().setExecutionStrategy(poptorch.ShardedExecution())
+    poptorch.trainingModel(Net(ipus=(0, 1)), opts)(*data(2))
+
+
+def test_shapes_are_fixed_and_options_frozen():
+    model = Net()
+    opts = options(2)
+    executor = poptorch.inferenceModel(model, opts)
+    with pytest.raises(AssertionError, match="must be a multiple of"):
+        executor(data(3)[0])
+    executor(data(4)[0])
+    with pytest.raises(poptorch.Error, match="Shape mismatch for x"):
+        executor(data(6)[0])
+    with pytest.raises(AttributeError, match="frozen"):
+        opts.deviceIterations(3)
+
+
+def test_offline_target_compiles_and_does_not_run():
+    executor = poptorch.trainingModel(Net(), options().useOfflineIpuTarget())
+    executor.compile(*data(2))
+    assert executor.isCompiled() and not executor.isAttachedToDevice()
+    with pytest.raises(AssertionError, match="offline device"):
+        executor(*data(2))
+
+
+def test_what_is_left_out_is_named():
+    with pytest.raises(poptorch.Error, match="poptorch.custom_op is not offered"):
+        poptorch.custom_op
+    assert not hasattr(poptorch, "MultiConv")
+
+
+def test_serialized_matmul_is_matmul():
+    a, b = torch.randn(4, 6), torch.randn(6, 8)
+    for mode, factor in (("InputChannels", 2), ("ReducingDim", 3), ("OutputChannels", 4), ("Disabled", 0)):
+        assert torch.equal(poptorch.serializedMatMul(a, b, poptorch.MatMulSerializationMode[mode], factor), a @ b)
+    with pytest.raises(poptorch.Error, match="positive divisor"):
+        poptorch.serializedMatMul(a, b, poptorch.MatMulSerializationMode.OutputChannels, 3)
