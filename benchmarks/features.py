@@ -2,8 +2,8 @@
 
     python -m benchmarks.features [--file train.json] [--examples 10000] [--tokenizer FOLDER] [--runs 5]
 
-Without --file the text is made up: contexts of about 120 words, each with a question of its own (--questions_per_context 1) or shared by
-several, as in SQuAD. All sides use the same text, tokenizer and threads (RAYON_NUM_THREADS). Peak memory is this process's.
+Without --file the text is made up: contexts of about 120 words, each shared by five questions as in SQuAD, or with one of its own
+(--questions_per_context 1). All sides use the same text, tokenizer and threads (RAYON_NUM_THREADS). Peak memory is this process's.
 """
 import argparse
 import os
@@ -54,7 +54,8 @@ def main():
     tokenizer_time = statistics.median(seconds["the Rust tokenizer alone"])
     for name in list(sides)[1:]:
         ratios = [side / alone for side, alone in zip(seconds[name], seconds["the Rust tokenizer alone"])]
-        print(f"  {name} takes {statistics.median(ratios):.2f} times as long as the tokenizer alone ({min(ratios):.2f} .. {max(ratios):.2f})")
+        print(f"  {name} takes {statistics.median(ratios):.2f} times as long as the tokenizer alone "
+              f"({min(ratios):.2f} .. {max(ratios):.2f})")
     compare(1.3 * tokenizer_time / statistics.median(seconds["make_windows"]), 1, "1.3 times the tokenizer's time over ours")
     print(f"  peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 

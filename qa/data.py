@@ -45,7 +45,8 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
 
     Columns: id (unique), context, question, answers {text: list of strings, answer_start: list of int32, in code points}; lists are
     empty for a question without answer, and for all if `need_answers` is false. Memory-mapped, cached in `cache_dir` (default:
-    the `datasets` cache). Raises UsageError for a source that is wrong, RunError if the hub cannot be reached or the cache not written.
+    the `datasets` cache). Raises UsageError for a source that is wrong, RunError if the hub cannot be reached or the cache
+    not written.
     """
     if file:
         source, rows, identity = str(file), read_rows(file, need_answers), _content(file)
@@ -53,7 +54,8 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
         hub = _load_from_hub(dataset_name, dataset_config_name, split)
         missing = [name for name in (COLUMNS if need_answers else COLUMNS[:3]) if name not in hub.column_names]
         if missing:
-            raise UsageError(f"--dataset_name {dataset_name} has no column {', '.join(missing)}; it has {', '.join(hub.column_names)}")
+            raise UsageError(f"--dataset_name {dataset_name} has no column {', '.join(missing)}; "
+                             f"it has {', '.join(hub.column_names)}")
         source, rows, identity = f"{dataset_name} ({split})", iter(hub), hub._fingerprint
     settings = (_VERSION, identity, max_samples, need_answers, version_2_with_negative, on_bad_row)
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]

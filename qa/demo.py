@@ -57,7 +57,8 @@ def _listed(text):
 
 
 CITIES = _listed("""Lisbon, Oslo, Bergen, Prague, Vienna, Naples, Dublin, Bristol, Geneva, Seville, Porto, Tallinn, Riga, Krakow,
-    Ghent, Lyon, Turin, Malmo, Aberdeen, Cork, Utrecht, Basel, Salzburg, Toledo, Verona, Uppsala, Leipzig, Bruges, Nantes, Zagreb""")
+    Ghent, Lyon, Turin, Malmo, Aberdeen, Cork, Utrecht, Basel, Salzburg, Toledo, Verona, Uppsala, Leipzig, Bruges, Nantes,
+    Zagreb""")
 FACTS = {
     "birthplace": CITIES,
     "home": CITIES,
@@ -187,7 +188,7 @@ def _write_model(folder, paragraphs, seed):
         vocab_size=VOCABULARY_SIZE, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192,
         max_position_embeddings=514, type_vocab_size=1, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, layer_norm_eps=1e-5,
-        # Weights wider than BERT's 0.02, near 1 / sqrt(hidden_size): at this width attention otherwise stays flat for hundreds of steps.
+        # Wider than BERT's 0.02, near 1 / sqrt(hidden_size): at this width attention otherwise stays flat for hundreds of steps.
         initializer_range=0.08, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

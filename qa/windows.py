@@ -98,7 +98,8 @@ def _recipe(tokenizer, max_seq_length, doc_stride, labels, offsets, on_bad_row):
         raise UsageError(f"{type(tokenizer).__name__} has no Rust tokenizer behind it, which characters of tokens come from; "
                          "name a model with a tokenizer.json")
     if tokenizer.cls_token_id is None:
-        raise UsageError(f"{type(tokenizer).__name__} has no CLS token, which stands for `no answer`; name a model of RoBERTa's family")
+        raise UsageError(f"{type(tokenizer).__name__} has no CLS token, which stands for `no answer`; "
+                         "name a model of RoBERTa's family")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: truncation and padding stay set on the original
     backend.no_truncation()
     backend.no_padding()
@@ -171,14 +172,15 @@ def _question_lengths(question, context, names, recipe):
             f"the question with id {names[int(bad[0])].as_py()!r} has {question[bad[0]]} tokens; with --max_seq_length "
             f"{recipe.max_seq_length} and --doc_stride {recipe.doc_stride} it can have {longest}: raise the one, lower the other, "
             "or cut such questions with --on_bad_row skip")
-    _log.warning("cut %d questions to their first %d tokens, first the one with id %r", len(bad), longest, names[int(bad[0])].as_py())
+    _log.warning("cut %d questions to their first %d tokens, first the one with id %r", len(bad), longest,
+                 names[int(bad[0])].as_py())
     question = question.copy()
     question[bad] = longest
     return question
 
 
 def _ranges(first, length):
-    """Indices first[i], first[i] + 1, ... first[i] + length[i] - 1 for each i in turn, and where each i begins among them [N + 1]."""
+    """Indices first[i] ... first[i] + length[i] - 1 for each i in turn, and where each i begins among them [N + 1]."""
     begins = numpy.concatenate([[0], numpy.cumsum(length)])
     return numpy.repeat(first - begins[:-1], length) + numpy.arange(begins[-1]), begins.astype(numpy.int32)
 

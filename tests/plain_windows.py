@@ -43,7 +43,7 @@ def plain_windows(examples, tokenizer, max_seq_length, doc_stride):
 
 @lru_cache(maxsize=None)
 def tokenizer_of(family, padding_side="right"):
-    """A tokenizer trained on a few lines: "roberta" (byte-level BPE), "bert" (WordPiece), "xlm-roberta" (Unigram) or "xlnet" (CLS last)."""
+    """A tokenizer trained on a few lines: "roberta" (byte-level BPE), "bert" (WordPiece), "xlm-roberta" or "xlnet" (Unigram)."""
     text = ["The pilot Ada Quist flew from Oslo to Lisbon in 1921, and wrote a book about the sea.",
             "Where did Ada fly to? Who wrote it, when, and why? What is the name of the book?",
             "Zoë's naïve café — 36°C, “quoted”, a-b/c 3.14 😀 日本語 text, and another line."] * 4
@@ -62,7 +62,8 @@ def tokenizer_of(family, padding_side="right"):
     backend.train_from_iterator(text, trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>",
                                                               show_progress=False))
     pair = "<s> $A </s> </s> $B </s>" if family == "xlm-roberta" else "$A </s> $B </s> <s>"
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair=pair, special_tokens=[("<s>", 2), ("</s>", 3)])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair=pair,
+                                                           special_tokens=[("<s>", 2), ("</s>", 3)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=padding_side, unk_token="<unk>", pad_token="<pad>",
                                    cls_token="<s>", sep_token="</s>")
 
