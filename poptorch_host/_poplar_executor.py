@@ -26,6 +26,11 @@ from .poptorch_core import Error, NotOffered
 
 logger = logging.getLogger("poptorch::python")
 NOT_COMPILED = "Model has not been compiled or has been destroyed."
+NOT_OFFERED_METHODS = {
+    **dict.fromkeys(("getTensorNames", "getAnchoredTensor"), "it names tensors of PopART's graph"),
+    **dict.fromkeys(("getPerfCounters", "getHostIpuLatency", "getComputeLatency", "getIpuHostLatency", "getLatency"),
+                    "it times transfers between host and IPU"),
+}
 OFFLINE = "Trying to {} an offline device (ConnectionType.Never)"
 
 
@@ -146,6 +151,8 @@ class PoplarExecutor:
     def __getattr__(self, name):
         if name.startswith("__") or "_user_model" not in self.__dict__:
             raise AttributeError(name)
+        if name in NOT_OFFERED_METHODS:
+            raise NotOffered(f"PoplarExecutor.{name}", NOT_OFFERED_METHODS[name])
         return getattr(self._user_model, name)
 
     def __repr__(self):
