@@ -21,8 +21,9 @@ import random
 import re
 import shutil
 import stat
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Union
 
 import numpy as np
 import safetensors.torch
@@ -35,7 +36,7 @@ from qa.files import sync_folder, system_error, write_json
 log = logging.getLogger(__name__)
 _STATE_FILES = ("training_state.safetensors", "training_state.json", "trainer_state.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(r"\.(checkpoint-\d+)\.(tmp|removed|replaced)")
+_LEFTOVER = re.compile(r"\.(checkpoint-\d+|final-model)\.(tmp|removed|replaced)")
 
 
 class Checkpoint(NamedTuple):
@@ -63,28 +64,33 @@ def save_checkpoint(
 
     write_model(folder) writes weights (safetensors), tokenizer and ipu_config.json. `optimizer` is `optimizer.state_dict()`,
     which in PopTorch reads the state from the device ("ipu_state", "ipu_param"); `rng_state` is `training_model.rng_state`;
-    `progress` is anything JSON can hold; its "must_match" is what a resumed run has to agree with (`open_run`). Python's, NumPy's and PyTorch's random states are taken as they are now.
+    `progress` is anything JSON can hold; its "must_match" is what a resumed run has to agree with (`open_run`). Python's,
+    NumPy's and PyTorch's random states are taken as they are now.
     Raises RunError where the disk is full, read-only, gone ...: earlier checkpoints are as they were, nothing half-written stays.
     """
     output_dir = Path(output_dir)
     folder = output_dir / f"checkpoint-{step}"
-    aside = output_dir / f".checkpoint-{step}.tmp"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+    with _written_aside(folder) as aside:
         write_model(aside)
         _write_training_state(aside, {"optimizer": optimizer, "rng_state": rng_state, "random_state": _random_state()})
         write_json(aside / "trainer_state.json", {"step": step, "progress": progress})
         write_json(aside / "manifest.json", {"step": step, "files": _sync_and_hash(aside)})
+        sync_folder(aside)
         _rename_into_place(aside, folder)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = system_error(error)
-        if reason is None:
-            raise
-        raise RunError(f"could not save {folder}: {reason}; {_what_is_left(output_dir)}") from error
     _remove_oldest(output_dir, step, save_total_limit)
     return folder
+
+
+def save_final(output_dir: Union[str, Path], write_model: Callable[[Path], Any]) -> None:
+    """Put the trained model into OUTPUT_DIR itself, each file whole or as it was. Raises RunError as `save_checkpoint` does."""
+    output_dir = Path(output_dir)
+    with _written_aside(output_dir / "final-model") as aside:
+        write_model(aside)
+        _sync_and_hash(aside)
+        for path in sorted(aside.iterdir()):
+            os.replace(path, output_dir / path.name)
+        aside.rmdir()
+        sync_folder(output_dir)
 
 
 def open_run(
@@ -141,7 +147,8 @@ def load_checkpoint(folder: Union[str, Path]) -> Checkpoint:
         trainer_state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
         structure = json.loads((folder / "training_state.json").read_text("utf-8"))
         tensors = safetensors.torch.load_file(folder / "training_state.safetensors")
-        return Checkpoint(folder, int(trainer_state["step"]), progress=dict(trainer_state["progress"]), **_decode(structure, tensors))
+        step, progress = int(trainer_state["step"]), dict(trainer_state["progress"])
+        return Checkpoint(folder, step, progress=progress, **_decode(structure, tensors))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UsageError(f"{folder}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
 
@@ -192,7 +199,7 @@ def list_checkpoints(output_dir: Union[str, Path]) -> List[Path]:
 
 
 def find_fault(folder: Path) -> Optional[str]:
-    """Why `folder` is not a whole checkpoint, in a few words, or None: every file's size and SHA-256 is compared with the manifest."""
+    """Why `folder` is not a whole checkpoint, or None: every file's size and SHA-256 are compared with its manifest."""
     try:
         if folder.is_symlink():
             return "it is a symbolic link"
@@ -224,7 +231,8 @@ def _step(folder: Path) -> int:
 def _check_same(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
     """With another data set, seed, batch size ... the rest of the run would not be the run that was begun: name what differs."""
     then = checkpoint.progress.get("must_match", {})
-    differences = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    different = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    differences = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in different]
     if differences:
         raise UsageError(
             f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differences)}. Go on with what it was begun with, "
@@ -235,7 +243,8 @@ def _check_same(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
 def _what_is_left(output_dir: Union[str, Path]) -> str:
     """For error messages; sizes and checksums are left for the resume to compare."""
     checkpoints = list_checkpoints(output_dir)
-    return f"the newest checkpoint in {output_dir} is {checkpoints[-1].name}" if checkpoints else f"there is no checkpoint in {output_dir}"
+    newest = f"the newest checkpoint in {output_dir} is {checkpoints[-1].name}" if checkpoints else None
+    return newest or f"there is no checkpoint in {output_dir}"
 
 
 def _clean_leftovers(output_dir: Path) -> None:
@@ -249,6 +258,22 @@ def _clean_leftovers(output_dir: Path) -> None:
             path.rename(folder)
         else:
             shutil.rmtree(path)
+
+
+@contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` to write it in, of which nothing is left where that fails. The system's errors become RunError."""
+    aside = target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = system_error(error)
+        if reason is None:
+            raise
+        raise RunError(f"could not save {target}: {reason}; {_what_is_left(target.parent)}") from error
 
 
 def _rename_into_place(aside: Path, folder: Path) -> None:
@@ -288,7 +313,7 @@ def _remove(folder: Path) -> None:
 
 
 def _sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
-    """Flush every file in `folder`, and the folder, to disk; return {name: {size, sha256}} for the manifest.
+    """Flush every file in `folder` to disk; return {name: {size, sha256}} for the manifest.
 
     The bytes are read back from the page cache: about 0.6 s a gigabyte, a fraction of what writing them takes.
     """
@@ -297,7 +322,6 @@ def _sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    sync_folder(folder)
     return files
 
 

@@ -78,8 +78,10 @@ def push(folder: Union[str, Path], repo_id: Optional[str], token: Optional[str],
     try:
         repo_id = api.create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True).repo_id
         (folder / "README.md").write_text(model_card(folder, repo_id), "utf-8")
-        shared = [path.name for path in folder.iterdir() if path.is_file() and any(fnmatch.fnmatch(path.name, each) for each in _SHARED)]
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=shared, commit_message="Add the fine-tuned model")
+        files = [path.name for path in folder.iterdir() if path.is_file()]
+        shared = [name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in _SHARED)]
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=shared,
+                                   commit_message="Add the fine-tuned model")
     except HFValidationError as error:
         raise UsageError(f"--hub_model_id {repo_id}: {_reason(error)}") from error
     except Exception as error:  # requests, httpx, hf_xet and huggingface_hub itself all have their own
@@ -105,7 +107,7 @@ def model_card(folder: Union[str, Path], repo_id: str) -> str:
     return _CARD.format(
         metadata=_metadata(name, settings, metrics, None if base_is_local else base),
         name=name, repo_id=repo_id, base="A local RoBERTa" if base_is_local else f"[{base}](https://huggingface.co/{base})",
-        task="extractive question answering" + (" with unanswerable questions (SQuAD v2)" if settings["version_2_with_negative"] else ""),
+        task="extractive question answering" + " with unanswerable questions (SQuAD v2)" * settings["version_2_with_negative"],
         training_data=data["training"], evaluation_data=data["evaluation"], fingerprint=run["data_fingerprint"],
         metrics=_table("metric", {key: f"{value:.2f}" if isinstance(value, float) else value for key, value in metrics.items()}),
         settings=_table("setting", {key: settings[key] for key in _SHOWN_SETTINGS if settings.get(key) is not None}),

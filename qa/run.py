@@ -113,7 +113,8 @@ def write_run_record(output_dir: Union[str, Path], *, settings: Dict[str, Any], 
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": {"host": socket.gethostname(), "platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"host": socket.gethostname(), "platform": platform.platform(), "cpus": os.cpu_count(),
+                    "threads": torch.get_num_threads()},
     }
     write_json(Path(output_dir) / "run.json", record)
 
@@ -122,9 +123,8 @@ def git_revision() -> Optional[str]:
     """The project's commit, with "-dirty" where tracked files differ from it; None outside a git clone."""
     root = Path(__file__).resolve().parent.parent
     try:
-        revision = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
-        )
+        revision = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                                  capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return revision.stdout.strip() or None
@@ -163,12 +163,13 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
     facts = f"step {step}: {what}, with learning rate {learning_rate:.3g}, loss scaling {loss_scaling:g}, {precision}"
     smaller_rate = f"try --learning_rate {learning_rate / 3:.2g} or a larger --warmup_ratio"
     if _rising(earlier_losses):
-        return f"{facts}: the run diverged, its loss had risen from {min(earlier_losses):.3g} to {earlier_losses[-1]:.3g}; {smaller_rate}"
+        lowest, last = min(earlier_losses), earlier_losses[-1]
+        return f"{facts}: the run diverged, its loss had risen from {lowest:.3g} to {last:.3g}; {smaller_rate}"
     if precision != "float16":
         return f"{facts}: one update was too large, the losses before it were steady; {smaller_rate}, and look at this step's data"
     overflow = f"{facts}: float16 overflowed, the losses before it were steady; try --loss_scaling {max(1.0, loss_scaling / 8):g}"
     if not sound_forward:
-        overflow += ", and --precision float32 if the same step stops again: then it was not the scaled gradients but the forward pass"
+        overflow += ", or --precision float32 if the same step stops again: then the forward pass overflowed, not the gradients"
     return overflow
 
 

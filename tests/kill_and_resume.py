@@ -73,7 +73,8 @@ def start(work: Path, name: str, output_dir: Path) -> int:
         from ipu_options.errors import run_script
 
         random.seed(0)  # a fork seeds it from the system, and its state is compared too
-        sys.argv = ["train.py", "--config", str(work / f"{name}.yaml"), "--output_dir", str(output_dir), "--resume_from_checkpoint", "auto"]
+        sys.argv = ["train.py", "--config", str(work / f"{name}.yaml"), "--output_dir", str(output_dir),
+                    "--resume_from_checkpoint", "auto"]
         status = run_script(train.main)
         sys.stdout.flush()
     finally:
@@ -107,7 +108,7 @@ def differences(reference: Path, output_dir: Path) -> list:
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file; of config.json without the folder that the model was read from, which transformers 4.46 writes there."""
+    """The bytes of a file; of config.json without the folder the model was read from, which transformers 4.46 writes there."""
     lines = path.read_bytes().splitlines(keepends=True)
     return b"".join(line for line in lines if path.name != "config.json" or b'"_name_or_path"' not in line)
 
@@ -137,7 +138,8 @@ def kill_and_resume(work: Path, name: str, kills: int, rng: random.Random) -> in
             status = end_of(pid)
         found = differences(reference, output_dir) if status == 0 else [f"exit status {status}"]
         if found:
-            raise RuntimeError(f"after {survived} kills ({work}): {', '.join(found)}\n{(work / f'{name}.log').read_text()[-3000:]}")
+            log = (work / f"{name}.log").read_text()
+            raise RuntimeError(f"after {survived} kills ({work}): {', '.join(found)}\n{log[-3000:]}")
         return survived
 
 
@@ -152,7 +154,8 @@ def main() -> None:
         work = arguments.work or Path(temporary)
         prepare(work)
         while total < arguments.kills:
-            total += kill_and_resume(work, ("packed", "unpacked")[runs % 2], min(rng.randint(1, 3), arguments.kills - total), rng)
+            kills = min(rng.randint(1, 3), arguments.kills - total)
+            total += kill_and_resume(work, ("packed", "unpacked")[runs % 2], kills, rng)
             runs += 1
             print(f"{total} kills survived in {runs} runs, each ending bit for bit as if never interrupted", flush=True)
 

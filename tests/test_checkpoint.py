@@ -1,4 +1,4 @@
-"""Checkpoints: read back bit for bit, whole after a kill at any line, intact when the disk is not, harmless when they are not ours."""
+"""Checkpoints: read back bit for bit, whole after a kill at any line, intact when the disk is not, harmless when not ours."""
 from __future__ import annotations
 
 import hashlib
@@ -19,7 +19,9 @@ import torch
 
 from ipu_options.errors import RunError, UsageError
 from qa import checkpoint, files
-from qa.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, open_run, save_checkpoint, set_random_state
+from qa.checkpoint import (
+    find_checkpoint, list_checkpoints, load_checkpoint, open_run, save_checkpoint, save_final, set_random_state,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,8 +32,9 @@ def write_model(folder):
 
 
 def save(output_dir, step, write_model=write_model, **more):
-    given = {"optimizer": {"ipu_state": {"Accl1___w": torch.full((5,), step)}}, "rng_state": [42, step], "progress": {"loss": [1 / step]}}
-    return save_checkpoint(output_dir, step, write_model, **{**given, **more})
+    optimizer = {"ipu_state": {"Accl1___w": torch.full((5,), step)}}
+    given = {"optimizer": optimizer, "rng_state": [42, step], "progress": {"loss": [1 / step]}, **more}
+    return save_checkpoint(output_dir, step, write_model, **given)
 
 
 def names(output_dir):
@@ -308,6 +311,20 @@ def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path, limit):
     assert names(tmp_path) == ["checkpoint-1"]
     save(tmp_path, 2)
     assert find_checkpoint(tmp_path, "auto").name == "checkpoint-2"
+
+
+def test_the_final_model_is_put_in_place_whole_or_not_at_all(tmp_path):
+    def broken(folder):
+        (folder / "config.json").write_text("new")
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path, 1)
+    (tmp_path / "config.json").write_text("old")
+    with pytest.raises(RunError, match="could not save .*final-model: No space left on device; the newest .* checkpoint-1"):
+        save_final(tmp_path, broken)
+    assert (tmp_path / "config.json").read_text() == "old" and names(tmp_path) == ["checkpoint-1", "config.json"]
+    save_final(tmp_path, write_model)
+    assert (tmp_path / "config.json").read_text() == "{}" and names(tmp_path) == ["checkpoint-1", "config.json", "model.safetensors"]
 
 
 def test_a_removed_output_folder_is_one_line(tmp_path):

@@ -29,9 +29,9 @@ def work(tmp_path_factory):
 
 def start(work, name, output_dir, *flags):
     """train.py in a process group of its own; what it prints, line by line, in .stdout."""
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(work / f"{name}.yaml"), "--output_dir", str(output_dir), *flags]
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(work / f"{name}.yaml"), "--output_dir", str(output_dir)]
     environment = {**ENVIRONMENT, "HF_DATASETS_CACHE": str(work / "cache")}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
+    return subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
                             start_new_session=True)
 
 
@@ -56,7 +56,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint_from_which_the_run_goes
         os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
         found, said = end(run)
         assert found == status and "Traceback" not in said, said
-        assert re.search(f"(?m)^stopped by {number.name} after step .*; the same command with --resume_from_checkpoint auto goes on$", said)
+        assert re.search(f"(?m)^stopped by {number.name} after step .*; the same command with --resume_from_checkpoint auto", said)
     found, said = end(start(work, "packed", work / "stopped", "--resume_from_checkpoint", "auto"))
     assert found == 0, said
     # Python's own generator is seeded from the system in each process. Nothing draws from it.
@@ -65,7 +65,8 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint_from_which_the_run_goes
 
 def test_going_on_with_another_seed_is_refused(work):
     found, said = end(start(work, "packed", work / "packed-reference", "--resume_from_checkpoint", "auto", "--seed", "7"))
-    assert found == 2 and re.search("(?m)^error: .*checkpoint-12: seed was 42, is 7. Go on", said) and "Traceback" not in said, said
+    assert found == 2 and "Traceback" not in said, said
+    assert re.search("(?m)^error: .*checkpoint-12: seed was 42, is 7. Go on", said)
 
 
 def test_a_run_that_diverges_stops_with_what_to_try_and_keeps_the_last_good_checkpoint(work):

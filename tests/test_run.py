@@ -77,7 +77,8 @@ def test_the_first_signal_lets_the_step_finish_and_the_second_kills(number, stat
     loop = start(LOOP)
     assert loop.stdout.readline() == "begun\n"
     loop.send_signal(number)
-    assert loop.stderr.readline() == "\n" and loop.stderr.readline() == f"{number.name}: saving after this step; once more to stop at once\n"
+    assert loop.stderr.readline() == "\n"
+    assert loop.stderr.readline() == f"{number.name}: saving after this step; once more to stop at once\n"
     out, err = loop.communicate("1\n")
     assert (out, err, loop.returncode) == ("step 1\nsaved\n", "", status)
 
@@ -134,7 +135,7 @@ def test_the_record_of_a_run_repeats_it_and_keeps_no_token(tmp_path, monkeypatch
     record = json.loads(text)
     assert "hf_secret" not in text and record["command"].endswith("--output_dir 'a folder'")
     assert record["settings"]["seed"] == 42 and record["data_fingerprint"] == "ab12"
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"].split("+")[0])
 
 
 # ---- Numbers gone wrong: real ones, from a least-squares fit by gradient descent
@@ -170,7 +171,7 @@ def test_divergence_and_overflow_are_told_apart():
     message = explained(overflowed, learning_rate=0.01, loss_scaling=1024.0, precision="float16")
     assert "float16 overflowed" in message and "--loss_scaling 128" in message and "diverged" not in message
     assert "\n" not in message
-    steady = explain_nonfinite(step=9, loss=math.nan, earlier_losses=[2.0] * 8, learning_rate=0.3, loss_scaling=1.0, precision="float32")
+    steady = explained([2.0] * 8 + [math.nan], learning_rate=0.3, loss_scaling=1.0, precision="float32")
     assert "--learning_rate 0.1" in steady and "overflow" not in steady
     assert all(map(math.isfinite, fit(learning_rate=0.01, loss_scaling=1024.0 / 8, half_gradients=True)))  # the advice is good
 
