@@ -1,0 +1,91 @@
+"""What poptorch_host costs: a training step through it, and the same step as a hand-written PyTorch loop, side by side.
+
+    python -m benchmarks.host_overhead [--seconds 20]
+
+Models: the demo's size, and two layers of roberta-base. Both loops run the same micro-batches at the same precision; they take
+turns step by step, so that whatever else the machine does hits both. Prints the median time of a step and their ratio.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+from transformers import RobertaConfig
+
+import poptorch_host as poptorch
+from qa import model as qa_model
+
+SHAPES = {  # name: (width, layers, heads, vocabulary, row length, micro-batch, accumulation, precision)
+    "demo": (128, 4, 4, 2000, 64, 8, 4, torch.float32),
+    "roberta-base, 2 layers, float32": (768, 2, 12, 8000, 384, 2, 4, torch.float32),
+    "roberta-base, 2 layers, half": (768, 2, 12, 8000, 384, 2, 4, torch.float16),
+}
+
+
+def make(width, layers, heads, vocabulary, length, *unused):
+    """A model on one IPU, dropout as roberta-base has it."""
+    torch.manual_seed(0)
+    config = RobertaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+                           vocab_size=vocabulary, max_position_embeddings=length + 2, type_vocab_size=1)
+    return qa_model.RobertaForSpans(config).train()
+
+
+def batch(rows, length, vocabulary):
+    """Rows of one window each, a tenth of them padding."""
+    ids = torch.randint(3, vocabulary, (rows, length), dtype=torch.int32)
+    positions = torch.arange(2, length + 2, dtype=torch.int32).repeat(rows, 1)
+    windows = torch.ones(rows, length, dtype=torch.int32)
+    windows[:, length - length // 10:] = 0
+    answers = torch.randint(0, length // 2, (2, rows, 1), dtype=torch.int32)
+    return ids, positions, windows, answers[0], answers[1], torch.ones(rows, 1)
+
+
+def plain_step(model, micro_batch, accumulation, half):
+    """A hand-written step; half precision is autocast to bfloat16, as one would write it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=hasattr(torch, "_fused_adamw_") and torch.__version__ >= "2.4")
+
+    def step(tensors):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            for parts in zip(*(t.split(micro_batch) for t in tensors)):
+                (model(*parts) / accumulation).backward()
+        optimizer.step()
+    return step
+
+
+def host_step(model, accumulation, half):
+    """The same through poptorch_host."""
+    options = poptorch.Options()
+    options.Training.gradientAccumulation(accumulation)
+    model = model.half() if half else model
+    executor = poptorch.trainingModel(model, options, poptorch.optim.AdamW(model.parameters(), lr=1e-4, loss_scaling=64.0))
+    return lambda tensors: executor(*tensors)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=20, help="how long to measure each shape")
+    seconds = parser.parse_args().seconds
+    for name, shape in SHAPES.items():
+        _, _, _, vocabulary, length, micro_batch, accumulation, precision = shape
+        model, half = make(*shape), precision == torch.float16
+        steps = {"plain": plain_step(copy.deepcopy(model), micro_batch, accumulation, half), "host": host_step(model, accumulation, half)}
+        tensors = batch(micro_batch * accumulation, length, vocabulary)
+        times = {kind: [] for kind in steps}
+        end = time.monotonic() + seconds
+        while time.monotonic() < end or len(times["host"]) < 3:
+            for kind, step in steps.items():
+                began = time.process_time()
+                step(tensors)
+                times[kind].append(time.process_time() - began)
+        plain, host = (statistics.median(times[kind][1:]) for kind in ("plain", "host"))
+        print(f"{name}: plain {1e3 * plain:.1f} ms, poptorch_host {1e3 * host:.1f} ms of processor time a step, "
+              f"ratio {host / plain:.3f} ({len(times['host'])} steps each)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
