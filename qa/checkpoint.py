@@ -165,7 +165,7 @@ def go_back(
     """
     folder = find_checkpoint(output_dir, "auto")
     if folder is None:
-        raise RunError(f"there is no checkpoint in {output_dir} to go back to; save some with --save_steps")
+        raise RunError(f"there is no whole checkpoint in {output_dir} to go back to; save some with --save_steps")
     checkpoint = load_checkpoint(folder)
     set_weights(safetensors.torch.load_file(folder / "model.safetensors"))
     training_model.copyWeightsToDevice()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -11,16 +12,19 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
+from ipu_options import poptorch
 from ipu_options.errors import RunError, UsageError
 from qa import checkpoint, files
 from qa.checkpoint import (
-    find_checkpoint, list_checkpoints, load_checkpoint, open_run, save_checkpoint, save_final, set_random_state,
+    find_checkpoint, go_back, list_checkpoints, load_checkpoint, open_run, save_checkpoint, save_final, set_random_state,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +113,44 @@ def test_state_of_a_torch_optimizer_continues_exactly(tmp_path):
     steps(again, optimizer_again, 4)
     assert_same(dict(again.state_dict()), dict(model.state_dict()))
     assert_same(optimizer_again.state_dict(), optimizer.state_dict())
+
+
+def write_weights(weights, folder):
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+
+
+class Loss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return poptorch.identity_loss(self.linear(x).square().sum(), reduction="none")
+
+
+def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path):
+    """Two steps, a checkpoint, a batch of infinities; then the next batches give what they give with that batch left out."""
+
+    def run(batches):
+        torch.manual_seed(0)
+        model = Loss()
+        optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
+        training_model = poptorch.trainingModel(model, poptorch.Options(), optimizer)
+        for number, batch in enumerate(batches, start=1):
+            if not torch.isfinite(training_model(batch)).all():
+                assert go_back(tmp_path, training_model, optimizer, model.load_state_dict).step == 2
+            if number == 2:
+                training_model.copyWeightsToHost()
+                weights = dict(model.state_dict())
+                save(tmp_path, 2, partial(write_weights, weights), optimizer=optimizer.state_dict())
+        training_model.copyWeightsToHost()
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}, optimizer.state_dict()
+
+    good = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)))
+    assert_same(run([*good[:2], torch.full((4, 3), float("inf")), *good[2:]]), run(good))
+    truncate(tmp_path / "checkpoint-2")
+    with pytest.raises(RunError, match="there is no whole checkpoint in .* to go back to; save some with --save_steps"):
+        go_back(tmp_path, None, None, None)
 
 
 def test_a_state_that_json_cannot_hold_is_an_error_not_a_pickle(tmp_path):
@@ -402,3 +444,31 @@ def test_a_forged_random_state_is_refused(tmp_path, key, value):
     with pytest.raises(UsageError, match="random state cannot be used"):
         set_random_state({**state, key: value})
     set_random_state(state)
+
+
+def test_a_model_folder_of_someone_else_runs_no_code(tmp_path, monkeypatch):
+    """Neither a pickle in place of safetensors nor a module that config.json names is executed."""
+    from transformers import RobertaConfig
+
+    from qa.model import load_config, load_model
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    config = RobertaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    config.auto_map = {"AutoConfig": "trap.Config", "AutoModelForQuestionAnswering": "trap.Model"}
+    config.save_pretrained(folder)
+    (folder / "trap.py").write_text("import os\nos.mkdir('TRAPPED')\n")
+    assert load_config(str(folder)).model_type == "roberta"
+    for content in (pickle.dumps(Trap(), 2), legacy_torch_file(), b"not a pickle"):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises((RunError, UsageError), match="--model_name_or_path .*model: ") as refusal:
+            load_model(str(folder))
+        assert "\n" not in str(refusal.value)
+    assert names(tmp_path) == ["model"]
+
+
+def legacy_torch_file():
+    """A file of torch.save's with an object in it that would run code."""
+    buffer = io.BytesIO()
+    torch.save({"roberta.embeddings.word_embeddings.weight": Trap()}, buffer)
+    return buffer.getvalue()
