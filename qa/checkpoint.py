@@ -315,10 +315,12 @@ def _remove(folder: Path) -> None:
 def _sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
     """Flush every file in `folder` to disk; return {name: {size, sha256}} for the manifest.
 
-    The bytes are read back from the page cache: about 0.6 s a gigabyte, a fraction of what writing them takes.
+    Who may read the folder may read the files: newer releases of safetensors make them their owner's alone. The bytes are
+    read back from the page cache: about 0.6 s a gigabyte, a fraction of what writing them takes.
     """
     files = {}
     for path in sorted(folder.iterdir()):
+        path.chmod(folder.stat().st_mode & 0o666)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}

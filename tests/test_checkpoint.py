@@ -84,6 +84,7 @@ def test_every_kind_of_state_is_read_back_bit_for_bit(tmp_path):
     folder = save(tmp_path, 7, optimizer=optimizer, rng_state=rng_state, progress={"losses": [1 / 3, 5e-324]})
     loaded = load_checkpoint(folder)
     assert_same(loaded.optimizer, optimizer)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # all as readable as any file of the user's
     assert (loaded.step, loaded.rng_state, loaded.progress) == (7, rng_state, {"losses": [1 / 3, 5e-324]})
 
 
