@@ -178,7 +178,7 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
 
     with spans("save"):
         training_model.copyWeightsToHost()
-        write_model(s.output_dir)
+        checkpoint.save_final(s.output_dir, write_model)
     predictions = evaluate()
     print(show_predictions(eval_examples, predictions, s.show_predictions, s.seed))
     print(f"saved to {s.output_dir} after {time.perf_counter() - begin:.0f} s; ask it: python infer.py --checkpoint {s.output_dir}")
