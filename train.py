@@ -54,8 +54,8 @@ def main():
 
 
 def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans):
-    import torch
     from tqdm import tqdm
+    from transformers import set_seed
 
     from ipu_options import poptorch
     from ipu_options.options import training_options
@@ -90,7 +90,7 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
                      resumed_from=str(saved.folder) if saved else None)
 
     # PopTorch: the annotated model, its options and optimizer, compiled for one combined batch.
-    torch.manual_seed(s.seed)
+    set_seed(s.seed)
     model, optimizer = model_and_optimizer(s, config, replace(training, config=ipu), saved)
     schedule = make_schedule(optimizer, s.lr_scheduler_type, int(s.warmup_ratio * rows.total_steps), rows.total_steps, step)
     options = training_options(ipu, seed=s.seed, compile_only=s.compile_only, synthetic_data=s.synthetic_data,
@@ -129,12 +129,15 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
             return evaluate_answers(evaluation, eval_windows, eval_examples, s.output_dir, step, step / rows.steps_per_epoch)
 
     # The loop. A step is one call of the device: one combined batch, device_iterations weight updates.
-    with workers_ignore_interrupt():
-        loader = poptorch.DataLoader(options, rows, batch_size=s.micro_batch_size, collate_fn=collate,
-                                     num_workers=s.dataloader_num_workers, mode=poptorch.DataLoaderMode.Async)
-    batches, bar = iter(loader), tqdm(total=rows.total_steps, initial=step, desc="Training", unit="step", dynamic_ncols=True)
+    loader = None
+    if step < rows.total_steps:  # a run killed after its last step has nothing left to load
+        with workers_ignore_interrupt():
+            loader = poptorch.DataLoader(options, rows, batch_size=s.micro_batch_size, collate_fn=collate,
+                                         num_workers=s.dataloader_num_workers, mode=poptorch.DataLoaderMode.Async)
+    batches = iter(loader or ())
+    bar = tqdm(total=rows.total_steps, initial=step, desc="Training", unit="step", dynamic_ncols=True)
     losses_in_a_sum = accumulation * ipu.device_iterations if ipu.output_mode == "sum" else 1
-    clock, seen = time.perf_counter(), 0
+    clock, seen, went_back = time.perf_counter(), 0, None
     while step < rows.total_steps and not stop.requested:
         learning_rate = schedule.get_last_lr()[0]
         with spans("data"):
@@ -144,13 +147,14 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
         seen += rows.windows_in_step(step)
         step += 1
         saving = s.save_steps and step % s.save_steps == 0
-        bad_weight = find_nonfinite(weights_of(model).items()) if saving else None
+        bad_weight = find_nonfinite(weights_of(model).items()) if saving or step == rows.total_steps else None
         if bad_weight or not math.isfinite(loss):
             why = explain_nonfinite(step=step, loss=loss, earlier_losses=losses, learning_rate=learning_rate,
                                     loss_scaling=s.loss_scaling, precision=s.precision, bad_weight=bad_weight)
-            if s.on_nonfinite == "stop":
+            if s.on_nonfinite == "stop" or went_back == step - 1:  # twice in a row is not one bad batch
+                bar.close()
                 raise RunError(why)
-            back = checkpoint.go_back(s.output_dir, training_model, optimizer, partial(set_weights, model))
+            back, went_back = checkpoint.go_back(s.output_dir, training_model, optimizer, partial(set_weights, model)), step
             tqdm.write(f"warning: {why}; going on from the weights of step {back.step}")
         else:
             losses.append(loss)
@@ -170,7 +174,8 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
         if s.evaluate_every_epoch and step % rows.steps_per_epoch == 0 and step < rows.total_steps:
             evaluate()
     bar.close()
-    loader.terminate()
+    if loader:
+        loader.terminate()
     if stop.requested:
         save()
         print(f"stopped by {stop.requested.name} after step {step}; the same command with --resume_from_checkpoint auto goes on")

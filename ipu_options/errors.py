@@ -19,11 +19,13 @@ class RunError(RuntimeError):
 def run_script(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and return its exit status; `--debug` on the command line lets a traceback through.
 
-    UsageError gives 2, everything else that goes wrong 1, each as one line on standard error; what `main` returns is passed
-    on (None is 0).
+    UsageError gives 2, everything else that goes wrong 1, each as one line on standard error; Ctrl-C before the loop gives 130;
+    what `main` returns is passed on (None is 0).
     """
     try:
         return main() or 0
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:  # pylint: disable=broad-except
         if "--debug" in sys.argv:
             raise

@@ -246,6 +246,7 @@ def save_model(model: RobertaForSpans, folder: Union[str, Path]) -> None:
     """Write `folder` in Hugging Face's layout (config.json, model.safetensors), to be loaded by AutoModelForQuestionAnswering."""
     model.save_pretrained(folder, state_dict=weights_of(model), safe_serialization=True)
     prefix = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}[model.config.model_type]
+    model.config._name_or_path = ""  # older transformers write the folder that the model came from
     model.config.architectures = [prefix + "ForQuestionAnswering"]  # save_pretrained has put this program's class name
     model.config.save_pretrained(folder)
 

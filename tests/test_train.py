@@ -129,15 +129,17 @@ def test_version_2_has_no_answer_figures(demo, tmp_path, capsys):
 
 def test_a_resumed_run_ends_as_one_never_stopped(demo, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = ("--num_train_epochs", "2", "--save_steps", "3", "--pack", "--precision", "float16")
+    more = ("--max_steps", "4", "--save_steps", "2", "--pack", "--precision", "float16")  # into the second epoch
     assert fit(demo / "v1", whole, *more) == 0
     assert fit(demo / "v1", parts, *more) == 0
     (parts / "model.safetensors").unlink()
     assert fit(demo / "v1", parts, *more) == 2  # checkpoints are there: neither resumed nor overwritten without being told
     assert "--resume_from_checkpoint auto" in capsys.readouterr().err
-    assert fit(demo / "v1", parts, *more, "--resume_from_checkpoint", parts / "checkpoint-3") == 0
-    for name in ("model.safetensors", "nbest_predictions.json", "metrics.json"):
-        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    for where in (parts / "checkpoint-2", "auto"):  # auto: checkpoint-4, after which only the evaluation is left
+        assert fit(demo / "v1", parts, *more, "--resume_from_checkpoint", where) == 0
+        for name in ("model.safetensors", "nbest_predictions.json", "metrics.json"):
+            assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+            (parts / name).unlink()
     assert fit(demo / "v1", parts, *more, "--seed", "7", "--resume_from_checkpoint", "auto") == 2
     assert "seed was 42, is 7" in capsys.readouterr().err
 
