@@ -233,7 +233,7 @@ class AsynchronousDataAccessor:
             other.close()
             try:
                 self._structure, self._ring = self._pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 self._process.join()
                 self._process = None
                 raise Error("AsynchronousDataAccessor worker thread failed to start (Check above for details)") from None

@@ -32,6 +32,8 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = embeddings.token_type_embeddings
         self.LayerNorm = embeddings.LayerNorm
         self.dropout = embeddings.dropout
+        # PopTorch does not support padding_idx. No loss depends on a padding token, so its gradient is zero without it too.
+        self.word_embeddings.padding_idx = self.position_embeddings.padding_idx = None
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """input_ids, position_ids: int [B, S]. Returns [B, S, hidden]."""
