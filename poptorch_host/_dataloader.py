@@ -233,7 +233,7 @@ class AsynchronousDataAccessor:
             other.close()
             try:
                 self._structure, self._ring = self._pipe.recv()
-            except (EOFError, ConnectionError):
+            except EOFError:
                 self._process.join()
                 self._process = None
                 raise Error("AsynchronousDataAccessor worker thread failed to start (Check above for details)") from None
@@ -321,7 +321,7 @@ class _Worker:
                     dataset = pickle.load(file)
             self.pipe, self.dataset = pipe, dataset
             self._run()
-        except (KeyboardInterrupt, EOFError, BrokenPipeError):
+        except (KeyboardInterrupt, EOFError, ConnectionError):
             pass
 
     def _run(self):
