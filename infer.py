@@ -21,10 +21,12 @@ def main():
     s, ipu_config = parse_infer()
     profiling_environment(s.profile_dir, "inference", {**asdict(s), **ipu_config.to_dict()})
     context = read_text(s.context_file) if s.context_file else s.context
+    from ipu_options import poptorch
     from qa.inference import InferencePipeline
     from qa.model import load_config, load_model, load_tokenizer
     from qa.windows import Windows, make_windows
 
+    print(f"PopTorch: {poptorch.__name__} {poptorch.__version__}", file=sys.stderr)
     config = load_config(s.checkpoint)
     check_row_length(s, config)
     pipeline = inference_pipeline(ipu_config, config.num_hidden_layers, s.pod_type)
@@ -36,6 +38,7 @@ def main():
         with spans("windows"):
             windows = Windows(make_windows(examples, tokenizer, max_seq_length=s.max_seq_length, doc_stride=s.doc_stride, labels=False,
                                            offsets=True, num_proc=s.preprocessing_num_workers, on_bad_row=s.on_bad_row))
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # without this it warns of every process started later
         with spans("answer"):
             for question, found in zip(examples["question"], answering.answers(windows, examples, progress)):
                 yield shown(found, question, s.n_best)
@@ -63,6 +66,7 @@ def shown(found, question, n_best):
 def one_question(question, context):
     """A data set of one example."""
     import datasets
+    datasets.disable_progress_bars()
     return datasets.Dataset.from_dict({"id": ["0"], "question": [question], "context": [context]})
 
 

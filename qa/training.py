@@ -1,6 +1,7 @@
 """Three steps of a training run that train.py names and does not spell out: its questions, its model, its evaluation."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, List, Optional, Tuple, Union
 
@@ -29,8 +30,10 @@ def questions_and_windows(s: TrainSettings, tokenizer) -> Tuple[Any, Any, Window
         print(random_examples(examples, s.show_examples, s.seed))
     shape = dict(max_seq_length=s.max_seq_length, doc_stride=s.doc_stride, num_proc=s.preprocessing_num_workers,
                  on_bad_row=s.on_bad_row, overwrite_cache=s.overwrite_cache)
-    return (examples, eval_examples, Windows(make_windows(examples, tokenizer, labels=True, offsets=False, **shape)),
-            Windows(make_windows(eval_examples, tokenizer, labels=False, offsets=True, **shape)))
+    windows = Windows(make_windows(examples, tokenizer, labels=True, offsets=False, **shape))
+    eval_windows = Windows(make_windows(eval_examples, tokenizer, labels=False, offsets=True, **shape))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are done; without this it warns of every process started later
+    return examples, eval_examples, windows, eval_windows
 
 
 def model_and_optimizer(s: TrainSettings, config, pipeline: Pipeline, saved: Optional[Checkpoint]) -> Tuple[RobertaForSpans, Any]:
