@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Answer questions with a fine-tuned checkpoint, on Graphcore IPUs or on this host.
 
-    python infer.py --checkpoint output/demo --question "Where was Ann born?" --context "Ann was born in Oslo."
+    python infer.py --checkpoint output/demo --question "What did Ada fear?" --context "Ada was a baker. She was afraid of geese."
     python infer.py --checkpoint output/demo --input_file questions.json --output_file answers.jsonl
     python infer.py --checkpoint output/demo      asks for a text and for questions about it
 """
@@ -110,6 +110,7 @@ def converse(answer, context, s):
                 return
         question = ask("question> ").strip()
         if question == "\x04":
+            print(file=sys.stderr)
             return
         if question:
             print_answers(answer(one_question(question, context)), s)

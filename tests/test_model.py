@@ -105,8 +105,10 @@ def test_loss_and_gradients_equal_the_mean_of_transformers_losses(saved, rows, a
         if parameter.grad is None:
             assert ours[name].grad is None
             continue
-        # (the gradient of a key bias is zero but for rounding: softmax does not see a constant)
-        error = (ours[name].grad - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-3 * scale)
+        if parameter.grad.norm() < 1e-6 * scale:  # zero but for rounding: a softmax does not see a constant, as key biases add
+            assert ours[name].grad.norm() < 1e-6 * scale
+            continue
+        error = (ours[name].grad - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-4, (name, float(error))
 
 

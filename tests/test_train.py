@@ -80,7 +80,7 @@ def test_every_format_trains_the_same_model_and_the_files_are_run_qas(demo, tmp_
     assert 0 <= metrics["exact_match"] <= metrics["f1"] <= 100
     assert json.loads((out / "ipu_config.json").read_text())["layers_per_ipu"] == [1, 1, 1, 1]
     record = json.loads((out / "run.json").read_text())
-    assert record["settings"]["seed"] == 42 and record["versions"]["torch"] == torch.__version__ and record["data_fingerprint"]
+    assert record["settings"]["seed"] == 42 and torch.__version__.startswith(record["versions"]["torch"]) and record["data_fingerprint"]
 
 
 def test_a_float16_model_loads_with_transformers_and_answers_as_infer_does(demo, tmp_path, capsys):
