@@ -11,6 +11,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 import infer
 import train
 from ipu_options.errors import run_script
+from kill_and_resume import differences
 from qa.demo import write_demo
 
 SMALL = ["--layers_per_ipu", "1", "1", "1", "1", "--max_seq_length", "128", "--doc_stride", "32", "--micro_batch_size", "4",
@@ -142,6 +143,17 @@ def test_a_resumed_run_ends_as_one_never_stopped(demo, tmp_path, capsys):
             (parts / name).unlink()
     assert fit(demo / "v1", parts, *more, "--seed", "7", "--resume_from_checkpoint", "auto") == 2
     assert "seed was 42, is 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pack", [["--pack"], []], ids=["packed", "unpacked"])
+def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(demo, tmp_path, pack):
+    """Weights, optimizer, random states, losses, predictions. The runs share a process: what one leaves must not reach the next."""
+    more = ("--max_steps", "3", "--save_steps", "3", "--precision", "float16", *pack)
+    for workers in ("0", "2"):
+        assert fit(demo / "v1", tmp_path / workers, *more, "--dataloader_num_workers", workers) == 0
+    assert differences(tmp_path / "0", tmp_path / "2") == []
+    assert fit(demo / "v1", tmp_path / "other", *more, "--seed", "43") == 0
+    assert "model.safetensors" in differences(tmp_path / "0", tmp_path / "other")
 
 
 def test_compile_only_runs_nothing(demo, tmp_path, capsys):
