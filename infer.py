@@ -14,6 +14,7 @@ from pathlib import Path
 from ipu_options.config import inference_pipeline
 from ipu_options.errors import RunError, UsageError, run_script
 from ipu_options.popvision import Spans, profiling_environment
+from qa.files import written_whole
 from qa.settings import check_row_length, parse_infer
 
 
@@ -85,15 +86,14 @@ def print_answers(answers, s):
     """Print the answers, or write them to --output_file, which appears when it is complete."""
     if not s.output_file:
         for answer in answers:
-            print(json.dumps(answer) if s.json else as_text(answer) if not s.input_file else f"{answer['question']}\n  {as_text(answer)}", flush=True)
+            text = f"{answer['question']}\n  {as_text(answer)}" if s.input_file else as_text(answer)
+            print(json.dumps(answer) if s.json else text, flush=True)
         return
-    partial = s.output_file + ".partial"
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with written_whole(s.output_file) as file:
             count = sum(1 for answer in answers if file.write(json.dumps(answer) + "\n"))
-        os.replace(partial, s.output_file)
     except OSError as error:
-        raise RunError(f"--output_file {s.output_file}: cannot be written ({error.strerror})")
+        raise RunError(f"--output_file {s.output_file}: cannot be written ({error.strerror})") from error
     print(f"{count} answers in {s.output_file}", file=sys.stderr)
 
 
@@ -123,7 +123,7 @@ def read_text(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--context_file {path}: not readable as UTF-8 text ({error})")
+        raise UsageError(f"--context_file {path}: not readable as UTF-8 text ({error})") from error
     if not text.strip():
         raise UsageError(f"--context_file {path}: is empty; it should hold the text to look in")
     return text

@@ -16,6 +16,11 @@ class RunError(RuntimeError):
     """A run failed after it started: a file that cannot be written, a hub that cannot be reached, a loss gone wrong."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error that may have a whole page to say, for a message of one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def run_script(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and return its exit status; `--debug` on the command line lets a traceback through.
 

@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, List, Optional, Tuple
 
 import numpy
 import torch
+
+from qa.files import written_whole
 
 _CHUNK = 256  # windows searched at once: enough to make numpy's overhead small, few enough to stay in the processor's cache
 
@@ -296,19 +297,13 @@ def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool
 @contextlib.contextmanager
 def _json_object(path: Path) -> Iterator[Callable]:
     """Gives a function that writes an entry of a JSON object; the file takes its place when all are written."""
-    partial = path.with_name(path.name + ".partial")
     separator = ""
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            def put(key: str, value) -> None:
-                nonlocal separator
-                file.write(f"{separator}\n    {json.dumps(key)}: {json.dumps(value)}")
-                separator = ","
+    with written_whole(path) as file:
+        def put(key: str, value) -> None:
+            nonlocal separator
+            file.write(f"{separator}\n    {json.dumps(key)}: {json.dumps(value)}")
+            separator = ","
 
-            file.write("{")
-            yield put
-            file.write("\n}\n")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink()
-        raise
+        file.write("{")
+        yield put
+        file.write("\n}\n")

@@ -21,7 +21,7 @@ import random
 import re
 import shutil
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Union
 
@@ -36,7 +36,8 @@ from qa.files import sync_folder, system_error, write_json
 log = logging.getLogger(__name__)
 _STATE_FILES = ("training_state.safetensors", "training_state.json", "trainer_state.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(r"\.(checkpoint-\d+|final-model)\.(tmp|removed|replaced)")
+# What a kill may leave: of a checkpoint, of save_final, of a file of qa.files.written_whole.
+_LEFTOVER = re.compile(r"\.(checkpoint-\d+)\.(tmp|removed|replaced)|\.final-model\.tmp|\..+\.[0-9a-f]{8}\.tmp")
 
 
 class Checkpoint(NamedTuple):
@@ -147,7 +148,9 @@ def load_checkpoint(folder: Union[str, Path]) -> Checkpoint:
         trainer_state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
         structure = json.loads((folder / "training_state.json").read_text("utf-8"))
         tensors = safetensors.torch.load_file(folder / "training_state.safetensors")
-        step, progress = int(trainer_state["step"]), dict(trainer_state["progress"])
+        step, progress = trainer_state["step"], dict(trainer_state["progress"])
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step {step!r}")
         return Checkpoint(folder, step, progress=progress, **_decode(structure, tensors))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UsageError(f"{folder}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
@@ -253,11 +256,11 @@ def _clean_leftovers(output_dir: Path) -> None:
         match = _LEFTOVER.fullmatch(path.name)
         if not match:
             continue
-        folder = path.with_name(match.group(1))
-        if match.group(2) == "replaced" and not folder.exists():  # killed between the two renames of _rename_into_place
-            path.rename(folder)
+        checkpoint, kind = match.groups()
+        if kind == "replaced" and not os.path.lexists(path.with_name(checkpoint)):  # killed between the renames of _rename_into_place
+            path.rename(path.with_name(checkpoint))
         else:
-            shutil.rmtree(path)
+            _delete(path)
 
 
 @contextmanager
@@ -265,7 +268,7 @@ def _written_aside(target: Path) -> Iterator[Path]:
     """An empty folder beside `target` to write it in, of which nothing is left where that fails. The system's errors become RunError."""
     aside = target.with_name(f".{target.name}.tmp")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        _delete(aside)
         aside.mkdir()
         yield aside
     except BaseException as error:
@@ -279,7 +282,7 @@ def _written_aside(target: Path) -> Iterator[Path]:
 def _rename_into_place(aside: Path, folder: Path) -> None:
     """rename(2) cannot replace a folder with files in it: an earlier checkpoint of the same step steps aside first."""
     replaced = folder.with_name(f".{folder.name}.replaced")
-    exists = folder.exists()
+    exists = os.path.lexists(folder)
     if exists:
         folder.rename(replaced)
     try:
@@ -289,7 +292,8 @@ def _rename_into_place(aside: Path, folder: Path) -> None:
             replaced.rename(folder)
         raise
     sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):  # the new one is in place; what is left of the old one goes at the next start
+        _delete(replaced)
 
 
 def _remove_oldest(output_dir: Path, step: int, save_total_limit: Optional[int]) -> None:
@@ -309,7 +313,15 @@ def _remove(folder: Path) -> None:
     """By a rename first, so that what is called checkpoint-N is whole to the last."""
     removed = folder.with_name(f".{folder.name}.removed")
     folder.rename(removed)
-    shutil.rmtree(removed)
+    _delete(removed)
+
+
+def _delete(path: Path) -> None:
+    """Whatever stands there, if anything: a link is taken away, not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:

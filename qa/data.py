@@ -16,9 +16,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
-import tempfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -27,7 +25,8 @@ from typing import Optional
 import datasets
 import pyarrow as pa
 
-from ipu_options.errors import RunError, UsageError
+from ipu_options.errors import RunError, UsageError, first_line
+from qa.files import written_whole
 from qa.readers import COLUMNS, BadRow, read_rows
 
 _log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
             _write_arrow(islice(checked, max_samples), arrow_file, source)
         except OSError as error:
             raise RunError(f"{arrow_file.parent}: cannot write the cache of {source} ({error.strerror or error}); "
-                           "set HF_DATASETS_CACHE to a folder with room")
+                           "set HF_DATASETS_CACHE to a folder with room") from error
     return datasets.Dataset(datasets.table.MemoryMappedTable.from_file(str(arrow_file)), fingerprint=key)
 
 
@@ -96,9 +95,8 @@ def _load_from_hub(name, config_name, split):
         trust = {} if int(datasets.__version__.split(".")[0]) >= 4 else {"trust_remote_code": False}
         splits = datasets.load_dataset(name, config_name, **trust)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise RunError(f"cannot fetch the data set {name!r} from the hub ({reason[0]}); give local files with --train_file and "
-                       "--validation_file, or run the demo, which needs no network, with --config demo")
+        raise RunError(f"cannot fetch the data set {name!r} from the hub ({first_line(error)}); give local files with --train_file and "
+                       "--validation_file, or run the demo, which needs no network, with --config demo") from error
     if split not in splits:
         raise UsageError(f"--dataset_name {name} has no split {split!r}, it has {', '.join(splits)}")
     return splits[split]
@@ -107,22 +105,13 @@ def _load_from_hub(name, config_name, split):
 def _write_arrow(rows, arrow_file, source):
     """Write rows to `arrow_file`, which appears whole or not at all."""
     arrow_file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=arrow_file.parent, prefix=arrow_file.stem)
-    try:
+    with written_whole(arrow_file, "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         count = 0
-        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-            while True:
-                block = list(islice(rows, 1000))
-                if not block:
-                    break
-                count += len(block)
-                writer.write_batch(pa.RecordBatch.from_pylist(block, schema=_SCHEMA))
+        for block in iter(lambda: list(islice(rows, 1000)), []):
+            count += len(block)
+            writer.write_batch(pa.RecordBatch.from_pylist(block, schema=_SCHEMA))
         if not count:
             raise UsageError(f"{source}: there is no question in it that can be used")
-        os.replace(temporary, arrow_file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
@@ -139,7 +128,7 @@ def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
             name = row.get("id") if isinstance(row, dict) else None
             where = f"{source}: row {number} (id {str(name)[:80]!a})" if name is not None else f"{source}: row {number}"
             if on_bad_row == "refuse":
-                raise UsageError(f"{where} {problem}; correct it, or leave such rows out with --on_bad_row skip")
+                raise UsageError(f"{where} {problem}; correct it, or leave such rows out with --on_bad_row skip") from None
             skipped[str(problem)] += 1
             first = first or where
             continue
@@ -179,7 +168,7 @@ def _text(value, name):
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRow(f"has a {name} that is not valid UTF-8 or holds a lone surrogate")
+        raise BadRow(f"has a {name} that is not valid UTF-8 or holds a lone surrogate") from None
     return value
 
 
@@ -210,7 +199,7 @@ def _parsed(text):
         tree = ast.parse(text.strip(), mode="eval")
         return ast.literal_eval(_ArraysAsLists().visit(tree))
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-        raise BadRow("has answers that are neither JSON nor a printed dictionary")
+        raise BadRow("has answers that are neither JSON nor a printed dictionary") from None
 
 
 class _ArraysAsLists(ast.NodeTransformer):

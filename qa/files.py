@@ -4,8 +4,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import IO, Any, Iterator, Optional, Union
 
 
 def sync_folder(folder: Union[str, Path]) -> None:
@@ -17,14 +19,18 @@ def sync_folder(folder: Union[str, Path]) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) -> None:
-    """Write `value` to `path` as ASCII JSON: aside, flushed to disk, then renamed. Raises OSError."""
+@contextmanager
+def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
+    """A file to write `path` in: it is flushed to disk and takes its name when the block ends, and is gone where that fails.
+
+    mode: "w" (UTF-8) or "wb". It stands beside `path` under a name of its own, .NAME.8 HEX DIGITS.tmp, so that several
+    processes may write the same file (a shared cache). A link called `path` is replaced, never followed. Raises OSError.
+    """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(aside, "w", encoding="ascii") as file:
-            json.dump(value, file, indent=indent)
-            file.write("\n")
+        with open(aside, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -32,6 +38,13 @@ def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) ->
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) -> None:
+    """Write `value` to `path` as ASCII JSON, whole or not at all. Raises OSError."""
+    with written_whole(path) as file:
+        json.dump(value, file, indent=indent)
+        file.write("\n")
 
 
 def system_error(error: BaseException) -> Optional[str]:

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Union
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.utils import HFValidationError
 
-from ipu_options.errors import RunError, UsageError
+from ipu_options.errors import RunError, UsageError, first_line
 
 # Uploaded are the model and what is needed to use it; never checkpoints, logs or predictions, which quote the data.
 _SHARED = ("README.md", "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "special_tokens_map.json",
@@ -64,7 +64,7 @@ def check_login(token: Optional[str]) -> str:
     except Exception as error:
         if _status(error) == 401 or type(error).__name__ == "LocalTokenNotFoundError":
             raise UsageError("--push_to_hub: no valid access token; give --hub_token, or log in with `huggingface-cli login`") from error
-        raise RunError(f"--push_to_hub: the hub cannot be reached ({_reason(error)})") from error
+        raise RunError(f"--push_to_hub: the hub cannot be reached ({first_line(error)})") from error
 
 
 def push(folder: Union[str, Path], repo_id: Optional[str], token: Optional[str], private: bool) -> str:
@@ -83,9 +83,9 @@ def push(folder: Union[str, Path], repo_id: Optional[str], token: Optional[str],
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=shared,
                                    commit_message="Add the fine-tuned model")
     except HFValidationError as error:
-        raise UsageError(f"--hub_model_id {repo_id}: {_reason(error)}") from error
+        raise UsageError(f"--hub_model_id {repo_id}: {first_line(error)}") from error
     except Exception as error:  # requests, httpx, hf_xet and huggingface_hub itself all have their own
-        raise RunError(f"could not push {folder} to the hub: {_reason(error)}; the model is whole in {folder}, "
+        raise RunError(f"could not push {folder} to the hub: {first_line(error)}; the model is whole in {folder}, "
                        f"and `huggingface-cli upload {repo_id or folder.resolve().name} {folder}` tries again") from error
     return commit.commit_url
 
@@ -138,8 +138,3 @@ def _table(head: str, rows: Dict[str, Any]) -> str:
 
 def _status(error: BaseException) -> Optional[int]:
     return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error that may have a whole page to say."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

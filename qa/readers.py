@@ -40,7 +40,7 @@ def read_rows(path, need_answers: bool = True) -> Iterator[Union[dict, BadRow]]:
         with open(path, "rb") as file:
             head = file.read(8)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})")
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     if not head:
         raise UsageError(f"{path}: the file is empty")
     for magic, name in _COMPRESSED.items():
@@ -49,7 +49,7 @@ def read_rows(path, need_answers: bool = True) -> Iterator[Union[dict, BadRow]]:
     try:
         yield from readers[path.suffix.lower()](path, COLUMNS if need_answers else COLUMNS[:3])
     except RecursionError:
-        raise UsageError(f"{path}: values are nested too deep")
+        raise UsageError(f"{path}: values are nested too deep") from None
 
 
 def _open(path):
@@ -187,7 +187,7 @@ def _read_csv(path, columns):
             for row in reader:
                 yield BadRow("has more fields than the header") if None in row else row
         except csv.Error as error:
-            raise UsageError(f"{path}: is not valid CSV in line {reader.line_num}: {error}")
+            raise UsageError(f"{path}: is not valid CSV in line {reader.line_num}: {error}") from error
 
 
 def _read_parquet(path, columns):
@@ -200,7 +200,7 @@ def _read_parquet(path, columns):
             for batch in file.iter_batches(batch_size=1000, columns=list(columns)):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path}: cannot be read as Parquet: {error}")
+        raise UsageError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
 def _check_columns(path, names, columns):

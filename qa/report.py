@@ -11,7 +11,8 @@ from qa.rows import TrainingRows
 def describe_rows(rows: TrainingRows, questions: int, micro_batch_size: int, ipu: IPUConfig) -> str:
     """How questions become windows, rows and weight updates. The global batch is counted in windows."""
     update = rows.windows_per_row * micro_batch_size * ipu.gradient_accumulation_steps * ipu.replication_factor
-    return (f"{questions} questions, {len(rows.windows)} windows, {rows.windows_per_row:.2f} in a row, {rows.fill:.1%} of the tokens are real\n"
+    return (f"{questions} questions, {len(rows.windows)} windows, {rows.windows_per_row:.2f} in a row, "
+            f"{rows.fill:.1%} of the tokens are real\n"
             f"weight update: micro-batch {micro_batch_size} x accumulation {ipu.gradient_accumulation_steps} x replicas "
             f"{ipu.replication_factor} rows, {update:.0f} windows on average; step: {ipu.device_iterations} update(s); "
             f"{rows.steps_per_epoch} steps an epoch, {rows.total_steps} in all")
@@ -32,5 +33,6 @@ def show_predictions(examples, predictions: List[dict], count: int, seed: int) -
     lines = []
     for i in sorted(random.Random(seed).sample(range(len(examples)), min(count, len(examples)))):
         true = " / ".join(sorted(set(examples[i]["answers"]["text"]))) or "(no answer)"
-        lines.append(f"  {examples[i]['question']}\n      predicted: {predictions[i]['prediction_text'] or '(no answer)'}\n      true:      {true}")
+        predicted = predictions[i]["prediction_text"] or "(no answer)"
+        lines.append(f"  {examples[i]['question']}\n      predicted: {predicted}\n      true:      {true}")
     return "\n".join(lines)

@@ -191,11 +191,12 @@ def read_config(name_or_path: str) -> Dict[str, Any]:
     if name_or_path not in named_configs():
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            raise UsageError(f"--config {name_or_path}: no such configuration; choose from {', '.join(named_configs())}, or name a YAML file")
+            raise UsageError(f"--config {name_or_path}: no such configuration; choose from {', '.join(named_configs())}, "
+                             "or name a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {name_or_path}: not readable as YAML ({error})")
+        raise UsageError(f"--config {name_or_path}: not readable as YAML ({error})") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {name_or_path}: holds a {type(values).__name__}, it should map setting names to values")
     known = {f.name for group in (TrainSettings, IPUConfig) for f in fields(group)}
@@ -213,7 +214,7 @@ def read_qa_settings(folder: str) -> Dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {name: values[name] for name in QA_SETTINGS if name in values}
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{path}: not readable as a JSON object ({error})")
+        raise UsageError(f"{path}: not readable as a JSON object ({error})") from error
 
 
 def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
@@ -292,9 +293,11 @@ def check_field(group: type, name: str, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"--{name} {value}: it should be a finite number")
     if low is not None and value < low or above is not None and value <= above:
-        raise UsageError(f"--{name} {value} is too small: it should be {'at least' if low is not None else 'more than'} {low if low is not None else above}")
+        right = f"at least {low}" if low is not None else f"more than {above}"
+        raise UsageError(f"--{name} {value} is too small: it should be {right}")
     if high is not None and value > high or below is not None and value >= below:
-        raise UsageError(f"--{name} {value} is too large: it should be {'at most' if high is not None else 'less than'} {high if high is not None else below}")
+        right = f"at most {high}" if high is not None else f"less than {below}"
+        raise UsageError(f"--{name} {value} is too large: it should be {right}")
 
 
 def _default_and_kind(f: Field) -> Tuple[Any, type]:
@@ -348,7 +351,8 @@ def check_row_length(settings: ModelSettings, config: Any) -> None:
     """UsageError unless the model has positions for a row's longest window. RoBERTa counts positions from padding_idx + 1."""
     most = config.max_position_embeddings - config.pad_token_id - 1
     if settings.max_seq_length > most:
-        raise UsageError(f"--max_seq_length {settings.max_seq_length}: {settings.model_name_or_path} has positions for {most} tokens; use at most {most}")
+        raise UsageError(f"--max_seq_length {settings.max_seq_length}: {settings.model_name_or_path} has positions for {most} tokens; "
+                         f"use at most {most}")
 
 
 def _check_infer(s: InferSettings) -> None:
@@ -365,6 +369,12 @@ def _check_infer(s: InferSettings) -> None:
         path = getattr(s, name)
         if path is not None and not Path(path).is_file():
             raise UsageError(f"--{name} {path}: no such file")
+    if s.output_file is not None:
+        path = Path(s.output_file)
+        if path.exists() and not path.is_file():
+            raise UsageError(f"--output_file {path} is no file that can be replaced: name another, or leave it out to print the answers")
+        if not path.parent.is_dir():
+            raise UsageError(f"--output_file {path}: there is no folder {path.parent}; make it, or name another")
     for name in ("question", "context"):
         if getattr(s, name) is not None and not getattr(s, name).strip():
             raise UsageError(f"--{name} is empty: give its text")
@@ -390,7 +400,7 @@ def _reader(kind: type):
         try:
             return kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: it should be {_article(kind)}")
+            raise argparse.ArgumentTypeError(f"{text}: it should be {_article(kind)}") from None
     return read
 
 

@@ -293,6 +293,53 @@ def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_links_in_the_output_folder_are_replaced_or_removed_and_never_followed(tmp_path):
+    outside, output_dir = tmp_path / "outside", tmp_path / "output"
+    outside.mkdir()
+    output_dir.mkdir()
+    save(outside, 1)
+    (outside / "metrics.json").write_text("theirs")
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+
+    def link(name, target):
+        (output_dir / name).symlink_to(target)
+
+    save(output_dir, 1)
+    for name in (".checkpoint-3.tmp", ".checkpoint-4.removed", ".checkpoint-2.replaced", ".final-model.tmp", "checkpoint-2"):
+        link(name, outside / "checkpoint-1")
+    link("checkpoint-3", tmp_path / "nowhere")
+    for name in ("model.safetensors", "metrics.json", ".metrics.json.0123abcd.tmp"):
+        link(name, outside / "metrics.json")
+    assert open_run(output_dir, "auto", False, {}).step == 1
+    assert names(output_dir) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "metrics.json", "model.safetensors"]
+    for step in (2, 3, 4):
+        save(output_dir, step, save_total_limit=2)
+    save_final(output_dir, write_model)
+    files.write_json(output_dir / "metrics.json", {})
+    assert names(output_dir) == ["checkpoint-3", "checkpoint-4", "config.json", "metrics.json", "model.safetensors"]
+    assert not any(path.is_symlink() for path in output_dir.iterdir())
+    link("checkpoint-7", outside / "checkpoint-1")
+    assert open_run(output_dir, None, True, {}) is None
+    assert names(output_dir) == ["config.json", "metrics.json", "model.safetensors"]
+    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_appears_whole_or_not_at_all_and_several_writers_do_not_meet(tmp_path):
+    path = tmp_path / "answers"
+    with files.written_whole(path) as one, files.written_whole(path, "wb") as other:
+        one.write("\u00e9")
+        other.write(b"\xff")
+        assert not path.exists()
+    assert path.read_text("utf-8") == "\u00e9"  # the one that ended last
+    with pytest.raises(KeyError):
+        with files.written_whole(path) as one:
+            one.write("half")
+            raise KeyError
+    assert path.read_text("utf-8") == "\u00e9" and names(tmp_path) == ["answers"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it, as any file of the user's
+
+
 def test_going_on_with_something_else_is_refused_by_name(tmp_path):
     same = {"seed": 42, "micro_batch_size": 2, "training data": "ab12"}
     save(tmp_path, 4, progress={"must_match": same})
@@ -423,6 +470,8 @@ FORGED = [
     ("training_state.json", b'{"dict": [["optimizer", 1]]}'),
     ("trainer_state.json", b"[]"),
     ("trainer_state.json", b'{"step": "seven", "progress": {}}'),
+    ("trainer_state.json", b'{"step": Infinity, "progress": {}}'),
+    ("trainer_state.json", b'{"step": -1, "progress": {}}'),
 ]
 
 

@@ -111,6 +111,8 @@ INFER = [
     ("--checkpoint {tmp}/model --question Who? --input_file {tmp}/train.json", "--question", "leave one out"),
     ("--checkpoint {tmp}/model --input_file {tmp}/none.json", "--input_file", "no such file"),
     ("--checkpoint {tmp}/model --output_file x.json --question Who? --context A", "--output_file", "--input_file"),
+    ("--checkpoint {tmp}/model --output_file {tmp} --input_file {tmp}/train.json", "--output_file", "name another"),
+    ("--checkpoint {tmp}/model --output_file {tmp}/none/x.json --input_file {tmp}/train.json", "--output_file", "make it"),
     ("--checkpoint {tmp}/model --question Who? --context ' '", "--context", "give its text"),
     ("--checkpoint {tmp}/model --n_best 0", "--n_best 0", "at least 1"),
     ("--checkpoint {tmp}/model --nbest 3", "--nbest", "did you mean --n_best"),
@@ -182,7 +184,8 @@ def test_the_scripts_themselves_end_with_status_2_and_show_a_traceback_only_when
 
 
 def test_help_answers_without_importing_torch_or_transformers():
-    code = "import sys, train\ntry:\n    train.main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    code = ("import sys, train\ntry:\n    train.main()\nexcept SystemExit as end:\n"
+            "    print(end.code, 'torch' in sys.modules, 'transformers' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False False"
     assert "--layers_per_ipu" in done.stdout and "--max_seq_length" in done.stdout

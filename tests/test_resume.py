@@ -51,7 +51,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint_from_which_the_run_goes
     """SIGINT as a terminal sends it, to the loader's worker too; then SIGTERM; then the rest of the run."""
     for number, status, after in ((signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 5)):
         run = start(work, "packed", work / "stopped", "--resume_from_checkpoint", "auto")
-        while not f"| {after}/12 " in run.stdout.readline():
+        while f"| {after}/12 " not in run.stdout.readline():
             assert run.poll() is None
         os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
         found, said = end(run)
