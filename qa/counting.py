@@ -9,7 +9,7 @@ from typing import Iterator, List
 import torch
 
 import qa.model
-from ipu_options import kernels
+from ipu_options import ipu_kernels
 from ipu_options.layout import make_layout
 from ipu_options.plan.count import CountedBlock, count_blocks, for_micro_batch
 from ipu_options.plan.job import Counter
@@ -62,9 +62,9 @@ def _meta_rows(rows: int, length: int, windows: int) -> dict:
 
 @contextmanager
 def _ipu_kernels() -> Iterator[None]:
-    """Let the model run the attention that an IPU runs, whichever kernels this machine's PopTorch brings."""
-    here, qa.model.attention = qa.model.attention, kernels.attention
+    """Let the model run the kernels that an IPU runs, whichever this machine's PopTorch brings."""
+    here, qa.model.kernels = qa.model.kernels, ipu_kernels
     try:
         yield
     finally:
-        qa.model.attention = here
+        qa.model.kernels = here

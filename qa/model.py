@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, RobertaForQuestionAnswering
 
-from ipu_options import attention, poptorch
+from ipu_options import kernels, poptorch
 from ipu_options.errors import RunError, UsageError
-from ipu_options.kernels import MASKED
+from ipu_options.ipu_kernels import MASKED
 from ipu_options.layout import Layout
 
 FAMILY = ("roberta", "xlm-roberta", "camembert")  # architectures that share RoBERTa's parameters; distilroberta is "roberta"
@@ -38,7 +38,7 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """input_ids, position_ids: int [B, S]. Returns [B, S, hidden]."""
         total = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(total + self.token_type_embeddings.weight[0]))
+        return kernels.dropout(self.LayerNorm(total + self.token_type_embeddings.weight[0]), self.dropout.p, self.training)
 
 
 class EncoderLayer(nn.Module):
@@ -53,9 +53,10 @@ class EncoderLayer(nn.Module):
         """hidden: [B, S, hidden]; window_ids: int [B, S]. The mask is made in every layer, since a [S, S] mask handed from
         stage to stage would be stashed on every IPU. Returns [B, S, hidden]."""
         out = self.attention.output
-        hidden = out.LayerNorm(hidden + out.dropout(out.dense(self.self_attention(hidden, window_ids))))
+        mixed = out.dense(self.self_attention(hidden, window_ids))
+        hidden = out.LayerNorm(hidden + kernels.dropout(mixed, out.dropout.p, self.training))
         inner = self.intermediate.intermediate_act_fn(self.intermediate.dense(hidden))
-        return self.output.LayerNorm(hidden + self.output.dropout(self.output.dense(inner)))
+        return self.output.LayerNorm(hidden + kernels.dropout(self.output.dense(inner), self.output.dropout.p, self.training))
 
     def self_attention(self, hidden: torch.Tensor, window_ids: torch.Tensor) -> torch.Tensor:
         """Multi-head attention within windows; query, key and value by one fused projection. [B, S, hidden] -> the same."""
@@ -65,7 +66,7 @@ class EncoderLayer(nn.Module):
         batch, length, width = hidden.shape
         fused = nn.functional.linear(hidden, weight, bias).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = fused.permute(2, 0, 3, 1, 4)
-        mixed = attention(query, key, value, window_ids, own.dropout.p, self.training)
+        mixed = kernels.attention(query, key, value, window_ids, own.dropout.p, self.training)
         return mixed.transpose(1, 2).reshape(batch, length, width)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig
 
-from ipu_options import kernels
+from ipu_options import ipu_kernels
 from ipu_options.layout import make_layout
 from qa import model as qa_model
 
@@ -59,7 +59,7 @@ def graph(windows, training, parts, batch=2, length=24):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("windows", [1, 4])
 def test_only_supported_operations_and_no_dependence_on_data(windows, training, parts, monkeypatch):
-    monkeypatch.setattr(qa_model, "attention", kernels.attention)  # the one an IPU gets
+    monkeypatch.setattr(qa_model, "kernels", ipu_kernels)  # the one an IPU gets
     names = graph(windows, training, parts)
     assert "bmm" in names and ("nll_loss_forward" in names) == training
     assert names <= SUPPORTED, f"not in PopTorch's list of supported operations: {sorted(names - SUPPORTED)}"
@@ -69,12 +69,14 @@ def test_a_branch_on_a_tensors_value_is_noticed(monkeypatch):
     def branches(query, key, value, window_ids, dropout_p=0.0, training=False):
         return query if window_ids.max() > 1 else value
 
-    monkeypatch.setattr(qa_model, "attention", branches)
+    monkeypatch.setattr(qa_model, "kernels", ipu_kernels)
+    monkeypatch.setattr(ipu_kernels, "attention", branches)
     with pytest.raises((RuntimeError, NotImplementedError)):
         graph(1, True, 1)
 
 
 def test_a_shape_that_depends_on_data_is_noticed(monkeypatch):
-    monkeypatch.setattr(qa_model, "attention", lambda query, key, value, window_ids, *unused: query[window_ids.nonzero()])
+    monkeypatch.setattr(qa_model, "kernels", ipu_kernels)
+    monkeypatch.setattr(ipu_kernels, "attention", lambda query, key, value, window_ids, *unused: query[window_ids.nonzero()])
     with pytest.raises((RuntimeError, NotImplementedError)):
         graph(1, True, 1)

@@ -4,7 +4,7 @@ import torch
 from transformers import (AutoModelForQuestionAnswering, CamembertConfig, CamembertForQuestionAnswering, RobertaConfig,
                           RobertaForQuestionAnswering, XLMRobertaConfig, XLMRobertaForQuestionAnswering)
 
-from ipu_options import kernels
+from ipu_options import ipu_kernels
 from ipu_options.errors import UsageError
 from ipu_options.layout import make_layout
 from qa import model as qa_model
@@ -60,7 +60,7 @@ def real_tokens(logits, window_ids):
 @pytest.fixture(params=["host kernel", "PopTorch's operations"])
 def attention(request, monkeypatch):
     if request.param != "host kernel":
-        monkeypatch.setattr(qa_model, "attention", kernels.attention)
+        monkeypatch.setattr(qa_model, "kernels", ipu_kernels)
 
 
 @pytest.mark.parametrize("rows", [one_window_a_row, all_windows_in_one_row])

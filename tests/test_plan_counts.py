@@ -6,7 +6,7 @@ import torch
 from transformers import RobertaConfig
 
 import qa.model
-from ipu_options import kernels
+from ipu_options import ipu_kernels
 from ipu_options.layout import make_layout
 from ipu_options.plan.count import count_blocks, for_micro_batch
 from qa.counting import count_model, make_counter
@@ -15,9 +15,9 @@ WIDTH, HEADS, LENGTH, VOCABULARY, LAYERS = 64, 4, 48, 500, 3
 
 
 @pytest.fixture(autouse=True)
-def ipu_attention(monkeypatch):
-    """The attention that an IPU runs, which is what is counted, in place of the host's own kernel."""
-    monkeypatch.setattr(qa.model, "attention", kernels.attention)
+def use_ipu_kernels(monkeypatch):
+    """The kernels that an IPU runs, which are what is counted, in place of the host's own."""
+    monkeypatch.setattr(qa.model, "kernels", ipu_kernels)
 
 
 def small_config(**changes):

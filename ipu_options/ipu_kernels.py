@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import dropout  # noqa: F401  (one of the kernels that the model uses)
 
 MASKED = -10000.0  # its exponential is 0 in float16, bfloat16 and float32, and it is a finite float16 number
 
