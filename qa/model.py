@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, RobertaForQuestionAnswering
 
 from ipu_options import kernels, poptorch
-from ipu_options.errors import RunError, UsageError
+from ipu_options.errors import RunError, UsageError, first_line
 from ipu_options.ipu_kernels import MASKED
 from ipu_options.layout import Layout
 
@@ -252,11 +252,6 @@ def save_model(model: RobertaForSpans, folder: Union[str, Path]) -> None:
     model.config._name_or_path = ""  # older transformers write the folder that the model came from
     model.config.architectures = [prefix + "ForQuestionAnswering"]  # save_pretrained has put this program's class name
     model.config.save_pretrained(folder)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _outline(module: nn.Module, name: str) -> list:
