@@ -69,8 +69,6 @@ def options(opts) -> None:
     if opts.Distributed.numProcesses > 1:
         raise NotOffered("Options.Distributed", "the executor runs in one process; replicationFactor() gives the same result")
     popart_options(opts._Popart.options)
-    if opts.anchored_tensors:
-        raise NotOffered("Options.anchorTensor", "its names are those of PopART's graph; return the tensor from forward() instead")
     offline = opts.connection_type == enums.ConnectionType.Never
     if offline and opts.exists("use_model") and opts.use_model:
         raise Error("ConnectionType.Never / poptorch.Options.useOfflineIpuTarget not supported for the IPU model")

@@ -15,9 +15,10 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional
 import torch
 
 from . import _checks, _structure, _trace, _update, enums, ops
+from ._anchors import Anchors
+from ._outputs import Outputs
 from .poptorch_core import Error
 
-OUTPUT_TYPES = {torch.bfloat16: torch.float16, torch.int64: torch.int32, torch.float64: torch.float32}  # PopTorch has no 64 bits
 
 
 @functools.lru_cache(maxsize=None)
@@ -95,6 +96,7 @@ class Device:
         with torch._C.DisableTorchFunctionSubclass():
             self.weights = {id(t): Weight(name, t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         self.slots = list(self._find_slots())
+        self.anchors = Anchors(options, list(self.weights.values()), training)
         self.trace: Optional[_trace.Trace] = None
         self.casts: Callable[[], ContextManager] = contextlib.nullcontext
         self.settings: Dict[str, Any] = {}
@@ -240,16 +242,24 @@ class Device:
         groups, group_of = input_groups(options)
         synthetic = options._Popart.options.get("syntheticDataMode", 0)
         micro_batch = arguments.micro_batches(_synthetic if synthetic else _computed, micro_batches_per_call(options))
-        outputs = _Outputs(options)
-        with self._installed(), torch.set_grad_enabled(self.training), self.casts():
+        outputs = Outputs(options.output_mode, options.output_return_period)
+        with self._installed(), torch.set_grad_enabled(self.training), self.casts(), self._anchoring() as anchors:
             for iteration in range(options.device_iterations):
                 for step in range(accumulation):
                     for replica in range(replicas):
                         args, kwargs = micro_batch((iteration * accumulation + step) * groups + group_of(replica))
                         outputs.add(iteration, replica, self._run_micro_batch(args, kwargs))
+                        if anchors:
+                            anchors.add(iteration, replica)
                 if self.training:
                     self._update_weights()
         return outputs.joined()
+
+    def _anchoring(self) -> ContextManager[Optional[Anchors]]:
+        """Collects anchored gradients: each micro-batch's own, of the scaled loss, as they are on a device."""
+        if not self.anchors:
+            return contextlib.nullcontext()
+        return self.anchors.collecting(self.settings["loss_scaling"] / self.gradient_scale)
 
     def _run_micro_batch(self, args, kwargs) -> List[torch.Tensor]:
         if not self.training:
@@ -296,29 +306,3 @@ def micro_batches_per_call(options) -> int:
 
 def _synthetic(tensor: torch.Tensor) -> torch.Tensor:
     return torch.randn_like(_computed(tensor)) if tensor.is_floating_point() else torch.zeros_like(tensor)
-
-
-class _Outputs:
-    """Collects the outputs of micro-batches as the output mode says."""
-
-    def __init__(self, options):
-        self.mode, self.period = options.output_mode, options.output_return_period
-        self.kept: Any = {} if self.mode in (enums.OutputMode.Final, enums.OutputMode.Sum) else []
-
-    def add(self, iteration: int, replica: int, tensors: List[torch.Tensor]) -> None:
-        if self.mode == enums.OutputMode.Final:
-            self.kept[replica] = tensors
-        elif self.mode == enums.OutputMode.Sum:
-            old = self.kept.get(replica)
-            self.kept[replica] = tensors if old is None else [a + b for a, b in zip(old, tensors)]
-        elif self.mode == enums.OutputMode.All or (iteration + 1) % self.period == 0:
-            self.kept.append(tensors)
-
-    def joined(self) -> List[torch.Tensor]:
-        """One new tensor for each output: micro-batches one after the other along dimension 0; a lone scalar stays one."""
-        kept = list(self.kept.values()) if isinstance(self.kept, dict) else self.kept
-        joined = []
-        for column in zip(*kept):
-            out = column[0].clone() if len(column) == 1 else torch.cat([t.reshape(1) if t.dim() == 0 else t for t in column])
-            joined.append(out.to(OUTPUT_TYPES.get(out.dtype, out.dtype)))
-        return joined

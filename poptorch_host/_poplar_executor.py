@@ -27,7 +27,7 @@ from .poptorch_core import Error, NotOffered
 logger = logging.getLogger("poptorch::python")
 NOT_COMPILED = "Model has not been compiled or has been destroyed."
 NOT_OFFERED_METHODS = {
-    **dict.fromkeys(("getTensorNames", "getAnchoredTensor"), "it names tensors of PopART's graph"),
+    "getTensorNames": "it names tensors of PopART's graph",
     **dict.fromkeys(("getPerfCounters", "getHostIpuLatency", "getComputeLatency", "getIpuHostLatency", "getLatency"),
                     "it times transfers between host and IPU"),
 }
@@ -96,6 +96,7 @@ class PoplarExecutor:
         self._dirty_host_weights = False
         self._host_weights_version = 0
         self._rng_state: Optional[List[int]] = None
+        self._anchored: Dict[str, torch.Tensor] = {}
         self._settings: Dict[str, Any] = {}
         self._optimizer = None
         self._profiling = profiling.Channel("poptorch.trainingModel" if training else "poptorch.inferenceModel")
@@ -335,12 +336,20 @@ class PoplarExecutor:
             self._write_optimizer_state()
         with self._profiling.tracepoint("modelExecution"):
             outputs = self._device.run(arguments)
+        self._anchored = self._device.anchors.joined()
         self._dirty_host_weights = self._training
         if isinstance(self._optimizer, optim.Optimizer):
             self._optimizer.host_state_is_dirty = True
         for out in outputs:
             out.backward = _refuse_backward
         return _structure.rebuild(self._device.trace.outputs, iter(outputs))
+
+    def getAnchoredTensor(self, short_name: str) -> torch.Tensor:
+        """What Options.anchorTensor() kept of the last call under this name: each micro-batch's gradient, times the loss
+        scaling, micro-batches along dimension 0 as the anchor's output mode says. float32, also of a float16 parameter, so
+        that it is finite where the host's update is. AssertionError for a name that is no anchor, or before the first call."""
+        assert short_name in self._anchored, f"No tensor with name {short_name} found."
+        return self._anchored[short_name]
 
     def _take_trained_weights(self) -> None:
         """If the same model is being trained, run with what it has learned so far."""

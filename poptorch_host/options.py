@@ -522,7 +522,9 @@ class Options(OptionsDict):
 
     def anchorTensor(self, short_name: str, long_name: str, output_mode: Optional[enums.OutputMode] = None,
                      output_return_period: Optional[int] = 1) -> None:
-        """Ask for a tensor of PopART's graph by its name. The host has no such graph: compiling the model is refused."""
+        """Keep a tensor of each call for PoplarExecutor.getAnchoredTensor(short_name). `long_name` is "Gradient___" and the name
+        of a parameter; other tensors of PopART's graph do not exist here and are refused when the model is compiled. Without
+        an output mode the anchor has that of the outputs."""
         period = output_return_period if output_mode == enums.OutputMode.EveryN else 1
         self.anchored_tensors[short_name] = [long_name, output_mode is None, output_mode, period]
 

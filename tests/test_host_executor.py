@@ -97,6 +97,74 @@ def test_output_modes(mode, training):
         assert loss.shape == (len(expected) // 2,)
 
 
+def gradients_plainly(model, parameter, x, y, count):
+    """The gradient of each micro-batch's own loss, in PopTorch's order."""
+    return torch.stack([torch.autograd.grad(model(*part)[1], parameter)[0] for part in zip(x.chunk(count), y.chunk(count))])
+
+
+@pytest.mark.parametrize("mode", [None, *poptorch.OutputMode])
+def test_an_anchored_gradient_is_each_micro_batchs_own(mode):
+    """Of the scaled loss, not divided by the number of micro-batches; an anchor without a mode has that of the outputs."""
+    iterations, accumulation, replicas = 4, 3, 2
+    model = Net()
+    opts = options(iterations, accumulation, replicas, poptorch.OutputMode.Sum)
+    opts.anchorTensor("weight", "Gradient___first.weight", mode, 2)
+    opts.anchorTensor("bias", "Gradient___second.bias", poptorch.OutputMode.Final)
+    x, y = data(2 * iterations * accumulation * replicas)
+    every = gradients_plainly(model, model.first.weight, x, y, 24).view(iterations, accumulation, replicas, 5, 6) * 16
+    last = gradients_plainly(model, model.second.bias, x, y, 24)[-replicas:] * 16
+    executor = poptorch.trainingModel(model, opts, poptorch.optim.SGD(model.parameters(), lr=0.0, loss_scaling=16.0))
+    for _ in range(2):
+        executor(x, y)
+        if mode in (None, poptorch.OutputMode.Default):
+            mode = poptorch.OutputMode.Sum
+        expected = {poptorch.OutputMode.All: every, poptorch.OutputMode.Final: every[-1, -1], poptorch.OutputMode.Sum: every.sum((0, 1)),
+                    poptorch.OutputMode.EveryN: every[1::2]}[mode].reshape(-1, 6)
+        torch.testing.assert_close(executor.getAnchoredTensor("weight"), expected)
+        torch.testing.assert_close(executor.getAnchoredTensor("bias"), last.reshape(-1))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_anchor_shows_the_update_whose_gradient_is_not_finite_and_changes_nothing(half):
+    def train(anchored):
+        torch.manual_seed(0)
+        model = Net().half() if half else Net()
+        opts = options(2, 2)
+        if anchored:
+            opts.anchorTensor("bias", "Gradient___second.bias", poptorch.OutputMode.Sum)
+        executor = poptorch.trainingModel(model, opts, poptorch.optim.AdamW(model.parameters(), lr=0.1))
+        x, y = data(8)
+        x = x.half() if half else x
+        executor(x, y)
+        weights = [p.detach().clone() for p in model.parameters()]
+        if anchored:
+            assert executor.getAnchoredTensor("bias").dtype == torch.float32
+            assert torch.isfinite(executor.getAnchoredTensor("bias")).all()
+            x[3] = float("inf")
+            executor(x, y)
+            assert not torch.isfinite(executor.getAnchoredTensor("bias")).all()
+        return weights
+
+    assert all(torch.equal(a, b) for a, b in zip(train(False), train(True)))
+
+
+@pytest.mark.parametrize("name, train, message", [
+    ("loss", True, "tensor of PopART's graph"), ("UpdatedVar___first.weight", True, "tensor of PopART's graph"),
+    ("Gradient___third.weight", True, "not a trained parameter"), ("Gradient___first.bias", True, "not a trained parameter"),
+    ("Gradient___first.weight", False, "no gradients")])
+def test_an_anchor_that_is_no_gradient_is_refused_when_compiling(name, train, message):
+    model = Net()
+    model.first.bias.requires_grad = False
+    opts = options()
+    opts.anchorTensor("anchor", name)
+    x, y = data(2)
+    executor = poptorch.trainingModel(model, opts) if train else poptorch.inferenceModel(model, opts)
+    with pytest.raises(AssertionError, match="No tensor with name anchor found"):
+        executor.getAnchoredTensor("anchor")
+    with pytest.raises(poptorch.Error, match=message):
+        executor.compile(x, y)
+
+
 def test_a_changed_learning_rate_waits_for_set_optimizer():
     model = Net()
     optimizer = poptorch.optim.SGD(model.parameters(), lr=0.0)
