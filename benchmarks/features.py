@@ -2,17 +2,19 @@
 
     python -m benchmarks.features [--file train.json] [--examples 10000] [--tokenizer FOLDER] [--runs 5]
 
-Without --file the text is made up: contexts of about 120 words, each shared by five questions as in SQuAD, or with one of its own
-(--questions_per_context 1). All sides use the same text, tokenizer and threads (RAYON_NUM_THREADS). Peak memory is this process's.
+Without --file the text is made up (benchmarks/questions.py), each context shared by five questions as in SQuAD, or with one of its
+own (--questions_per_context 1). All sides use the same text, tokenizer and threads (RAYON_NUM_THREADS). Peak memory is this process's.
 """
 import argparse
 import os
-import random
 import resource
 import statistics
 import tempfile
+from functools import partial
 
+from benchmarks import run_qa
 from benchmarks.measure import alternate, compare, describe, machine
+from benchmarks.questions import made_up, train_tokenizer
 
 MAX_SEQ_LENGTH, DOC_STRIDE = 384, 128
 
@@ -29,8 +31,8 @@ def main():
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         examples = (load_examples(split="train", file=given.file, version_2_with_negative=True, cache_dir=folder) if given.file
-                    else made_up(given.examples, given.questions_per_context, folder))
-        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else trained(examples)
+                    else as_dataset(given.examples, given.questions_per_context, folder))
+        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else train_tokenizer(examples[:2000]["context"])
         pairs = [(question.lstrip(), context) for question, context in zip(examples["question"], examples["context"])]
         backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
         backend.enable_truncation(MAX_SEQ_LENGTH, stride=DOC_STRIDE, strategy="only_second")
@@ -45,7 +47,7 @@ def main():
 
         sides = {"the Rust tokenizer alone": rust, "make_windows": ours}
         if given.run_qa:
-            sides["run_qa's way"] = lambda: examples.map(lambda batch: run_qa_features(batch, tokenizer), batched=True,
+            sides["run_qa's way"] = lambda: examples.map(partial(run_qa.features, tokenizer=tokenizer), batched=True,
                                                          remove_columns=examples.column_names, load_from_cache_file=False)
         seconds = alternate(sides, given.runs)
     print(f"{len(examples)} examples, {len(set(examples['context']))} contexts; {machine()}")
@@ -71,62 +73,14 @@ def arguments():
     return parser.parse_args()
 
 
-def made_up(count, questions_per_context, folder):
-    """Random words in SQuAD's proportions, as a memory-mapped data set: made row by row, so memory does not grow with `count`."""
+def as_dataset(count, questions_per_context, folder):
+    """Made-up questions as a memory-mapped data set: written row by row, so memory does not grow with `count`."""
     import datasets
-
-    def rows():
-        rng = random.Random(0)
-        words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 10))) for _ in range(5000)]
-        for number in range(count):
-            if number % questions_per_context == 0:
-                context = " ".join(rng.choices(words, k=rng.randint(60, 180)))
-            start = context.index(" ", rng.randrange(len(context) // 2)) + 1
-            yield {"id": str(number), "question": " ".join(rng.choices(words, k=10)) + "?", "context": context,
-                   "answers": {"text": [context[start:start + 12]], "answer_start": [start]}}
 
     answers = {"text": datasets.Sequence(datasets.Value("string")), "answer_start": datasets.Sequence(datasets.Value("int32"))}
     columns = {name: datasets.Value("string") for name in ("id", "question", "context")}
-    return datasets.Dataset.from_generator(rows, features=datasets.Features({**columns, "answers": answers}), cache_dir=folder)
-
-
-def trained(examples):
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    from tokenizers.processors import RobertaProcessing
-    from transformers import RobertaTokenizerFast
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(examples[:2000]["context"], vocab_size=20_000, show_progress=False,
-                            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    backend = Tokenizer.from_str(bpe.to_str())
-    backend.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return RobertaTokenizerFast(tokenizer_object=backend)
-
-
-def run_qa_features(batch, tokenizer):
-    """Windows with labels as run_qa makes them: padded, each label found token by token."""
-    encoded = tokenizer([question.lstrip() for question in batch["question"]], batch["context"], truncation="only_second",
-                        max_length=MAX_SEQ_LENGTH, stride=DOC_STRIDE, return_overflowing_tokens=True, return_offsets_mapping=True,
-                        padding="max_length")
-    source, mapping = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
-    encoded["start_positions"], encoded["end_positions"] = [], []
-    for i, offsets in enumerate(mapping):
-        texts, answers = encoded.sequence_ids(i), batch["answers"][source[i]]
-        start = end = encoded["input_ids"][i].index(tokenizer.cls_token_id)
-        if answers["text"]:
-            first, after = answers["answer_start"][0], answers["answer_start"][0] + len(answers["text"][0])
-            low, high = texts.index(1), len(texts) - 1
-            while texts[high] != 1:
-                high -= 1
-            if offsets[low][0] <= first and offsets[high][1] >= after:
-                while low < len(offsets) and offsets[low][0] <= first:
-                    low += 1
-                while offsets[high][1] >= after:
-                    high -= 1
-                start, end = low - 1, high + 1
-        encoded["start_positions"].append(start)
-        encoded["end_positions"].append(end)
-    return encoded
+    return datasets.Dataset.from_generator(made_up, gen_kwargs=dict(count=count, questions_per_context=questions_per_context),
+                                           features=datasets.Features({**columns, "answers": answers}), cache_dir=folder)
 
 
 if __name__ == "__main__":

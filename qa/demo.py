@@ -193,11 +193,3 @@ def _write_model(folder, paragraphs, seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         RobertaForQuestionAnswering(config).save_pretrained(str(folder), safe_serialization=True)
-
-
-def use_demo_data(settings):
-    """Write the demo's files to output_dir/demo_data, and return the settings that name them as any local files."""
-    folder = Path(settings.output_dir) / "demo_data"
-    write_demo(folder, seed=settings.seed, version_2_with_negative=settings.version_2_with_negative)
-    return replace(settings, train_file=str(folder / "train.json"), validation_file=str(folder / "validation.json"),
-                   model_name_or_path=str(folder / "model"))
