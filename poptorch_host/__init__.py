@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import copy
-import logging
-from typing import Callable, Optional, Union
+from typing import Callable, Optional
 
 import torch
 
 from . import enums, ops, optim, options, poptorch_core, profiling  # noqa: F401
 from ._dataloader import AsynchronousDataAccessor, DataLoader
+from ._logging import setLogLevel
 from ._poplar_executor import PoplarExecutor, is_wrapped, module_repr, read_saved, registerPostCompileHook, registerPreCompileHook
 from ._structure import ICustomArgParser, registerCustomArgParser
 from .blocks import BeginBlock, Block, BlockFunction, LegacyBeginBlockFn, PipelinedExecution, ShardedExecution, Stage, removeBlocks
@@ -68,20 +68,6 @@ def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:
 def ipuHardwareVersion() -> int:
     """Version of the IPUs: AssertionError, since there are none."""
     raise AssertionError("No IPU hardware available on this system")
-
-
-logger = logging.getLogger("poptorch::python")
-logger.addHandler(logging.lastResort)  # PopTorch prints its warnings whether logging is set up or not
-LOG_LEVELS = {"TRACE": logging.DEBUG, "DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARN": logging.WARNING, "ERR": logging.ERROR,
-              "OFF": logging.CRITICAL}
-
-
-def setLogLevel(level: Union[str, int]) -> None:
-    """What is logged: TRACE, DEBUG, INFO, WARN, ERR or OFF (or PopTorch's number for it). ValueError for anything else."""
-    level = {0: "TRACE", 1: "DEBUG", 2: "INFO", 3: "WARN", 4: "ERR", 6: "OFF"}.get(level, level)
-    if level not in LOG_LEVELS:
-        raise ValueError(f"Unknown log level: {level}. Valid values are {', '.join(LOG_LEVELS)}")
-    logger.setLevel(LOG_LEVELS[level])
 
 
 NOT_OFFERED = {

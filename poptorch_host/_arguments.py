@@ -2,15 +2,14 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
 from . import _structure
+from ._logging import logger
 from .poptorch_core import Error
 
-logger = logging.getLogger("poptorch::python")
 MISMATCH = ("\nThis error occurred because the inputs passed at runtime don't match the inputs used to compile the model.\n"
             "To recompile the model for the new inputs create a new inferenceModel / trainingModel wrapper or call destroy() on "
             "the current one and try again.")

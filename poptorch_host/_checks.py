@@ -79,13 +79,11 @@ def options(opts) -> None:
                     f"poptorch.Options().deviceIterations ({opts.device_iterations})")
 
 
-def buffers(changed: list, opts) -> None:
-    """Error if replicas would have to share buffers that the model changes."""
-    if changed and opts.replication_factor > 1:
-        if opts.broadcast_buffers:
-            raise Error("PopTorch does not support broadcasting buffers. If your model is able to tolerate buffers becoming out of sync "
-                        "between replicas, you can disable buffer broadcasting using poptorch.Options.broadcastBuffers(False).")
-        raise NotOffered("Options.broadcastBuffers(False)", f"replicas share one set of buffers on the host, and {changed} change")
+def buffers(opts) -> None:
+    """Error if the model changes a buffer that replicas would have to share."""
+    if opts.broadcast_buffers:
+        raise Error("PopTorch does not support broadcasting buffers. If your model is able to tolerate buffers becoming out of sync "
+                    "between replicas, you can disable buffer broadcasting using poptorch.Options.broadcastBuffers(False).")
 
 
 def pipeline(recorder: Recorder, opts, training: bool) -> None:

@@ -5,12 +5,11 @@ with PopTorch, so what must outlive an iteration has to be cloned.
 """
 from __future__ import annotations
 
-import atexit
 import itertools
-import logging
 import os
 import pickle
 import tempfile
+import weakref
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
 import torch
@@ -18,11 +17,11 @@ import torch.multiprocessing
 
 from . import _structure, profiling
 from ._device import input_groups
+from ._logging import logger
 from .enums import DataLoaderMode, SharingStrategy
 from .options import Options
 from .poptorch_core import Error
 
-logger = logging.getLogger("poptorch::python")
 START_METHODS = {SharingStrategy.Fork: "fork", SharingStrategy.ForkServer: "forkserver"}
 
 
@@ -147,9 +146,6 @@ class DataLoader(torch.utils.data.DataLoader):
         if self._accessor is not None:
             self._accessor.terminate()
 
-    def __del__(self) -> None:
-        self.terminate()
-
     def __len__(self) -> int:
         if self._accessor is not None and self._accessor.rebatched_size:
             return (len(self.dataset) + (0 if self._drop_last else self._combined - 1)) // self._combined
@@ -202,7 +198,6 @@ class AsynchronousDataAccessor:
     def __init__(self, dataset: Union[torch.utils.data.Dataset, DataLoader], buffer_size: int = 3, miss_sleep_time_in_ms: float = 0.1,
                  load_indefinitely: bool = True, early_preload: bool = False,
                  sharing_strategy: SharingStrategy = SharingStrategy.ForkServer, rebatched_size: Optional[int] = None):
-        self._process = None
         is_loader = isinstance(dataset, DataLoader)
         if is_loader and dataset._accessor is not None:
             raise Error("The DataLoader already uses an AsynchronousDataAccessor internally. Either use the existing one or set "
@@ -214,12 +209,10 @@ class AsynchronousDataAccessor:
         self._dataset, self.rebatched_size = dataset, rebatched_size
         self._slots = buffer_size
         self._start(load_indefinitely, early_preload, sharing_strategy)
-        atexit.register(self.terminate)
 
     def _start(self, load_indefinitely, early_preload, sharing_strategy):
         context = torch.multiprocessing.get_context(START_METHODS.get(sharing_strategy, "spawn"))
-        if sharing_strategy == SharingStrategy.ForkServer:  # import torch once in the server, not in every process it forks
-            context.set_forkserver_preload(["__main__", __name__])
+        _import_torch_once()
         self._pipe, other = context.Pipe()
         worker = _Worker(self._slots, self.rebatched_size, load_indefinitely, early_preload)
         with tempfile.TemporaryDirectory() as folder:
@@ -228,35 +221,20 @@ class AsynchronousDataAccessor:
                 dataset = os.path.join(folder, "dataset.pkl")
                 with open(dataset, "wb") as file:
                     pickle.dump(self._dataset, file)
-            self._process = context.Process(target=worker.main, args=(dataset, other), daemon=False)
-            self._process.start()
+            process = context.Process(target=worker.main, args=(dataset, other), daemon=False)
+            process.start()
             other.close()
             try:
                 self._structure, self._ring = self._pipe.recv()
             except EOFError:
-                self._process.join()
-                self._process = None
+                process.join()
                 raise Error("AsynchronousDataAccessor worker thread failed to start (Check above for details)") from None
+        self._end = weakref.finalize(self, _end_process, process, self._pipe)  # at the latest when Python ends
         self._epoch, self._held, self._used, self._over = 0, None, False, False
 
     def terminate(self) -> None:
         """End the worker process."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        atexit.unregister(self.terminate)
-        try:
-            self._pipe.send(("stop", 0))
-        except (BrokenPipeError, OSError):
-            pass
-        process.join(timeout=5)
-        if process.is_alive():  # busy inside the data set
-            process.terminate()
-            process.join()
-        self._pipe.close()
-
-    def __del__(self) -> None:
-        self.terminate()
+        self._end()
 
     def __len__(self) -> int:
         length = len(self._dataset)
@@ -265,7 +243,7 @@ class AsynchronousDataAccessor:
         return length
 
     def __iter__(self) -> "AsynchronousDataAccessor":
-        assert self._process is not None, "The worker process has been terminated"
+        assert self._end.alive, "The worker process has been terminated"
         if self._used or self._epoch == 0:
             self._epoch += 1
             self._release()
@@ -302,6 +280,18 @@ class AsynchronousDataAccessor:
             self._pipe.send(("free", slot))
 
 
+def _end_process(process, pipe) -> None:
+    try:
+        pipe.send(("stop", 0))
+    except (BrokenPipeError, OSError):
+        pass
+    process.join(timeout=5)
+    if process.is_alive():  # busy inside the data set
+        process.terminate()
+        process.join()
+    pipe.close()
+
+
 class _Worker:
     """The other process: reads the data set and fills the ring's free slots.
 
@@ -315,6 +305,7 @@ class _Worker:
 
     def main(self, dataset, pipe) -> None:
         """Run until told to stop, or until the other end of the pipe is closed."""
+        _import_torch_once()  # this process starts torch's own workers in the way it was started itself
         try:
             if isinstance(dataset, str):
                 with open(dataset, "rb") as file:
@@ -371,6 +362,11 @@ class _Worker:
             self.free.append(number)
         else:
             self.wanted = number
+
+
+def _import_torch_once() -> None:
+    """A fork server that this process starts imports torch itself, so that no process it forks has to."""
+    torch.multiprocessing.set_forkserver_preload(["__main__", __name__])
 
 
 def _rebatched(batches, size: int, drop_last: bool) -> Iterator[Any]:

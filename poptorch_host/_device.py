@@ -16,6 +16,7 @@ import torch
 
 from . import _checks, _structure, _trace, _update, enums, ops
 from ._anchors import Anchors
+from ._logging import logger
 from ._outputs import Outputs
 from .poptorch_core import Error
 
@@ -51,6 +52,7 @@ class Weight:
         if self.is_parameter:
             self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
         self.has_copy = host.dtype == torch.float16
+        self.replicas: List[torch.Tensor] = [self.working]  # of a buffer that every replica changes for itself: one each
         self.gradient: Optional[torch.Tensor] = None  # accumulated in float32, where `working` is a copy
 
     def upload(self) -> None:
@@ -59,9 +61,11 @@ class Weight:
         self.refresh()
 
     def refresh(self) -> None:
-        """Make the working copy that of `value`."""
+        """Make the working copy that of `value`, in every replica."""
         if self.has_copy:
             self.working.detach().copy_(self.value)
+        for copy in self.replicas[1:]:
+            copy.copy_(self.working)
 
     def download(self) -> None:
         """Device to host. A buffer is changed by the model itself, so its working copy is the newer one."""
@@ -96,6 +100,7 @@ class Device:
         with torch._C.DisableTorchFunctionSubclass():
             self.weights = {id(t): Weight(name, t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         self.slots = list(self._find_slots())
+        self.replicated: List[tuple] = []  # those slots that hold another tensor in each replica
         self.anchors = Anchors(options, list(self.weights.values()), training)
         self.trace: Optional[_trace.Trace] = None
         self.casts: Callable[[], ContextManager] = contextlib.nullcontext
@@ -142,30 +147,30 @@ class Device:
                 micro_batch = arguments.micro_batches(_computed, micro_batches_per_call(self.options))(0)
                 self.trace = self._traced(micro_batch)
                 _trace.check_reassigned(self.model, self.slots)
-            _checks.buffers([w.name for w in buffers if w.working._version != 0], self.options)
+            changed = [w for w in buffers if w.working._version != 0]
         finally:
             self.rng = rng
             for weight, working in zip(buffers, saved):
                 weight.working = working
+        if changed and self.options.replication_factor > 1:
+            _checks.buffers(self.options)
+            for weight in changed:
+                weight.replicas = [weight.working, *(weight.working.clone() for _ in range(self.options.replication_factor - 1))]
+            self.replicated = [slot for slot in self.slots if len(slot[2].replicas) > 1]
 
     def _traced(self, micro_batch) -> _trace.Trace:
-        """A model that mixes float16 and float32 fails without a cast that PopTorch makes by itself: then make it too."""
-        try:
-            return _trace.run(self.model, micro_batch, self.options._execution_strategy, self.training)
-        except RuntimeError as error:
-            if isinstance(error, Error):
-                raise
-            self.casts = _trace.UpcastMixed
-            with self.casts():
-                try:
-                    return _trace.run(self.model, micro_batch, self.options._execution_strategy, self.training)
-                except Exception:
-                    raise error from None
+        casts = _trace.HalfCasts(half_type())
+        with casts:
+            trace = _trace.run(self.model, micro_batch, self.options._execution_strategy, self.training)
+        if casts.needed:
+            self.casts = lambda: casts
+        return trace
 
     # ---- weights and optimizer -------------------------------------------------------------------------------------
 
     def upload(self, only: Optional[List[str]] = None) -> None:
         """All weights, or those named, from the host to the device."""
+        logger.debug("Writing weights from host to IPU memory")
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for weight in self.weights.values():
                 if only is None or weight.name in only:
@@ -173,6 +178,7 @@ class Device:
 
     def download(self) -> None:
         """All weights from the device to the host."""
+        logger.debug("Writing weights from IPU to host")
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for weight in self.weights.values():
                 weight.download()
@@ -182,17 +188,21 @@ class Device:
         if not self.trained:
             self.trained = [(self.weights[id(p)], i) for i, group in enumerate(groups) for p in group if id(p) in self.weights]
             self.state = {w.name: _update.new_state(settings, w.value) for w, _ in self.trained}
+        for i, group in enumerate(settings["groups"]):
+            logger.debug("Updating group %d optimizer: %s %s", i, settings["kind"], group)
         self.settings = settings
         self.hyper = {w.name: dict(settings["groups"][i]) for w, i in self.trained}
 
     def read_state(self) -> Dict[str, Dict[str, torch.Tensor]]:
         """The optimizer's state on the device, in PopTorch's form. Master___NAME is a float16 weight's float32 value."""
+        logger.debug("Writing optimiser state tensors from IPU to host.")
         state = {f"{slot}___{w.name}": self.state[w.name][slot].clone() for w, _ in self.trained for slot in self.state[w.name]}
         state.update({f"Master___{w.name}": w.value.clone() for w, _ in self.trained if w.has_copy})
         return {"ipu_state": state, "ipu_param": _update.parameters(self.settings, self.hyper)}
 
     def write_state(self, state: Dict[str, Dict[str, torch.Tensor]]) -> None:
         """Take what read_state() gave, or a part of it. A master that is not its weight any more is not taken."""
+        logger.debug("Writing optimiser state tensors from host to IPU memory")
         for weight, _ in self.trained:
             for slot, tensor in self.state[weight.name].items():
                 tensor.copy_(state["ipu_state"].get(f"{slot}___{weight.name}", tensor))
@@ -247,6 +257,8 @@ class Device:
             for iteration in range(options.device_iterations):
                 for step in range(accumulation):
                     for replica in range(replicas):
+                        for container, key, weight in self.replicated:
+                            container[key] = weight.replicas[replica]
                         args, kwargs = micro_batch((iteration * accumulation + step) * groups + group_of(replica))
                         outputs.add(iteration, replica, self._run_micro_batch(args, kwargs))
                         if anchors:

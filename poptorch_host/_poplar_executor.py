@@ -9,7 +9,6 @@ import collections
 import copy
 import datetime
 import functools
-import logging
 import os
 import pickle
 import time
@@ -21,10 +20,10 @@ import torch
 from . import _checks, _structure, _update, enums, optim, profiling
 from ._arguments import Parser
 from ._device import Device, micro_batches_per_call
+from ._logging import logger
 from .options import Options
 from .poptorch_core import Error, NotOffered
 
-logger = logging.getLogger("poptorch::python")
 NOT_COMPILED = "Model has not been compiled or has been destroyed."
 NOT_OFFERED_METHODS = {
     "getTensorNames": "it names tensors of PopART's graph",
@@ -99,6 +98,7 @@ class PoplarExecutor:
         self._anchored: Dict[str, torch.Tensor] = {}
         self._settings: Dict[str, Any] = {}
         self._optimizer = None
+        self._check_attributes = _update.AttributeCheck(options._relax_optimizer_checks)
         self._profiling = profiling.Channel("poptorch.trainingModel" if training else "poptorch.inferenceModel")
         self._profiling.instrument(self, "copyWeightsToHost", "copyWeightsToDevice", "setOptimizer", "compile", "destroy")
         if training:
@@ -169,6 +169,7 @@ class PoplarExecutor:
     def copyWeightsToHostIfNeeded(self) -> bool:
         """Fetch the weights if the device has newer ones. True if it had."""
         if self._dirty_host_weights:
+            logger.debug("Implicit copyWeightsToHost()")
             self.copyWeightsToHost()
             return True
         return False
@@ -205,6 +206,7 @@ class PoplarExecutor:
         if self.isCompiled():
             _update.check_constants(self._constants, settings)
         changed, self._settings = settings != self._settings, settings
+        self._check_attributes(optimizer)
         if self.isAttachedToDevice():
             if changed:
                 self._device.set_optimizer(settings, self._groups())
@@ -225,14 +227,19 @@ class PoplarExecutor:
 
     def _read_optimizer_state(self) -> None:
         optimizer = self._optimizer
-        if isinstance(optimizer, optim.Optimizer) and optimizer.host_state_is_dirty and self.isCompiled():
+        if not isinstance(optimizer, optim.Optimizer):
+            return
+        if optimizer.host_state_is_dirty and self.isCompiled():
             optimizer.set_state_dict(self._device.read_state())
             optimizer.ipu_state_is_dirty = False
+        else:
+            logger.debug("Using cached optimiser state dict")
 
     def _write_optimizer_state(self) -> None:
         optimizer = self._optimizer
         if isinstance(optimizer, optim.Optimizer) and optimizer.ipu_state_is_dirty:
             if optimizer.has_state():
+                self.copyWeightsToHostIfNeeded()
                 self._device.write_state(optimizer._state_dict)
             optimizer.ipu_state_is_dirty = False
 
@@ -357,6 +364,7 @@ class PoplarExecutor:
         if trainer is not None:
             trainer.copyWeightsToHostIfNeeded()
             if self._host_weights_version != trainer._host_weights_version:
+                logger.debug("Implicit copyWeightsToDevice()")
                 self.copyWeightsToDevice()
                 self._host_weights_version = trainer._host_weights_version
 

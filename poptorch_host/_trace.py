@@ -18,6 +18,7 @@ LOSSES = {"l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss", "nll_loss", "nl
           "binary_cross_entropy", "binary_cross_entropy_with_logits", "hinge_embedding_loss", "soft_margin_loss", "ctc_loss",
           "cosine_embedding_loss", "margin_ranking_loss", "triplet_margin_loss", "multi_margin_loss", "gaussian_nll_loss",
           "multilabel_margin_loss", "multilabel_soft_margin_loss", "triplet_margin_with_distance_loss"}
+WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d"}
 FREE = {"detach", "alias", "_to_copy", "lift_fresh", "clone"}  # not operations of their own on a device
 
 
@@ -31,14 +32,43 @@ class LossFinder(TorchFunctionMode):
         return out
 
 
-class UpcastMixed(TorchFunctionMode):
-    """Where a torch function has bfloat16 and float32 arguments, makes them all float32: PopTorch casts half up to float."""
+class HalfCasts(TorchFunctionMode):
+    """What PopTorch does with float16 inside a model, `half` standing for float16 on the host.
+
+    A float16 tensor that the model itself asks for gets the type `half`. Where torch refuses a mixture of `half` and float32,
+    the weights of a linear or convolution take the type of their input, and other arguments become float32. `needed` tells
+    after a forward pass whether the model has any of this.
+    """
+
+    def __init__(self, half: torch.dtype):
+        super().__init__()
+        self.half, self.needed, self._mixed = half, False, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kinds = {t.dtype for t in flatten([args, kwargs])}
-        if {torch.bfloat16, torch.float32} <= kinds and not getattr(func, "__name__", "").endswith("_"):
-            args, kwargs = map_tensors(lambda t: t.float() if t.dtype == torch.bfloat16 else t, [args, kwargs or {}])
-        return func(*args, **(kwargs or {}))
+        func, args, kwargs = self._asking_for_half(func, args, kwargs or {})
+        if not self._mixed:
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError:
+                if not self._is_mixed(args, kwargs):
+                    raise
+                self._mixed = self.needed = True
+        if self._is_mixed(args, kwargs) and not func.__name__.endswith("_"):
+            kind = args[0].dtype if func.__name__ in WEIGHTED else torch.float32
+            args, kwargs = map_tensors(lambda t: t.to(kind) if t.dtype in (self.half, torch.float32) else t, [args, kwargs])
+        return func(*args, **kwargs)
+
+    def _asking_for_half(self, func, args, kwargs):
+        if getattr(func, "__name__", "") == "half":
+            func, args = torch.Tensor.to, (*args, torch.float16)
+        if any(a is torch.float16 for a in (*args, *kwargs.values())):
+            self.needed = True
+            args = tuple(self.half if a is torch.float16 else a for a in args)
+            kwargs = {name: self.half if a is torch.float16 else a for name, a in kwargs.items()}
+        return func, args, kwargs
+
+    def _is_mixed(self, args, kwargs):
+        return {self.half, torch.float32} <= {t.dtype for t in flatten([args, kwargs])}
 
 
 class _BlockCheck(TorchDispatchMode):

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 
 from . import optim
+from ._logging import logger
 from .poptorch_core import Error
 
-logger = logging.getLogger("poptorch::python")
 CONSTANT_BY_VALUE = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "eps": 1e-8, "max_weight_norm": 65500.0}
 STATE = {"SGD": ("Accl1",), "Adam": ("Accl1", "Accl2", "Step"), "AdamW": ("Accl1", "Accl2", "Step"),
-         "LAMB": ("Accl1", "Accl2", "Step"), "RMSprop": ("Accl1", "Accl2", "Accl3")}
+         "LAMB": ("Accl1", "Accl2", "Step"), "RMSprop": ("Accl1", "Accl3")}  # and Accl2 if it is centered
 HYPER = {"SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov"), "Adam": ("lr", "betas", "eps", "weight_decay"),
          "AdamW": ("lr", "betas", "eps", "weight_decay"), "LAMB": ("lr", "betas", "eps", "weight_decay", "max_weight_norm"),
          "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")}
@@ -39,6 +39,30 @@ def warn_subclass(optimizer: torch.optim.Optimizer) -> None:
         logger.warning("Optimizer `%s` subclassed from classes in poptorch.optim or torch.optim are unlikely to behave as intended. "
                        "Poptorch does not run Python optimizer code directly; but instead uses IPU native optimisers implemented in "
                        "PopART.", type(optimizer).__name__)
+
+
+class AttributeCheck:
+    """Reports attributes that an optimizer and its groups did not have at the first call, since the device ignores them.
+    Each report is made once: a warning, or at debug level if `relaxed`."""
+
+    def __init__(self, relaxed: bool):
+        self._level = logging.DEBUG if relaxed else logging.WARNING
+        self._first: Optional[Dict[str, set]] = None
+        self._reported: set = set()
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> None:
+        own = optimizer.__dict__.keys() - {"defaults", "state", "param_groups", "variable_attrs"}
+        now = {"optimizer": own, "group": set(optimizer.defaults).union(*optimizer.param_groups) - {"params"}}
+        first = self._first = self._first or now
+        self._report("optimizer attribute", optimizer, own - first["optimizer"])
+        for i, group in enumerate(optimizer.param_groups):
+            self._report(f"group {i} attribute", optimizer, group.keys() - {"params"} - first["group"])
+
+    def _report(self, what, optimizer, unexpected):
+        message = f"Ignoring unexpected {what} in {kind_of(optimizer)} optimizer: {sorted(unexpected)}"
+        if unexpected and message not in self._reported:
+            self._reported.add(message)
+            logger.log(self._level, message)
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
@@ -82,7 +106,8 @@ def check_constants(constant: Dict[tuple, Any], settings: Dict[str, Any]) -> Non
 def new_state(settings: Dict[str, Any], weight: torch.Tensor) -> Dict[str, torch.Tensor]:
     """The optimizer state of one weight before its first update."""
     kind = settings["kind"]
-    state = {name: torch.zeros((), dtype=torch.float32) if name == "Step" else torch.zeros_like(weight) for name in STATE[kind]}
+    names = STATE[kind] + (("Accl2",) if any(group.get("centered") for group in settings["groups"]) else ())
+    state = {name: torch.zeros((), dtype=torch.float32) if name == "Step" else torch.zeros_like(weight) for name in names}
     if kind == "RMSprop" and settings["use_tf_variant"]:
         state["Accl1"].fill_(1.0)
     return state
@@ -124,7 +149,9 @@ def clip(gradients: List[torch.Tensor], max_norm: float) -> None:
 def apply(settings: Dict[str, Any], hyper: Dict[str, Any], weights: List[torch.Tensor], gradients: List[torch.Tensor],
           states: List[Dict[str, torch.Tensor]]) -> None:
     """Update `weights` (float32) and `states` in place; `hyper` are the numbers of their group."""
-    columns = {name: [state[name] for state in states] for name in STATE[settings["kind"]]}
+    if not weights:
+        return
+    columns = {name: [state[name] for state in states] for name in states[0]}
     _FORMULAS[settings["kind"]](weights, gradients, columns, hyper, settings)
 
 
@@ -178,7 +205,8 @@ def _lamb(weights, gradients, state, hyper, numbers):
 
 def _rmsprop(weights, gradients, state, hyper, numbers):
     tf, rate, momentum = numbers["use_tf_variant"], hyper["lr"], hyper["momentum"]
-    for w, g, square, velocity, mean in zip(weights, gradients, *(state[name] for name in STATE["RMSprop"])):
+    means = state.get("Accl2", [None] * len(weights))
+    for w, g, square, velocity, mean in zip(weights, gradients, state["Accl1"], state["Accl3"], means):
         g = g.add(w, alpha=hyper["weight_decay"])
         square.mul_(hyper["alpha"]).addcmul_(g, g, value=1 - hyper["alpha"])
         variance = square

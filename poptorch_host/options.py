@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 from typing import Any, Dict, List, Optional, Set, Union
 
 import torch
 
 from . import enums
+from ._logging import logger
 from .blocks import ExecutionStrategy, PipelinedExecution
 
-logger = logging.getLogger("poptorch::python")
 FROZEN = "Can't modify frozen Options"
 
 
@@ -389,7 +388,7 @@ class Options(OptionsDict):
         return self
 
     def relaxOptimizerAttributesChecks(self, relax: bool = True) -> "Options":
-        """Report unexpected attributes of an optimizer at debug level instead of warning."""
+        """Report attributes that an optimizer gets after compilation at debug level instead of warning."""
         self._relax_optimizer_checks = relax
         return self
 
@@ -465,7 +464,7 @@ class Options(OptionsDict):
         return self
 
     def broadcastBuffers(self, broadcast_buffers: bool = True) -> "Options":
-        """One set of buffers for all replicas (True), or one each, which the host refuses for more than one replica."""
+        """One set of buffers for all replicas (True; a model that changes them is refused), or one each; the first is read back."""
         self.set(broadcast_buffers=broadcast_buffers)
         return self
 

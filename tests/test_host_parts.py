@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -136,6 +138,15 @@ def test_asynchronous_loader_gives_the_same_batches_in_memory_that_it_writes_aga
     next(half_way)
     assert next(iter(loading))["y"].tolist() == list(range(12))  # a new iterator starts again
     loading.terminate()
+
+
+def test_a_loader_that_is_dropped_takes_its_process_along():
+    loading = loader(mode=poptorch.DataLoaderMode.Async, num_workers=1)
+    next(iter(loading))
+    assert multiprocessing.active_children()
+    del loading
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def test_asynchronous_loader_rebatches_the_rest():
