@@ -58,10 +58,10 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
     from transformers import set_seed
 
     from ipu_options import poptorch
-    from ipu_options.options import training_options
+    from ipu_options.options import training_options, watched_gradient
     from qa import checkpoint, hub
     from qa.inference import InferencePipeline
-    from qa.model import RobertaForSpans, save_model, set_weights, weights_of
+    from qa.model import LAST_GRADIENT, RobertaForSpans, save_model, set_weights, weights_of
     from qa.optimizer import make_schedule
     from qa.report import describe_rows, log_line, show_predictions
     from qa.rows import TrainingRows, collate, packed_accumulation, windows_per_row
@@ -93,8 +93,8 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
     set_seed(s.seed)
     model, optimizer = model_and_optimizer(s, config, replace(training, config=ipu), saved)
     schedule = make_schedule(optimizer, s.lr_scheduler_type, int(s.warmup_ratio * rows.total_steps), rows.total_steps, step)
-    options = training_options(ipu, seed=s.seed, compile_only=s.compile_only, synthetic_data=s.synthetic_data,
-                               ipu_model=s.ipu_model, profile_dir=s.profile_dir)
+    options = training_options(ipu, seed=s.seed, watched=LAST_GRADIENT, watch=s.watch_gradients, compile_only=s.compile_only,
+                               synthetic_data=s.synthetic_data, ipu_model=s.ipu_model, profile_dir=s.profile_dir)
     training_model = poptorch.trainingModel(model, options, optimizer)
     training_model.compile(**rows.__getitems__(range(rows.rows_per_step)))
     evaluation = InferencePipeline(RobertaForSpans(config), inference, s)
@@ -137,8 +137,8 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
     batches = iter(loader or ())
     bar = tqdm(total=rows.total_steps, initial=step, desc="Training", unit="step", dynamic_ncols=True)
     losses_in_a_sum = accumulation * ipu.device_iterations if ipu.output_mode == "sum" else 1
-    clock, seen, went_back = time.perf_counter(), 0, None
-    while step < rows.total_steps and not stop.requested:
+    clock, seen, went_back, stopping = time.perf_counter(), 0, None, stop.requested
+    while step < rows.total_steps and not stopping:
         learning_rate = schedule.get_last_lr()[0]
         with spans("data"):
             batch = next(batches)
@@ -146,11 +146,13 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
             loss = training_model(**batch).float().mean().item() / losses_in_a_sum
         seen += rows.windows_in_step(step)
         step += 1
-        saving = s.save_steps and step % s.save_steps == 0
-        bad_weight = find_nonfinite(weights_of(model).items()) if saving or step == rows.total_steps else None
-        if bad_weight or not math.isfinite(loss):
+        saving, stopping = s.save_steps and step % s.save_steps == 0, stop.requested
+        bad_tensor = find_nonfinite(watched_gradient(options, training_model).items())
+        if saving or stopping or step == rows.total_steps:  # what is saved is finite; reading weights costs a transfer from the device
+            bad_tensor = bad_tensor or find_nonfinite(weights_of(model).items())
+        if bad_tensor or not math.isfinite(loss):
             why = explain_nonfinite(step=step, loss=loss, earlier_losses=losses, learning_rate=learning_rate,
-                                    loss_scaling=s.loss_scaling, precision=s.precision, bad_weight=bad_weight)
+                                    loss_scaling=s.loss_scaling, precision=s.precision, bad_tensor=bad_tensor)
             if s.on_nonfinite == "stop" or went_back == step - 1:  # twice in a row is not one bad batch
                 bar.close()
                 raise RunError(why)
@@ -176,9 +178,9 @@ def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans
     bar.close()
     if loader:
         loader.terminate()
-    if stop.requested:
+    if stopping:
         save()
-        print(f"stopped by {stop.requested.name} after step {step}; the same command with --resume_from_checkpoint auto goes on")
+        print(f"stopped by {stopping.name} after step {step}; the same command with --resume_from_checkpoint auto goes on")
         return stop.exit_status
 
     with spans("save"):

@@ -5,7 +5,7 @@ PopART's options are those that graphcore/examples (nlp/bert/pytorch) and optimu
 from __future__ import annotations
 
 import os
-from typing import Optional
+from typing import Dict, Optional
 
 import torch
 
@@ -15,12 +15,21 @@ from ipu_options.config import IPUConfig
 OUTPUT_MODES = {"final": "Final", "all": "All", "sum": "Sum", "default": "Default"}
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
 JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime
+_WATCHED = "watched gradient"  # our name for the anchor
 
 
-def training_options(config: IPUConfig, *, seed: int, compile_only: bool = False, synthetic_data: bool = False,
-                     ipu_model: bool = False, profile_dir: Optional[str] = None) -> "poptorch.Options":
+def training_options(config: IPUConfig, *, seed: int, watched: Optional[str] = None, watch: Optional[bool] = None,
+                     compile_only: bool = False, synthetic_data: bool = False, ipu_model: bool = False,
+                     profile_dir: Optional[str] = None) -> "poptorch.Options":
     """Options of the training pipeline. Gradients are averaged over accumulation and replicas (Mean), which together with
-    the rows' loss weights gives the mean loss over an update's real windows."""
+    the rows' loss weights gives the mean loss over an update's real windows.
+
+    watched: a parameter whose gradient `watched_gradient` is to give after each call, if `watch` is true. Where that is None,
+    it does so unless an IPU is going to run this. PopTorch's user guide ("Inspecting tensors") and graphcore/examples
+    (speech/fastpitch/pytorch/tests/unit_tester.py) anchor gradients under these names, and PopART's tests do so in
+    pipelines with gradient accumulation (pipelining_tests/pipeline_grad_accl_test.py); but nobody here could try it on
+    this pipeline, and what the compiler refuses costs a booked machine.
+    """
     options = _common_options(config, "training", compile_only, synthetic_data, ipu_model, profile_dir)
     options.Training.gradientAccumulation(config.gradient_accumulation_steps)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
@@ -33,12 +42,23 @@ def training_options(config: IPUConfig, *, seed: int, compile_only: bool = False
         poptorch.TensorLocationSettings()
         .useOnChipStorage(not config.optimizer_state_offchip)
         .useReplicatedTensorSharding(config.replicated_tensor_sharding and config.replication_factor > 1))
+    if watch is None:  # what is compiled offline is meant for an IPU
+        watch = not compile_only and not poptorch.ipuHardwareIsAvailable()
+    if watched and watch:
+        # No output mode of its own: PopTorch 3.4's compiler gives an anchor that of the outputs whatever is asked for
+        # (addOutputTensor(id) in LowerToPopart.cpp). "all", our default, then returns the gradient of every micro-batch.
+        options.anchorTensor(_WATCHED, f"Gradient___{watched}")
     popart = options._Popart
     popart.set("disableGradAccumulationTensorStreams", True)  # stream to the host what it asks for, nothing more
     popart.set("accumulateOuterFragmentSettings.schedule", OVERLAP_MEMORY_OPTIMIZED)  # all IPUs update their weights at once
     popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])
     popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
     return options
+
+
+def watched_gradient(options: "poptorch.Options", training_model: "poptorch.PoplarExecutor") -> Dict[str, torch.Tensor]:
+    """{name in PopART: gradient of the last call, times the loss scaling} of the parameter that is watched; {} if none is."""
+    return {name: training_model.getAnchoredTensor(_WATCHED) for name, *_ in options.anchored_tensors.values()}
 
 
 def inference_options(config: IPUConfig, *, compile_only: bool = False, synthetic_data: bool = False, ipu_model: bool = False,

@@ -19,6 +19,8 @@ from ipu_options.errors import RunError, UsageError, first_line
 from ipu_options.ipu_kernels import MASKED
 from ipu_options.layout import Layout
 
+# Gradients flow back to the embedding last: what is not finite anywhere in a backward pass arrives in this small one too.
+LAST_GRADIENT = "roberta.embeddings.LayerNorm.bias"
 FAMILY = ("roberta", "xlm-roberta", "camembert")  # architectures that share RoBERTa's parameters; distilroberta is "roberta"
 
 

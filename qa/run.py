@@ -149,25 +149,33 @@ def find_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]
 
 
 def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], learning_rate: float, loss_scaling: float,
-                      precision: str, bad_weight: Optional[str] = None) -> str:
-    """One line on numbers gone wrong in `step`: whether a float16 overflowed or the run diverged, and what to try.
+                      precision: str, bad_tensor: Optional[str] = None) -> str:
+    """One line on numbers gone wrong in `step`: whether they overflowed or the run diverged, and what to try.
 
-    The device returns the loss alone, and has updated the weights by then: a loss that is not finite has spoilt them all, and
+    The device has updated the weights by the time the host sees the loss: one that is not finite has spoilt them all, and
     its cause is in this step's forward pass or in the step before. What tells overflow from divergence is therefore the finite
     losses before it, in order: a run that diverges shows it there, while an overflow (float16 ends at 65,504) strikes a
-    run whose losses were steady.  bad_weight: a weight that `find_nonfinite` found although the loss was finite, before a
-    checkpoint; then the forward pass was sound, and the gradients or their update were not.
+    run whose losses were steady.  bad_tensor: the gradient ("Gradient___" and a parameter) or the weight that `find_nonfinite`
+    found, which a finite loss needs: then the forward pass was sound, and the gradients or their update were not.
     """
-    sound_forward = bad_weight is not None and math.isfinite(loss)
-    what = f"{bad_weight} is not finite after the update (the loss was {loss:.4g})" if sound_forward else f"the loss is {loss}"
+    sound_forward = math.isfinite(loss)
+    bad_gradient = sound_forward and bad_tensor.startswith("Gradient___")
+    what = f"the loss is {loss}"
+    if bad_gradient:
+        what = f"the gradient of {bad_tensor[len('Gradient___'):]} is not finite (the loss was {loss:.4g})"
+    elif sound_forward:
+        what = f"{bad_tensor} is not finite after the update (the loss was {loss:.4g})"
     facts = f"step {step}: {what}, with learning rate {learning_rate:.3g}, loss scaling {loss_scaling:g}, {precision}"
     smaller_rate = f"try --learning_rate {learning_rate / 3:.2g} or a larger --warmup_ratio"
     if _rising(earlier_losses):
         lowest, last = min(earlier_losses), earlier_losses[-1]
         return f"{facts}: the run diverged, its loss had risen from {lowest:.3g} to {last:.3g}; {smaller_rate}"
-    if precision != "float16":
+    if precision != "float16" and not (bad_gradient and loss_scaling > 1):  # scaling may be too much for any precision
         return f"{facts}: one update was too large, the losses before it were steady; {smaller_rate}, and look at this step's data"
-    overflow = f"{facts}: float16 overflowed, the losses before it were steady; try --loss_scaling {max(1.0, loss_scaling / 8):g}"
+    overflow = f"{facts}: {precision} overflowed, the losses before it were steady; try "
+    if loss_scaling <= 1:
+        return overflow + "--precision float32"
+    overflow += f"--loss_scaling {max(1.0, loss_scaling / 8):g}"
     if not sound_forward:
         overflow += ", or --precision float32 if the same step stops again: then the forward pass overflowed, not the gradients"
     return overflow

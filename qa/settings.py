@@ -79,7 +79,10 @@ class TrainingSettings:
     adam_beta2: float = flag(0.999, "decay of the second moment", min=0, below=1)
     adam_epsilon: float = flag(1e-8, "term that keeps the update finite", above=0)
     loss_scaling: float = flag(64.0, "factor on the loss that keeps float16 gradients from vanishing", above=0)
-    on_nonfinite: str = flag("stop", "a loss that is not finite stops the run, or its step is passed over", choices=("stop", "skip"))
+    on_nonfinite: str = flag("stop", "a loss or gradient that is not finite stops the run, or its step is passed over",
+                             choices=("stop", "skip"))
+    watch_gradients: Optional[bool] = flag(None, "look at the gradients of each step, not at its loss alone (default: where no IPU "
+                                           "is used; there it returns one gradient of a LayerNorm to the host)", type=bool)
     seed: int = flag(42, "seed of data order, initial weights and dropout", min=0, max=2 ** 32 - 1)
     logging_steps: int = flag(20, "steps between two log lines", min=1)
     save_steps: Optional[int] = flag(None, "steps between two checkpoints (default: none but the final model)", type=int, min=1)

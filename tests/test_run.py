@@ -181,7 +181,14 @@ def test_the_first_step_and_weights_found_bad_before_a_save_are_explained_too():
     assert "step 1: the loss is nan" in explain_nonfinite(step=1, loss=math.nan, earlier_losses=[], **known)
     tensors = {"count": torch.tensor(3), "good": torch.ones(2), "half": torch.tensor([1.0, 70000.0]).half()}
     bad = find_nonfinite(tensors.items())
-    message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_weight=bad, **known)
+    message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad, **known)
     assert bad == "half" and "half is not finite after the update (the loss was 1.5)" in message and "--loss_scaling 8" in message
+    bad = "Gradient___embeddings.bias"
+    message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad, **known)
+    assert "the gradient of embeddings.bias is not finite (the loss was 1.5)" in message and message.endswith("try --loss_scaling 8")
+    unscaled = dict(known, loss_scaling=1.0)
+    for precision, remedy in (("float16", "--precision float32"), ("float32", "--learning_rate")):
+        message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad, **{**unscaled, "precision": precision})
+        assert remedy in message and "--loss_scaling" not in message
     del tensors["half"]
     assert find_nonfinite(tensors.items()) is None

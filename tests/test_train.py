@@ -1,11 +1,15 @@
 """train.py and infer.py from end to end, on a small part of the demo's data: files, formats, resume, answers."""
 import csv
 import json
+import re
+import shutil
 import sys
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 import infer
@@ -13,6 +17,7 @@ import train
 from ipu_options.errors import run_script
 from kill_and_resume import differences
 from qa.demo import write_demo
+from test_checkpoint import forge
 
 SMALL = ["--layers_per_ipu", "1", "1", "1", "1", "--max_seq_length", "128", "--doc_stride", "32", "--micro_batch_size", "4",
          "--eval_micro_batch_size", "4", "--gradient_accumulation_steps", "7", "--learning_rate", "1e-3", "--precision", "float32",
@@ -50,7 +55,8 @@ def fit(folder, out, *more, train_file="train.json"):
 def flat(path):
     return [{"id": qa["id"], "context": paragraph["context"], "question": qa["question"],
              "answers": {"text": [a["text"] for a in qa["answers"]], "answer_start": [a["answer_start"] for a in qa["answers"]]}}
-            for article in json.loads(path.read_text(encoding="utf-8"))["data"] for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
+            for article in json.loads(path.read_text(encoding="utf-8"))["data"] for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]]
 
 
 def test_every_format_trains_the_same_model_and_the_files_are_run_qas(demo, tmp_path, capsys):
@@ -154,6 +160,35 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(demo, tmp_
     assert differences(tmp_path / "0", tmp_path / "2") == []
     assert fit(demo / "v1", tmp_path / "other", *more, "--seed", "43") == 0
     assert "model.safetensors" in differences(tmp_path / "0", tmp_path / "other")
+
+
+def spoil_backward(folder):
+    """Change a checkpoint's weights so that the forward pass is sound and the backward pass overflows: between the two matrices
+    of the first layer's feed-forward part hidden values are tiny, and their gradients, of a loss made steep, huge."""
+    weights = load_file(folder / "model.safetensors")
+    for kind in ("weight", "bias"):
+        weights[f"roberta.encoder.layer.0.intermediate.dense.{kind}"] *= 1e-34
+    weights["roberta.encoder.layer.0.output.dense.weight"] *= 1e36
+    weights["qa_outputs.weight"] *= 1e8
+    forge(folder, "model.safetensors", serialize(weights, {"format": "pt"}))
+
+
+def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(demo, tmp_path, capsys):
+    healthy, more = tmp_path / "out", ("--max_steps", "3", "--save_steps", "2")
+    assert fit(demo / "v1", healthy, *more) == 0
+    spoilt = shutil.copytree(healthy / "checkpoint-2", tmp_path / "checkpoint-2")
+    spoil_backward(spoilt)
+    assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: step 3: the gradient of roberta\.embeddings\.LayerNorm\.bias is not finite \(the loss was \d", error), error
+    assert "learning rate 0.0" in error and "loss scaling 1," in error and "try --learning_rate" in error
+
+    # Skipped, it costs the steps since the last whole checkpoint of the folder. Unwatched, what it did to the weights shows later.
+    assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt, "--on_nonfinite", "skip") == 0
+    assert "not finite" in (said := capsys.readouterr().out) and "going on from the weights of step 2" in said
+    assert (healthy / "model.safetensors").read_bytes() == (healthy / "checkpoint-2" / "model.safetensors").read_bytes()
+    assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt, "--watch_gradients", "false") == 1
+    assert re.search(r"error: step 3: roberta\.\S+ is not finite after the update", capsys.readouterr().err)
 
 
 def test_compile_only_runs_nothing(demo, tmp_path, capsys):
