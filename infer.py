@@ -8,7 +8,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ipu_options.config import inference_pipeline
@@ -25,23 +25,27 @@ def main():
     from ipu_options import poptorch
     from qa.inference import InferencePipeline
     from qa.model import load_config, load_model, load_tokenizer
-    from qa.windows import Windows, make_windows
+    from qa.windows import Windows, make_windows, windows_of_few
 
     print(f"PopTorch: {poptorch.__name__} {poptorch.__version__}", file=sys.stderr)
     config = load_config(s.checkpoint)
     check_row_length(s, config)
     pipeline = inference_pipeline(ipu_config, config.num_hidden_layers, s.pod_type)
+    if not s.input_file:  # a question by itself: one replica, and no more rows than the pipeline has stages
+        few = replace(pipeline.config, device_iterations=len(pipeline.layout.stages()), replication_factor=1)
+        pipeline = replace(pipeline, config=few)
     tokenizer = load_tokenizer(s.tokenizer_name or s.checkpoint)
     answering = InferencePipeline(load_model(s.checkpoint, config), pipeline, s)
 
-    def answer(examples, progress=False):
+    def answer(examples):
         """An answer as printed for each example, in order."""
+        one, cut = isinstance(examples, OneQuestion), dict(max_seq_length=s.max_seq_length, doc_stride=s.doc_stride, on_bad_row=s.on_bad_row)
         with spans("windows"):
-            windows = Windows(make_windows(examples, tokenizer, max_seq_length=s.max_seq_length, doc_stride=s.doc_stride, labels=False,
-                                           offsets=True, num_proc=s.preprocessing_num_workers, on_bad_row=s.on_bad_row))
+            windows = windows_of_few(examples.columns, tokenizer, **cut) if one else Windows(
+                make_windows(examples, tokenizer, labels=False, offsets=True, num_proc=s.preprocessing_num_workers, **cut))
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # without this it warns of every process started later
         with spans("answer"):
-            for question, found in zip(examples["question"], answering.answers(windows, examples, progress)):
+            for question, found in zip(examples["question"], answering.answers(windows, examples, progress=not one)):
                 yield shown(found, question, s.n_best)
 
     with Spans("infer", s.trace, s.profile_dir is not None) as spans:
@@ -49,9 +53,9 @@ def main():
             from qa.data import load_examples
             examples = load_examples(split="test", file=s.input_file, need_answers=False, on_bad_row=s.on_bad_row,
                                      version_2_with_negative=s.version_2_with_negative)
-            print_answers(answer(examples, progress=True), s)
+            print_answers(answer(examples), s)
         elif s.question is not None:
-            print_answers(answer(one_question(s.question, context)), s)
+            print_answers(answer(OneQuestion(s.question, context)), s)
         else:
             converse(answer, context, s)
 
@@ -64,11 +68,22 @@ def shown(found, question, n_best):
             "end": found["end"], "nbest": nbest, **odds}
 
 
-def one_question(question, context):
-    """A data set of one example."""
-    import datasets
-    datasets.disable_progress_bars()
-    return datasets.Dataset.from_dict({"id": ["0"], "question": [question], "context": [context]})
+class OneQuestion:
+    """A data set of one example as far as answering needs it. `datasets` itself takes longer to import than the answer takes."""
+
+    def __init__(self, question, context):
+        self.columns = {"id": ["0"], "question": [question], "context": [context]}
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, key):
+        """A column by its name; a slice of all columns."""
+        return self.columns[key] if isinstance(key, str) else {name: column[key] for name, column in self.columns.items()}
+
+    def select_columns(self, names):
+        """This one example, whose columns are all at hand."""
+        return self
 
 
 def as_text(answer):
@@ -113,7 +128,7 @@ def converse(answer, context, s):
             print(file=sys.stderr)
             return
         if question:
-            print_answers(answer(one_question(question, context)), s)
+            print_answers(answer(OneQuestion(question, context)), s)
         else:
             context = None
 

@@ -91,7 +91,8 @@ class AnswerFinder:
 
     Holds the spans of the windows that wait for that, and no logits but those of the last few hundred windows.
 
-    windows: qa.windows.Windows with offsets, made from `examples`, a datasets.Dataset with the columns id and context.
+    windows: qa.windows.Windows with offsets, made from `examples`: a datasets.Dataset with the columns id and context, or what has
+    its len(), slices and select_columns().
     """
 
     def __init__(self, windows, examples, *, n_best_size: int = 20, max_answer_length: int = 30,

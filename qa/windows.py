@@ -20,15 +20,17 @@ from __future__ import annotations
 import logging
 from functools import partial
 from itertools import chain
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional, Union
 
-import datasets
 import numpy
 import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from ipu_options.errors import UsageError
+
+if TYPE_CHECKING:
+    import datasets  # it takes a second to import, which one question need not wait for
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +85,8 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
     on_bad_row="skip" its end is cut off, and a question without windows does not occur.
     Raises UsageError for settings that leave no room, and for a tokenizer without a Rust backend or a CLS token.
     """
+    import datasets
+
     recipe = _recipe(tokenizer, max_seq_length, doc_stride, labels, offsets, on_bad_row)
     key = (_VERSION, examples._fingerprint, recipe.tokenizer.to_str(), recipe[1:])
     make = partial(_windows_of_batch, recipe=recipe)
@@ -93,6 +97,15 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
     return windows.with_format(None)
 
 
+def windows_of_few(examples: Dict[str, List[str]], tokenizer, *, max_seq_length: int, doc_stride: int, on_bad_row: str = "refuse") -> Windows:
+    """The windows with offsets of a few examples, given as columns id, question and context, made in memory: nothing is cached.
+
+    Arguments and errors are those of `make_windows`.
+    """
+    recipe = _recipe(tokenizer, max_seq_length, doc_stride, False, True, on_bad_row)
+    return Windows(_windows_of_batch(pa.table(examples), list(range(len(examples["id"]))), recipe))
+
+
 def _recipe(tokenizer, max_seq_length, doc_stride, labels, offsets, on_bad_row):
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"{type(tokenizer).__name__} has no Rust tokenizer behind it, which characters of tokens come from; "
@@ -100,11 +113,13 @@ def _recipe(tokenizer, max_seq_length, doc_stride, labels, offsets, on_bad_row):
     if tokenizer.cls_token_id is None:
         raise UsageError(f"{type(tokenizer).__name__} has no CLS token, which stands for `no answer`; "
                          "name a model of RoBERTa's family")
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: truncation and padding stay set on the original
-    backend.no_truncation()
-    backend.no_padding()
-    texts = backend.encode("a", "b").sequence_ids
-    ids = backend.encode("a", "b").ids
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:  # then a copy without them, for they stay set on the original
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    pair = backend.encode("a", "b")
+    texts, ids = pair.sequence_ids, pair.ids
     first, second = [[place for place, text in enumerate(texts) if text == number] for number in (0, 1)]
     recipe = _Recipe(backend, ids[:first[0]], ids[first[-1] + 1:second[0]], ids[second[-1] + 1:], tokenizer.cls_token_id,
                      tokenizer.padding_side == "left", max_seq_length, doc_stride, labels, offsets, on_bad_row == "skip")
@@ -252,16 +267,16 @@ def _first_answers(answers):
 
 
 class Windows:
-    """The windows of `make_windows` as numpy arrays that are views of the memory-mapped Arrow file.
+    """Windows as numpy arrays, which are views of the memory-mapped Arrow file that `make_windows` gave, or of a table in memory.
 
     lengths, example, cls_position, context_start, and with labels start_position, end_position (else None): int32 [windows].
     Pickles as the name of the file: a loader's worker opens it again, and nothing is copied.
     """
 
-    def __init__(self, dataset: datasets.Dataset):
-        self._dataset = dataset
-        self.fingerprint = dataset._fingerprint
-        table = dataset.data.table
+    def __init__(self, source: Union[datasets.Dataset, pa.Table]):
+        self._source = source
+        self.fingerprint = getattr(source, "_fingerprint", None)  # that of the data set, which its cache goes by
+        table = source if isinstance(source, pa.Table) else source.data.table
         self._tokens = _Lists(table["input_ids"])
         self._characters = _Lists(table["offsets"]) if "offsets" in table.column_names else None
         self.lengths = self._tokens.lengths
@@ -272,10 +287,10 @@ class Windows:
         return len(self.lengths)
 
     def __getstate__(self):
-        return self._dataset
+        return self._source
 
-    def __setstate__(self, dataset):
-        self.__init__(dataset)
+    def __setstate__(self, source):
+        self.__init__(source)
 
     def input_ids(self, window: int) -> numpy.ndarray:
         """The window's tokens [lengths[window]]."""

@@ -11,7 +11,7 @@ from plain_windows import plain_windows, tokenizer_of
 
 from ipu_options.errors import UsageError
 from qa.data import load_examples
-from qa.windows import Windows, make_windows
+from qa.windows import Windows, make_windows, windows_of_few
 
 FAMILIES = [("roberta", "right"), ("roberta", "left"), ("bert", "right"), ("xlm-roberta", "right"), ("xlnet", "left")]
 XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad-en" / "validation.json"
@@ -52,7 +52,19 @@ def assert_plain(examples, tokenizer, max_seq_length, doc_stride):
             last = expected["context_start"] + len(expected["offsets"]) - 1
             labels = sorted(min(label, last) for label in labels)
         assert [windows.start_position[i], windows.end_position[i]] == list(labels)
+    assert_same_in_memory(windows, examples, tokenizer, max_seq_length, doc_stride)
     return crossed
+
+
+def assert_same_in_memory(windows, examples, tokenizer, max_seq_length, doc_stride):
+    """A few examples without a data set give the same windows, and pickle with them."""
+    few = windows_of_few({name: examples[name][:] for name in ("id", "question", "context")}, tokenizer, max_seq_length=max_seq_length,
+                         doc_stride=doc_stride)
+    few = pickle.loads(pickle.dumps(few))
+    for name in ("lengths", "example", "cls_position", "context_start"):
+        assert getattr(few, name).tolist() == getattr(windows, name).tolist()
+    for i in range(len(windows)):
+        assert few.input_ids(i).tolist() == windows.input_ids(i).tolist() and few.offsets(i).tolist() == windows.offsets(i).tolist()
 
 
 def edge_cases():
