@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
 
 from . import enums, ops, optim, options, poptorch_core, profiling  # noqa: F401
 from ._dataloader import AsynchronousDataAccessor, DataLoader
 from ._logging import setLogLevel
-from ._poplar_executor import PoplarExecutor, is_wrapped, module_repr, read_saved, registerPostCompileHook, registerPreCompileHook
+from ._poplar_executor import EXECUTABLE, PoplarExecutor, is_wrapped, registerPostCompileHook, registerPreCompileHook
 from ._structure import ICustomArgParser, registerCustomArgParser
 from .blocks import BeginBlock, Block, BlockFunction, LegacyBeginBlockFn, PipelinedExecution, ShardedExecution, Stage, removeBlocks
 from .enums import *  # noqa: F401,F403
@@ -40,26 +40,6 @@ def inferenceModel(model: torch.nn.Module, options: Optional[Options] = None) ->
     return PoplarExecutor(copy.copy(model), options, False, __version__)
 
 
-def load(filename: str, edit_opts_fn: Optional[Callable[[Options], None]] = None) -> PoplarExecutor:
-    """The executor that PoplarExecutor.save() wrote with its model; `edit_opts_fn` may change the options first."""
-    data = read_saved(filename)
-    assert "model" in data, (
-        f"{filename} is a valid PopTorch file but was created with 'export_model=False' which means you need to re-create the PopTorch "
-        "model using poptorch.inferenceModel or poptorch.trainingModel then call "
-        f'poptorch_model.loadExecutable("{filename}").')
-    options = data["options"].clone()
-    options.connectionType(enums.ConnectionType.Always)  # it may have been compiled for an offline target
-    options.deleteIfExists("ipu_version")
-    if edit_opts_fn:
-        edit_opts_fn(options)
-    wrap = (data["optimizer"],) if data["training"] else ()
-    executor = (trainingModel if data["training"] else inferenceModel)(data["model"], options, *wrap)
-    executor.loadExecutable(filename)
-    if data["rng_state"] is not None:
-        executor.rng_state = data["rng_state"]
-    return executor
-
-
 def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:
     """True if there are IPUs: never on the host."""
     return False
@@ -77,7 +57,8 @@ NOT_OFFERED = {
     **dict.fromkeys(("for_loop", "cond", "dynamic_slice", "dynamic_update"), "control flow on the device is not executed on the host"),
     **dict.fromkeys(("custom_op", "CPU"), "it needs code compiled for an IPU"),
     **dict.fromkeys(("set_overlap_for_input", "set_overlap_for_output"), "there are no transfers to overlap"),
-    **dict.fromkeys(("VariableRetrievalMode",), "every replica has the same weights"),
+    "VariableRetrievalMode": "every replica has the same weights",
+    "load": EXECUTABLE,
 }
 
 

@@ -42,14 +42,8 @@ class Arguments:
 
     def compiled(self) -> "Arguments":
         """The same with tensors that have a type and a shape and no data, to compare later calls with."""
-        return self._mapped(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
-
-    def zeros(self) -> "Arguments":
-        """The same with zeros, to trace a model that was compiled elsewhere."""
-        return self._mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype))
-
-    def _mapped(self, function):
-        return Arguments(*_structure.map_tensors(function, (self.named, self.call)))
+        empty = _structure.map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), (self.named, self.call))
+        return Arguments(*empty)
 
     def check_same(self, other: "Arguments") -> None:
         """Error unless `other` has the shapes, types, structure and constants of these compiled arguments."""

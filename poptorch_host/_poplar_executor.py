@@ -8,9 +8,6 @@ from __future__ import annotations
 import collections
 import copy
 import datetime
-import functools
-import os
-import pickle
 import time
 import weakref
 from typing import Any, Callable, Dict, List, Optional
@@ -25,7 +22,9 @@ from .options import Options
 from .poptorch_core import Error, NotOffered
 
 NOT_COMPILED = "Model has not been compiled or has been destroyed."
+EXECUTABLE = "a host has no executable to keep, and a model is pickled code; save model.state_dict() and optimizer.state_dict()"
 NOT_OFFERED_METHODS = {
+    **dict.fromkeys(("save", "compileAndExport", "loadExecutable"), EXECUTABLE),
     "getTensorNames": "it names tensors of PopART's graph",
     **dict.fromkeys(("getPerfCounters", "getHostIpuLatency", "getComputeLatency", "getIpuHostLatency", "getLatency"),
                     "it times transfers between host and IPU"),
@@ -201,6 +200,8 @@ class PoplarExecutor:
         """Train with the numbers that `optimizer` has now. Error if a constant has changed since the model was compiled."""
         if optimizer is not self._optimizer:
             self._change_optimizer(optimizer)
+        if self._options._Popart.options.get("automaticLossScalingSettings.enabled") and isinstance(optimizer, optim.Optimizer):
+            optimizer.variable_attrs.markAsVariable("loss_scaling")  # a device changes it
         settings = _update.snapshot(optimizer)
         _checks.accumulation_type(optimizer, self._options, self.isCompiled())
         if self.isCompiled():
@@ -380,27 +381,6 @@ class PoplarExecutor:
         self._rng_state = list(state)
         self._device.set_rng(self._rng_state)
 
-    def save(self, filename: str, export_model: bool = True, save_rng_state: bool = True) -> None:
-        """Write what poptorch_host.load() or loadExecutable() need to compile again: arguments, options, and the model with its
-        optimizer if `export_model`. A folder gets a file model.poptorch. The file is a pickle: load only what you trust."""
-        self._require_compiled()
-        if os.path.isdir(filename):
-            filename = os.path.join(filename, "model.poptorch")
-        os.makedirs(os.path.dirname(filename) or ".", exist_ok=True)
-        data = {"arguments": self._compiled_arguments, "options": self._options, "rng_state": self.rng_state if save_rng_state else None}
-        if export_model:
-            data.update(model=self._user_model, training=self._training, optimizer=self._optimizer)
-        torch.save(data, filename)
-
-    def compileAndExport(self, filename: str, *args: Any, export_model: bool = True, **kwargs: Any) -> None:
-        """compile(*args, **kwargs), then save(filename, export_model)."""
-        self.compile(*args, **kwargs)
-        self.save(filename, export_model)
-
-    def loadExecutable(self, filename: str) -> None:
-        """Compile for the arguments saved in a file. Error if it is not one of save()'s."""
-        self._compile(read_saved(filename)["arguments"].zeros())
-
     def compilationTime(self) -> datetime.timedelta:
         """How long the compilation took. Error if there was none, or without Options.showCompilationProgressBar."""
         if not self.isCompiled():
@@ -420,18 +400,6 @@ class PoplarExecutor:
     def _require_compiled(self) -> None:
         if not self.isCompiled():
             raise Error(NOT_COMPILED)
-
-
-def read_saved(filename: str) -> Dict[str, Any]:
-    """What save() wrote. Error if the file is something else."""
-    load = functools.partial(torch.load, weights_only=False) if torch.__version__ >= "2.1" else torch.load
-    try:
-        data = load(filename)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise Error(f"Invalid file {filename}: {error}") from None
-    if not isinstance(data, dict) or "arguments" not in data:
-        raise Error(f"Invalid file {filename}: it was not written by PoplarExecutor.save()")
-    return data
 
 
 def is_wrapped(model: torch.nn.Module) -> bool:

@@ -35,28 +35,38 @@ class LossFinder(TorchFunctionMode):
 class HalfCasts(TorchFunctionMode):
     """What PopTorch does with float16 inside a model, `half` standing for float16 on the host.
 
-    A float16 tensor that the model itself asks for gets the type `half`. Where torch refuses a mixture of `half` and float32,
-    the weights of a linear or convolution take the type of their input, and other arguments become float32. `needed` tells
-    after a forward pass whether the model has any of this.
+    A float16 tensor that the model itself asks for gets the type `half`. Where torch refuses `half`, or a mixture of it and
+    float32, the weights of a linear or convolution take the type of their input, and other arguments become float32. `needed`
+    tells after a forward pass whether the model has any of this.
     """
 
     def __init__(self, half: torch.dtype):
         super().__init__()
-        self.half, self.needed, self._mixed = half, False, False
+        self.half, self.needed, self._refused = half, False, set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         func, args, kwargs = self._asking_for_half(func, args, kwargs or {})
-        if not self._mixed:
-            try:
-                return func(*args, **kwargs)
-            except RuntimeError:
-                if not self._is_mixed(args, kwargs):
-                    raise
-                self._mixed = self.needed = True
-        if self._is_mixed(args, kwargs) and not func.__name__.endswith("_"):
-            kind = args[0].dtype if func.__name__ in WEIGHTED else torch.float32
-            args, kwargs = map_tensors(lambda t: t.to(kind) if t.dtype in (self.half, torch.float32) else t, [args, kwargs])
-        return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        kinds = {t.dtype for t in flatten([args, kwargs])}
+        if self.half not in kinds or self.half == torch.float32:
+            return func(*args, **kwargs)
+        mixed = torch.float32 in kinds
+        if name in self._refused or mixed and name in LOSSES:  # a loss of mixed types fails in its backward pass
+            return self._cast(func, name, mixed, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            if name.endswith("_"):  # it changes a tensor in place, which must keep its type
+                raise
+            self._refused.add(name)
+            return self._cast(func, name, mixed, args, kwargs)
+
+    def _cast(self, func, name, mixed, args, kwargs):
+        self.needed = True
+        kind = args[0].dtype if name in WEIGHTED else torch.float32
+        args, kwargs = map_tensors(lambda t: t.to(kind) if t.dtype in (self.half, torch.float32) else t, [args, kwargs])
+        out = func(*args, **kwargs)
+        return out if mixed else map_tensors(lambda t: t.to(self.half) if t.dtype == torch.float32 else t, out)
 
     def _asking_for_half(self, func, args, kwargs):
         if getattr(func, "__name__", "") == "half":
@@ -66,9 +76,6 @@ class HalfCasts(TorchFunctionMode):
             args = tuple(self.half if a is torch.float16 else a for a in args)
             kwargs = {name: self.half if a is torch.float16 else a for name, a in kwargs.items()}
         return func, args, kwargs
-
-    def _is_mixed(self, args, kwargs):
-        return {self.half, torch.float32} <= {t.dtype for t in flatten([args, kwargs])}
 
 
 class _BlockCheck(TorchDispatchMode):

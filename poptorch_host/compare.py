@@ -24,7 +24,7 @@ NOT_EXPORTED = {"poptorchAtExit", "OptimizerWrapper", "NameScopeHook", "WeakPtr"
 # Differences that are meant: name -> why
 REASONS = {
     "registerGeometricCustomArgParsers": "registers PyTorch Geometric's types when poptorch_geometric is installed",
-    "ConfigFileError": "in poptorch.options, where PopTorch raises it",
+    "ConfigFileError": "what Options.loadFromFile raises, which runs code from a file and is not offered",
     **{f"PoplarExecutor.{name}": why for name, why in NOT_OFFERED_METHODS.items()},
 }
 

@@ -16,12 +16,9 @@ import torch
 from . import enums
 from ._logging import logger
 from .blocks import ExecutionStrategy, PipelinedExecution
+from .poptorch_core import NotOffered
 
 FROZEN = "Can't modify frozen Options"
-
-
-class ConfigFileError(Exception):
-    """A file given to Options.loadFromFile is not Python."""
 
 
 class OptionsDict:
@@ -220,7 +217,8 @@ class _TrainingOptions(OptionsDict):
         return self
 
     def setAutomaticLossScaling(self, enabled: bool) -> "_TrainingOptions":
-        """Let the device choose the loss scaling. It keeps float16 gradients in range, which float32 ones always are."""
+        """Let the device choose the loss scaling, which becomes variable in the optimizer. On the host the scaling keeps its
+        value: it is there to keep float16 gradients in range, and the host's gradients have float32's range."""
         self._popart.set("automaticLossScalingSettings.enabled", enabled)
         return self
 
@@ -361,16 +359,8 @@ class Options(OptionsDict):
         return self
 
     def loadFromFile(self, filepath: str) -> "Options":
-        """Set options from a file of lines like `deviceIterations(4)`; ConfigFileError where a line is not Python."""
-        import poptorch_host
-        with open(filepath) as file:
-            lines = ["options." + line.strip() for line in file if line.strip() and not line.strip().startswith("#")]
-        try:
-            exec("\n".join(lines), {}, {"poptorch": poptorch_host, "options": self})
-        except SyntaxError as error:
-            raise ConfigFileError(f"{type(error).__name__} at line {error.lineno} of {os.path.basename(filepath)}: "
-                                  f"{error.args[0]}\n> {error.text}") from None
-        return self
+        """Set options from a file of Python code. Always NotOffered: the file could do anything."""
+        raise NotOffered("Options.loadFromFile", "it runs the file's Python code; call the options, or from_json()")
 
     def sourceLocationExcludes(self, excludes: List[str]) -> "Options":
         """Frames left out of the compiler's source locations (kept without effect)."""

@@ -191,6 +191,42 @@ def test_a_constant_of_the_optimizer_cannot_change_after_compilation():
         executor.setOptimizer(optimizer)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_every_loss_scaling_gives_the_same_weights(half):
+    def train(**scaling):
+        torch.manual_seed(0)
+        model = Net().half() if half else Net()
+        optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1, max_grad_norm=0.5, **scaling)
+        executor = poptorch.trainingModel(model, options(1, 3), optimizer)
+        x, y = data(6)
+        executor(x.half() if half else x, y)
+        if scaling:
+            optimizer.loss_scaling *= 2
+            executor.setOptimizer(optimizer)
+        executor(x.half() if half else x, y)
+        return [p.detach().clone() for p in model.parameters()]
+
+    unscaled = train()
+    for scaling in (1.0, 3.0, 16384.0):
+        assert all(torch.equal(a, b) for a, b in zip(unscaled, train(loss_scaling=scaling)))
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_a_loss_scaling_not_given_is_constant_unless_it_is_automatic(automatic):
+    model = Net()
+    opts = options()
+    opts.Training.setAutomaticLossScaling(automatic)
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
+    executor = poptorch.trainingModel(model, opts, optimizer)
+    executor.compile(*data(2))
+    optimizer.loss_scaling = 8.0
+    if automatic:
+        executor.setOptimizer(optimizer)
+    else:
+        with pytest.raises(poptorch.Error, match="loss_scaling was compiled as a constant"):
+            executor.setOptimizer(optimizer)
+
+
 @pytest.mark.parametrize("dropout, half", [(0.5, False), (0.5, True)])
 def test_saved_state_continues_exactly(dropout, half):
     """Weights, moments, float32 masters and random numbers come back bit by bit in a model made anew."""
@@ -363,6 +399,36 @@ def test_what_is_left_out_is_named():
     with pytest.raises(poptorch.Error, match="poptorch.custom_op is not offered"):
         poptorch.custom_op
     assert not hasattr(poptorch, "MultiConv")
+
+
+def test_every_replica_keeps_the_buffers_it_changes():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x):
+            self.seen += x.sum()
+            return self.seen
+
+    def run(separate):
+        model = Counting()
+        executor = poptorch.inferenceModel(model, options(3, 1, 2).broadcastBuffers(not separate))
+        executor(torch.tensor([1.0, 10.0, 2.0, 20.0, 3.0, 30.0]))
+        return executor(torch.zeros(6))
+
+    assert run(separate=True).tolist() == [6.0, 60.0] * 3
+    with pytest.raises(poptorch.Error, match="broadcastBuffers"):
+        run(separate=False)
+
+
+@pytest.mark.parametrize("weights, inputs, expected", [("float32", "float16", "float16"), ("float16", "float32", "float32")])
+def test_mixed_types_have_the_type_that_poptorch_gives_them(weights, inputs, expected):
+    model = torch.nn.Linear(3, 3).to(getattr(torch, weights))
+    out = poptorch.inferenceModel(model)(torch.randn(2, 3, dtype=getattr(torch, inputs)))
+    assert out.dtype == getattr(torch, expected)
+    made_inside = Wrong(lambda self, x: x.half() + torch.ones(2, 6, dtype=torch.float16))
+    assert poptorch.inferenceModel(made_inside)(torch.zeros(2, 6)).dtype == torch.float16
 
 
 def test_serialized_matmul_is_matmul():
