@@ -14,7 +14,7 @@ from functools import partial
 
 from benchmarks import run_qa
 from benchmarks.measure import alternate, compare, describe, machine
-from benchmarks.questions import made_up, train_tokenizer
+from benchmarks.questions import as_dataset, train_tokenizer
 
 MAX_SEQ_LENGTH, DOC_STRIDE = 384, 128
 
@@ -71,16 +71,6 @@ def arguments():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--run_qa", action="store_true", help="measure run_qa's way as well")
     return parser.parse_args()
-
-
-def as_dataset(count, questions_per_context, folder):
-    """Made-up questions as a memory-mapped data set: written row by row, so memory does not grow with `count`."""
-    import datasets
-
-    answers = {"text": datasets.Sequence(datasets.Value("string")), "answer_start": datasets.Sequence(datasets.Value("int32"))}
-    columns = {name: datasets.Value("string") for name in ("id", "question", "context")}
-    return datasets.Dataset.from_generator(made_up, gen_kwargs=dict(count=count, questions_per_context=questions_per_context),
-                                           features=datasets.Features({**columns, "answers": answers}), cache_dir=folder)
 
 
 if __name__ == "__main__":

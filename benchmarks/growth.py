@@ -1,9 +1,10 @@
-"""How time and memory grow with the number of windows: packing, loading, answers. Linear time; flat memory beyond the indices.
+"""How time and memory grow with the number of examples: features, packing, loading, answers. Linear time; flat memory beyond the indices.
 
-    python -m benchmarks.growth                    1,000 to 1,000,000 windows (some minutes, and 3 GB of disk for the last)
+    python -m benchmarks.growth                    1,000 to 1,000,000 examples (ten minutes, and 4 GB of disk for the last)
 
+The examples are made up (benchmarks/questions.py), the windows of the last three stages too, one an example (benchmarks/input_pipeline.py).
 Each figure comes from a process of its own. Memory is the peak of what the process holds for itself beyond what it held at the
-start of the stage; the windows are in a memory-mapped file, whose pages belong to the system's cache.
+start of the stage; examples and windows are in a memory-mapped file, whose pages belong to the system's cache.
 """
 from __future__ import annotations
 
@@ -15,18 +16,28 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Tuple
 
 import datasets
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.input_pipeline import write_windows
 from benchmarks.measure import machine
+from benchmarks.questions import as_dataset, train_tokenizer
 from qa.answers import AnswerFinder
 from qa.rows import InferenceRows, TrainingRows
-from qa.windows import Windows
+from qa.windows import Windows, make_windows
 
+STAGES = ("features", "packing", "loading", "answers")
 ROW = dict(row_length=384, max_windows_per_row=8, pad_token_id=1)
+
+
+def features(examples: datasets.Dataset, tokenizer: str) -> None:
+    """Cut examples into windows with labels, as train.py does."""
+    make_windows(examples, AutoTokenizer.from_pretrained(tokenizer), max_seq_length=384, doc_stride=128, labels=True, offsets=False,
+                 overwrite_cache=True)
 
 
 def packing(windows: Windows) -> None:
@@ -61,9 +72,14 @@ def own_memory() -> float:
 
 
 def measure(stage: str, folder: str) -> Tuple[float, float]:
-    """(seconds, peak MB beyond the start) of a stage on the windows in `folder`."""
+    """(seconds, peak MB beyond the start) of a stage on what is in `folder`."""
     torch.set_num_threads(1)
-    windows = Windows(datasets.load_from_disk(folder))
+    datasets.disable_progress_bars()
+    source = datasets.load_from_disk(folder)
+    if stage == "features":
+        run = partial(features, source, folder + "/tokenizer")
+    else:
+        run = partial({"packing": packing, "loading": loading, "answers": answers}[stage], Windows(source))
     before, peak, done = own_memory(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -74,24 +90,35 @@ def measure(stage: str, folder: str) -> Tuple[float, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begin = time.perf_counter()
-    {"packing": packing, "loading": loading, "answers": answers}[stage](windows)
+    run()
     seconds = time.perf_counter() - begin
     done.set()
     watcher.join()
     return seconds, max(peak, own_memory()) - before
 
 
+def prepare(stage: str, folder: str, count: int) -> None:
+    """Write what a stage starts from to `folder`: examples and a tokenizer, or windows."""
+    if stage != "features":
+        write_windows(folder, count, offsets=stage == "answers")
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        examples = as_dataset(count, 5, cache)
+        examples.save_to_disk(folder)
+        train_tokenizer(examples[:2000:5]["context"]).save_pretrained(folder + "/tokenizer")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--examples", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     given = parser.parse_args()
-    print(f"growth with the number of windows, rows of 384 tokens, packed; one thread; {machine()}")
-    print(f"{'windows':>12}" + "".join(f"{stage:>16}: s  us/window     MB" for stage in ("packing", "loading", "answers")))
-    for count in given.windows:
+    print(f"growth with the number of examples, rows of 384 tokens, packed; one thread (the tokenizer has as many as there are cores); {machine()}")
+    print(f"{'examples':>12}" + "".join(f"{stage:>16}: s us/example     MB" for stage in STAGES))
+    for count in given.examples:
         figures = []
-        for stage in ("packing", "loading", "answers"):
+        for stage in STAGES:
             with tempfile.TemporaryDirectory() as folder:
-                write_windows(folder, count, offsets=stage == "answers")
+                prepare(stage, folder, count)
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                     figures.append(process.submit(measure, stage, folder).result())
         print(f"{count:12,}" + "".join(f"{seconds:19.3f} {seconds / count * 1e6:10.2f} {memory:6.0f}" for seconds, memory in figures))

@@ -26,6 +26,16 @@ def made_up(count: int, questions_per_context: int = 5, seed: int = 0) -> Iterat
                "answers": {"text": [chosen[place]], "answer_start": [len(" ".join(chosen[:place])) + 1]}}
 
 
+def as_dataset(count: int, questions_per_context: int, folder: str):
+    """Made-up questions as a memory-mapped data set: written row by row, so memory does not grow with `count`."""
+    import datasets
+
+    answers = {"text": datasets.Sequence(datasets.Value("string")), "answer_start": datasets.Sequence(datasets.Value("int32"))}
+    columns = {name: datasets.Value("string") for name in ("id", "question", "context")}
+    return datasets.Dataset.from_generator(made_up, gen_kwargs=dict(count=count, questions_per_context=questions_per_context),
+                                           features=datasets.Features({**columns, "answers": answers}), cache_dir=folder)
+
+
 def write_questions(path: Path, questions: Iterable[dict]) -> None:
     """Write questions as JSON Lines."""
     with open(path, "w", encoding="utf-8") as file:
