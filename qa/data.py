@@ -162,14 +162,18 @@ def _check(row, need_answers, version_2_with_negative):
 def _text(value, name):
     if not isinstance(value, str):
         null = value is None or (isinstance(value, float) and math.isnan(value))
-        raise BadRow(f"has a null {name}" if null else f"has a {name} that is no text but {type(value).__name__}")
+        raise BadRow(f"has a null {name}" if null else f"has {_a(name)} that is no text but {type(value).__name__}")
     if not value.strip():
         raise BadRow(f"has an empty {name}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRow(f"has a {name} that is not valid UTF-8 or holds a lone surrogate") from None
+        raise BadRow(f"has {_a(name)} that is not valid UTF-8 or holds a lone surrogate") from None
     return value
+
+
+def _a(name):
+    return ("an " if name[0] in "ai" else "a ") + name
 
 
 def _answers(value):
@@ -184,8 +188,8 @@ def _answers(value):
     if len(texts) != len(starts):
         raise BadRow(f"has {len(texts)} answer texts and {len(starts)} answer_starts")
     starts = [int(start) if isinstance(start, float) and start.is_integer() else start for start in starts]
-    if any(not isinstance(start, int) or isinstance(start, bool) or start < 0 for start in starts):
-        raise BadRow("has an answer_start that is not a whole number from 0 on")
+    if any(not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < 1 << 31 for start in starts):
+        raise BadRow("has an answer_start that is not a whole number from 0 on, of 31 bits")
     return [_text(text, "answer text") for text in texts], starts
 
 

@@ -133,6 +133,8 @@ class _JsonText:
                 cut_off = error.pos + 16 > len(self._buffer) or error.msg.startswith("Unterminated string")
                 if not cut_off or not self._read(max(1 << 16, len(self._buffer) - self._place)):
                     self._fail(error.msg, self._place + error.pos - begin)
+            except ValueError:  # Python refuses integers of more than 4,300 digits
+                self._fail("a number of too many digits", begin)
 
     def elements(self):
         """The elements of the array that comes next."""
@@ -175,6 +177,8 @@ def _read_json_lines(path, columns):
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     row = BadRow(f"is not valid JSON: {error.msg}")
+                except ValueError:
+                    row = BadRow("is not valid JSON: a number of too many digits")
                 yield row if isinstance(row, (dict, BadRow)) else BadRow(f"is not an object with {', '.join(COLUMNS)}")
 
 

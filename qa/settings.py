@@ -41,7 +41,7 @@ class ModelSettings:
     max_answer_length: int = flag(30, "most tokens of an answer", min=1)
     version_2_with_negative: bool = flag(False, "some questions have no answer in their context (SQuAD v2)")
     null_score_diff_threshold: float = flag(0.0, "no answer is given where its score exceeds the best answer's by more than this")
-    preprocessing_num_workers: Optional[int] = flag(None, "processes that make windows", type=int, min=1)
+    preprocessing_num_workers: Optional[int] = flag(None, "processes that make windows", type=int, min=1, max=256)
     overwrite_cache: bool = flag(False, "make the windows anew, whatever is cached")
     on_bad_row: str = flag("refuse", "a malformed row of the data set stops the run, or is skipped and counted", choices=("refuse", "skip"))
 
@@ -66,8 +66,8 @@ class TrainingSettings:
 
     output_dir: Optional[str] = flag(None, "folder of everything the run writes (default: output/ and the configuration's name)")
     overwrite_output_dir: bool = flag(False, "start over in a folder that holds checkpoints")
-    micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1)
-    eval_micro_batch_size: int = flag(1, "the same for evaluation", min=1)
+    micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1, max=4096)
+    eval_micro_batch_size: int = flag(1, "the same for evaluation", min=1, max=4096)
     num_train_epochs: float = flag(3.0, "times every training window is seen", above=0)
     max_steps: Optional[int] = flag(None, "end after so many steps, whatever num_train_epochs says", type=int, min=1)
     learning_rate: float = flag(2e-5, "peak learning rate", above=0)
@@ -90,7 +90,7 @@ class TrainingSettings:
     resume_from_checkpoint: Optional[str] = flag(None, "checkpoint folder to go on from, or auto: the newest whole one, if any")
     evaluate_every_epoch: bool = flag(False, "evaluate after each epoch, not only at the end")
     show_predictions: int = flag(5, "print so many validation questions with predicted and true answers", min=0)
-    dataloader_num_workers: int = flag(0, "more processes that make rows, beside the asynchronous loader's own", min=0)
+    dataloader_num_workers: int = flag(0, "more processes that make rows, beside the asynchronous loader's own", min=0, max=256)
     push_to_hub: bool = flag(False, "upload the final model with a generated model card")
     hub_model_id: Optional[str] = flag(None, "repository to upload to (default: the output folder's name)")
     hub_private_repo: bool = flag(False, "create that repository as a private one")
@@ -123,7 +123,7 @@ class QuestionSettings:
     output_file: Optional[str] = flag(None, "write the answers there, one JSON object a line (default: print them)")
     n_best: int = flag(1, "answers shown for each question", min=1, max=1000)
     json: bool = flag(False, "print one JSON object a question")
-    eval_micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1)
+    eval_micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1, max=4096)
 
 
 @dataclass
@@ -288,6 +288,8 @@ def check_field(group: type, name: str, value: Any) -> None:
             check_field(group, name, one)
         return
     choices = f.metadata.get("choices")
+    if isinstance(value, list):  # not printed: a few aliases of YAML write out to more than fits in memory
+        raise UsageError(f"--{name} is a list: it should be {_article(kind)}" + (f", one of {', '.join(choices)}" if choices else ""))
     if choices and value not in choices:
         raise UsageError(f"--{name} {value}: choose from {', '.join(map(str, choices))}")
     if not isinstance(value, kind) and not (kind is float and isinstance(value, int)) or (kind is not bool and isinstance(value, bool)):

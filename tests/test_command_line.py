@@ -33,6 +33,10 @@ TRAIN = [
     ("--seed", "--seed", "expected one argument"),
     ("--micro_batch_size 0", "--micro_batch_size 0", "at least 1"),
     ("--eval_micro_batch_size -3", "--eval_micro_batch_size -3", "at least 1"),
+    ("--micro_batch_size 1000000000", "--micro_batch_size 1000000000", "at most 4096"),
+    ("--dataloader_num_workers 1000000", "--dataloader_num_workers 1000000", "at most 256"),
+    ("--config {tmp}/aliases.yaml", "--learning_rate is a list", "a number"),
+    ("--config {tmp}/aliases.yaml --learning_rate 1", "--optimizer is a list", "adamw, lamb"),
     ("--max_seq_length 8", "--max_seq_length 8", "at least 16"),
     ("--max_seq_length 100000", "--max_seq_length 100000", "at most 4096"),
     ("--doc_stride 384", "--doc_stride 384", "at most 192"),
@@ -130,6 +134,8 @@ def folder(tmp_path_factory):
     (tmp / "unknown.yaml").write_text("learning_rat: 1\n")
     (tmp / "wrong_type.yaml").write_text("num_train_epochs: three\n")
     (tmp / "python_object.yaml").write_text("seed: !!python/object/apply:os.system ['touch owned']\n")
+    nested = ["&a0 [1, 1]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]  # written out: 2 x 9^11 numbers
+    (tmp / "aliases.yaml").write_text(f"learning_rate: [{', '.join(nested)}]\noptimizer: *a11\n")
     (tmp / "broken.json").write_text("{")
     (tmp / "list.json").write_text("[1]")
     text = "Ann lives in Oslo."

@@ -63,6 +63,8 @@ BAD = {
     "does not stand": {"answers": {"text": ["Zoë"], "answer_start": [1]}},
     "whole number": {"answers": {"text": ["Zoë"], "answer_start": [-1]}},
     "whole number from": {"answers": {"text": ["Zoë"], "answer_start": [True]}},
+    "of 31 bits": {"answers": "{'text': ['Zoë'], 'answer_start': [0x" + "f" * 5000 + "]}"},
+    "an id that is no text": {"id": 1.5},
     "2 answer texts and 1": {"answers": {"text": ["Zoë", "Oslo"], "answer_start": [0]}},
     "empty answer text": {"answers": {"text": [""], "answer_start": [0]}},
     "answers that are not": {"answers": {"text": "Zoë", "answer_start": 0}},
@@ -88,13 +90,15 @@ def test_malformed_rows(tmp_path, caplog, what):
 def test_rows_that_cannot_be_decoded(tmp_path):
     file = tmp_path / "rows.jsonl"
     good = lines(ROWS).encode().split(b"\n")
-    file.write_bytes(b"\n".join([good[0], good[1].replace(b"Who", b"Wh\xff"), b'{"id": "7", ', b"[1]", good[2]]))
+    file.write_bytes(b"\n".join([good[0], good[1].replace(b"Who", b"Wh\xff"), b'{"id": "7", ', b"[1]", b'{"id": ' + b"7" * 5000 + b"}",
+                               good[2]]))
     assert list(load_examples(split="train", file=file, on_bad_row="skip", cache_dir=tmp_path)) == [ROWS[0], ROWS[2]]
 
 
 @pytest.mark.parametrize("name, content", [
     ("empty.json", b""), ("blank.json", b" \n"), ("none.json", b"[]"), ("cut.json", json.dumps(NESTED).encode()[:-40]),
-    ("broken.json", b'[{"id": 1,}' + b" " * 99), ("deep.json", b"[" * 100_000), ("zipped.json", b"\x1f\x8b\x08abcdef"),
+    ("broken.json", b'[{"id": 1,}' + b" " * 99),
+    ("digits.json", b'[{"id": ' + b"7" * 5000 + b"}]"), ("deep.json", b"[" * 100_000), ("zipped.json", b"\x1f\x8b\x08abcdef"),
     ("rows.xlsx", b"PK\x03\x04"), ("quote.csv", b'id,context,question,answers\n1,"a'), ("columns.csv", b"id,context\n1,a\n"),
     ("broken.parquet", b"PAR1abcdefPAR1"), ("text.jsonl", b"hello")])
 def test_broken_files(tmp_path, name, content):
