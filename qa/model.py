@@ -21,6 +21,8 @@ from ipu_options.layout import Layout
 
 # Gradients flow back to the embedding last: what is not finite anywhere in a backward pass arrives in this small one too.
 LAST_GRADIENT = "roberta.embeddings.LayerNorm.bias"
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+          "type_vocab_size", "pad_token_id")
 FAMILY = ("roberta", "xlm-roberta", "camembert")  # architectures that share RoBERTa's parameters; distilroberta is "roberta"
 
 
@@ -185,12 +187,17 @@ def remove_annotations(model: RobertaForSpans) -> None:
 def load_config(name_or_path: str, token: Optional[str] = None):
     """The configuration of a checkpoint of RoBERTa's family, from a local folder or the hub (no weights are read).
 
-    Raises UsageError for another architecture, RunError where the checkpoint cannot be had.
+    Raises UsageError for another architecture or for sizes that no model has, RunError where the checkpoint cannot be had.
     """
     config = _fetch(AutoConfig, name_or_path, token=token, trust_remote_code=False)
     if config.model_type not in FAMILY:
         raise UsageError(f"--model_name_or_path {name_or_path} is a {config.model_type} model; this program fine-tunes "
                          f"RoBERTa's family: {', '.join(FAMILY)}")
+    for name in _SIZES:
+        size, least = getattr(config, name, None), 0 if name == "pad_token_id" else 1
+        if type(size) is not int or size < least:
+            raise UsageError(f"--model_name_or_path {name_or_path}: {name} is {size!r} in its config.json; it should be a whole number "
+                             f"from {least} on")
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         raise UsageError(f"--model_name_or_path {name_or_path} has {config.position_embedding_type} positions; only absolute ones are built")
     return config
@@ -216,10 +223,10 @@ def load_model(name_or_path: str, config=None, token: Optional[str] = None) -> R
 def _fetch(kind, name_or_path: str, **options):
     try:
         return kind.from_pretrained(name_or_path, **options)
-    except (OSError, KeyError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # of transformers, tokenizers and safetensors, or whatever a damaged file led them to
         where = "its files cannot be read" if Path(name_or_path).is_dir() else "no such folder, and the hub did not give it"
         raise RunError(f"--model_name_or_path {name_or_path}: {where} ({first_line(error)}); name a local folder with config.json, "
-                       "model.safetensors and tokenizer.json, or run --config demo, which needs no download")
+                       "model.safetensors and tokenizer.json, or run --config demo, which needs no download") from error
 
 
 WORD_EMBEDDING = "roberta.embeddings.word_embeddings."

@@ -381,8 +381,11 @@ def _check_infer(s: InferSettings) -> None:
         if not path.parent.is_dir():
             raise UsageError(f"--output_file {path}: there is no folder {path.parent}; make it, or name another")
     for name in ("question", "context"):
-        if getattr(s, name) is not None and not getattr(s, name).strip():
+        text = getattr(s, name)
+        if text is not None and not text.strip():
             raise UsageError(f"--{name} is empty: give its text")
+        if text is not None and re.search("[\ud800-\udfff]", text):  # what Python makes of other bytes on a command line (PEP 383)
+            raise UsageError(f"--{name} is not valid UTF-8: give its text in that encoding")
 
 
 def _check_windows(s: ModelSettings) -> None:

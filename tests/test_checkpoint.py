@@ -517,6 +517,31 @@ def test_a_model_folder_of_someone_else_runs_no_code(tmp_path, monkeypatch):
     assert names(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("name, value", [("hidden_size", "abc"), ("num_attention_heads", 0), ("num_hidden_layers", -1), ("pad_token_id", None),
+                                         ("vocab_size", True), ("max_position_embeddings", 1e9)])
+def test_a_model_of_impossible_size_is_refused_by_name(tmp_path, name, value):
+    from qa.model import load_config
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta", name: value}))
+    with pytest.raises((RunError, UsageError), match=f"--model_name_or_path .*: .*{name}"):  # transformers 5 checks some itself
+        load_config(str(tmp_path))
+
+
+def test_damaged_files_of_a_model_are_one_line(tmp_path):
+    from transformers import RobertaConfig
+
+    from qa.model import load_model, load_tokenizer
+
+    RobertaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
+    for content in (b"", b"\xff" * 100, (2 ** 40).to_bytes(8, "little") + b"{}", safetensors.torch.save({"a": torch.ones(9)})[:-4]):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        for load in (load_model, load_tokenizer):
+            with pytest.raises(RunError, match="--model_name_or_path .*: its files cannot be read") as refusal:
+                load(str(tmp_path))
+            assert "\n" not in str(refusal.value)
+
+
 def legacy_torch_file():
     """A file of torch.save's with an object in it that would run code."""
     buffer = io.BytesIO()

@@ -118,6 +118,7 @@ INFER = [
     ("--checkpoint {tmp}/model --output_file {tmp} --input_file {tmp}/train.json", "--output_file", "name another"),
     ("--checkpoint {tmp}/model --output_file {tmp}/none/x.json --input_file {tmp}/train.json", "--output_file", "make it"),
     ("--checkpoint {tmp}/model --question Who? --context ' '", "--context", "give its text"),
+    ("--checkpoint {tmp}/model --question Who\udcff --context Ann", "--question", "give its text in that encoding"),
     ("--checkpoint {tmp}/model --n_best 0", "--n_best 0", "at least 1"),
     ("--checkpoint {tmp}/model --nbest 3", "--nbest", "did you mean --n_best"),
 ]
