@@ -6,9 +6,7 @@ with PopTorch, so what must outlive an iteration has to be cloned.
 from __future__ import annotations
 
 import itertools
-import os
-import pickle
-import tempfile
+import sys
 import weakref
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
@@ -22,6 +20,7 @@ from .enums import DataLoaderMode, SharingStrategy
 from .options import Options
 from .poptorch_core import Error
 
+# A data set reaches a spawned process through a pipe, of any size, which serves SharedMemory and FileSystem alike
 START_METHODS = {SharingStrategy.Fork: "fork", SharingStrategy.ForkServer: "forkserver"}
 
 
@@ -212,23 +211,17 @@ class AsynchronousDataAccessor:
 
     def _start(self, load_indefinitely, early_preload, sharing_strategy):
         context = torch.multiprocessing.get_context(START_METHODS.get(sharing_strategy, "spawn"))
-        _import_torch_once()
+        context.set_forkserver_preload(["__main__", __name__])  # import torch once in the server, not in every process it forks
         self._pipe, other = context.Pipe()
         worker = _Worker(self._slots, self.rebatched_size, load_indefinitely, early_preload)
-        with tempfile.TemporaryDirectory() as folder:
-            dataset = self._dataset
-            if sharing_strategy == SharingStrategy.FileSystem:
-                dataset = os.path.join(folder, "dataset.pkl")
-                with open(dataset, "wb") as file:
-                    pickle.dump(self._dataset, file)
-            process = context.Process(target=worker.main, args=(dataset, other), daemon=False)
-            process.start()
-            other.close()
-            try:
-                self._structure, self._ring = self._pipe.recv()
-            except EOFError:
-                process.join()
-                raise Error("AsynchronousDataAccessor worker thread failed to start (Check above for details)") from None
+        process = context.Process(target=worker.main, args=(self._dataset, other), daemon=False)
+        process.start()
+        other.close()
+        try:
+            self._structure, self._ring = self._pipe.recv()
+        except EOFError:
+            process.join()
+            raise Error("AsynchronousDataAccessor worker thread failed to start (Check above for details)") from None
         self._end = weakref.finalize(self, _end_process, process, self._pipe)  # at the latest when Python ends
         self._epoch, self._held, self._used, self._over = 0, None, False, False
 
@@ -305,11 +298,9 @@ class _Worker:
 
     def main(self, dataset, pipe) -> None:
         """Run until told to stop, or until the other end of the pipe is closed."""
-        _import_torch_once()  # this process starts torch's own workers in the way it was started itself
+        if sys.platform == "linux":  # start torch's own workers as torch does: not in the way this process was started, but fast
+            torch.multiprocessing.set_start_method("fork", force=True)
         try:
-            if isinstance(dataset, str):
-                with open(dataset, "rb") as file:
-                    dataset = pickle.load(file)
             self.pipe, self.dataset = pipe, dataset
             self._run()
         except (KeyboardInterrupt, EOFError, ConnectionError):
@@ -362,11 +353,6 @@ class _Worker:
             self.free.append(number)
         else:
             self.wanted = number
-
-
-def _import_torch_once() -> None:
-    """A fork server that this process starts imports torch itself, so that no process it forks has to."""
-    torch.multiprocessing.set_forkserver_preload(["__main__", __name__])
 
 
 def _rebatched(batches, size: int, drop_last: bool) -> Iterator[Any]:

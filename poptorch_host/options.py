@@ -32,21 +32,22 @@ class OptionsDict:
         """True if `option` has a value."""
         return option in self._values
 
-    def set(self, **values: Any) -> None:
-        """Change values that exist. AssertionError for an unknown name or another type, AttributeError when frozen."""
+    def set(self, **values: Any) -> "OptionsDict":
+        """Change values that exist; returns self. AssertionError for an unknown name or another type, AttributeError when frozen."""
         self.checkIsFrozen()
         for name, value in values.items():
             assert self.exists(name), f"Invalid option {name}, valid options are {list(self._values)}"
             expected = type(self._values[name])
             assert isinstance(value, expected), f"Unexpected type {type(value)} for option {name}. Expected {expected}"
             self._values[name] = value
+        return self
 
-    def createOrSet(self, **values: Any) -> None:
+    def createOrSet(self, **values: Any) -> "OptionsDict":
         """As `set`, for values that need not exist yet."""
         self.checkIsFrozen()
         for name, value in values.items():
             self._values.setdefault(name, value)
-        self.set(**values)
+        return self.set(**values)
 
     def deleteIfExists(self, option: str) -> None:
         """Forget `option`."""
@@ -62,6 +63,10 @@ class OptionsDict:
         assert not self._values.keys() & other.keys(), "Can't merge dictionaries, they have some keys in common"
         other.update(self._values)
         return other
+
+    def _for_popart(self, key: str, value: Any) -> "OptionsDict":
+        self._popart.set(key, value)
+        return self
 
     def toDict(self) -> Dict[str, Any]:
         """The values by name."""
@@ -171,13 +176,11 @@ class _PrecisionOptions(OptionsDict):
     def enableFloatingPointExceptions(self, enabled: bool) -> "_PrecisionOptions":
         """Stop on invalid operations and overflows (kept without effect)."""
         assert isinstance(enabled, bool), "enableFloatingPointExceptions needs to be set to a bool"
-        self._popart.set("enableFloatingPointChecks", enabled)
-        return self
+        return self._for_popart("enableFloatingPointChecks", enabled)
 
     def enableStochasticRounding(self, enabled: bool) -> "_PrecisionOptions":
         """Stochastic rounding to float16 (kept without effect: the host's weights are float32)."""
-        self._popart.set("enableStochasticRounding", enabled)
-        return self
+        return self._for_popart("enableStochasticRounding", enabled)
 
     def setPartialsType(self, dtype: torch.dtype) -> "_PrecisionOptions":
         """Type of a matrix multiplication's partial sums (kept without effect: the host sums in float32)."""
@@ -185,8 +188,7 @@ class _PrecisionOptions(OptionsDict):
             raise ValueError("parameter to setPartialsType should be either torch.float or torch.half")
         kind = "half" if dtype == torch.float16 else "float"
         self._popart.set("partialsTypeMatMuls", kind)
-        self._popart.set("convolutionOptions", {"partialsType": kind})
-        return self
+        return self._for_popart("convolutionOptions", {"partialsType": kind})
 
 
 class _TrainingOptions(OptionsDict):
@@ -199,33 +201,28 @@ class _TrainingOptions(OptionsDict):
 
     def gradientAccumulation(self, gradient_accumulation: int) -> "_TrainingOptions":
         """Micro-batches of one replica in one weight update."""
-        self.set(gradient_accumulation=gradient_accumulation)
-        return self
+        return self.set(gradient_accumulation=gradient_accumulation)
 
     def accumulationAndReplicationReductionType(self, reduction_type: enums.ReductionType) -> "_TrainingOptions":
         """Gradients of an update are the mean (default) or the sum over its micro-batches and replicas."""
         if reduction_type not in (enums.ReductionType.Mean, enums.ReductionType.Sum) or not isinstance(reduction_type, enums.ReductionType):
             raise ValueError("accumulationAndReplicationReductionType must be set to poptorch.ReductionType.Mean or "
                              "poptorch.ReductionType.Sum")
-        self.set(accumulation_and_replication_reduction_type=reduction_type)
-        return self
+        return self.set(accumulation_and_replication_reduction_type=reduction_type)
 
     def setMeanAccumulationAndReplicationReductionStrategy(
             self, mean_reduction_strategy: enums.MeanReductionStrategy) -> "_TrainingOptions":
         """When the mean's division happens; in float32, which the host accumulates in, it makes no difference."""
-        self.set(meanAccumulationAndReplicationReductionStrategy=mean_reduction_strategy)
-        return self
+        return self.set(meanAccumulationAndReplicationReductionStrategy=mean_reduction_strategy)
 
     def setAutomaticLossScaling(self, enabled: bool) -> "_TrainingOptions":
         """Let the device choose the loss scaling, which becomes variable in the optimizer. On the host the scaling keeps its
         value: it is there to keep float16 gradients in range, and the host's gradients have float32's range."""
-        self._popart.set("automaticLossScalingSettings.enabled", enabled)
-        return self
+        return self._for_popart("automaticLossScalingSettings.enabled", enabled)
 
     def setConvolutionDithering(self, enabled: bool) -> "_TrainingOptions":
         """Spread convolutions over tiles (kept without effect)."""
-        self._popart.set("convolutionOptions", {"enableConvDithering": enabled})
-        return self
+        return self._for_popart("convolutionOptions", {"enableConvDithering": enabled})
 
 
 class _DistributedOptions(OptionsDict):
@@ -245,8 +242,7 @@ class _DistributedOptions(OptionsDict):
 
     def configureProcessId(self, process_id: int, num_processes: int) -> "_DistributedOptions":
         """This process is number `process_id` of `num_processes`."""
-        self.set(distributed_process_id=process_id, num_distributed_processes=num_processes)
-        return self
+        return self.set(distributed_process_id=process_id, num_distributed_processes=num_processes)
 
     @property
     def processId(self) -> int:
@@ -291,8 +287,7 @@ class TensorLocationSettings(OptionsDict):
 
     def _keep(self, name, value, kind):
         assert isinstance(value, kind)
-        self.createOrSet(**{name: int(value)})
-        return self
+        return self.createOrSet(**{name: int(value)})
 
 
 class _TensorLocationOptions(OptionsDict):
@@ -302,8 +297,7 @@ class _TensorLocationOptions(OptionsDict):
         """Tiles set aside for input and output."""
         assert isinstance(num_tiles, int)
         assert 32 <= num_tiles <= 192 and num_tiles % 2 == 0, "numIOTiles must be an even number between 32 and 192."
-        self.createOrSet(numIOTiles=num_tiles)
-        return self
+        return self.createOrSet(numIOTiles=num_tiles)
 
     def setActivationLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
         """Where activations are kept."""
@@ -323,8 +317,7 @@ class _TensorLocationOptions(OptionsDict):
 
     def _keep(self, name, location):
         assert isinstance(location, TensorLocationSettings)
-        self.createOrSet(**{name: location.toDict()})
-        return self
+        return self.createOrSet(**{name: location.toDict()})
 
 
 class Options(OptionsDict):
@@ -413,13 +406,11 @@ class Options(OptionsDict):
 
     def autoRoundNumIPUs(self, auto_round_num_ipus: bool = True) -> "Options":
         """Round the number of IPUs up to a power of two instead of refusing another number."""
-        self.set(auto_round_num_ipus=auto_round_num_ipus)
-        return self
+        return self.set(auto_round_num_ipus=auto_round_num_ipus)
 
     def deviceIterations(self, device_iterations: int) -> "Options":
         """Weight updates (training) or micro-batches of one replica (inference) in one call of the model."""
-        self.set(device_iterations=device_iterations)
-        return self
+        return self.set(device_iterations=device_iterations)
 
     def setExecutionStrategy(self, strategy: ExecutionStrategy) -> "Options":
         """PipelinedExecution (default) or ShardedExecution."""
@@ -432,13 +423,11 @@ class Options(OptionsDict):
         for key in available_memory_proportion:
             assert key.startswith("IPU"), ('Available memory proportions are expected to be in a dictionary of {"IPU0": 0.5} '
                                            f"where the 0 in IPU is the index of the IPU. Invalid key: {key}")
-        self.createOrSet(available_memory_proportion={int(k[3:]): v for k, v in available_memory_proportion.items()})
-        return self
+        return self.createOrSet(available_memory_proportion={int(k[3:]): v for k, v in available_memory_proportion.items()})
 
     def replicationFactor(self, replication_factor: int) -> "Options":
         """Number of replicas. On the host their micro-batches run one after the other, with the same result."""
-        self.set(replication_factor=replication_factor)
-        return self
+        return self.set(replication_factor=replication_factor)
 
     def inputReplicaGrouping(self, input_group_size: int, input_group_type: enums.CommGroupType) -> "Options":
         """Give the same input to the replicas of a group of this size."""
@@ -450,64 +439,53 @@ class Options(OptionsDict):
             raise ValueError("input_group_size cannot be larger than replication_factor")
         if self.replication_factor % input_group_size:
             raise ValueError("input_group_size must be a factor of replication_factor")
-        self.set(input_group_size=input_group_size, input_cgt=input_group_type)
-        return self
+        return self.set(input_group_size=input_group_size, input_cgt=input_group_type)
 
     def broadcastBuffers(self, broadcast_buffers: bool = True) -> "Options":
         """One set of buffers for all replicas (True; a model that changes them is refused), or one each; the first is read back."""
-        self.set(broadcast_buffers=broadcast_buffers)
-        return self
+        return self.set(broadcast_buffers=broadcast_buffers)
 
     def logDir(self, log_dir: str) -> "Options":
         """Folder of log files (kept without effect)."""
-        self.set(log_dir=log_dir)
-        return self
+        return self.set(log_dir=log_dir)
 
     def maxRepeatLogs(self, max_lines: Optional[int]) -> "Options":
         """How often the same log line is printed (kept without effect)."""
-        self.set(max_repeat_logs=(1 << 64) - 1 if max_lines is None else max_lines)
-        return self
+        return self.set(max_repeat_logs=(1 << 64) - 1 if max_lines is None else max_lines)
 
     def modelName(self, name: str) -> "Options":
         """Name of the model in profiles."""
-        self.createOrSet(model_name=name)
-        return self
+        return self.createOrSet(model_name=name)
 
     def enableExecutableCaching(self, path: str) -> "Options":
         """Folder of compiled executables (kept without effect); None switches it off."""
         if path is not None:
             self._popart.set("cachePath", path)
-        self._popart.set("enableEngineCaching", path is not None)
-        return self
+        return self._for_popart("enableEngineCaching", path is not None)
 
     def useIpuModel(self, use_model: bool) -> "Options":
         """Simulate an IPU. The host runs the model the same way either way."""
-        self.createOrSet(use_model=use_model)
-        return self
+        return self.createOrSet(use_model=use_model)
 
     def connectionType(self, connection_type: enums.ConnectionType) -> "Options":
         """When to attach to a device."""
         assert isinstance(connection_type, enums.ConnectionType)
-        self.set(connection_type=connection_type.value)
-        return self
+        return self.set(connection_type=connection_type.value)
 
     def syncPattern(self, sync_pattern: enums.SyncPattern) -> "Options":
         """Synchronisation of IPUs (kept without effect)."""
         assert isinstance(sync_pattern, enums.SyncPattern)
-        self.set(sync_pattern=sync_pattern.value)
-        return self
+        return self.set(sync_pattern=sync_pattern.value)
 
     def useIpuId(self, ipu_id: int) -> "Options":
         """Run on this device (kept without effect)."""
         assert isinstance(ipu_id, int)
-        self.createOrSet(ipu_id=ipu_id)
-        return self
+        return self.createOrSet(ipu_id=ipu_id)
 
     def useOfflineIpuTarget(self, ipu_version: int = 2) -> "Options":
         """Compile only: running the model is refused."""
         self.connectionType(enums.ConnectionType.Never)
-        self.createOrSet(ipu_version=ipu_version)
-        return self
+        return self.createOrSet(ipu_version=ipu_version)
 
     def anchorTensor(self, short_name: str, long_name: str, output_mode: Optional[enums.OutputMode] = None,
                      output_return_period: Optional[int] = 1) -> None:
@@ -523,8 +501,7 @@ class Options(OptionsDict):
         if output_mode == enums.OutputMode.EveryN:
             assert output_return_period and output_return_period > 0, (
                 "EveryN anchor must have output_return_period set to valid positive integer")
-        self.set(output_mode=output_mode.value, output_return_period=output_return_period or 1)
-        return self
+        return self.set(output_mode=output_mode.value, output_return_period=output_return_period or 1)
 
     def defaultOutputMode(self) -> bool:
         """True if outputMode has not been set to anything but Default."""
@@ -534,23 +511,19 @@ class Options(OptionsDict):
         """Seed of the device's random numbers; seeds torch too, as PopTorch does."""
         assert isinstance(random_seed, int)
         torch.manual_seed(random_seed)
-        self.createOrSet(random_seed=random_seed)
-        return self
+        return self.createOrSet(random_seed=random_seed)
 
     def enableStableNorm(self, enabled: bool) -> "Options":
         """A slower and more accurate norm (kept without effect: torch's is used)."""
-        self._popart.set("enableStableNorm", enabled)
-        return self
+        return self._for_popart("enableStableNorm", enabled)
 
     def enableSyntheticData(self, enabled: bool) -> "Options":
         """Normally distributed random inputs instead of the caller's, for measurements."""
-        self._popart.set("syntheticDataMode", 2 if enabled else 0)
-        return self
+        return self._for_popart("syntheticDataMode", 2 if enabled else 0)
 
     def logCycleCount(self, log_cycle_count: bool) -> "Options":
         """Count IPU cycles; without an IPU, asking for the count is refused."""
-        self._popart.set("instrumentWithHardwareCycleCounter", log_cycle_count)
-        return self
+        return self._for_popart("instrumentWithHardwareCycleCounter", log_cycle_count)
 
     def enableProfiling(self, profile_dir: Optional[str] = None) -> "Options":
         """Write PopVision reports to `profile_dir`. They are the Poplar compiler's, so a host run leaves none."""
@@ -566,8 +539,7 @@ class Options(OptionsDict):
 
     def updatableNamedBuffers(self, buffers: List[str]) -> "Options":
         """Buffers that copyNamedBuffersToDevice() may update."""
-        self._popart.set("updatableNamedBuffers", buffers)
-        return self
+        return self._for_popart("updatableNamedBuffers", buffers)
 
     def toDict(self) -> Dict[str, Any]:
         """All options in one dictionary, as PopTorch hands them to its compiler."""
