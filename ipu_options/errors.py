@@ -35,7 +35,9 @@ def run_script(main: Callable[[], Optional[int]]) -> int:
         if "--debug" in sys.argv:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, (UsageError, RunError)):
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        elif not isinstance(error, (UsageError, RunError)):
             message = f"{type(error).__name__}: {message} (--debug shows where)"
         print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -35,8 +35,10 @@ def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (error.filename is None or str(error.filename) == str(aside)):
+            error.filename, error.filename2 = str(path), None  # for the message; a full disk by itself names no file
         raise
 
 

@@ -335,6 +335,13 @@ def test_a_file_appears_whole_or_not_at_all_and_several_writers_do_not_meet(tmp_
         with files.written_whole(path) as one:
             one.write("half")
             raise KeyError
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            files.write_json(path, "more than ten bytes")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_text("utf-8") == "\u00e9" and names(tmp_path) == ["answers"]
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it, as any file of the user's
