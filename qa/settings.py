@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import math
 import re
 from dataclasses import Field, dataclass, field, fields
@@ -20,6 +21,7 @@ import yaml
 from ipu_options.config import POD_IPUS, IPUConfig, available_pod, flag, read_ipu_config
 from ipu_options.errors import UsageError
 
+log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "squad_base_384"
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
@@ -175,7 +177,7 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
         raise UsageError(f"--checkpoint {folder}: no config.json there; name a folder that train.py or save_pretrained has written")
     values = read_qa_settings(folder)
     if (Path(folder) / "ipu_config.json").is_file():
-        values.update(read_ipu_config(folder))
+        values.update(_read_pipeline(folder))
     settings, ipu_config = _merge(InferSettings, values, given)
     settings.model_name_or_path = folder
     settings.pod_type = available_pod(settings.pod_type)
@@ -205,6 +207,17 @@ def read_config(name_or_path: str) -> Dict[str, Any]:
     known = {f.name for group in (TrainSettings, IPUConfig) for f in fields(group)}
     for unknown in sorted(set(map(str, values)) - known):
         raise UsageError(f"--config {name_or_path}: there is no setting {unknown}{_did_you_mean(unknown, known)}")
+    return values
+
+
+def _read_pipeline(name_or_path: str) -> Dict[str, Any]:
+    """What an ipu_config.json says, which may be someone else's: where it would have compiled executables written to (and read
+    from) outside of the working directory is left out, with a warning."""
+    values = read_ipu_config(name_or_path)
+    cache = Path(str(values.get("executable_cache_dir") or "."))
+    if cache.is_absolute() or ".." in cache.parts:
+        log.warning("%s: executable_cache_dir %s is not used; if it is yours, give it with --executable_cache_dir", name_or_path, cache)
+        del values["executable_cache_dir"]
     return values
 
 
@@ -313,7 +326,7 @@ def _default_and_kind(f: Field) -> Tuple[Any, type]:
 def _merge(group: type, values: Dict[str, Any], given: argparse.Namespace) -> Tuple[Any, IPUConfig]:
     flags = {name: value for name, value in vars(given).items()}
     if "ipu_config" in flags:
-        values = {**values, **read_ipu_config(flags["ipu_config"])}
+        values = {**values, **_read_pipeline(flags["ipu_config"])}
     merged = {**values, **flags}
     results = []
     for kind in (group, IPUConfig):

@@ -9,6 +9,7 @@ import pytest
 import infer
 import train
 from ipu_options.errors import run_script
+from qa.settings import parse_infer, parse_train
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["--model_name_or_path", "{tmp}/model", "--train_file", "{tmp}/train.json", "--validation_file", "{tmp}/train.json",
@@ -188,6 +189,17 @@ def test_the_scripts_themselves_end_with_status_2_and_show_a_traceback_only_when
     refused = run("--seed", "-1")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "Traceback" not in refused.stderr
     assert "Traceback" in run("--seed", "-1", "--debug").stderr
+
+
+@pytest.mark.parametrize("cache, used", [("./exe_cache", "./exe_cache"), ("/etc/cron.d", None), ("exe/../../.ssh", None), (None, None)])
+def test_an_ipu_config_chooses_no_folder_outside_the_working_directory(folder, tmp_path, caplog, cache, used):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "ipu_config.json").write_text(json.dumps({"executable_cache_dir": cache}))
+    _, read_by_infer = parse_infer(["--checkpoint", str(tmp_path)])
+    assert read_by_infer.executable_cache_dir == used and ("is not used" in caplog.text) == (cache != used)
+    flags = ["--ipu_config", str(tmp_path), "--train_file", str(folder / "train.json"), "--validation_file", str(folder / "train.json")]
+    assert parse_train(flags)[1].executable_cache_dir == used
+    assert parse_train([*flags, "--executable_cache_dir", "/scratch"])[1].executable_cache_dir == "/scratch"
 
 
 def test_help_answers_without_importing_torch_or_transformers():
