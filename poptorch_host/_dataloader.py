@@ -6,6 +6,7 @@ with PopTorch, so what must outlive an iteration has to be cloned.
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import weakref
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Union
@@ -298,6 +299,7 @@ class _Worker:
 
     def main(self, dataset, pipe) -> None:
         """Run until told to stop, or until the other end of the pipe is closed."""
+        logger.debug("AsynchronousDataAccessor worker process: %d", os.getpid())
         if sys.platform == "linux":  # start torch's own workers as torch does: not in the way this process was started, but fast
             torch.multiprocessing.set_start_method("fork", force=True)
         try:

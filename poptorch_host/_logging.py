@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from typing import Union
 
 logger = logging.getLogger("poptorch::python")
@@ -16,7 +17,8 @@ class _Console(logging.Handler):
     """Prints to what sys.stderr is now; logging's own handler keeps the stream it was made with."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        print(f"[{clock}.{record.msecs:03.0f}] [{record.name}] [{record.levelname.lower()}] {record.getMessage()}", file=sys.stderr)
 
 
 def setLogLevel(level: Union[str, int]) -> None:
@@ -29,6 +31,4 @@ def setLogLevel(level: Union[str, int]) -> None:
 
 
 setLogLevel(os.environ.get("POPTORCH_LOG_LEVEL", "WARN"))
-_console = _Console()
-_console.setFormatter(logging.Formatter("[%(asctime)s.%(msecs)03d] [%(name)s] [%(levelname)s] %(message)s", "%H:%M:%S"))
-logger.addHandler(_console)
+logger.addHandler(_Console())
