@@ -1,20 +1,18 @@
 """PoplarExecutor: what trainingModel() and inferenceModel() return. It keeps host and device in step as PopTorch does.
 
-Weights go to the device when the model is compiled or attached, and on copyWeightsToDevice(). They come back when they are read:
-training marks the user's tensors as out of date, and the next use of one of them, in any PyTorch call, first copies them all.
+Weights go to the device when the model is compiled or attached, and on copyWeightsToDevice(). They come back when they are read
+(see _user_model.py), on copyWeightsToHost(), and when the device is given up.
 """
 from __future__ import annotations
 
 import collections
-import copy
 import datetime
 import time
-import weakref
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
 
-from . import _checks, _structure, _update, enums, optim, profiling
+from . import _checks, _structure, _update, _user_model, enums, optim, profiling
 from ._arguments import Parser
 from ._device import Device, micro_batches_per_call
 from ._logging import logger
@@ -30,44 +28,6 @@ NOT_OFFERED_METHODS = {
                     "it times transfers between host and IPU"),
 }
 OFFLINE = "Trying to {} an offline device (ConnectionType.Never)"
-
-
-class _Watched:
-    """Mixed into the class of a user's tensor: any PyTorch call on it fetches the weights from the device if need be."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        for tensor in _structure.flatten([args, kwargs]):
-            if isinstance(tensor, _Watched):
-                tensor._fetch()
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    def _fetch(self):
-        executor = self.__dict__["_executor"]()
-        if executor is not None:
-            executor.copyWeightsToHostIfNeeded()
-
-    def _plain(self):
-        """The same memory without this class."""
-        self._fetch()
-        with torch._C.DisableTorchFunctionSubclass():
-            plain = self.detach()
-            return torch.nn.Parameter(plain, self.requires_grad) if isinstance(self, torch.nn.Parameter) else plain
-
-    def __reduce_ex__(self, protocol):  # pickled and copied, it is an ordinary tensor
-        return self._plain().__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo):
-        return copy.deepcopy(self._plain(), memo)
-
-
-class WatchedParameter(_Watched, torch.nn.Parameter):
-    """A parameter of a model that is being trained."""
-
-
-class WatchedBuffer(_Watched, torch.Tensor):
-    """A buffer of a model that is being trained."""
 
 
 class PoplarExecutor:
@@ -101,42 +61,11 @@ class PoplarExecutor:
         self._profiling = profiling.Channel("poptorch.trainingModel" if training else "poptorch.inferenceModel")
         self._profiling.instrument(self, "copyWeightsToHost", "copyWeightsToDevice", "setOptimizer", "compile", "destroy")
         if training:
-            self._watch()
+            _user_model.watch(self._user_model, self)
             self.setOptimizer(optimizer or optim.SGD(self._user_model.parameters(), lr=0.01))
         options._freeze()
 
     # ---- the user's model ------------------------------------------------------------------------------------------
-
-    def _watch(self) -> None:
-        """Let the user's model notice when its weights are read. Its class gets PopTorch's methods and name."""
-        parent = weakref.ref(self)
-
-        class PoptorchModel(type(self._user_model)):
-            def copyWeightsToHostIfNeeded(self):
-                return parent() is not None and parent().copyWeightsToHostIfNeeded()
-
-            def destroy(self):
-                if parent() is not None:
-                    parent().destroy()
-
-            def __reduce_ex__(self, protocol):
-                plain = copy.copy(self.__dict__)
-                return _restore, (type(self).__bases__[0], plain)
-
-        PoptorchModel.__name__ = f"Poptorch{type(self._user_model).__name__}"
-        PoptorchModel._is_poptorch_model = True
-        self._user_model.__class__ = PoptorchModel
-        for tensor in (*self._user_model.parameters(), *self._user_model.buffers()):
-            tensor.__class__ = WatchedParameter if isinstance(tensor, torch.nn.Parameter) else WatchedBuffer
-            tensor._executor = parent
-
-    def _unwatch(self) -> None:
-        if is_wrapped(self._user_model):
-            self._user_model.__class__ = type(self._user_model).__bases__[0]
-        for tensor in (*self._user_model.parameters(), *self._user_model.buffers()):
-            if isinstance(tensor, _Watched):
-                tensor.__class__ = torch.nn.Parameter if isinstance(tensor, torch.nn.Parameter) else torch.Tensor
-                del tensor._executor
 
     @property
     def model(self) -> torch.nn.Module:
@@ -156,7 +85,7 @@ class PoplarExecutor:
         return getattr(self._user_model, name)
 
     def __repr__(self):
-        return module_repr(self._user_model)
+        return _user_model.module_repr(self._user_model)
 
     def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
         """load_state_dict() of the user's model, and the new weights go to the device. Returns what PyTorch returns."""
@@ -324,7 +253,7 @@ class PoplarExecutor:
         if self._training:
             self.copyWeightsToHostIfNeeded()
             self._read_optimizer_state()
-            self._unwatch()
+            _user_model.unwatch(self._user_model)
         self._device = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -402,32 +331,10 @@ class PoplarExecutor:
             raise Error(NOT_COMPILED)
 
 
-def is_wrapped(model: torch.nn.Module) -> bool:
-    """True if `model` is the user's model of a training executor."""
-    return "_is_poptorch_model" in type(model).__dict__
-
-
-def _restore(cls, state):
-    model = cls.__new__(cls)
-    model.__dict__.update(state)
-    return model
-
-
 def _refuse_backward():
     raise Error("backward() cannot be called explicitly on outputs of a PopTorch model. If you're using a trainingModel, the backwards "
                 "pass is performed automatically when invoking the model. If you're using an inferenceModel, you should use a "
                 "trainingModel instead.")
-
-
-def module_repr(module: torch.nn.Module) -> str:
-    """repr() of a module that shows its blocks."""
-    hooks = "".join(f"{hook!r} " for hook in module._forward_pre_hooks.values())
-    lines = module.extra_repr().split("\n") if module.extra_repr() else []
-    children = [f"({name}): " + module_repr(child).replace("\n", "\n  ") for name, child in module._modules.items()]
-    if not children and len(lines) <= 1:
-        return f"{hooks}{module._get_name()}({''.join(lines)})"
-    body = "".join(f"\n  {line}" for line in lines + children)
-    return f"{hooks}{module._get_name()}({body}\n)"
 
 
 def _register(hooks, hook, when):
