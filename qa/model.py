@@ -199,7 +199,8 @@ def load_config(name_or_path: str, token: Optional[str] = None):
             raise UsageError(f"--model_name_or_path {name_or_path}: {name} is {size!r} in its config.json; it should be a whole number "
                              f"from {least} on")
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
-        raise UsageError(f"--model_name_or_path {name_or_path} has {config.position_embedding_type} positions; only absolute ones are built")
+        raise UsageError(f"--model_name_or_path {name_or_path} has {config.position_embedding_type} positions; "
+                         "only absolute ones are built")
     return config
 
 

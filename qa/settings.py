@@ -344,6 +344,7 @@ def _merge(group: type, values: Dict[str, Any], given: argparse.Namespace) -> Tu
 
 def _check_train(s: TrainSettings) -> None:
     _check_windows(s)
+    _check_new_file(s, "trace")
     for name in ("train_file", "validation_file"):
         path = getattr(s, name)
         if path is not None and not Path(path).is_file():
@@ -387,18 +388,25 @@ def _check_infer(s: InferSettings) -> None:
         path = getattr(s, name)
         if path is not None and not Path(path).is_file():
             raise UsageError(f"--{name} {path}: no such file")
-    if s.output_file is not None:
-        path = Path(s.output_file)
-        if path.exists() and not path.is_file():
-            raise UsageError(f"--output_file {path} is no file that can be replaced: name another, or leave it out to print the answers")
-        if not path.parent.is_dir():
-            raise UsageError(f"--output_file {path}: there is no folder {path.parent}; make it, or name another")
+    _check_new_file(s, "output_file")
+    _check_new_file(s, "trace")
     for name in ("question", "context"):
         text = getattr(s, name)
         if text is not None and not text.strip():
             raise UsageError(f"--{name} is empty: give its text")
         if text is not None and re.search("[\ud800-\udfff]", text):  # what Python makes of other bytes on a command line (PEP 383)
             raise UsageError(f"--{name} is not valid UTF-8: give its text in that encoding")
+
+
+def _check_new_file(s: Any, name: str) -> None:
+    """That what is written at the end has a place, since hours may lie before it."""
+    if getattr(s, name) is None:
+        return
+    path = Path(getattr(s, name))
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--{name} {path} is no file that can be replaced: name another")
+    if not path.parent.is_dir():
+        raise UsageError(f"--{name} {path}: there is no folder {path.parent}; make it, or name another")
 
 
 def _check_windows(s: ModelSettings) -> None:

@@ -524,8 +524,10 @@ def test_a_model_folder_of_someone_else_runs_no_code(tmp_path, monkeypatch):
     assert names(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("name, value", [("hidden_size", "abc"), ("num_attention_heads", 0), ("num_hidden_layers", -1), ("pad_token_id", None),
-                                         ("vocab_size", True), ("max_position_embeddings", 1e9)])
+@pytest.mark.parametrize("name, value", [
+    ("hidden_size", "abc"), ("num_attention_heads", 0), ("num_hidden_layers", -1), ("pad_token_id", None), ("vocab_size", True),
+    ("max_position_embeddings", 1e9),
+])
 def test_a_model_of_impossible_size_is_refused_by_name(tmp_path, name, value):
     from qa.model import load_config
 

@@ -92,6 +92,7 @@ TRAIN = [
     ("--demo_data --train_file {tmp}/train.json --validation_file {tmp}/train.json", "--demo_data", "exclude each other"),
     ("--output_dir {tmp}/train.json", "--output_dir", "name a folder"),
     ("--resume_from_checkpoint {tmp}/none", "--resume_from_checkpoint", "no such folder"),
+    ("--trace {tmp}/none/trace.json", "--trace", "make it"),
     ("--compile_only --synthetic_data", "--compile_only", "leave one out"),
     ("--hub_model_id me/model", "--hub_model_id", "--push_to_hub"),
 ]
