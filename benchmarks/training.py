@@ -78,12 +78,12 @@ def shape_job(folder: Path, seed: int, layers: int, questions: int) -> Dict[str,
 
 
 def demo_job(folder: Path, seed: int) -> Dict[str, List[str]]:
-    """The commands of the job `demo`. No window of its is longer than 96 tokens: that is what Trainer pads to."""
+    """The commands of the job `demo`. No window of its is longer than 64 tokens: that is what Trainer pads to."""
     from qa.demo import write_demo
 
     write_demo(folder, seed=seed)
     trainer = ["-m", "benchmarks.trainer", "--model", folder / "model", "--train_file", folder / "train.json", "--batch_size", "32",
-               "--max_seq_length", "96", "--doc_stride", "32", "--num_train_epochs", "3", "--learning_rate", "2e-3"]
+               "--max_seq_length", "64", "--doc_stride", "16", "--num_train_epochs", "3", "--learning_rate", "2e-3"]
     return {
         PADDED: trainer,
         BEST: [*trainer, "--best"],
