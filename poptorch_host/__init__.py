@@ -11,7 +11,7 @@ from ._dataloader import AsynchronousDataAccessor, DataLoader
 from ._logging import setLogLevel
 from ._poplar_executor import EXECUTABLE, PoplarExecutor, registerPostCompileHook, registerPreCompileHook
 from ._structure import ICustomArgParser, registerCustomArgParser
-from ._user_model import is_wrapped
+from ._user_model import is_wrapped, module_repr  # noqa: F401
 from .blocks import BeginBlock, Block, BlockFunction, LegacyBeginBlockFn, PipelinedExecution, ShardedExecution, Stage, removeBlocks
 from .enums import *  # noqa: F401,F403
 from .options import Options, TensorLocationSettings

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import _structure
+from .poptorch_core import NotOffered
 
 
 class _Watched:
@@ -32,6 +33,10 @@ class _Watched:
         with torch._C.DisableTorchFunctionSubclass():
             plain = self.detach()
             return torch.nn.Parameter(plain, self.requires_grad) if isinstance(self, torch.nn.Parameter) else plain
+
+    def replicaGrouping(self, *args, **kwargs):
+        """PopTorch's way to give groups of replicas weights of their own: always NotOffered."""
+        raise NotOffered("Parameter.replicaGrouping", "every replica has the same weights")
 
     def __reduce_ex__(self, protocol):  # pickled and copied, it is an ordinary tensor
         return self._plain().__reduce_ex__(protocol)

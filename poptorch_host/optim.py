@@ -138,7 +138,11 @@ class Adam(Optimizer, torch.optim.Adam):
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), with or without bias correction."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), with or without bias correction.
+
+    PopTorch documents `bias_correction`, but 3.4's compiler gives PopART the same corrected Adam either way (CompilerImpl.cpp,
+    OptimizerType::ADAMW_NO_BIAS). Here False means what is documented: leave it True for the same weights on an IPU.
+    """
 
     _own = ("loss_scaling", "bias_correction", "accum_type", "first_order_momentum_accum_type",
             "second_order_momentum_accum_type", "max_grad_norm")
