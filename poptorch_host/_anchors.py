@@ -34,7 +34,7 @@ class Anchors:
             if mode == enums.OutputMode.EveryN and options.device_iterations % period:
                 raise Error(f"The output return period ({period}) of the anchor '{short}' must be a divisor of "
                             f"poptorch.Options().deviceIterations ({options.device_iterations})")
-        self._latest: Dict[str, torch.Tensor] = {}  # gradients of the last micro-batch
+        self._latest: Dict[str, torch.Tensor] = {}  # gradients of a micro-batch
         self._outputs: Dict[str, Outputs] = {}
 
     def __bool__(self):
@@ -47,6 +47,7 @@ class Anchors:
             # the product is a new tensor: autograd goes on to accumulate in the one it gave us
             return lambda gradient: self._latest.__setitem__(name, gradient.float() * factor)
 
+        self._latest = {}
         self._outputs = {short: Outputs(mode, period) for short, (_, mode, period) in self._wanted.items()}
         hooks = [weight.working.register_hook(keep(name)) for name, weight in self._weights.items()]
         try:

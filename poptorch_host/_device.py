@@ -253,6 +253,8 @@ class Device:
         synthetic = options._Popart.options.get("syntheticDataMode", 0)
         micro_batch = arguments.micro_batches(_synthetic if synthetic else _computed, micro_batches_per_call(options))
         outputs = Outputs(options.output_mode, options.output_return_period)
+        for weight, _ in self.trained:
+            weight.take_gradient()  # of a call that was interrupted
         with self._installed(), torch.set_grad_enabled(self.training), self.casts(), self._anchoring() as anchors:
             for iteration in range(options.device_iterations):
                 for step in range(accumulation):

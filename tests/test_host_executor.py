@@ -377,6 +377,37 @@ def test_sharded_execution_needs_no_accumulation():
     poptorch.trainingModel(Net(ipus=(0, 1)), opts)(*data(2))
 
 
+def test_an_interrupted_call_leaves_no_gradient_behind():
+    model = Net()
+    reference = copy.deepcopy(model)
+    executor = poptorch.trainingModel(model, options(1, 2), torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = data(4)
+    executor.compile(x, y)
+    calls = []
+
+    def fail_second_time(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    hook = model.second.register_forward_hook(fail_second_time)
+    with pytest.raises(KeyboardInterrupt):
+        executor(x, y)
+    hook.remove()
+    executor(x, y)
+    train_plainly(reference, torch.optim.SGD(reference.parameters(), lr=0.1), x, y, 1, 2, 1)
+    torch.testing.assert_close(model.second.weight.data, reference.second.weight.data)
+
+
+def test_an_anchor_that_the_loss_does_not_depend_on_is_refused():
+    model = Net()
+    model.unused = torch.nn.Linear(2, 2)
+    opts = options()
+    opts.anchorTensor("anchor", "Gradient___unused.weight")
+    with pytest.raises(poptorch.Error, match="does not depend on this parameter"):
+        poptorch.trainingModel(model, opts)(*data(2))
+
+
 def test_shapes_are_fixed_and_options_frozen():
     model = Net()
     opts = options(2)
