@@ -38,8 +38,9 @@ class IPUConfig:
     head_ipu: Optional[int] = flag(None, "IPU of the QA head (default: the last)", type=int, min=0)
     replication_factor: Union[int, Dict[str, int]] = flag(
         {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "default": 1}, "pipelines trained in parallel", type=int, min=1)
-    gradient_accumulation_steps: Union[int, Dict[str, int]] = flag(32, "micro-batches of a weight update on each replica", type=int, min=1)
-    device_iterations: int = flag(1, "weight updates in one call of the device", type=int, min=1)
+    gradient_accumulation_steps: Union[int, Dict[str, int]] = flag(
+        32, "micro-batches of a weight update on each replica", type=int, min=1, max=65_536)
+    device_iterations: int = flag(1, "weight updates in one call of the device", type=int, min=1, max=65_536)
     matmul_proportion: Union[float, List[float]] = flag(
         0.25, "share of an IPU's memory offered to matrix multiplications as temporary, one number or one for each IPU",
         type=float, nargs="+", min=0.0, max=1.0)
@@ -58,7 +59,8 @@ class IPUConfig:
     inference_layers_per_ipu: Optional[List[int]] = flag(None, "layers_per_ipu of the inference pipeline", type=int, nargs="+", min=-1)
     inference_ipus_per_replica: Optional[int] = flag(None, "ipus_per_replica of the inference pipeline", type=int, min=1)
     inference_replication_factor: Union[int, Dict[str, int], None] = flag(None, "pipelines that answer in parallel", type=int, min=1)
-    inference_device_iterations: int = flag(5, "micro-batches of one inference call; at least the number of pipeline stages", type=int, min=1)
+    inference_device_iterations: int = flag(
+        5, "micro-batches of one inference call; at least the number of pipeline stages", type=int, min=1, max=65_536)
     inference_matmul_proportion: Union[float, List[float], None] = flag(
         None, "matmul_proportion of the inference pipeline", type=float, nargs="+", min=0.0, max=1.0)
     inference_embedding_serialization_factor: Optional[int] = flag(

@@ -80,6 +80,7 @@ TRAIN = [
     ("--layers_per_ipu 0 -4 4", "--layers_per_ipu -4", "at least -1"),
     ("--replication_factor 0", "--replication_factor 0", "at least 1"),
     ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0", "at least 1"),
+    ("--gradient_accumulation_steps 1000000000000", "--gradient_accumulation_steps 1000000000000", "at most 65536"),
     ("--device_iterations 0", "--device_iterations 0", "at least 1"),
     ("--embedding_serialization_factor 0", "--embedding_serialization_factor 0", "at least 1"),
     ("--ipu_config {tmp}/none.json", "--ipu_config", "name a local ipu_config.json"),
