@@ -99,30 +99,28 @@ class OptionsDict:
 
     def _freeze(self, frozen: bool = True):
         for part in (self, *self.__dict__.values()):
-            if isinstance(part, (OptionsDict, _PopartOptions)):
+            if isinstance(part, OptionsDict):
                 part.__dict__["_is_frozen"] = frozen
 
     def _unfreeze(self):
         self._freeze(False)
 
 
-class _PopartOptions:
+class _PopartOptions(OptionsDict):
     """Options of the PopART compiler, by PopART's names; kept for inspection."""
 
     def __init__(self) -> None:
-        self.__dict__.update(_is_frozen=False, options={})
-        self.set("instrumentWithHardwareCycleCounter", False)
-        self.set("rearrangeAnchorsOnHost", False)
+        super().__init__(instrumentWithHardwareCycleCounter=False, rearrangeAnchorsOnHost=False)
 
-    def checkIsFrozen(self, option: Optional[str] = None) -> None:
-        """AttributeError if the options are frozen."""
-        if self._is_frozen and option != "_is_frozen":
-            raise AttributeError(FROZEN)
+    @property
+    def options(self) -> Dict[str, Any]:
+        """The options by name."""
+        return self._values
 
     def set(self, key: str, value: Union[int, float, str, List[str], Set[str]]) -> "_PopartOptions":
         """Keep one of popart.SessionOptions' options; a name PopART does not have is refused when a model is compiled."""
         self.checkIsFrozen()
-        self.options[key] = value
+        self._values[key] = value
         return self
 
     def setEngineOptions(self, engine_options: Dict[str, str]) -> "_PopartOptions":
@@ -134,14 +132,6 @@ class _PopartOptions:
         assert isinstance(level, int)
         assert isinstance(patterns, dict)
         return self.set("patterns_level", level).set("patterns", patterns)
-
-    def __deepcopy__(self, memo):
-        other = _PopartOptions()
-        other.options.update(copy.deepcopy(self.options, memo))
-        return other
-
-    def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
 
 
 class _JitOptions(OptionsDict):
