@@ -98,6 +98,38 @@ def test_gradient_clipping_is_by_the_joint_norm():
     torch.testing.assert_close(model.layer.weight.data, reference.layer.weight.data, rtol=1e-4, atol=1e-5)
 
 
+def test_an_attribute_that_an_optimizer_gets_later_is_reported_once(caplog):
+    model = Regression()
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer.known = 1
+    executor = poptorch.trainingModel(model, poptorch.Options(), optimizer)
+    optimizer.param_groups[0]["learning_rate"] = 0.2  # a mistake: the device reads "lr"
+    for _ in range(2):
+        executor.setOptimizer(optimizer)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Ignoring unexpected group 0 attribute in AdamW optimizer: ['learning_rate']"]
+
+
+def test_transfers_are_logged_where_they_happen(capfd):
+    model = Regression()
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
+    executor = poptorch.trainingModel(model, poptorch.Options(), optimizer)
+    poptorch.setLogLevel("DEBUG")
+    try:
+        executor(torch.ones(3, 4))
+        assert "Writing weights from host to IPU memory" in capfd.readouterr().err
+        executor(torch.ones(3, 4))
+        assert "Writing" not in capfd.readouterr().err
+        model.layer.weight.sum()
+        optimizer.state_dict()
+        log = capfd.readouterr().err
+        assert log.index("[debug] Writing weights from IPU to host") < log.index("Writing optimiser state tensors from IPU to host.")
+    finally:
+        poptorch.setLogLevel("WARN")
+    with pytest.raises(ValueError, match="Unknown log level"):
+        poptorch.setLogLevel("LOUD")
+
+
 # ---- data loader -------------------------------------------------------------------------------------------------------
 
 
