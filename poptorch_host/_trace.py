@@ -63,7 +63,7 @@ class HalfCasts(TorchFunctionMode):
 
     def _cast(self, func, name, mixed, args, kwargs):
         self.needed = True
-        kind = args[0].dtype if name in WEIGHTED else torch.float32
+        kind = flatten([args, kwargs])[0].dtype if mixed and name in WEIGHTED else torch.float32
         args, kwargs = map_tensors(lambda t: t.to(kind) if t.dtype in (self.half, torch.float32) else t, [args, kwargs])
         out = func(*args, **kwargs)
         return out if mixed else map_tensors(lambda t: t.to(self.half) if t.dtype == torch.float32 else t, out)
