@@ -20,6 +20,7 @@ from ._logging import logger
 from ._outputs import Outputs
 from .poptorch_core import Error
 
+PIECE = 1 << 20  # numbers converted at a time: what stays in a processor's cache
 
 
 @functools.lru_cache(maxsize=None)
@@ -80,7 +81,7 @@ class Weight:
             if self.gradient is None:
                 self.gradient = gradient.float()
             else:
-                self.gradient.add_(gradient)
+                _add(self.gradient, gradient)
 
     def take_gradient(self) -> Optional[torch.Tensor]:
         """The update's gradient, float32, or None if the loss does not depend on the weight; forgets it."""
@@ -298,6 +299,14 @@ class Device:
         if training.accumulation_and_replication_reduction_type == enums.ReductionType.Sum:
             return 1.0
         return 1.0 / (training.gradient_accumulation * self.options.replication_factor)
+
+
+def _add(total: torch.Tensor, part: torch.Tensor) -> None:
+    """total += part, which is of another type. In pieces: PyTorch converts what it adds into a new tensor, and one as large as an
+    embedding's gradient takes five times as long to come from memory as from the cache (measured, 50,265 x 768)."""
+    rows = max(1, PIECE * len(part) // part.numel()) if part.numel() > PIECE else 0
+    for piece, of in zip(total.split(rows), part.split(rows)) if rows else [(total, part)]:
+        piece.add_(of)
 
 
 def seeded(seed: int) -> torch.Tensor:
