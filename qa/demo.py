@@ -13,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from string import Formatter
 
+from ipu_options.errors import RunError
+from qa.files import system_error
+
 # A topic is one sentence about the person, in several wordings that state the same facts; {slots} are filled from FACTS.
 OPENING = (
     "{name} was born in {birthplace} in {birth_year}.",
@@ -93,9 +96,18 @@ VOCABULARY_SIZE = 2000
 
 
 def use_demo_data(settings):
-    """Write the demo below settings.output_dir and return the settings that read it like any other data and model."""
+    """Write the demo below settings.output_dir and return the settings that read it like any other data and model.
+
+    Raises RunError where it cannot be written.
+    """
     folder = Path(settings.output_dir) / "demo_data"
-    write_demo(folder, seed=settings.seed, version_2_with_negative=settings.version_2_with_negative)
+    try:
+        write_demo(folder, seed=settings.seed, version_2_with_negative=settings.version_2_with_negative)
+    except Exception as error:  # the tokenizer's and safetensors' writers have errors of their own
+        reason = system_error(error)
+        if reason is None:
+            raise
+        raise RunError(f"{folder}: the demo's files cannot be written ({reason}); make room there or name another --output_dir") from error
     return replace(settings, train_file=str(folder / "train.json"), validation_file=str(folder / "validation.json"),
                    model_name_or_path=str(folder / "model"), dataset_name=None)
 

@@ -1,12 +1,15 @@
 """The demo's files: what they promise, and that the ordinary code reads them."""
 import json
+import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
+from ipu_options.errors import RunError
 from qa.data import load_examples
-from qa.demo import write_demo
+from qa.demo import use_demo_data, write_demo
 
 
 @pytest.mark.parametrize("version_2", [False, True])
@@ -33,3 +36,13 @@ def test_demo(tmp_path, version_2):
     assert model.config.num_hidden_layers == 4 and len(tokenizer) <= model.config.vocab_size
     tokens = tokenizer(examples["question"][:], examples["context"][:])["input_ids"]
     assert max(map(len, tokens)) < 80
+
+
+def test_a_disk_that_takes_no_more_is_named_in_one_line(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(RunError, match=f"^{tmp_path}/demo_data: the demo's files cannot be written \\(File too large\\); .* --output_dir$"):
+            use_demo_data(SimpleNamespace(output_dir=tmp_path, seed=1, version_2_with_negative=False))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
