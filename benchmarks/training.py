@@ -74,7 +74,7 @@ def shape_job(folder: Path, seed: int, layers: int, questions: int) -> Dict[str,
         BEST: [*trainer, "--best"],
         OURS: ["train.py", "--pack", "--model_name_or_path", folder / "model", "--train_file", folder / "train.jsonl",
                "--validation_file", folder / "validation.jsonl", "--num_train_epochs", "1", "--warmup_ratio", "0.1", "--seed", seed,
-               "--micro_batch_size", "4", "--gradient_accumulation_steps", "8", *ONE_IPU],
+               "--micro_batch_size", "8", "--gradient_accumulation_steps", "4", *ONE_IPU],
     }
 
 

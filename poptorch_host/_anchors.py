@@ -45,7 +45,7 @@ class Anchors:
         """Keep gradients while the context lasts, times `factor`; after each micro-batch `add` is to be called."""
         def keep(name):
             # the product is a new tensor: autograd goes on to accumulate in the one it gave us
-            return lambda gradient: self._latest.__setitem__(name, gradient.float() * factor)
+            return lambda gradient: self._latest.__setitem__(name, gradient.to_dense().float() * factor)
 
         self._latest = {}
         self._outputs = {short: Outputs(mode, period) for short, (_, mode, period) in self._wanted.items()}

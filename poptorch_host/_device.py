@@ -54,7 +54,7 @@ class Weight:
             self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
         self.has_copy = host.dtype == torch.float16
         self.replicas: List[torch.Tensor] = [self.working]  # of a buffer that every replica changes for itself: one each
-        self.gradient: Optional[torch.Tensor] = None  # accumulated in float32, where `working` is a copy
+        self.gradient: Optional[torch.Tensor] = None  # accumulated in the type of `value`, where autograd cannot do so in place
 
     def upload(self) -> None:
         """Host to device."""
@@ -76,16 +76,21 @@ class Weight:
 
     def accumulate(self) -> None:
         """Add a micro-batch's gradient to the update's, where autograd has not done so in place."""
-        if self.has_copy and self.working.grad is not None:
-            gradient, self.working.grad = self.working.grad, None
-            if self.gradient is None:
-                self.gradient = gradient.float()
-            else:
-                _add(self.gradient, gradient)
+        gradient = self.working.grad
+        if gradient is None or not (self.has_copy or gradient.is_sparse):
+            return
+        self.working.grad = None
+        if gradient.is_sparse:
+            self.gradient = torch.zeros_like(self.value) if self.gradient is None else self.gradient
+            self.gradient.index_add_(0, gradient._indices()[0], gradient._values().to(self.gradient.dtype))
+        elif self.gradient is None:
+            self.gradient = gradient.float()
+        else:
+            _add(self.gradient, gradient)
 
     def take_gradient(self) -> Optional[torch.Tensor]:
-        """The update's gradient, float32, or None if the loss does not depend on the weight; forgets it."""
-        gradient = self.gradient if self.has_copy else self.working.grad
+        """The update's gradient, or None if the loss does not depend on the weight; forgets it."""
+        gradient = self.working.grad if self.gradient is None else self.gradient
         self.gradient = self.working.grad = None
         return gradient
 
@@ -101,6 +106,7 @@ class Device:
         with torch._C.DisableTorchFunctionSubclass():
             self.weights = {id(t): Weight(name, t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         self.slots = list(self._find_slots())
+        self.embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and not m.scale_grad_by_freq] if training else []
         self.replicated: List[tuple] = []  # those slots that hold another tensor in each replica
         self.anchors = Anchors(options, list(self.weights.values()), training)
         self.trace: Optional[_trace.Trace] = None
@@ -121,11 +127,15 @@ class Device:
 
     @contextlib.contextmanager
     def _installed(self):
-        """Let the model hold the device's tensors and draw the device's random numbers, and no one else's."""
+        """Let the model hold the device's tensors and draw the device's random numbers, and no one else's. Embeddings give the
+        gradients of the rows that were looked up: a dense one is zeros for a whole vocabulary, in every micro-batch."""
         host_rng = torch.get_rng_state()
+        sparse = [embedding.sparse for embedding in self.embeddings]
         held = [container[key] for container, key, _ in self.slots]
         for container, key, weight in self.slots:
             container[key] = weight.working
+        for embedding in self.embeddings:
+            embedding.sparse = True
         torch.set_rng_state(self.rng)
         ops._running = True
         try:
@@ -136,6 +146,8 @@ class Device:
             torch.set_rng_state(host_rng)
             for (container, key, _), tensor in zip(self.slots, held):
                 container[key] = tensor
+            for embedding, was in zip(self.embeddings, sparse):
+                embedding.sparse = was
 
     def compile(self, arguments) -> None:
         """Trace the model with one micro-batch. Nothing the trace does to buffers or random numbers lasts."""

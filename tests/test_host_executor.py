@@ -127,6 +127,43 @@ def test_an_anchored_gradient_is_each_micro_batchs_own(mode):
         torch.testing.assert_close(executor.getAnchoredTensor("bias"), last.reshape(-1))
 
 
+class Lookup(torch.nn.Module):
+    """Scores of the next token from an embedding, through the same weights again if `tied`."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(11, 4)
+        self.out = torch.nn.Linear(4, 11)
+        if tied:
+            self.out.weight = self.embedding.weight
+
+    def forward(self, x, target):
+        scores = self.out(self.embedding(x))
+        return scores, poptorch.identity_loss(torch.nn.functional.cross_entropy(scores.float(), target), reduction="none")
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embeddings_gradient_is_that_of_plain_pytorch(tied, half):
+    torch.manual_seed(0)
+    x, y = torch.randint(0, 5, (48,)), torch.randint(0, 11, (48,))  # tokens come again; those from 5 on never come
+    model = Lookup(tied)
+    if half:
+        model.half()
+    plain = copy.deepcopy(model).float()
+    first = gradients_plainly(plain, plain.embedding.weight, x[:24], y[:24], 3)
+    train_plainly(plain, torch.optim.SGD(plain.parameters(), lr=0.5), x, y, 2, 3, 1)
+    opts = options(1, 3, mode=poptorch.OutputMode.All)
+    opts.anchorTensor("embedding", "Gradient___embedding.weight")
+    executor = poptorch.trainingModel(model, opts, poptorch.optim.SGD(model.parameters(), lr=0.5))
+    executor(x[:24], y[:24])
+    close = dict(rtol=0.02, atol=0.005) if half else {}
+    torch.testing.assert_close(executor.getAnchoredTensor("embedding").view_as(first), first, **close)
+    executor(x[24:], y[24:])
+    torch.testing.assert_close(model.embedding.weight.detach().float(), plain.embedding.weight.detach(), **close)
+    assert not model.embedding.sparse
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_an_anchor_shows_the_update_whose_gradient_is_not_finite_and_changes_nothing(half):
     def train(anchored):
