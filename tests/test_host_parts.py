@@ -267,3 +267,21 @@ def test_dropout_mask_keeps_the_right_share_and_the_mean():
     mask = kernels.keep_mask(torch.empty(1001, 999), 0.1)
     assert abs(float((mask == 0).float().mean()) - 0.1) < 1e-3
     assert abs(float(mask.mean()) - 1) < 1e-3 and torch.equal(mask.unique(), torch.tensor([0.0, 1 / 0.9]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_as_many_as_it_says_and_scales_them(dtype, p):
+    like = torch.ones(1000, 333, dtype=dtype)
+    torch.manual_seed(0)
+    first, second = kernels.dropout(like, p), kernels.dropout(like, p)
+    torch.manual_seed(0)
+    assert torch.equal(kernels.dropout(like, p), first) and not torch.equal(first, second)
+    assert set(first.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - p), dtype=dtype))}
+    five_sigma = 5 * (p * (1 - p) / like.numel()) ** 0.5
+    kept = [(mask > 0).double() for mask in (first, second)]
+    assert abs(float(kept[0].mean()) - (1 - p)) < five_sigma and abs(float(kept[1].mean()) - (1 - p)) < five_sigma
+    together = float((kept[0] * kept[1]).mean())  # independent of each other, and of their neighbours
+    neighbours = float((kept[0][:, 1:] * kept[0][:, :-1]).mean())
+    assert abs(together - (1 - p) ** 2) < 2 * five_sigma and abs(neighbours - (1 - p) ** 2) < 2 * five_sigma
+    assert kernels.dropout(like, p, training=False) is like
