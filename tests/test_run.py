@@ -106,9 +106,10 @@ def work(pipe):
     for word in iter(pipe.recv, None):
         pipe.send(word)
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born with it ignored
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     with workers_ignore_interrupt():
-        worker = multiprocessing.get_context("spawn").Process(target=work, args=(theirs,))
+        worker = multiprocessing.get_context("spawn").Process(target=work, args=(theirs,), daemon=True)
         worker.start()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for turn in range(2):
