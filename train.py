@@ -1,196 +1,168 @@
 #!/usr/bin/env python3
-"""Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host where there is none.
+"""Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host.
 
-    python train.py --config demo      a whole run in two minutes: its own data, tokenizer and model, nothing to download
-    python train.py                    roberta-base on SQuAD v1 on 4 IPUs
-    python train.py --plan             what that would take: memory, balance and speed, with no IPU booked
+    python train.py --config demo      a whole run in two minutes; it needs no download
+    python train.py                    roberta-base on SQuAD v1, on 4 IPUs
+    python train.py --plan             what that would take: memory, balance and speed
 
-The job stands here from top to bottom: qa/ holds its parts, ipu_options/ says how it is mapped to IPUs. torch and all that
-builds on it is imported after the flags are checked, so that --help and a refusal take no time.
+`fine_tune` is the whole job, from top to bottom. Its parts are in qa/ (data, model, answers, run),
+and ipu_options/ says how the job is mapped to IPUs.
 """
-import math
 import sys
 import time
-from dataclasses import asdict, replace
 from functools import partial
 
 from ipu_options.config import inference_pipeline, training_pipeline
-from ipu_options.errors import RunError, run_script
-from ipu_options.plan.flags import add_plan_flags, check_plan_flags
+from ipu_options.errors import run_script
 from ipu_options.popvision import Spans, profiling_environment
-from qa.settings import MUST_MATCH, Parser, check_row_length, parse_train, write_qa_settings
+from qa.planning.flags import TrainPlanSettings
+from qa.settings import check_row_length, parse_train
 
 
-def main():
-    parser = Parser("train.py", "Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host.")
-    parser.add_argument("--plan", action="store_true", help="print what the run would take on IPUs, and do nothing else")
-    add_plan_flags(parser)
-    s, ipu_config, given = parse_train(parser=parser)
-    check_plan_flags(given)
-    if hasattr(given, "plan"):
-        from qa.plan import show_plan
-        return show_plan(s, ipu_config, given)
-    for phase in ("training", "inference"):  # PopVision's environment must stand before PopTorch is imported
-        profiling_environment(s.profile_dir, phase, {**asdict(s), **ipu_config.to_dict()})
+def main(argv=None):
+    """Run the command line `argv`, by default the process's own; returns the exit status."""
+    settings, ipu_config, planning = parse_train(argv, TrainPlanSettings)
+    if planning.plan:
+        from qa.planning.commands import show_plan
+        return show_plan(settings, ipu_config, planning)
+    planning.refuse_without_plan()
+    profiling_environment(settings, ipu_config, "training", "inference")
+
+    from qa.run.process import StopSignals, output_lock
+    with output_lock(settings.output_dir), StopSignals() as stop, Spans("train", settings) as spans:
+        return fine_tune(settings, ipu_config, stop, spans)
+
+
+def fine_tune(settings, ipu_config, stop, spans):
+    """Train, evaluate and save one model; returns the exit status.
+
+    stop: the signals that ask the run to save and end.  spans: names its phases for PopVision.
+    """
+    # 0. Imports, here because every process of the data loader imports this file once more.
     import torch
-
-    from ipu_options import poptorch
-    from qa.demo import use_demo_data
-    from qa.hub import check_login
-    from qa.model import load_config, load_tokenizer
-    from qa.run import StopSignals, output_lock
-
-    print(f"PopTorch: {poptorch.__name__} {poptorch.__version__}, torch {torch.__version__}")
-    if s.push_to_hub:
-        check_login(s.hub_token)
-    s = use_demo_data(s) if s.demo_data else s
-    config = load_config(s.model_name_or_path, s.hub_token)
-    check_row_length(s, config)
-    training = training_pipeline(ipu_config, config.num_hidden_layers, s.pod_type)
-    inference = inference_pipeline(ipu_config, config.num_hidden_layers, s.pod_type)
-    tokenizer = load_tokenizer(s.tokenizer_name or s.model_name_or_path, s.hub_token)
-    with output_lock(s.output_dir), StopSignals() as stop, Spans("train", s.trace, s.profile_dir is not None) as spans:
-        return fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans)
-
-
-def fine_tune(s, ipu_config, config, tokenizer, training, inference, stop, spans):
-    from tqdm import tqdm
     from transformers import set_seed
 
     from ipu_options import poptorch
-    from ipu_options.options import training_options, watched_gradient
-    from qa import checkpoint, hub
-    from qa.inference import InferencePipeline
-    from qa.model import LAST_GRADIENT, RobertaForSpans, save_model, set_weights, weights_of
-    from qa.optimizer import make_schedule
-    from qa.report import describe_rows, log_line, show_predictions
-    from qa.rows import TrainingRows, collate, packed_accumulation, windows_per_row
-    from qa.run import explain_nonfinite, find_nonfinite, workers_ignore_interrupt, write_run_record
-    from qa.training import evaluate_answers, model_and_optimizer, questions_and_windows
+    from ipu_options.options import mean_loss, training_options, watched_gradient
+    from qa.answers.evaluation import Evaluation
+    from qa.data.demo import use_demo_data
+    from qa.data.loader import open_loader
+    from qa.data.packing import for_packed_rows
+    from qa.data.rows import TrainingRows
+    from qa.data.windows import load_questions
+    from qa.model.optimizer import make_optimizer, make_schedule
+    from qa.model.parallelize import LAST_GRADIENT, parallelize, weights_of
+    from qa.model.pretrained import load_config, load_model, load_tokenizer, write_checkpoint_files
+    from qa.run import hub
+    from qa.run.checkpoint import Checkpoints, Training, restore
+    from qa.run.nonfinite import NonfiniteGuard
+    from qa.run.progress import Progress, describe_rows
+    from qa.run.record import write_run_record
 
+    # 1. What is trained, and where: the model, and its blocks on the IPUs of both pipelines.
     begin = time.perf_counter()
-    print(training.layout.table())
-    examples, eval_examples, windows, eval_windows = questions_and_windows(s, tokenizer)
+    print(f"PopTorch: {poptorch.__name__} {poptorch.__version__}, torch {torch.__version__}")
+    if settings.push_to_hub:
+        hub.check_login(settings.hub_token)
+    if settings.demo_data:
+        settings = use_demo_data(settings)
+    model_config = load_config(settings.model_name_or_path, settings.hub_token)
+    check_row_length(settings, model_config)
+    layers = model_config.num_hidden_layers
+    pipeline = training_pipeline(ipu_config, layers, settings.pod_type)
+    evaluation_pipeline = inference_pipeline(ipu_config, layers, settings.pod_type)
+    tokenizer = load_tokenizer(settings.tokenizer_name or settings.model_name_or_path,
+                               settings.hub_token)
+    print(pipeline.layout.table())
 
-    # Windows -> rows. A packed row holds several, so fewer micro-batches give an update the windows it is meant to have.
-    # The rows of the whole run, epoch after epoch, are one data set; a resumed run starts in the middle of it.
-    room = s.max_windows_per_row if s.pack else 1
-    accumulation = packed_accumulation(training.config.gradient_accumulation_steps, minimum=training.layout.min_gradient_accumulation(),
-                                       windows_per_row=windows_per_row(windows.lengths, s.max_seq_length, room))
-    ipu = replace(training.config, gradient_accumulation_steps=accumulation)
-    plan = dict(row_length=s.max_seq_length, max_windows_per_row=room, pad_token_id=config.pad_token_id, seed=s.seed,
-                micro_batch_size=s.micro_batch_size, micro_batches_per_update=accumulation * ipu.replication_factor,
-                updates_per_step=ipu.device_iterations, epochs=s.num_train_epochs, max_steps=s.max_steps or -1)
-    same = {**plan, "data": windows.fingerprint, **{name: getattr(s, name) for name in MUST_MATCH}}
-    saved = checkpoint.open_run(s.output_dir, s.resume_from_checkpoint, s.overwrite_output_dir, same)
-    step, losses = (saved.step, saved.progress["losses"]) if saved else (0, [])
-    rows = TrainingRows(windows, **plan, first_step=step)
-    print(describe_rows(rows, len(examples), s.micro_batch_size, ipu))
-    write_run_record(s.output_dir, settings=asdict(s), ipu_config=ipu.to_dict(), data_fingerprint=windows.fingerprint,
-                     resumed_from=str(saved.folder) if saved else None)
+    # 2. Questions -> windows -> rows. A packed row holds several windows, so fewer micro-batches
+    # give an update its number of windows. The rows of all epochs are one data set.
+    questions, eval_questions = load_questions(settings, tokenizer)
+    pipeline = for_packed_rows(pipeline, questions.windows.lengths, settings)
+    rows = TrainingRows.of_run(settings, pipeline.config, model_config, questions.windows)
+    print(describe_rows(rows, len(questions.examples), settings, pipeline.config))
 
-    # PopTorch: the annotated model, its options and optimizer, compiled for one combined batch.
-    set_seed(s.seed)
-    model, optimizer = model_and_optimizer(s, config, replace(training, config=ipu), saved)
-    schedule = make_schedule(optimizer, s.lr_scheduler_type, int(s.warmup_ratio * rows.total_steps), rows.total_steps, step)
-    options = training_options(ipu, seed=s.seed, watched=LAST_GRADIENT, watch=s.watch_gradients, compile_only=s.compile_only,
-                               synthetic_data=s.synthetic_data, ipu_model=s.ipu_model, profile_dir=s.profile_dir)
+    # 3. From the beginning, or from a checkpoint of a run that was stopped.
+    checkpoints = Checkpoints.of_run(settings, rows)
+    saved = checkpoints.open(settings.resume_from_checkpoint, settings.overwrite_output_dir)
+    step = saved.step if saved else 0
+    rows = rows.starting_at(step)
+    write_run_record(settings, pipeline.config, rows, saved)
+
+    # 4. The model on the IPUs: annotated, in its precision, compiled for one combined batch.
+    set_seed(settings.seed)
+    model = load_model(saved.folder if saved else settings.model_name_or_path, model_config,
+                       settings.hub_token).train()
+    parallelize(
+        model, pipeline.layout,
+        recompute_checkpoint_every_layer=pipeline.config.recompute_checkpoint_every_layer,
+        embedding_serialization_factor=pipeline.config.embedding_serialization_factor)
+    if settings.precision == "float16":
+        model.half()
+    optimizer = make_optimizer(model, settings, pipeline.config)
+    schedule = make_schedule(optimizer, settings, rows.total_steps, steps_done=step)
+    options = training_options(pipeline.config, settings, seed=settings.seed,
+                               watched=LAST_GRADIENT, watch=settings.watch_gradients)
     training_model = poptorch.trainingModel(model, options, optimizer)
-    training_model.compile(**rows.__getitems__(range(rows.rows_per_step)))
-    evaluation = InferencePipeline(RobertaForSpans(config), inference, s)
-    if s.compile_only:
-        evaluation.compile(eval_windows)
-        print(f"compiled for an offline target in {time.perf_counter() - begin:.0f} s; nothing was run")
+    training_model.compile(**rows.first_batch())
+    evaluation = Evaluation(settings, model_config, evaluation_pipeline, eval_questions)
+    if settings.compile_only:
+        evaluation.compile()
+        print(f"compiled in {time.perf_counter() - begin:.0f} s; nothing was run")
         return 0
     if saved:
-        optimizer.load_state_dict(saved.optimizer)
-        training_model.setOptimizer(optimizer)
-        training_model.rng_state = saved.rng_state
-        checkpoint.set_random_state(saved.random_state)
+        restore(saved, training_model, optimizer)
 
-    def write_model(folder):
-        save_model(model, folder)
-        tokenizer.save_pretrained(folder)
-        ipu_config.write(folder)
-        write_qa_settings(s, folder)
-
-    def save():
-        with spans("save"):
-            training_model.copyWeightsToHost()
-            checkpoint.save_checkpoint(s.output_dir, step, write_model, optimizer=optimizer.state_dict(),
-                                       rng_state=training_model.rng_state, save_total_limit=s.save_total_limit,
-                                       progress={"must_match": same, "losses": losses[-200:]})
-
-    def evaluate():
-        with spans("evaluate"):
-            if training_model.isAttachedToDevice():
-                training_model.detachFromDevice()  # frees the IPUs and brings the weights to the host
-            set_weights(evaluation.model, weights_of(model))
-            return evaluate_answers(evaluation, eval_windows, eval_examples, s.output_dir, step, step / rows.steps_per_epoch)
-
-    # The loop. A step is one call of the device: one combined batch, device_iterations weight updates.
-    loader = None
-    if step < rows.total_steps:  # a run killed after its last step has nothing left to load
-        with workers_ignore_interrupt():
-            loader = poptorch.DataLoader(options, rows, batch_size=s.micro_batch_size, collate_fn=collate,
-                                         num_workers=s.dataloader_num_workers, mode=poptorch.DataLoaderMode.Async)
-    batches = iter(loader or ())
-    bar = tqdm(total=rows.total_steps, initial=step, desc="Training", unit="step", dynamic_ncols=True)
-    losses_in_a_sum = accumulation * ipu.device_iterations if ipu.output_mode == "sum" else 1
-    clock, seen, went_back, stopping = time.perf_counter(), 0, None, stop.requested
-    while step < rows.total_steps and not stopping:
-        learning_rate = schedule.get_last_lr()[0]
-        with spans("data"):
-            batch = next(batches)
-        with spans("step"):
-            loss = training_model(**batch).float().mean().item() / losses_in_a_sum
-        seen += rows.windows_in_step(step)
-        step += 1
-        saving, stopping = s.save_steps and step % s.save_steps == 0, stop.requested
-        bad_tensor = find_nonfinite(watched_gradient(options, training_model).items())
-        if saving or stopping or step == rows.total_steps:  # what is saved is finite; reading weights costs a transfer from the device
-            bad_tensor = bad_tensor or find_nonfinite(weights_of(model).items())
-        if bad_tensor or not math.isfinite(loss):
-            why = explain_nonfinite(step=step, loss=loss, earlier_losses=losses, learning_rate=learning_rate,
-                                    loss_scaling=s.loss_scaling, precision=s.precision, bad_tensor=bad_tensor)
-            if s.on_nonfinite == "stop" or went_back == step - 1:  # twice in a row is not one bad batch
-                bar.close()
-                raise RunError(why)
-            back, went_back = checkpoint.go_back(s.output_dir, training_model, optimizer, partial(set_weights, model)), step
-            tqdm.write(f"warning: {why}; going on from the weights of step {back.step}")
-        else:
-            losses.append(loss)
-        with spans("schedule"):
-            schedule.step()
-            training_model.setOptimizer(optimizer)  # on the device nothing changes before this call
-        bar.update()
-        if step % s.logging_steps == 0 or step == rows.total_steps:
-            speed, clock, seen = seen / (time.perf_counter() - clock), time.perf_counter(), 0
-            tqdm.write(log_line(step, rows, losses[-s.logging_steps:], learning_rate, speed))
-            bar.set_postfix_str(f"loss {loss:.3f}, learning rate {learning_rate:.3g}, {speed:.0f} windows/s")
-        if saving:
-            try:
-                save()
-            except RunError as error:  # a full disk may have room again at the next save
-                tqdm.write(f"warning: {error}; the run goes on")
-        if s.evaluate_every_epoch and step % rows.steps_per_epoch == 0 and step < rows.total_steps:
-            evaluate()
-    bar.close()
-    if loader:
-        loader.terminate()
+    # 5. The loop. A step is one call of the device: one combined batch, device_iterations updates.
+    write_files = partial(write_checkpoint_files, model, tokenizer, ipu_config, settings)
+    training = Training(model, optimizer, training_model, write_files)
+    guard = NonfiniteGuard(settings, checkpoints, training)
+    progress = Progress(rows, settings.logging_steps, saved)
+    loader = open_loader(options, rows, settings.micro_batch_size, settings.dataloader_num_workers)
+    stopping = stop.requested
+    with loader as batches, progress:
+        while step < rows.total_steps and not stopping:
+            learning_rate = schedule.get_last_lr()[0]
+            with spans("data"):
+                batch = next(batches)
+            with spans("step"):
+                loss = mean_loss(training_model(**batch), pipeline.config)
+            step += 1
+            saving = settings.save_steps and step % settings.save_steps == 0
+            stopping = stop.requested
+            # What is saved is finite. Reading weights costs a transfer from the device.
+            look_at_weights = saving or stopping or step == rows.total_steps
+            finite = guard.passes(step, loss, learning_rate, progress.losses,
+                                  watched_gradient(options, training_model),
+                                  weights_of(model) if look_at_weights else {})
+            with spans("schedule"):
+                schedule.step()
+                training_model.setOptimizer(optimizer)  # before this, the device sees no change
+            progress.update(step, loss if finite else None, learning_rate)
+            if saving:
+                with spans("save"):
+                    checkpoints.save_or_warn(training, step, progress.losses)
+            epoch_ends = step % rows.steps_per_epoch == 0 and step < rows.total_steps
+            if settings.evaluate_every_epoch and epoch_ends:
+                with spans("evaluate"):
+                    evaluation.run(training, step, step / rows.steps_per_epoch)
     if stopping:
-        save()
-        print(f"stopped by {stopping.name} after step {step}; the same command with --resume_from_checkpoint auto goes on")
+        with spans("save"):
+            checkpoints.save(training, step, progress.losses)
+        print(f"stopped by {stopping.name} after step {step}; "
+              "the same command with --resume_from_checkpoint auto goes on")
         return stop.exit_status
 
+    # 6. The end: the model is saved, evaluated, shown and shared.
     with spans("save"):
-        training_model.copyWeightsToHost()
-        checkpoint.save_final(s.output_dir, write_model)
-    predictions = evaluate()
-    print(show_predictions(eval_examples, predictions, s.show_predictions, s.seed))
-    print(f"saved to {s.output_dir} after {time.perf_counter() - begin:.0f} s; ask it: python infer.py --checkpoint {s.output_dir}")
-    if s.push_to_hub:
-        print(f"shared: {hub.push(s.output_dir, s.hub_model_id, s.hub_token, s.hub_private_repo)}")
+        checkpoints.save_final(training)
+    with spans("evaluate"):
+        predictions = evaluation.run(training, step, step / rows.steps_per_epoch)
+    print(evaluation.samples(predictions, settings.show_predictions, settings.seed))
+    print(f"saved to {settings.output_dir} after {time.perf_counter() - begin:.0f} s; "
+          f"ask it: python infer.py --checkpoint {settings.output_dir}")
+    if settings.push_to_hub:
+        print(f"shared: {hub.push(settings)}")
     return 0
 
 

@@ -19,9 +19,9 @@ import torch
 from datasets import Dataset
 
 from benchmarks.measure import alternate, compare, describe, machine
-from qa.answers import AnswerFinder
-from tests.plain_answers import plain_answers
-from tests.synthetic_windows import SyntheticWindows
+from qa.answers.spans import AnswerFinder
+from tests.reference.answers import plain_answers
+from tests.reference.synthetic_windows import SyntheticWindows
 
 LENGTH, N_BEST, MAX_ANSWER, BATCH = 384, 20, 30, 16
 

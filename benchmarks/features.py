@@ -25,8 +25,8 @@ def main():
     import datasets
     from transformers import AutoTokenizer
 
-    from qa.data import load_examples
-    from qa.windows import make_windows
+    from qa.data.dataset import load_examples
+    from qa.data.windows import make_windows
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:

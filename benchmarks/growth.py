@@ -26,9 +26,9 @@ from transformers import AutoTokenizer
 from benchmarks.input_pipeline import write_windows
 from benchmarks.measure import machine
 from benchmarks.questions import as_dataset, train_tokenizer
-from qa.answers import AnswerFinder
-from qa.rows import InferenceRows, TrainingRows
-from qa.windows import Windows, make_windows
+from qa.answers.spans import AnswerFinder
+from qa.data.rows import InferenceRows, TrainingRows
+from qa.data.windows import Windows, make_windows
 
 STAGES = ("features", "packing", "loading", "answers")
 ROW = dict(row_length=384, max_windows_per_row=8, pad_token_id=1)

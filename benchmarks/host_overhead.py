@@ -20,7 +20,7 @@ from transformers import RobertaConfig
 
 import poptorch_host as poptorch
 from benchmarks.measure import compare, machine
-from qa import model as qa_model
+from qa.model.roberta import RobertaForSpans
 
 SHAPES = {  # name: (width, layers, heads, vocabulary, row length, micro-batch, accumulation, precision)
     "demo": (128, 4, 4, 2000, 64, 8, 4, torch.float32),
@@ -34,7 +34,7 @@ def make(width, layers, heads, vocabulary, length, *unused):
     torch.manual_seed(0)
     config = RobertaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
                            vocab_size=vocabulary, max_position_embeddings=length + 2, type_vocab_size=1)
-    return qa_model.RobertaForSpans(config).train()
+    return RobertaForSpans(config).train()
 
 
 def batch(rows, length, vocabulary):

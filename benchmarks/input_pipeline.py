@@ -19,8 +19,9 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 
 from benchmarks.measure import compare, machine
 from ipu_options import poptorch
-from qa.rows import TrainingRows, collate
-from qa.windows import Windows
+from qa.data.loader import collate
+from qa.data.rows import TrainingRows
+from qa.data.windows import Windows
 
 PUBLISHED = 1_317
 MICRO_BATCHES, REPLICAS = 16, 4  # the published run's accumulation and replication

@@ -23,8 +23,9 @@ import torch
 from benchmarks.input_pipeline import MICRO_BATCHES, REPLICAS, write_windows
 from benchmarks.measure import machine
 from ipu_options import poptorch
-from qa.rows import TrainingRows, collate
-from qa.windows import Windows
+from qa.data.loader import collate
+from qa.data.rows import TrainingRows
+from qa.data.windows import Windows
 
 
 def held_memory() -> float:

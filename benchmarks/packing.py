@@ -20,7 +20,7 @@ from typing import Tuple
 import numpy
 
 from benchmarks.measure import compare, machine
-from qa.rows import pack
+from qa.data.packing import pack
 
 ROW_LENGTH, MOST = 384, 8
 
@@ -39,8 +39,8 @@ def lengths_of(file: str, tokenizer: str) -> numpy.ndarray:
     """The lengths of the windows of the questions in `file`."""
     from transformers import AutoTokenizer
 
-    from qa.data import load_examples
-    from qa.windows import Windows, make_windows
+    from qa.data.dataset import load_examples
+    from qa.data.windows import Windows, make_windows
 
     examples = load_examples(split="train", file=file, version_2_with_negative=True)
     windows = make_windows(examples, AutoTokenizer.from_pretrained(tokenizer), max_seq_length=ROW_LENGTH, doc_stride=128, labels=True, offsets=False)

@@ -27,7 +27,7 @@ def main() -> None:
     from transformers import (AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments,
                               default_data_collator)
 
-    from qa.data import load_examples
+    from qa.data.dataset import load_examples
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     examples = load_examples(split="train", file=given.train_file, version_2_with_negative=True)

@@ -52,8 +52,8 @@ def run(command: List[str], folder: Path, validation_file: Path, epochs: int) ->
 
 def score(answers: Path, validation_file: Path) -> tuple:
     """(exact match, F1) of a file of infer.py's answers."""
-    from qa.data import load_examples
-    from qa.metrics import squad_metrics
+    from qa.data.dataset import load_examples
+    from qa.answers.metrics import squad_metrics
 
     examples = load_examples(split="validation", file=str(validation_file))
     predictions = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
@@ -80,7 +80,7 @@ def shape_job(folder: Path, seed: int, layers: int, questions: int) -> Dict[str,
 
 def demo_job(folder: Path, seed: int) -> Dict[str, List[str]]:
     """The commands of the job `demo`. No window of its is longer than 64 tokens: that is what Trainer pads to."""
-    from qa.demo import write_demo
+    from qa.data.demo import write_demo
 
     write_demo(folder, seed=seed)
     trainer = ["-m", "benchmarks.trainer", "--model", folder / "model", "--train_file", folder / "train.json", "--batch_size", "32",

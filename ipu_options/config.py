@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from ipu_options.errors import UsageError
+from ipu_options.files import write_json
+from ipu_options.flags import Settings, flag
 from ipu_options.layout import Layout, make_layout
 
 IPU_CONFIG_NAME = "ipu_config.json"
@@ -19,16 +21,21 @@ POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64}
 OUTPUT_MODES = ("final", "all", "sum", "default")
 
 
-def flag(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field that is also a command-line flag; metadata may hold `min`, `max`, `choices`, `type` and `nargs`."""
-    metadata["help"] = help
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
-    return field(default=default, metadata=metadata)
+@dataclass
+class DeviceSettings(Settings):
+    """The device: what it runs on, and what it is to show."""
+
+    pod_type: Optional[str] = flag(None, "IPUs available: chooses the replication (default: NUM_AVAILABLE_IPU, else pod4)",
+                                   choices=tuple(POD_IPUS))
+    compile_only: bool = flag(False, "compile the pipelines for an offline IPU target, run nothing")
+    synthetic_data: bool = flag(False, "let the IPU make up its input: the device's speed without the host's")
+    ipu_model: bool = flag(False, "use the IPU Model, a simulator, in place of hardware")
+    profile_dir: Optional[str] = flag(None, "write PopVision reports of training and inference there")
+    trace: Optional[str] = flag(None, "write the host's spans as a Chrome trace to this file")
 
 
 @dataclass
-class IPUConfig:
+class IPUConfig(Settings):
     """How the job is mapped to IPUs. A field `inference_X` left at None takes the value of its training twin X."""
 
     layers_per_ipu: List[int] = flag([0, -1, -1, -1], "encoder layers on each IPU of a replica; -1: an equal share of what is left",
@@ -67,33 +74,50 @@ class IPUConfig:
         None, "embedding_serialization_factor of the inference pipeline", type=int, min=1)
 
     def for_pod(self, pod: str) -> "IPUConfig":
-        """The same with every by-pod dictionary replaced by its value for `pod` ("pod4", ...; else its "default")."""
-        return replace(self, **{f.name: _for_pod(getattr(self, f.name), pod, f.name) for f in fields(self)})
+        """The same configuration with every by-pod dictionary replaced by its value for `pod` ("pod4", ...), else its "default".
+
+        Raises UsageError where a dictionary has neither.
+        """
+        values = {}
+        for name, value in self.values().items():
+            if isinstance(value, dict):
+                if pod not in value and "default" not in value:
+                    raise UsageError(f"{self.source(name)} has no value for {pod} and no default: add one, or choose a pod of "
+                                     f"{', '.join(value)}")
+                values[name] = value.get(pod, value.get("default"))
+        return replace(self, **values)
 
     def inference(self) -> "IPUConfig":
-        """The inference pipeline's own configuration: each `inference_X` that is set takes the place of X."""
-        twins = {f.name[len("inference_"):]: getattr(self, f.name) for f in fields(self) if f.name.startswith("inference_")}
-        twins = {name: value for name, value in twins.items() if value is not None}
+        """The configuration of the inference pipeline: each `inference_X` that is set takes the place of X."""
+        twins = {name[len("inference_"):]: value for name, value in self.values().items()
+                 if name.startswith("inference_") and value is not None}
+        sources = {**self.sources, **{name: self.source("inference_" + name) for name in twins}}
         if "layers_per_ipu" in twins:  # a layout of its own: what was said of the training pipeline's IPUs no longer holds
             twins.setdefault("ipus_per_replica", None)
             twins.update(embedding_ipu=0, head_ipu=None)
-        return replace(self, gradient_accumulation_steps=1, **twins)
+        return replace(self, gradient_accumulation_steps=1, sources=sources, **twins)
 
-    def layout(self, num_layers: int, flag: str = "--layers_per_ipu") -> Layout:
+    def layout(self, num_layers: int) -> Layout:
         """The blocks of a model of `num_layers` encoder layers on the IPUs of one replica; UsageError if it does not add up."""
-        return make_layout(self.layers_per_ipu, num_layers, self.ipus_per_replica, self.embedding_ipu, self.head_ipu, flag)
+        return make_layout(self.layers_per_ipu, num_layers, self.ipus_per_replica, self.embedding_ipu, self.head_ipu, self.source)
 
     def num_ipus(self) -> int:
         """IPUs of one replica."""
         return self.ipus_per_replica or len(self.layers_per_ipu)
 
+    def matmul_shares(self) -> List[float]:
+        """The matmul_proportion of each IPU of one replica."""
+        given = self.matmul_proportion
+        shares = list(given) if isinstance(given, (list, tuple)) else [given]
+        return shares * self.num_ipus() if len(shares) == 1 else shares
+
     def to_dict(self) -> Dict[str, Any]:
         """All fields, as ipu_config.json holds them."""
-        return asdict(self)
+        return self.values()
 
     def write(self, folder: Union[str, Path]) -> None:
-        """Write `folder`/ipu_config.json."""
-        (Path(folder) / IPU_CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        """Write `folder`/ipu_config.json. Raises OSError."""
+        write_json(Path(folder) / IPU_CONFIG_NAME, dict(sorted(self.to_dict().items())))
 
 
 @dataclass(frozen=True)
@@ -113,59 +137,67 @@ def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
     pipeline = Pipeline(config, config.layout(num_layers))
     stages, needed = len(pipeline.layout.stages()), pipeline.layout.min_gradient_accumulation()
     if config.gradient_accumulation_steps < needed:
-        raise UsageError(f"--gradient_accumulation_steps {config.gradient_accumulation_steps} is too small: training over {stages} "
+        raise UsageError(f"{config.source('gradient_accumulation_steps')} {config.gradient_accumulation_steps} is too small: training over {stages} "
                          f"pipeline stages needs at least {needed}, one micro-batch for each forward and backward stage")
-    _check_ipus(pipeline, pod, "--")
+    _check_ipus(pipeline, pod)
     return pipeline
 
 
 def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
-    """The same for inference, which needs a device iteration for each stage; `config` is the whole one, with its training values."""
-    prefix = "--inference_" if config.inference_layers_per_ipu else "--"
+    """The inference pipeline, from the whole configuration with its training values. It needs a device iteration for each stage.
+
+    Raises UsageError as `training_pipeline` does.
+    """
     config = config.inference()
-    pipeline = Pipeline(config, config.layout(num_layers, prefix + "layers_per_ipu"))
+    pipeline = Pipeline(config, config.layout(num_layers))
     stages = len(pipeline.layout.stages())
     if stages > 1 and config.device_iterations < stages:
-        raise UsageError(f"--inference_device_iterations {config.device_iterations} is too small: the inference pipeline has {stages} "
-                         f"stages; use at least {stages}")
-    _check_ipus(pipeline, pod, prefix)
+        raise UsageError(f"{config.source('device_iterations')} {config.device_iterations} is too small: the inference pipeline has "
+                         f"{stages} stages; use at least {stages}")
+    _check_ipus(pipeline, pod)
     return pipeline
 
 
-def _check_ipus(pipeline: Pipeline, pod: str, prefix: str) -> None:
+def _check_ipus(pipeline: Pipeline, pod: str) -> None:
     config = pipeline.config
     replica = 1 << (config.num_ipus() - 1).bit_length()  # IPUs are reserved in powers of two
     replicas, ipus = config.replication_factor, POD_IPUS[pod]
     if replica > ipus:
-        raise UsageError(f"{prefix}layers_per_ipu {' '.join(map(str, config.layers_per_ipu))} takes {replica} IPUs, {pod} has {ipus}: "
-                         f"name at most {ipus} IPUs, or a larger --pod_type")
+        raise UsageError(f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes {replica} IPUs, {pod} has "
+                         f"{ipus}: name at most {ipus} IPUs, or a larger --pod_type")
     if replica * replicas > ipus:
-        raise UsageError(f"--replication_factor {replicas} takes {replica * replicas} IPUs, {pod} has {ipus}: use at most "
-                         f"{ipus // replica}, or a larger --pod_type")
-    shares = config.matmul_proportion
-    if isinstance(shares, list) and len(shares) not in (1, config.num_ipus()):
-        raise UsageError(f"{prefix}matmul_proportion {' '.join(map(str, shares))} has {len(shares)} values: give one, or one for each of "
-                         f"the {config.num_ipus()} IPUs of a replica")
+        raise UsageError(f"{config.source('replication_factor')} {replicas} takes {replica * replicas} IPUs, {pod} has {ipus}: use at "
+                         f"most {ipus // replica}, or a larger --pod_type")
+    shares = config.matmul_shares()
+    if len(shares) != config.num_ipus():
+        raise UsageError(f"{config.source('matmul_proportion')} {' '.join(map(str, shares))} has {len(shares)} values: give one, or one "
+                         f"for each of the {config.num_ipus()} IPUs of a replica")
 
 
-def read_ipu_config(name_or_path: str) -> Dict[str, Any]:
+def read_ipu_config(name_or_path: Union[str, Path], source: Optional[str] = None) -> Dict[str, Any]:
     """The fields of an ipu_config.json: a file, a folder that holds one, or the name of a repository on the hub.
 
     Keys that belong to other programs (optimum-graphcore's versions, generation settings ...) are left out.
+    source: what to call the file in a message; by default --ipu_config and its value.
     Raises UsageError for a file that is not there or not such JSON.
     """
+    source = source or f"--ipu_config {name_or_path}"
     path = Path(name_or_path)
     path = path / IPU_CONFIG_NAME if path.is_dir() else path
     if not path.exists():
-        path = _from_hub(name_or_path)
+        path = _from_hub(str(name_or_path))
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--ipu_config {name_or_path}: not a readable ipu_config.json ({error})")
+        raise UsageError(f"{source}: not a readable ipu_config.json ({error})") from error
     if not isinstance(values, dict):
-        raise UsageError(f"--ipu_config {name_or_path}: holds a {type(values).__name__}, it should be a JSON object")
-    known = {f.name for f in fields(IPUConfig)}
-    return {name: value for name, value in values.items() if name in known}
+        raise UsageError(f"{source}: holds a {type(values).__name__}, it should be a JSON object")
+    known = {f.name for f in fields(IPUConfig)} - {"sources"}
+    values = {name: value for name, value in values.items() if name in known}
+    for name in ("layers_per_ipu", "inference_layers_per_ipu"):  # the published format allows one number
+        if isinstance(values.get(name), int):
+            values[name] = [values[name]]
+    return values
 
 
 def available_pod(pod_type: Optional[str] = None) -> str:
@@ -177,14 +209,6 @@ def available_pod(pod_type: Optional[str] = None) -> str:
         if given == str(ipus):
             return pod
     raise UsageError(f"NUM_AVAILABLE_IPU={given}: it should be one of {', '.join(str(n) for n in POD_IPUS.values())}")
-
-
-def _for_pod(value: Any, pod: str, name: str) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if pod not in value and "default" not in value:
-        raise UsageError(f"{name} has no value for {pod} and no default: add one, or choose a pod of {', '.join(value)}")
-    return value.get(pod, value.get("default"))
 
 
 def _from_hub(name: str) -> Path:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 from ipu_options.errors import UsageError
 
@@ -19,6 +19,15 @@ class Layout:
         """(block name, IPU) in the order of execution."""
         layers = [(f"Encoder {i}", ipu) for i, ipu in enumerate(self.layer_ipus)]
         return [("Embedding", self.embedding_ipu)] + layers + [("QA head", self.head_ipu)]
+
+    @classmethod
+    def from_blocks(cls, ipus: Sequence[int]) -> "Layout":
+        """The layout that has the block at each place of `blocks()` on the IPU at that place of `ipus`."""
+        return cls(ipus[0], tuple(ipus[1:-1]), ipus[-1])
+
+    def layers_per_ipu(self, ipus: int) -> List[int]:
+        """The number of encoder layers on each of `ipus` IPUs."""
+        return [self.layer_ipus.count(ipu) for ipu in range(ipus)]
 
     def stages(self) -> List[Tuple[int, List[str]]]:
         """Forward pipeline stages (IPU, block names). Consecutive blocks on one IPU are one stage; coming back to an IPU
@@ -42,23 +51,23 @@ class Layout:
 
 
 def make_layout(layers_per_ipu: Sequence[int], num_layers: int, ipus_per_replica: Optional[int] = None,
-                embedding_ipu: int = 0, head_ipu: Optional[int] = None, flag: str = "--layers_per_ipu") -> Layout:
+                embedding_ipu: int = 0, head_ipu: Optional[int] = None, source: Callable[[str], str] = "--{}".format) -> Layout:
     """Lay `num_layers` encoder layers out over the IPUs of one replica.
 
     layers_per_ipu: a number of layers for each IPU; -1 stands for an equal share of the layers that are left (earlier
     wildcards take the remainder); a single -1 with `ipus_per_replica` shares all layers out over that many IPUs.
-    head_ipu: the last IPU by default.  flag: the name to use in messages.
+    head_ipu: the last IPU by default.  source(name): what to call a setting in a message; its flag by default.
     Raises UsageError where the numbers do not add up to `num_layers` or do not fit `ipus_per_replica`.
     """
     counts = list(layers_per_ipu)
-    given = f"{flag} {' '.join(map(str, counts))}"
+    given = f"{source('layers_per_ipu')} {' '.join(map(str, counts))}"
     if not counts or any(count < -1 for count in counts):
         raise UsageError(f"{given}: give the number of encoder layers on each IPU (0 or more), or -1 for an equal share")
     if len(counts) == 1 and ipus_per_replica:
         counts = counts * ipus_per_replica if counts[0] == -1 else counts
     ipus = len(counts)
     if ipus_per_replica and ipus != ipus_per_replica:
-        raise UsageError(f"{given} names {ipus} IPUs, but --ipus_per_replica is {ipus_per_replica}: the two must agree")
+        raise UsageError(f"{given} names {ipus} IPUs, but {source('ipus_per_replica')} is {ipus_per_replica}: the two must agree")
     wildcards = [i for i, count in enumerate(counts) if count == -1]
     left = num_layers - sum(count for count in counts if count >= 0)
     if left < 0 or (left and not wildcards):
@@ -68,9 +77,9 @@ def make_layout(layers_per_ipu: Sequence[int], num_layers: int, ipus_per_replica
     for i, share in zip(wildcards, even_split(left, len(wildcards)) if wildcards else []):
         counts[i] = share
     head_ipu = ipus - 1 if head_ipu is None else head_ipu
-    for name, ipu in (("--embedding_ipu", embedding_ipu), ("--head_ipu", head_ipu)):
+    for name, ipu in (("embedding_ipu", embedding_ipu), ("head_ipu", head_ipu)):
         if not 0 <= ipu < ipus:
-            raise UsageError(f"{name} {ipu} is not one of this replica's IPUs: use 0 to {ipus - 1}")
+            raise UsageError(f"{source(name)} {ipu} is not one of this replica's IPUs: use 0 to {ipus - 1}")
     layout = Layout(embedding_ipu, tuple(i for i, count in enumerate(counts) for _ in range(count)), head_ipu)
     empty = sorted(set(range(ipus)) - {ipu for _, ipu in layout.blocks()})
     if empty:

@@ -10,7 +10,7 @@ from typing import Dict, Optional
 import torch
 
 from ipu_options import poptorch
-from ipu_options.config import IPUConfig
+from ipu_options.config import DeviceSettings, IPUConfig
 
 OUTPUT_MODES = {"final": "Final", "all": "All", "sum": "Sum", "default": "Default"}
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
@@ -18,9 +18,8 @@ JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime
 _WATCHED = "watched gradient"  # our name for the anchor
 
 
-def training_options(config: IPUConfig, *, seed: int, watched: Optional[str] = None, watch: Optional[bool] = None,
-                     compile_only: bool = False, synthetic_data: bool = False, ipu_model: bool = False,
-                     profile_dir: Optional[str] = None) -> "poptorch.Options":
+def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int, watched: Optional[str] = None,
+                     watch: Optional[bool] = None) -> "poptorch.Options":
     """Options of the training pipeline. Gradients are averaged over accumulation and replicas (Mean), which together with
     the rows' loss weights gives the mean loss over an update's real windows.
 
@@ -30,7 +29,7 @@ def training_options(config: IPUConfig, *, seed: int, watched: Optional[str] = N
     pipelines with gradient accumulation (pipelining_tests/pipeline_grad_accl_test.py); but nobody here could try it on
     this pipeline, and what the compiler refuses costs a booked machine.
     """
-    options = _common_options(config, "training", compile_only, synthetic_data, ipu_model, profile_dir)
+    options = _common_options(config, run, "training")
     options.Training.gradientAccumulation(config.gradient_accumulation_steps)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
     if config.auto_loss_scaling:
@@ -43,7 +42,7 @@ def training_options(config: IPUConfig, *, seed: int, watched: Optional[str] = N
         .useOnChipStorage(not config.optimizer_state_offchip)
         .useReplicatedTensorSharding(config.replicated_tensor_sharding and config.replication_factor > 1))
     if watch is None:  # what is compiled offline is meant for an IPU
-        watch = not compile_only and not poptorch.ipuHardwareIsAvailable()
+        watch = not run.compile_only and not poptorch.ipuHardwareIsAvailable()
     if watched and watch:
         # No output mode of its own: PopTorch 3.4's compiler gives an anchor that of the outputs whatever is asked for
         # (addOutputTensor(id) in LowerToPopart.cpp). "all", our default, then returns the gradient of every micro-batch.
@@ -61,16 +60,21 @@ def watched_gradient(options: "poptorch.Options", training_model: "poptorch.Popl
     return {name: training_model.getAnchoredTensor(_WATCHED) for name, *_ in options.anchored_tensors.values()}
 
 
-def inference_options(config: IPUConfig, *, compile_only: bool = False, synthetic_data: bool = False, ipu_model: bool = False,
-                      profile_dir: Optional[str] = None) -> "poptorch.Options":
+def mean_loss(output: torch.Tensor, config: IPUConfig) -> float:
+    """The mean loss of a step's micro-batches, from what a call of the training model returns under `config.output_mode`."""
+    losses_in_a_sum = config.gradient_accumulation_steps * config.device_iterations if config.output_mode == "sum" else 1
+    return output.float().mean().item() / losses_in_a_sum
+
+
+def inference_options(config: IPUConfig, run: DeviceSettings) -> "poptorch.Options":
     """Options of the inference pipeline; `config` is `IPUConfig.inference()`. All logits are returned, in order."""
-    options = _common_options(config, "inference", compile_only, synthetic_data, ipu_model, profile_dir)
+    options = _common_options(config, run, "inference")
     options.outputMode(poptorch.OutputMode.All)
     options.Precision.enableStochasticRounding(False)
     return options
 
 
-def _common_options(config, phase, compile_only, synthetic_data, ipu_model, profile_dir):
+def _common_options(config: IPUConfig, run: DeviceSettings, phase: str) -> "poptorch.Options":
     options = poptorch.Options()
     options.modelName(phase)
     options.autoRoundNumIPUs(True)
@@ -83,22 +87,20 @@ def _common_options(config, phase, compile_only, synthetic_data, ipu_model, prof
     cache = config.executable_cache_dir or os.environ.get("POPLAR_EXECUTABLE_CACHE_DIR")
     if cache:
         options.enableExecutableCaching(cache)
-    if synthetic_data:
+    if run.synthetic_data:
         options.enableSyntheticData(True)
-    if ipu_model:
+    if run.ipu_model:
         options.useIpuModel(True)
-    if compile_only:
+    if run.compile_only:
         options.useOfflineIpuTarget()
     options._Popart.set("subgraphCopyingStrategy", JUST_IN_TIME)
     options._Popart.setPatterns({"TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True})
     options._Popart.setEngineOptions({"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"})
-    if profile_dir:
-        options.enableProfiling(os.path.join(profile_dir, phase))  # after setEngineOptions: it adds to what is there
+    if run.profile_dir:
+        options.enableProfiling(os.path.join(run.profile_dir, phase))  # after setEngineOptions: it adds to what is there
     return options
 
 
-def memory_proportions(config: IPUConfig) -> dict:
+def memory_proportions(config: IPUConfig) -> Dict[str, float]:
     """matmul_proportion as PopTorch takes it: {"IPU0": share, ...}, one entry for each IPU of a replica."""
-    shares, ipus = config.matmul_proportion, config.num_ipus()
-    shares = shares if isinstance(shares, list) else [shares]
-    return {f"IPU{i}": float(share) for i, share in enumerate(shares * ipus if len(shares) == 1 else shares)}
+    return {f"IPU{ipu}": float(share) for ipu, share in enumerate(config.matmul_shares())}

@@ -1,9 +1,9 @@
 """PopVision: what makes a run write reports for Graph Analyser and System Analyser, and the loop's phases as named spans.
 
-How a script uses it (without folder and file both do nothing):
+How a script uses it (without --profile_dir and --trace both do nothing):
 
-    profiling_environment(args.profile_dir, "training", configuration)     # before PopTorch is imported
-    with Spans("train", trace=args.trace, profile=args.profile_dir is not None) as spans:
+    profiling_environment(settings, ipu_config, "training")     # before PopTorch is imported
+    with Spans("train", settings) as spans:
         with spans("data"):
             batch = next(batches)
         with spans("step"):
@@ -22,61 +22,62 @@ import os
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
+from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.errors import RunError, UsageError
+from ipu_options.files import writing
 
-PHASES = ("training", "inference")
 _NOTHING = nullcontext()  # one object for every span of a run that records none
 
 
-def profiling_environment(profile_dir: Optional[str], phase: str, configuration: Optional[Dict[str, Any]] = None) -> None:
-    """Make this process write System Analyser's trace below `profile_dir`, and note the configuration; nothing if it is None.
+def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phases: str) -> None:
+    """Make this process write System Analyser's trace below settings.profile_dir, and note the configuration; nothing if it is None.
 
     Graph Analyser's report is switched on by `options.enableProfiling(profile_dir)`, see options.py; PopTorch names the
     engines "training" and "inference", and Poplar keeps each engine's report in a folder of its name.
 
-    profile_dir: folder, made where missing.  phase: "training" or "inference".  configuration: written as
-    `profile_dir`/`phase`/framework.json.  Must run before PopTorch is imported, which looks at PVTI_OPTIONS once
-    (poptorch/profiling.py). What the user has set there stays as it is, only missing keys are added.
+    phases: of "training" and "inference", for each of which the configuration is written to profile_dir/PHASE/framework.json.
+    Must run before PopTorch is imported, which reads PVTI_OPTIONS once (poptorch/profiling.py). What the user has set there
+    stays as it is, only missing keys are added.
     Raises RunError if the folder cannot be written, UsageError if the variable is not JSON.
     """
-    if profile_dir is None:
+    if settings.profile_dir is None:
         return
-    if phase not in PHASES:
-        raise ValueError(f"phase is one of {PHASES}, not {phase!r}")
-    folder = Path(profile_dir).absolute()
+    folder = Path(settings.profile_dir).absolute()
     given = os.environ.get("PVTI_OPTIONS") or "{}"
     try:
         os.environ["PVTI_OPTIONS"] = json.dumps({"enable": "true", "directory": str(folder / "host"), **json.loads(given)})
     except (ValueError, TypeError):
-        raise UsageError(f"PVTI_OPTIONS={given}: it should be a JSON object; correct or unset it")
+        raise UsageError(f"PVTI_OPTIONS={given}: it should be a JSON object; correct or unset it") from None
+    note = json.dumps({**settings.values(), **ipu_config.values()}, indent=2, sort_keys=True, default=str)
     try:
         (folder / "host").mkdir(parents=True, exist_ok=True)
-        (folder / phase).mkdir(exist_ok=True)
-        note = json.dumps(configuration or {}, indent=2, sort_keys=True, default=str)
-        (folder / phase / "framework.json").write_text(note + "\n", encoding="utf-8")
+        for phase in phases:
+            (folder / phase).mkdir(exist_ok=True)
+            (folder / phase / "framework.json").write_text(note + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunError(f"--profile_dir {profile_dir}: cannot write there ({error})")
+        raise RunError(f"--profile_dir {settings.profile_dir}: cannot write there ({error})") from error
 
 
 class Spans:
     """Names the phases of a loop, `with spans("step"): ...`, for System Analyser and for a Chrome trace.
 
-    channel: the name of the spans' group.  trace: file to write in Chrome trace format (https://ui.perfetto.dev opens it)
-    when the `with Spans(...)` block ends, however it ends.  profile: also mark the spans in PopVision's own trace, through
-    poptorch.profiling.Channel.  With neither, a span costs one call that returns a shared empty context.
+    channel: the name of the spans' group.  settings.trace: file to write in Chrome trace format (https://ui.perfetto.dev opens
+    it) when the `with Spans(...)` block ends, however it ends.  With settings.profile_dir the spans are also marked in
+    PopVision's own trace, through poptorch.profiling.Channel.  With neither, a span costs one call that returns a shared empty
+    context.
     """
 
-    def __init__(self, channel: str, trace: Optional[str] = None, profile: bool = False) -> None:
-        self._trace = trace
+    def __init__(self, channel: str, settings: DeviceSettings) -> None:
+        self._trace = settings.trace
         self._events: List[Tuple[str, int, int]] = []  # name, start and duration in nanoseconds
         self._channel = None
         self._name = channel
-        if profile:
+        if settings.profile_dir is not None:
             from ipu_options import poptorch
             self._channel = poptorch.profiling.Channel(channel)
-        self._off = trace is None and not profile
+        self._off = settings.trace is None and settings.profile_dir is None
 
     def __call__(self, name: str):
         """A context manager around one phase."""
@@ -113,8 +114,5 @@ def write_trace(path: str, events: List[Dict[str, Any]], process: str, lanes: Li
     """
     names = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": process}}]
     names += [{"name": "thread_name", "ph": "M", "pid": 0, "tid": i, "args": {"name": lane}} for i, lane in enumerate(lanes)]
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"traceEvents": names + events, "displayTimeUnit": "ms"}, file)
-    except OSError as error:
-        raise RunError(f"--trace {path}: cannot write it ({error})")
+    with writing(f"--trace {path}"), open(path, "w", encoding="utf-8") as file:
+        json.dump({"traceEvents": names + events, "displayTimeUnit": "ms"}, file)

@@ -17,7 +17,7 @@ from .enums import *  # noqa: F401,F403
 from .options import Options, TensorLocationSettings
 from .ops import (Attribute, NameScope, identity_loss, isRunningOnIpu, nop, ipu_print_tensor, recomputationCheckpoint,
                   serializedMatMul, set_available_memory)
-from .poptorch_core import Error, NotOffered, RecoverableError, UnrecoverableError
+from ._errors import Error, NotOffered, RecoverableError, UnrecoverableError
 
 __version__ = "3.4.0-host"
 

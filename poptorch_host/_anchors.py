@@ -11,7 +11,7 @@ import torch
 
 from . import enums
 from ._outputs import Outputs
-from .poptorch_core import Error, NotOffered
+from ._errors import Error, NotOffered
 
 PREFIX = "Gradient___"
 

@@ -8,7 +8,7 @@ import torch
 
 from . import _structure
 from ._logging import logger
-from .poptorch_core import Error
+from ._errors import Error
 
 MISMATCH = ("\nThis error occurred because the inputs passed at runtime don't match the inputs used to compile the model.\n"
             "To recompile the model for the new inputs create a new inferenceModel / trainingModel wrapper or call destroy() on "

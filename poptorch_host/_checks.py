@@ -5,7 +5,7 @@ import torch
 
 from . import enums
 from .blocks import Recorder, ShardedExecution
-from .poptorch_core import Error, NotOffered
+from ._errors import Error, NotOffered
 
 MAX_IPUS = 64
 

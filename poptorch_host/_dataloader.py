@@ -19,7 +19,7 @@ from ._device import input_groups
 from ._logging import logger
 from .enums import DataLoaderMode, SharingStrategy
 from .options import Options
-from .poptorch_core import Error
+from ._errors import Error
 
 # A data set reaches a spawned process through a pipe, of any size, which serves SharedMemory and FileSystem alike
 START_METHODS = {SharingStrategy.Fork: "fork", SharingStrategy.ForkServer: "forkserver"}

@@ -14,11 +14,11 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional
 
 import torch
 
-from . import _checks, _structure, _trace, _update, enums, ops
+from . import _checks, _formulas, _hyperparameters, _structure, _trace, enums, ops
 from ._anchors import Anchors
 from ._logging import logger
 from ._outputs import Outputs
-from .poptorch_core import Error
+
 
 PIECE = 1 << 20  # numbers converted at a time: what stays in a processor's cache
 
@@ -200,7 +200,7 @@ class Device:
         """Take the numbers of an optimizer; `groups` are its parameters, which choose the weights the first time."""
         if not self.trained:
             self.trained = [(self.weights[id(p)], i) for i, group in enumerate(groups) for p in group if id(p) in self.weights]
-            self.state = {w.name: _update.new_state(settings, w.value) for w, _ in self.trained}
+            self.state = {w.name: _formulas.new_state(settings, w.value) for w, _ in self.trained}
         for i, group in enumerate(settings["groups"]):
             logger.debug("Updating group %d optimizer: %s %s", i, settings["kind"], group)
         self.settings = settings
@@ -211,7 +211,7 @@ class Device:
         logger.debug("Writing optimiser state tensors from IPU to host.")
         state = {f"{slot}___{w.name}": self.state[w.name][slot].clone() for w, _ in self.trained for slot in self.state[w.name]}
         state.update({f"Master___{w.name}": w.value.clone() for w, _ in self.trained if w.has_copy})
-        return {"ipu_state": state, "ipu_param": _update.parameters(self.settings, self.hyper)}
+        return {"ipu_state": state, "ipu_param": _hyperparameters.parameters(self.settings, self.hyper)}
 
     def write_state(self, state: Dict[str, Dict[str, torch.Tensor]]) -> None:
         """Take what read_state() gave, or a part of it. A master that is not its weight any more is not taken."""
@@ -223,7 +223,7 @@ class Device:
             if weight.has_copy and master is not None and torch.equal(master.half(), weight.value.half()):
                 weight.value.copy_(master)
                 weight.refresh()
-        self.settings = _update.set_parameters(self.settings, self.hyper, state["ipu_param"])
+        self.settings = _hyperparameters.set_parameters(self.settings, self.hyper, state["ipu_param"])
 
     def _update_weights(self) -> None:
         ready = [(w, g) for w, g in ((w, w.take_gradient()) for w, _ in self.trained) if g is not None]
@@ -231,12 +231,12 @@ class Device:
             return
         with torch.no_grad():
             if self.settings["max_grad_norm"] != float("inf"):
-                _update.clip([g for _, g in ready], self.settings["max_grad_norm"])
+                _formulas.clip([g for _, g in ready], self.settings["max_grad_norm"])
             groups: Dict[tuple, list] = {}
             for weight, gradient in ready:
                 groups.setdefault(tuple(self.hyper[weight.name].items()), []).append((weight, gradient))
             for hyper, members in groups.items():
-                _update.apply(self.settings, dict(hyper), [w.value for w, _ in members], [g for _, g in members],
+                _formulas.apply(self.settings, dict(hyper), [w.value for w, _ in members], [g for _, g in members],
                               [self.state[w.name] for w, _ in members])
             for weight, _ in ready:
                 weight.refresh()

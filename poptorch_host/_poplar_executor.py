@@ -12,12 +12,12 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 
-from . import _checks, _structure, _update, _user_model, enums, optim, profiling
+from . import _checks, _hyperparameters, _structure, _user_model, enums, optim, profiling
 from ._arguments import Parser
 from ._device import Device, micro_batches_per_call
 from ._logging import logger
 from .options import Options
-from .poptorch_core import Error, NotOffered
+from ._errors import Error, NotOffered
 
 NOT_COMPILED = "Model has not been compiled or has been destroyed."
 EXECUTABLE = "a host has no executable to keep, and a model is pickled code; save model.state_dict() and optimizer.state_dict()"
@@ -57,7 +57,7 @@ class PoplarExecutor:
         self._anchored: Dict[str, torch.Tensor] = {}
         self._settings: Dict[str, Any] = {}
         self._optimizer = None
-        self._check_attributes = _update.AttributeCheck(options._relax_optimizer_checks)
+        self._check_attributes = _hyperparameters.AttributeCheck(options._relax_optimizer_checks)
         self._profiling = profiling.Channel("poptorch.trainingModel" if training else "poptorch.inferenceModel")
         self._profiling.instrument(self, "copyWeightsToHost", "copyWeightsToDevice", "setOptimizer", "compile", "destroy")
         if training:
@@ -131,10 +131,10 @@ class PoplarExecutor:
             self._change_optimizer(optimizer)
         if self._options._Popart.options.get("automaticLossScalingSettings.enabled") and isinstance(optimizer, optim.Optimizer):
             optimizer.variable_attrs.markAsVariable("loss_scaling")  # a device changes it
-        settings = _update.snapshot(optimizer)
+        settings = optim.snapshot(optimizer)
         _checks.accumulation_type(optimizer, self._options, self.isCompiled())
         if self.isCompiled():
-            _update.check_constants(self._constants, settings)
+            _hyperparameters.check_constants(self._constants, settings)
         changed, self._settings = settings != self._settings, settings
         self._check_attributes(optimizer)
         if self.isAttachedToDevice():
@@ -143,7 +143,7 @@ class PoplarExecutor:
             self._write_optimizer_state()
 
     def _change_optimizer(self, optimizer):
-        _update.warn_subclass(optimizer)
+        _hyperparameters.warn_subclass(optimizer)
         if isinstance(self._optimizer, optim.Optimizer):
             self._read_optimizer_state()
             self._optimizer._used_by(None)
@@ -202,7 +202,7 @@ class PoplarExecutor:
         self._device, self._compiled_arguments = device, arguments.compiled()
         self._compilation_time = datetime.timedelta(seconds=time.monotonic() - began)
         if self._training:
-            self._constants = _update.constants(self._optimizer, self._settings)
+            self._constants = _hyperparameters.constants(self._optimizer, self._settings)
         self._rng_state = None
         if self._options.connection_type != enums.ConnectionType.Never:
             self._attach()

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Type
 
 import torch
 
-from .poptorch_core import Error
+from ._errors import Error
 
 _parsers: Dict[type, "ICustomArgParser"] = {}
 

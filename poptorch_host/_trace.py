@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import blocks, ops
 from ._structure import flatten, map_tensors
-from .poptorch_core import Error
+from ._errors import Error
 
 LOSSES = {"l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss", "nll_loss", "nll_loss_nd", "cross_entropy", "kl_div", "poisson_nll_loss",
           "binary_cross_entropy", "binary_cross_entropy_with_logits", "hinge_embedding_loss", "soft_margin_loss", "ctc_loss",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _structure
-from .poptorch_core import NotOffered
+from ._errors import NotOffered
 
 
 class _Watched:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 
 from .enums import AutoStage
-from .poptorch_core import Error
+from ._errors import Error
 
 
 class Stage:

@@ -8,7 +8,7 @@ from typing import List, Optional, Tuple
 import torch
 
 from . import enums
-from .poptorch_core import Error
+from ._errors import Error
 
 marked_losses: Optional[List[Tuple[torch.Tensor, bool]]] = None  # (loss, marked by identity_loss?) of the running forward pass
 _running = False                                    # True while the executor runs a model

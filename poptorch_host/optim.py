@@ -1,6 +1,6 @@
 """PopTorch's optimizers: PyTorch's hyperparameters and param_groups, plus loss scaling and the types of the device's state.
 
-An optimizer here holds numbers and, as state_dict()["ipu_state"], a copy of the device's state. The formulas are in _update.py.
+An optimizer here holds numbers and, as state_dict()["ipu_state"], a copy of the device's state. The formulas are in _formulas.py.
 """
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import weakref
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
+
+from . import _formulas
+
+HYPER = {"SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov"), "Adam": ("lr", "betas", "eps", "weight_decay"),
+         "AdamW": ("lr", "betas", "eps", "weight_decay"), "LAMB": ("lr", "betas", "eps", "weight_decay", "max_weight_norm"),
+         "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")}
+GLOBAL = ("loss_scaling", "bias_correction", "use_tf_variant", "max_grad_norm")
 
 
 class VariableAttributes:
@@ -191,13 +198,37 @@ class LAMB(Optimizer, torch.optim.Optimizer):
 
     def step(self, closure: Optional[Callable] = None) -> Optional[float]:
         """One update of parameters on the host from their .grad, for comparison with the device. Returns closure()'s loss."""
-        from . import _update
         loss = closure() if closure is not None else None
-        settings = _update.snapshot(self)
+        settings = snapshot(self)
         for group, hyper in zip(self.param_groups, settings["groups"]):
             weights = [p for p in group["params"] if p.grad is not None]
             for p in weights:
-                self.state[p] = self.state.get(p) or _update.new_state(settings, p.detach())
+                self.state[p] = self.state.get(p) or _formulas.new_state(settings, p.detach())
             with torch.no_grad():
-                _update.apply(settings, hyper, weights, [p.grad for p in weights], [self.state[p] for p in weights])
+                _formulas.apply(settings, hyper, weights, [p.grad for p in weights], [self.state[p] for p in weights])
         return loss
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """Name of the formula. AssertionError for an optimizer that PopTorch does not support."""
+    for kind, parents in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW), ("Adam", torch.optim.Adam),
+                          ("RMSprop", torch.optim.RMSprop), ("LAMB", LAMB)):
+        if isinstance(optimizer, parents):
+            return kind
+    raise AssertionError(f"Unsupported optimizer type {type(optimizer).__name__}. Types supported {', '.join(HYPER)}")
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+    """The numbers of `optimizer` as they are now: what setOptimizer() hands to the device."""
+    kind = kind_of(optimizer)
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ValueError("Only non-amsgrad Adam/AdamW optimizers are supported.")
+    numbers = {name: getattr(optimizer, name, OWN_DEFAULTS[name]) for name in GLOBAL}
+    groups = [{name: _number(group[name], name) for name in HYPER[kind]} for group in optimizer.param_groups]
+    return {"kind": kind, **numbers, "groups": groups}
+
+
+def _number(value, name):
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    assert all(isinstance(v, (int, float)) for v in values), f"Expected a number for {name} but got {value} instead"
+    return tuple(values) if name == "betas" else value

@@ -16,7 +16,7 @@ import torch
 from . import enums
 from ._logging import logger
 from .blocks import ExecutionStrategy, PipelinedExecution
-from .poptorch_core import NotOffered
+from ._errors import NotOffered
 
 FROZEN = "Can't modify frozen Options"
 

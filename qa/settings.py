@@ -1,34 +1,39 @@
-"""Settings: what the flags, the named configurations and an ipu_config.json say, checked before any work starts.
+"""The settings of train.py and infer.py: what flags, named configurations and files say, checked before any work starts.
 
-The order of precedence: a field's default, then the named configuration (YAML, `--config`), then `--ipu_config`, then the
-flags themselves. No torch and no transformers in here: `--help` and a refusal take a fraction of a second. (That is why
-the flags come from these dataclasses through argparse; transformers' HfArgumentParser takes two seconds to import.)
+The order of precedence: a field's default, then the named configuration (YAML, `--config`) or the checkpoint's own files, then
+`--ipu_config`, then the flags. There is no torch in here, so that `--help` and a refusal take a fraction of a second.
 """
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 import logging
-import math
 import re
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import yaml
 
-from ipu_options.config import POD_IPUS, IPUConfig, available_pod, flag, read_ipu_config
+from ipu_options.config import IPU_CONFIG_NAME, DeviceSettings, IPUConfig, available_pod, read_ipu_config
 from ipu_options.errors import UsageError
+from ipu_options.files import write_json
+from ipu_options.flags import Layer, Parser, Settings, add_flags, did_you_mean, flag, make_settings
 
 log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "squad_base_384"
+QA_SETTINGS_NAME = "qa_settings.json"
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+# What a resumed run must have in common with the run that it continues, besides its data and its batches.
+MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optimizer", "adam_beta1", "adam_beta2",
+              "adam_epsilon", "loss_scaling", "precision")
+# What qa_settings.json keeps beside a checkpoint for whoever answers with it.
+QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length", "version_2_with_negative",
+               "null_score_diff_threshold", "precision")
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(Settings):
     """Which model, and how its answers are read off."""
 
     model_name_or_path: str = flag("roberta-base", "checkpoint of RoBERTa's family: a local folder or a name on the hub")
@@ -47,9 +52,13 @@ class ModelSettings:
     overwrite_cache: bool = flag(False, "make the windows anew, whatever is cached")
     on_bad_row: str = flag("refuse", "a malformed row of the data set stops the run, or is skipped and counted", choices=("refuse", "skip"))
 
+    def row_capacity(self) -> int:
+        """The most windows that a row can hold: max_windows_per_row with packing, 1 without."""
+        return self.max_windows_per_row if self.pack else 1
+
 
 @dataclass
-class DataSettings:
+class DataSettings(Settings):
     """Which questions to train on and to evaluate."""
 
     dataset_name: str = flag("squad", "data set on the hub, with SQuAD's columns id, context, question, answers")
@@ -63,7 +72,7 @@ class DataSettings:
 
 
 @dataclass
-class TrainingSettings:
+class TrainingSettings(Settings):
     """The fine-tuning run."""
 
     output_dir: Optional[str] = flag(None, "folder of everything the run writes (default: output/ and the configuration's name)")
@@ -99,22 +108,15 @@ class TrainingSettings:
 
 
 @dataclass
-class RunSettings:
+class RunSettings(DeviceSettings):
     """How and where it runs."""
 
-    pod_type: Optional[str] = flag(None, "IPUs available: chooses the replication (default: NUM_AVAILABLE_IPU, else pod4)",
-                                   choices=tuple(POD_IPUS))
-    compile_only: bool = flag(False, "compile the pipelines for an offline IPU target, run nothing")
-    synthetic_data: bool = flag(False, "let the IPU make up its input: the device's speed without the host's")
-    ipu_model: bool = flag(False, "use the IPU Model, a simulator, in place of hardware")
-    profile_dir: Optional[str] = flag(None, "write PopVision reports of training and inference there")
-    trace: Optional[str] = flag(None, "write the host's spans as a Chrome trace to this file")
     hub_token: Optional[str] = flag(None, "access token of the hub (default: the one huggingface_hub keeps)")
     debug: bool = flag(False, "show the traceback of an error")
 
 
 @dataclass
-class QuestionSettings:
+class QuestionSettings(Settings):
     """What infer.py is asked."""
 
     checkpoint: Optional[str] = flag(None, "folder of the fine-tuned model")
@@ -132,7 +134,7 @@ class QuestionSettings:
 class TrainSettings(TrainingSettings, DataSettings, ModelSettings, RunSettings):
     """All settings of train.py."""
 
-    config: str = field(default=DEFAULT_CONFIG)
+    config: str = DEFAULT_CONFIG
 
 
 @dataclass
@@ -140,48 +142,51 @@ class InferSettings(QuestionSettings, ModelSettings, RunSettings):
     """All settings of infer.py."""
 
 
-def parse_train(argv: Optional[Sequence[str]] = None, parser: Optional[argparse.ArgumentParser] = None,
-                ) -> Tuple[TrainSettings, IPUConfig, argparse.Namespace]:
-    """train.py's settings and its IPU configuration with the by-pod values resolved; UsageError for what cannot be.
+def parse_train(argv: Optional[Sequence[str]] = None, *more: type, program: str = "train.py",
+                description: str = "Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host.",
+                ) -> Tuple[Any, ...]:
+    """train.py's settings, its IPU configuration with the by-pod values resolved, and an instance of each group in `more`.
 
-    parser: one to which a caller has added flags of its own; their values are in the third result, a namespace.
+    more: dataclasses of further flags (ipu_options/flags.py), which only the command line can set.
+    Raises UsageError for a value that cannot be.
     """
-    parser = parser or Parser("train.py", "Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host.")
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="NAME",
+    parser = Parser(program, description)
+    parser.add_argument("--config", metavar="NAME",
                         help=f"named configuration ({', '.join(named_configs())}) or a YAML file (default: {DEFAULT_CONFIG})")
-    _add_ipu_config_flag(parser)
-    for group in (DataSettings, ModelSettings, TrainingSettings, RunSettings, IPUConfig):
-        add_flags(parser, group)
-    given = parser.parse_args(argv)
-    values = read_config(given.config)
-    name = Path(given.config).stem
-    settings, ipu_config = _merge(TrainSettings, values, given)
-    settings.config, settings.output_dir = name, settings.output_dir or f"output/{name}"
+    given = _parse(parser, argv, DataSettings, ModelSettings, TrainingSettings, RunSettings, IPUConfig, *more)
+    name = given.values.pop("config", DEFAULT_CONFIG)
+    layers = [_read_config(name), *_ipu_config_layer(given), given]
+    settings, ipu_config = make_settings(TrainSettings, layers), make_settings(IPUConfig, layers)
+    settings.config = Path(name).stem
+    settings.output_dir = settings.output_dir or f"output/{settings.config}"
     settings.pod_type = available_pod(settings.pod_type)
     _check_train(settings)
-    return settings, ipu_config.for_pod(settings.pod_type), given
+    return (settings, ipu_config.for_pod(settings.pod_type), *(make_settings(group, [given]) for group in more))
 
 
 def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IPUConfig]:
-    """infer.py's settings and its inference configuration. What the checkpoint's qa_settings.json and ipu_config.json say
-    stands, unless a flag says otherwise."""
+    """infer.py's settings and its IPU configuration with the by-pod values resolved.
+
+    What the checkpoint's qa_settings.json and ipu_config.json say stands, unless a flag says otherwise.
+    Raises UsageError for a value that cannot be.
+    """
     parser = Parser("infer.py", "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.")
-    _add_ipu_config_flag(parser)
-    for group in (QuestionSettings, ModelSettings, RunSettings, IPUConfig):
-        add_flags(parser, group)
-    given = parser.parse_args(argv)
-    folder = vars(given).get("checkpoint")
+    given = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig)
+    folder = given.values.get("checkpoint")
     if folder is None:
         raise UsageError("--checkpoint is missing: name the folder of a fine-tuned model, for example --checkpoint output/demo")
     if not (Path(folder) / "config.json").is_file():
         raise UsageError(f"--checkpoint {folder}: no config.json there; name a folder that train.py or save_pretrained has written")
-    values = read_qa_settings(folder)
-    if (Path(folder) / "ipu_config.json").is_file():
-        values.update(_read_pipeline(folder))
-    settings, ipu_config = _merge(InferSettings, values, given)
+    layers = [_read_qa_settings(folder)]
+    if (Path(folder) / IPU_CONFIG_NAME).is_file():
+        layers.append(_read_pipeline(folder, f"--ipu_config {folder}"))
+    layers += [*_ipu_config_layer(given), given]
+    settings, ipu_config = make_settings(InferSettings, layers), make_settings(IPUConfig, layers)
     settings.model_name_or_path = folder
     settings.pod_type = available_pod(settings.pod_type)
     _check_infer(settings)
+    if settings.context_file is not None:
+        settings.context = _read_text(settings.context_file)
     return settings, ipu_config.for_pod(settings.pod_type)
 
 
@@ -190,8 +195,28 @@ def named_configs() -> List[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def read_config(name_or_path: str) -> Dict[str, Any]:
-    """The values of a named configuration or of a YAML file; UsageError for a name or a field that does not exist."""
+def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
+    """Write `folder`/qa_settings.json: what whoever answers with the checkpoint needs. `parse_infer` reads it. Raises OSError."""
+    write_json(Path(folder) / QA_SETTINGS_NAME, {name: getattr(settings, name) for name in QA_SETTINGS})
+
+
+def check_row_length(settings: ModelSettings, model_config: Any) -> None:
+    """Raise UsageError unless the model has positions for the longest window. RoBERTa counts positions from padding_idx + 1."""
+    most = model_config.max_position_embeddings - model_config.pad_token_id - 1
+    if settings.max_seq_length > most:
+        raise UsageError(f"{settings.source('max_seq_length')} {settings.max_seq_length}: {settings.model_name_or_path} has positions "
+                         f"for {most} tokens; use at most {most}")
+
+
+def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type) -> Layer:
+    parser.add_argument("--ipu_config", metavar="PATH", help="ipu_config.json, a folder that holds one, or a repository on the hub")
+    for group in groups:
+        add_flags(parser, group)
+    return Layer(vars(parser.parse_args(argv)))
+
+
+def _read_config(name_or_path: str) -> Layer:
+    """The values of a named configuration or of a YAML file; UsageError for a name or a setting that does not exist."""
     path = CONFIGS / f"{name_or_path}.yaml"
     if name_or_path not in named_configs():
         path = Path(name_or_path)
@@ -204,243 +229,116 @@ def read_config(name_or_path: str) -> Dict[str, Any]:
         raise UsageError(f"--config {name_or_path}: not readable as YAML ({error})") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {name_or_path}: holds a {type(values).__name__}, it should map setting names to values")
-    known = {f.name for group in (TrainSettings, IPUConfig) for f in fields(group)}
+    known = {f.name for group in (TrainSettings, IPUConfig) for f in fields(group)} - {"sources", "config"}
     for unknown in sorted(set(map(str, values)) - known):
-        raise UsageError(f"--config {name_or_path}: there is no setting {unknown}{_did_you_mean(unknown, known)}")
-    return values
+        raise UsageError(f"--config {name_or_path}: there is no setting {unknown}{did_you_mean(unknown, known)}")
+    for name in ("layers_per_ipu", "inference_layers_per_ipu"):
+        if isinstance(values.get(name), int):
+            values[name] = [values[name]]
+    return Layer(values, str(path))
 
 
-def _read_pipeline(name_or_path: str) -> Dict[str, Any]:
-    """What an ipu_config.json says, which may be someone else's: where it would have compiled executables written to (and read
-    from) outside of the working directory is left out, with a warning."""
-    values = read_ipu_config(name_or_path)
+def _ipu_config_layer(given: Layer) -> List[Layer]:
+    path = given.values.pop("ipu_config", None)
+    return [] if path is None else [_read_pipeline(path, f"--ipu_config {path}")]
+
+
+def _read_pipeline(name_or_path: str, source: str) -> Layer:
+    """An ipu_config.json, which may be someone else's: a cache folder that lies outside of the working directory, from which
+    compiled executables would be read, is left out with a warning."""
+    values = read_ipu_config(name_or_path, source)
     cache = Path(str(values.get("executable_cache_dir") or "."))
     if cache.is_absolute() or ".." in cache.parts:
         log.warning("%s: executable_cache_dir %s is not used; if it is yours, give it with --executable_cache_dir", name_or_path, cache)
         del values["executable_cache_dir"]
-    return values
+    return Layer(values, source)
 
 
-def read_qa_settings(folder: str) -> Dict[str, Any]:
-    """What train.py noted beside a checkpoint for those who answer with it (qa_settings.json); {} without that file."""
-    path = Path(folder) / "qa_settings.json"
+def _read_qa_settings(folder: str) -> Layer:
+    path = Path(folder) / QA_SETTINGS_NAME
     if not path.is_file():
-        return {}
+        return Layer({}, str(path))
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return {name: values[name] for name in QA_SETTINGS if name in values}
+        return Layer({name: values[name] for name in QA_SETTINGS if name in values}, str(path))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: not readable as a JSON object ({error})") from error
 
 
-def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
-    """Note beside a checkpoint what those who answer with it need (read back by `read_qa_settings`)."""
-    values = {name: getattr(settings, name) for name in QA_SETTINGS}
-    (Path(folder) / "qa_settings.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-# What a resumed run must have in common with the run it goes on with, beside its data and its batches.
-MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon",
-              "loss_scaling", "precision")
-QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length", "version_2_with_negative",
-               "null_score_diff_threshold", "precision")
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose refusals are UsageErrors of one line, and which knows no abbreviated flags."""
-
-    def __init__(self, program: str, description: str):
-        super().__init__(program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=42, width=120))
-        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own takes -2e-5 for a flag
-
-    def error(self, message: str):
-        raise UsageError(message.replace("argument --", "--", 1).replace(": ", " ", 1))
-
-    def parse_args(self, args=None, namespace=None):
-        given, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [option for action in self._actions for option in action.option_strings]
-            raise UsageError(f"{unknown[0]}: there is no such flag{_did_you_mean(unknown[0], flags)}; --help lists them")
-        return given
-
-
-def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
-    """One flag for each field of the dataclass `group`; a boolean takes an optional true/false, and has a --no_ twin if it
-    is true by default. No flag has a default of its own, so that only what was given is in the result."""
-    section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
-    for f in fields(group):
-        default, kind = _default_and_kind(f)
-        shown = "" if default is None or isinstance(default, dict) else f" (default: {_text(default)})"
-        options = dict(help=f.metadata["help"].replace("%", "%%") + shown, type=_reader(kind), dest=f.name)
-        if kind is bool:
-            options.update(nargs="?", const=True, metavar="true|false")
-        elif "choices" in f.metadata:
-            options.update(metavar="|".join(map(str, f.metadata["choices"])))
-        else:
-            options.update(metavar={int: "N", float: "X"}.get(kind, "TEXT"), nargs=f.metadata.get("nargs"))
-        section.add_argument("--" + f.name, **options)
-        if default is True:
-            section.add_argument("--no_" + f.name, dest=f.name, action="store_false", help=argparse.SUPPRESS)
-
-
-def check_field(group: type, name: str, value: Any) -> None:
-    """UsageError unless `value` has the type, the range and the choices of that field."""
-    f = next(f for f in fields(group) if f.name == name)
-    default, kind = _default_and_kind(f)
-    if value is None or isinstance(value, dict):
-        if value is None and default is not None and "None" not in str(f.type) and "Optional" not in str(f.type):
-            raise UsageError(f"--{name} has no value: give {_article(kind)}")
-        for by_pod in (value or {}).values():
-            check_field(group, name, by_pod)
-        return
-    if f.metadata.get("nargs") == "+" and isinstance(value, list):
-        if not value:
-            raise UsageError(f"--{name} is an empty list: give at least one value")
-        for one in value:
-            check_field(group, name, one)
-        return
-    choices = f.metadata.get("choices")
-    if isinstance(value, list):  # not printed: a few aliases of YAML write out to more than fits in memory
-        raise UsageError(f"--{name} is a list: it should be {_article(kind)}" + (f", one of {', '.join(choices)}" if choices else ""))
-    if choices and value not in choices:
-        raise UsageError(f"--{name} {value}: choose from {', '.join(map(str, choices))}")
-    if not isinstance(value, kind) and not (kind is float and isinstance(value, int)) or (kind is not bool and isinstance(value, bool)):
-        raise UsageError(f"--{name} {value!r}: it should be {_article(kind)}")
-    low, high, above, below = (f.metadata.get(bound) for bound in ("min", "max", "above", "below"))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"--{name} {value}: it should be a finite number")
-    if low is not None and value < low or above is not None and value <= above:
-        right = f"at least {low}" if low is not None else f"more than {above}"
-        raise UsageError(f"--{name} {value} is too small: it should be {right}")
-    if high is not None and value > high or below is not None and value >= below:
-        right = f"at most {high}" if high is not None else f"less than {below}"
-        raise UsageError(f"--{name} {value} is too large: it should be {right}")
-
-
-def _default_and_kind(f: Field) -> Tuple[Any, type]:
-    default = f.default_factory() if callable(f.default_factory) else f.default
-    return default, f.metadata.get("type") or (str if default is None else type(default))
-
-
-def _merge(group: type, values: Dict[str, Any], given: argparse.Namespace) -> Tuple[Any, IPUConfig]:
-    flags = {name: value for name, value in vars(given).items()}
-    if "ipu_config" in flags:
-        values = {**values, **_read_pipeline(flags["ipu_config"])}
-    merged = {**values, **flags}
-    results = []
-    for kind in (group, IPUConfig):
-        known = {f.name for f in fields(kind)}
-        own = {name: value for name, value in merged.items() if name in known}
-        for name in ("layers_per_ipu", "inference_layers_per_ipu"):  # ipu_config.json may hold one number
-            if isinstance(own.get(name), int):
-                own[name] = [own[name]]
-        for name, value in own.items():
-            if name != "config":
-                check_field(kind, name, value)
-        results.append(kind(**own))
-    return tuple(results)
-
-
-def _check_train(s: TrainSettings) -> None:
-    _check_windows(s)
-    _check_new_file(s, "trace")
+def _check_train(settings: TrainSettings) -> None:
+    source = settings.source
+    _check_windows(settings)
+    _check_new_file(settings, "trace")
     for name in ("train_file", "validation_file"):
-        path = getattr(s, name)
+        path = getattr(settings, name)
         if path is not None and not Path(path).is_file():
             what = "is a folder" if Path(path).is_dir() else "does not exist"
-            raise UsageError(f"--{name} {path} {what}: name a JSON, JSON Lines, CSV or Parquet file")
-    if s.train_file and not s.validation_file:
-        raise UsageError("--train_file comes without --validation_file: name the questions to evaluate on as well")
-    if s.validation_file and not s.train_file:
-        raise UsageError("--validation_file comes without --train_file: name the questions to train on as well")
-    if s.demo_data and s.train_file:
-        raise UsageError("--demo_data and --train_file exclude each other: the demo makes its own questions; leave one out")
-    if Path(s.output_dir).exists() and not Path(s.output_dir).is_dir():
-        raise UsageError(f"--output_dir {s.output_dir} is a file: name a folder")
-    if s.resume_from_checkpoint not in (None, "auto") and not Path(s.resume_from_checkpoint).is_dir():
-        raise UsageError(f"--resume_from_checkpoint {s.resume_from_checkpoint}: no such folder; name a checkpoint folder, or auto")
-    if s.compile_only and s.synthetic_data:
-        raise UsageError("--compile_only and --synthetic_data exclude each other: what is only compiled runs on no data; leave one out")
-    if s.hub_model_id and not s.push_to_hub:
-        raise UsageError(f"--hub_model_id {s.hub_model_id} does nothing without --push_to_hub: add it")
+            raise UsageError(f"{source(name)} {path} {what}: name a JSON, JSON Lines, CSV or Parquet file")
+    if settings.train_file and not settings.validation_file:
+        raise UsageError(f"{source('train_file')} comes without --validation_file: name the questions to evaluate on as well")
+    if settings.validation_file and not settings.train_file:
+        raise UsageError(f"{source('validation_file')} comes without --train_file: name the questions to train on as well")
+    if settings.demo_data and settings.train_file:
+        raise UsageError(f"{source('demo_data')} and {source('train_file')} exclude each other: the demo makes its own questions; "
+                         "leave one out")
+    if Path(settings.output_dir).exists() and not Path(settings.output_dir).is_dir():
+        raise UsageError(f"{source('output_dir')} {settings.output_dir} is a file: name a folder")
+    resume = settings.resume_from_checkpoint
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise UsageError(f"{source('resume_from_checkpoint')} {resume}: no such folder; name a checkpoint folder, or auto")
+    if settings.compile_only and settings.synthetic_data:
+        raise UsageError(f"{source('compile_only')} and {source('synthetic_data')} exclude each other: what is only compiled runs on "
+                         "no data; leave one out")
+    if settings.hub_model_id and not settings.push_to_hub:
+        raise UsageError(f"{source('hub_model_id')} {settings.hub_model_id} does nothing without --push_to_hub: add it")
 
 
-def check_row_length(settings: ModelSettings, config: Any) -> None:
-    """UsageError unless the model has positions for a row's longest window. RoBERTa counts positions from padding_idx + 1."""
-    most = config.max_position_embeddings - config.pad_token_id - 1
-    if settings.max_seq_length > most:
-        raise UsageError(f"--max_seq_length {settings.max_seq_length}: {settings.model_name_or_path} has positions for {most} tokens; "
-                         f"use at most {most}")
-
-
-def _check_infer(s: InferSettings) -> None:
-    _check_windows(s)
-    if s.context is not None and s.context_file is not None:
-        raise UsageError("--context and --context_file exclude each other: leave one out")
-    if s.question is not None and s.input_file is not None:
-        raise UsageError("--question and --input_file exclude each other: leave one out")
-    if s.question is not None and s.context is None and s.context_file is None:
+def _check_infer(settings: InferSettings) -> None:
+    _check_windows(settings)
+    for one, other in (("context", "context_file"), ("question", "input_file")):
+        if getattr(settings, one) is not None and getattr(settings, other) is not None:
+            raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
+    if settings.question is not None and settings.context is None and settings.context_file is None:
         raise UsageError("--question comes without its text: add --context or --context_file")
-    if s.output_file is not None and s.input_file is None:
+    if settings.output_file is not None and settings.input_file is None:
         raise UsageError("--output_file comes without --input_file: name the file of questions")
     for name in ("context_file", "input_file"):
-        path = getattr(s, name)
+        path = getattr(settings, name)
         if path is not None and not Path(path).is_file():
             raise UsageError(f"--{name} {path}: no such file")
-    _check_new_file(s, "output_file")
-    _check_new_file(s, "trace")
+    _check_new_file(settings, "output_file")
+    _check_new_file(settings, "trace")
     for name in ("question", "context"):
-        text = getattr(s, name)
+        text = getattr(settings, name)
         if text is not None and not text.strip():
             raise UsageError(f"--{name} is empty: give its text")
         if text is not None and re.search("[\ud800-\udfff]", text):  # what Python makes of other bytes on a command line (PEP 383)
             raise UsageError(f"--{name} is not valid UTF-8: give its text in that encoding")
 
 
-def _check_new_file(s: Any, name: str) -> None:
-    """That what is written at the end has a place, since hours may lie before it."""
-    if getattr(s, name) is None:
+def _read_text(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--context_file {path}: not readable as UTF-8 text ({error})") from error
+    if not text.strip():
+        raise UsageError(f"--context_file {path}: is empty; it should hold the text to look in")
+    return text
+
+
+def _check_new_file(settings: Settings, name: str) -> None:
+    """Raise UsageError unless the file that is written at the end has a place, since hours may lie before it."""
+    if getattr(settings, name) is None:
         return
-    path = Path(getattr(s, name))
+    path = Path(getattr(settings, name))
     if path.exists() and not path.is_file():
-        raise UsageError(f"--{name} {path} is no file that can be replaced: name another")
+        raise UsageError(f"{settings.source(name)} {path} is no file that can be replaced: name another")
     if not path.parent.is_dir():
-        raise UsageError(f"--{name} {path}: there is no folder {path.parent}; make it, or name another")
+        raise UsageError(f"{settings.source(name)} {path}: there is no folder {path.parent}; make it, or name another")
 
 
-def _check_windows(s: ModelSettings) -> None:
-    if s.doc_stride >= s.max_seq_length - 4:
-        raise UsageError(f"--doc_stride {s.doc_stride} leaves a window of --max_seq_length {s.max_seq_length} no room to move on: "
-                         f"use at most {s.max_seq_length // 2}")
-
-
-def _add_ipu_config_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ipu_config", metavar="PATH", help="ipu_config.json, a folder that holds one, or a repository on the hub")
-
-
-def _reader(kind: type):
-    """argparse's `type`: like `kind`, with a refusal that says what would be right."""
-    def read(text: str) -> Any:
-        if kind is bool:
-            if text.lower() in ("true", "yes", "1", "false", "no", "0"):
-                return text.lower() in ("true", "yes", "1")
-            raise argparse.ArgumentTypeError(f"{text}: it should be true or false")
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: it should be {_article(kind)}") from None
-    return read
-
-
-def _article(kind: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+def _check_windows(settings: ModelSettings) -> None:
+    length, stride = settings.max_seq_length, settings.doc_stride
+    if stride >= length - 4:
+        raise UsageError(f"{settings.source('doc_stride')} {stride} leaves a window of {settings.source('max_seq_length')} {length} no "
+                         f"room to move on: use at most {length // 2}")

@@ -1,8 +1,5 @@
-"""Puts the project's root on the path, keeps every test off the network, and small models on one thread, where they are fastest."""
+"""Keeps every test off the network, and small models on one thread, where they are fastest."""
 import os
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,6 +1,7 @@
-"""The planner: memory and time of a pipeline, from counts of the real model, before an IPU is booked.
+"""The planner's engine: memory and time of a pipeline, from counts of the real model, before an IPU is booked.
 
-    flags.py       the planner's own flags
+A Job goes in, a Plan comes out. Its commands and flags are in qa/planning.
+
     count.py       what each block of the model needs: parameters, FLOPs, saved bytes (counted)
     machine.py     Mk2 and Bow (documented) and how much of them is reached (fitted)
     job.py         what is planned: counted blocks, layout, IPU configuration
@@ -12,5 +13,5 @@
     advice.py      the one change that would help most
     search.py      the best split and settings under the memory limit
     calibrate.py   the efficiencies fitted to published runs, or to the user's own
-    text.py, draw.py, profile.py, sweep.py   the printed plan, pictures, PopVision profiles, many plans in a table
+    text.py, draw.py, profile.py   the printed plan, pictures, PopVision profiles
 """

@@ -16,7 +16,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 
 from ipu_options.config import IPUConfig
-from ipu_options.errors import RunError, UsageError
+from ipu_options.errors import UsageError
+from ipu_options.files import write_json, writing
 from ipu_options.plan.count import CountedBlock
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import MACHINES, Efficiencies
@@ -45,13 +46,12 @@ class PublishedRun(NamedTuple):
 
 
 def published_runs(count: Counter) -> List[PublishedRun]:
-    """The runs of published_runs.json. count(model shape, config, max_seq_length, micro_batch_size) counts blocks."""
-    table = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    """The runs of published_runs.json. count(model's name, config, max_seq_length, micro_batch_size) counts its blocks."""
     runs = []
-    for run in table["runs"]:
-        config, shape = IPUConfig(**run["ipu_config"]), table["models"][run["model"]]
-        layout = config.layout(shape["num_hidden_layers"])
-        blocks = count(shape, config, run["max_seq_length"], run["micro_batch_size"])
+    for run in json.loads(PUBLISHED.read_text(encoding="utf-8"))["runs"]:
+        config = IPUConfig(**run["ipu_config"])
+        blocks = count(run["model"], config, run["max_seq_length"], run["micro_batch_size"])
+        layout = config.layout(sum(block.kind == "layer" for block in blocks))
         job = Job(tuple(blocks), layout, config, MACHINES[run["machine"]], run["micro_batch_size"], run["max_seq_length"])
         runs.append(PublishedRun(run["name"], run["use"], run.get("windows_per_second"), run["source"], job))
     return runs
@@ -112,11 +112,9 @@ def calibration_file(path: Optional[str] = None) -> Path:
 
 def save(efficiencies: Efficiencies, path: Path) -> None:
     """Write the calibration; RunError if that is not possible."""
-    try:
+    with writing(f"--calibration {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(efficiencies), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"--calibration {path}: cannot write it ({error})")
+        write_json(path, asdict(efficiencies))
 
 
 def load(path: Optional[str] = None) -> Efficiencies:

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from typing import Any, Dict, List
 
-from ipu_options.errors import RunError, UsageError
+from ipu_options.errors import UsageError
+from ipu_options.files import writing
 from ipu_options.plan.memory import CATEGORIES
 from ipu_options.plan.planner import Plan
 from ipu_options.plan.schedule import simulate
@@ -42,9 +43,8 @@ def draw_plan(plan: Plan, path: str, title: str) -> None:
     _memory(memory, plan)
     _split(split, plan)
     try:
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise RunError(f"--plot {path}: cannot write it ({error})")
+        with writing(f"--plot {path}"):
+            figure.savefig(path, dpi=130)
     finally:
         pyplot.close(figure)
 
@@ -107,7 +107,7 @@ def _split(axes: Any, plan: Plan) -> None:
     for block, ipu in plan.job.layout.blocks():
         names.setdefault(ipu, []).append(block.replace("Encoder ", ""))
     widest = max(len(blocks) for blocks in names.values())
-    load = {ipu: sum(work.seconds for work in plan.work if work.ipu == ipu) for ipu in names}
+    load = plan.load()
     for ipu, blocks in names.items():
         for place, block in enumerate(blocks):
             shade = "#eeeeee" if block.isdigit() else "#bbbbbb"

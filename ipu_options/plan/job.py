@@ -9,7 +9,7 @@ from ipu_options.layout import Layout
 from ipu_options.plan.count import CountedBlock
 from ipu_options.plan.machine import Machine
 
-Counter = Callable[[int, int], Sequence[CountedBlock]]
+BlockCounter = Callable[[int, int], Sequence[CountedBlock]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Job:
     packed_windows_per_row: Optional[float] = None
     train_windows: Optional[int] = None
     epochs: float = 1.0
-    count: Optional[Counter] = field(default=None, compare=False, repr=False)
+    count: Optional[BlockCounter] = field(default=None, compare=False, repr=False)
 
     @property
     def element_bytes(self) -> int:
@@ -55,9 +55,3 @@ class Job:
         but for a half first moment, shared out over the replicas under replicated tensor sharding (ZeRO stage 1)."""
         both = 4 + (2 if self.config.enable_half_first_order_momentum else 4)
         return both / (self.config.replication_factor if self.config.replicated_tensor_sharding else 1)
-
-    def matmul_proportion(self, ipu: int) -> float:
-        """Share of its memory that IPU `ipu` offers to matrix multiplications."""
-        shares = self.config.matmul_proportion
-        shares = list(shares) if isinstance(shares, (list, tuple)) else [shares]
-        return shares[ipu] if len(shares) > 1 else shares[0]

@@ -27,7 +27,7 @@ def ipu_memory(job: Job, code_bytes: int) -> Dict[int, Dict[str, int]]:
     stages = job.stages()
     memory: Dict[int, Dict[str, int]] = {}
     for index, (ipu, blocks) in enumerate(stages):
-        stage = stage_memory(job, stage_totals(blocks), job.matmul_proportion(ipu), index, len(stages), code_bytes)
+        stage = stage_memory(job, stage_totals(blocks), job.config.matmul_shares()[ipu], index, len(stages), code_bytes)
         memory[ipu] = join(memory[ipu], stage) if ipu in memory else stage
     return {ipu: {name: int(memory[ipu][name]) for name in CATEGORIES} for ipu in sorted(memory)}
 

@@ -112,7 +112,7 @@ def advice(profile: Profile, plan: Plan) -> str:
                 "--matmul_proportion, or use a smaller --micro_batch_size")
     slowest, idlest = max(ipus, key=profile.work_cycles), min(ipus, key=profile.work_cycles)
     most, least = profile.work_cycles(slowest), profile.work_cycles(idlest)
-    layers = [plan.job.layout.layer_ipus.count(ipu) for ipu in ipus]
+    layers = plan.job.layout.layers_per_ipu(len(ipus))
     if layers[slowest] > 1 and most - least > 2 * most / layers[slowest]:  # a layer's worth of work less leaves it ahead still
         layers[slowest], layers[idlest] = layers[slowest] - 1, layers[idlest] + 1
         mean = sum(profile.work_cycles(ipu) for ipu in ipus) / len(ipus)
@@ -127,5 +127,5 @@ def advice(profile: Profile, plan: Plan) -> str:
 
 
 def _planned_load(plan: Plan) -> Dict[int, float]:
-    seconds = {ipu: sum(work.seconds for work in plan.work if work.ipu == ipu) for ipu in plan.memory}
+    seconds = plan.load()
     return {ipu: value / max(seconds.values()) for ipu, value in seconds.items()}

@@ -83,8 +83,8 @@ def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
 def with_cut(job: Job, cut: Cut) -> Job:
     """The job with its layout and layers_per_ipu set to the split."""
     ipu_of = [ipu for ipu, (start, end) in enumerate(zip((0,) + cut.ends[:-1], cut.ends)) for _ in range(start, end)]
-    layout = Layout(ipu_of[0], tuple(ipu_of[1:-1]), ipu_of[-1])
-    layers = [layout.layer_ipus.count(ipu) for ipu in range(len(cut.ends))]
+    layout = Layout.from_blocks(ipu_of)
+    layers = layout.layers_per_ipu(len(cut.ends))
     return replace(job, layout=layout, config=replace(job.config, layers_per_ipu=layers, embedding_ipu=0, head_ipu=None))
 
 
@@ -108,15 +108,15 @@ def _candidates(job: Job, ipus: int) -> Iterator[Job]:
 
 
 def _candidate(job: Job, blocks: Tuple[CountedBlock, ...], micro_batch: int, **changes) -> Job:
-    shares = job.config.matmul_proportion
-    if isinstance(shares, (list, tuple)) and len(shares) > 1 and len(shares) != changes["ipus_per_replica"]:
-        changes["matmul_proportion"] = MATMUL_PROPORTION
-    return replace(job, blocks=blocks, micro_batch_size=micro_batch, config=replace(job.config, **changes))
+    config = replace(job.config, **changes)
+    if len(config.matmul_shares()) != config.num_ipus():
+        config = replace(config, matmul_proportion=MATMUL_PROPORTION)
+    return replace(job, blocks=blocks, micro_batch_size=micro_batch, config=config)
 
 
 def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int, stages: int) -> np.ndarray:
     """Seconds of a step for every run of blocks [i, j) as stage `index`; infinite where it does not fit or is empty."""
-    memory = stage_memory(job, totals, job.matmul_proportion(index), index, stages, efficiencies.code_bytes)
+    memory = stage_memory(job, totals, job.config.matmul_shares()[index], index, stages, efficiencies.code_bytes)
     forward, again, backward = stage_seconds(job, efficiencies, totals, last=index == stages - 1)
     fits = (sum(memory.values()) <= job.machine.memory_bytes) & (totals.parameters > 0)
     return np.where(fits, forward + again + backward, np.inf)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Sequence
 
-from ipu_options.plan.advice import changes, describe
+from ipu_options.plan.advice import changes, describe, suggestion
 from ipu_options.plan.machine import PUBLISHED_ERRORS_PERCENT, Efficiencies
 from ipu_options.plan.memory import CATEGORIES, reasons
 from ipu_options.plan.planner import Plan
@@ -18,6 +18,35 @@ def plan_text(plan: Plan, title: str) -> str:
     parts = [_heading(plan, title), _blocks(plan), _memory(plan), _stages(plan), _throughput(plan), _where(plan), _advice(plan),
              _provenance(plan.efficiencies)]
     return "\n\n".join(parts)
+
+
+def plan_dict(plan: Plan) -> Dict[str, Any]:
+    """The whole plan for machines, units in the names."""
+    job, config = plan.job, plan.job.config
+    limit = job.machine.memory_bytes
+    names = {ipu: [name for name, at in job.layout.blocks() if at == ipu] for ipu in plan.memory}
+    return {
+        "fits": plan.fits, "windows_per_second": plan.windows_per_second, "bubble_fraction": plan.bubble_fraction,
+        "rows_per_second": plan.rows_per_second, "windows_per_row": job.windows_per_row,
+        "training_seconds": plan.training_seconds, "update_seconds": plan.update_seconds,
+        "pipeline_steps": plan.schedule.steps, "step_seconds": plan.schedule.step_seconds,
+        "update_parts_seconds": plan.parts(), "suggestion": suggestion(plan), "why_not": reasons(job, plan.memory),
+        "ipus": [{"ipu": ipu, "blocks": names[ipu], "total_bytes": sum(parts.values()), "limit_bytes": limit,
+                  "fits": sum(parts.values()) <= limit, **{f"{name}_bytes": parts[name] for name in parts},
+                  "busy_seconds": busy} for (ipu, parts), busy in zip(plan.memory.items(), plan.schedule.busy_seconds)],
+        "stages": [{"stage": i, "ipu": work.ipu, "blocks": [block.name for block in blocks], "forward_seconds": work.forward,
+                    "recompute_seconds": work.recompute, "backward_seconds": work.backward}
+                   for i, (work, (_, blocks)) in enumerate(zip(plan.work, job.stages()))],
+        "blocks": [{"name": block.name, "ipu": ipu, "parameters": block.parameters, "forward_flops": block.forward_flops,
+                    "backward_flops": block.backward_flops, "saved_bytes": block.saved_bytes,
+                    "output_bytes": block.output_bytes}
+                   for block, (_, ipu) in zip(job.blocks, job.layout.blocks())],
+        "machine": job.machine.name, "precision": job.precision, "max_seq_length": job.max_seq_length,
+        "micro_batch_size": job.micro_batch_size, "rows_per_update": job.rows_per_update,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps, "replication_factor": config.replication_factor,
+        "ipus_per_replica": config.num_ipus(), "layers_per_ipu": job.layout.layers_per_ipu(config.num_ipus()),
+        "efficiencies": dict(vars(plan.efficiencies)),
+    }
 
 
 def fit_text(rows: Sequence[Dict[str, Any]], efficiencies: Efficiencies) -> str:
@@ -94,7 +123,7 @@ def _memory(plan: Plan) -> str:
 
 def _stages(plan: Plan) -> str:
     slowest = plan.schedule.step_seconds - plan.copy_seconds
-    load = {ipu: sum(work.seconds for work in plan.work if work.ipu == ipu) for ipu in plan.memory}
+    load = plan.load()
     rows = [[f"stage {i}", str(work.ipu), f"{1e3 * work.forward:.2f}", f"{1e3 * work.recompute:.2f}", f"{1e3 * work.backward:.2f}",
              f"{100 * load[work.ipu] / slowest:.0f} %"] for i, work in enumerate(plan.work)]
     return ("Time of one micro-batch in ms, by pipeline stage\n"

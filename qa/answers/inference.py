@@ -1,0 +1,80 @@
+"""The inference pipeline that train.py evaluates with and infer.py answers with: one model, one layout, one way to answers."""
+from __future__ import annotations
+
+from typing import Iterator
+
+from tqdm import tqdm
+
+from ipu_options import poptorch
+from ipu_options.config import Pipeline
+from ipu_options.options import inference_options
+from qa.answers.spans import AnswerFinder
+from qa.data.loader import open_loader
+from qa.data.rows import InferenceRows
+from qa.model.parallelize import parallelize
+from qa.model.roberta import RobertaForSpans
+
+_ROWS_WORTH_A_WORKER = 10_000  # fewer are made in less time than it takes to start a process that imports torch
+
+
+class InferencePipeline:
+    """A model compiled once for inference, which answers the questions of any number of data sets.
+
+    model: becomes this pipeline's own (annotated, in the precision that the settings name, in evaluation mode).
+    settings: any object with the fields of qa.settings.ModelSettings and RunSettings, and eval_micro_batch_size.
+    """
+
+    def __init__(self, model: RobertaForSpans, pipeline: Pipeline, settings):
+        self.model, self.settings = model, settings
+        config = pipeline.config
+        parallelize(model, pipeline.layout, recompute_checkpoint_every_layer=False,
+                    embedding_serialization_factor=config.embedding_serialization_factor)
+        model.eval()
+        if settings.precision == "float16":
+            model.half()
+        self.options = inference_options(config, settings)
+        self.rows_per_step = settings.eval_micro_batch_size * config.device_iterations * config.replication_factor
+        self.inference_model = poptorch.inferenceModel(model, self.options)
+
+    def compile(self, windows) -> None:
+        """Compile for the shapes that every call has, without running. windows: qa.data.windows.Windows, any."""
+        self.inference_model.compile(**self._rows(windows).__getitems__(range(self.rows_per_step)))
+
+    def answers(self, windows, examples, progress: bool = True) -> Iterator[dict]:
+        """The answer to each question in order (see AnswerFinder.add for its keys).
+
+        windows: qa.data.windows.Windows with offsets, made from `examples`.  progress: show a bar.
+        """
+        settings, rows = self.settings, self._rows(windows)
+        finder = AnswerFinder(windows, examples, n_best_size=settings.n_best_size, max_answer_length=settings.max_answer_length,
+                              version_2_with_negative=settings.version_2_with_negative,
+                              null_score_diff_threshold=settings.null_score_diff_threshold)
+        return predict(self.inference_model, self.options, rows, finder, settings.eval_micro_batch_size, progress)
+
+    def detach(self) -> None:
+        """Give the IPUs back; the weights are uploaded anew when the pipeline is next used."""
+        if self.inference_model.isAttachedToDevice():
+            self.inference_model.detachFromDevice()
+
+    def _rows(self, windows) -> InferenceRows:
+        return InferenceRows(windows, row_length=self.settings.max_seq_length, max_windows_per_row=self.settings.row_capacity(),
+                             pad_token_id=self.model.config.pad_token_id, rows_per_step=self.rows_per_step)
+
+
+def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder, micro_batch_size: int, progress: bool = True,
+            ) -> Iterator[dict]:
+    """Run `rows` through the model and give the answers of `finder` in the order of the examples (keys: AnswerFinder.add).
+
+    inference_model: a poptorch.inferenceModel made with `options`, whose output mode is All, so that each call returns start and
+    end logits [rows of the combined batch, tokens] in the order of the rows.  progress: show a bar.
+    """
+    loader = open_loader(options, rows, micro_batch_size, asynchronous=len(rows) > _ROWS_WORTH_A_WORKER)
+    bar = tqdm(total=len(rows.windows), desc="Answers", unit="window", dynamic_ncols=True, disable=not progress)
+    first = 0
+    with loader as batches, bar:
+        for batch in batches:
+            slices = [rows.slices(first + place) for place in range(len(batch["input_ids"]))]
+            first += len(slices)
+            yield from finder.add(slices, *inference_model(**batch))
+            bar.update(sum(map(len, slices)))
+    yield from finder.finish()

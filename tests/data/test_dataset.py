@@ -1,0 +1,138 @@
+"""Every format gives the same questions; every malformed row and file is refused in one line, or skipped and counted."""
+import csv
+import json
+import logging
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ipu_options.errors import RunError, UsageError
+from qa.data.dataset import load_examples
+
+CONTEXT = "Zoë 😀 flew to Oslo,\nin 1921. \x07"
+ROWS = [{"id": str(number), "context": CONTEXT, "question": f'Who, "{number}"?',
+         "answers": {"text": ["Zoë", "Oslo"], "answer_start": [0, 14]}} for number in range(3)]
+NESTED = {"version": "1.1", "data": [{"title": "Zoë", "paragraphs": [{"context": CONTEXT, "qas": [
+    {"id": row["id"], "question": row["question"], "answers": [
+        {"text": text, "answer_start": start} for text, start in zip(*row["answers"].values())]} for row in ROWS]}]}]}
+
+
+def lines(rows):
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def write_csv(path, answers):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]))
+        writer.writeheader()
+        writer.writerows({**row, "answers": answers(row["answers"])} for row in ROWS)
+
+
+def test_formats_give_the_same_questions(tmp_path):
+    (tmp_path / "nested.json").write_text(json.dumps(NESTED, indent=1))
+    (tmp_path / "list.json").write_text(json.dumps(ROWS, ensure_ascii=False), encoding="utf-8-sig")
+    (tmp_path / "data.json").write_text(json.dumps({"data": ROWS}))
+    (tmp_path / "lines.json").write_text(lines(ROWS))
+    (tmp_path / "lines.jsonl").write_text(lines(ROWS) + "\n\n")
+    write_csv(tmp_path / "json.csv", json.dumps)
+    write_csv(tmp_path / "python.csv", repr)
+    write_csv(tmp_path / "pandas.csv", lambda answers: f"{{'text': array({answers['text']!r}, dtype=object), "
+                                                       f"'answer_start': array({answers['answer_start']!r}, dtype=int32)}}")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    files = [path for path in sorted(tmp_path.iterdir()) if path.is_file()]
+    assert len(files) == 9
+    for file in files:
+        assert list(load_examples(split="train", file=file, cache_dir=tmp_path / "cache")) == ROWS, file
+    assert list(load_examples(split="train", file=files[0], max_samples=2, cache_dir=tmp_path / "cache")) == ROWS[:2]
+
+
+BAD = {
+    "has no context": {"context": ...},
+    "null context": {"context": None},
+    "no text but float": {"context": 1.5},
+    "null question": {"question": float("nan")},
+    "empty question": {"question": " \t"},
+    "empty context": {"context": ""},
+    "lone surrogate": {"context": "Zo\ud800"},
+    "empty id": {"id": ""},
+    "null id": {"id": None},
+    "id that another row has": {"id": "0"},
+    "no answer": {"answers": {"text": [], "answer_start": []}},
+    "beyond the context's end": {"answers": {"text": ["Zoë"], "answer_start": [99]}},
+    "does not stand": {"answers": {"text": ["Zoë"], "answer_start": [1]}},
+    "whole number": {"answers": {"text": ["Zoë"], "answer_start": [-1]}},
+    "whole number from": {"answers": {"text": ["Zoë"], "answer_start": [True]}},
+    "of 31 bits": {"answers": "{'text': ['Zoë'], 'answer_start': [0x" + "f" * 5000 + "]}"},
+    "an id that is no text": {"id": 1.5},
+    "2 answer texts and 1": {"answers": {"text": ["Zoë", "Oslo"], "answer_start": [0]}},
+    "empty answer text": {"answers": {"text": [""], "answer_start": [0]}},
+    "answers that are not": {"answers": {"text": "Zoë", "answer_start": 0}},
+    "neither JSON nor": {"answers": "__import__('os').abort()"},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_malformed_rows(tmp_path, caplog, what):
+    row = {key: value for key, value in {**ROWS[1], **BAD[what]}.items() if value is not ...}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(lines([ROWS[0], row, ROWS[2]]))
+    with pytest.raises(UsageError, match="rows.jsonl: row 2.*" + what) as refusal:
+        load_examples(split="train", file=file, cache_dir=tmp_path)
+    assert "\n" not in str(refusal.value)
+    for _ in range(2):  # the second time too, though the file was read before
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert list(load_examples(split="train", file=file, on_bad_row="skip", cache_dir=tmp_path)) == [ROWS[0], ROWS[2]]
+        assert "skipped 1 of 3 rows" in caplog.text and what in caplog.text
+
+
+def test_rows_that_cannot_be_decoded(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    good = lines(ROWS).encode().split(b"\n")
+    file.write_bytes(b"\n".join([good[0], good[1].replace(b"Who", b"Wh\xff"), b'{"id": "7", ', b"[1]", b'{"id": ' + b"7" * 5000 + b"}",
+                               good[2]]))
+    assert list(load_examples(split="train", file=file, on_bad_row="skip", cache_dir=tmp_path)) == [ROWS[0], ROWS[2]]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("empty.json", b""), ("blank.json", b" \n"), ("none.json", b"[]"), ("cut.json", json.dumps(NESTED).encode()[:-40]),
+    ("broken.json", b'[{"id": 1,}' + b" " * 99),
+    ("digits.json", b'[{"id": ' + b"7" * 5000 + b"}]"), ("deep.json", b"[" * 100_000), ("zipped.json", b"\x1f\x8b\x08abcdef"),
+    ("rows.xlsx", b"PK\x03\x04"), ("quote.csv", b'id,context,question,answers\n1,"a'), ("columns.csv", b"id,context\n1,a\n"),
+    ("broken.parquet", b"PAR1abcdefPAR1"), ("text.jsonl", b"hello")])
+def test_broken_files(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=name) as refusal:
+        load_examples(split="train", file=tmp_path / name, cache_dir=tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.glob("squad_rows*/*"))
+
+
+def test_folders_and_missing_files(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    for name in ("folder.json", "absent.json"):
+        with pytest.raises(UsageError, match=name):
+            load_examples(split="train", file=tmp_path / name, cache_dir=tmp_path)
+
+
+def test_questions_without_answers(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    bare = [{key: row[key] for key in ("id", "context", "question")} for row in ROWS]
+    file.write_text(lines(bare))
+    examples = load_examples(split="validation", file=file, need_answers=False, cache_dir=tmp_path)
+    assert [row["answers"] for row in examples] == [{"text": [], "answer_start": []}] * 3
+    file.write_text(lines({**row, "answers": {"text": [], "answer_start": []}} for row in bare))
+    assert len(load_examples(split="train", file=file, version_2_with_negative=True, cache_dir=tmp_path)) == 3
+
+
+def test_long_values_are_read_in_pieces(tmp_path):
+    row = {**ROWS[0], "context": CONTEXT + "é\\\"" * 400_000}
+    (tmp_path / "long.json").write_text(json.dumps({"version": {"a": [1, 2]}, "data": [row]}, indent=2))
+    assert list(load_examples(split="train", file=tmp_path / "long.json", cache_dir=tmp_path)) == [row]
+
+
+def test_hub_out_of_reach():
+    with pytest.raises(RunError, match="--config demo") as failure:
+        load_examples(split="train", dataset_name="squad")
+    assert "--train_file" in str(failure.value)

@@ -1,0 +1,34 @@
+"""The loader's processes and the signals of a terminal."""
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WORKER = """
+import multiprocessing, os, signal
+from qa.data.loader import workers_ignore_interrupt
+def work(pipe):
+    for word in iter(pipe.recv, None):
+        pipe.send(word)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born with it ignored
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    with workers_ignore_interrupt():
+        worker = multiprocessing.get_context("spawn").Process(target=work, args=(theirs,), daemon=True)
+        worker.start()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    for turn in range(2):
+        ours.send(turn)
+        assert ours.recv() == turn
+        os.kill(worker.pid, signal.SIGINT)
+    ours.send(None)
+    worker.join()
+    print("worker ended with", worker.exitcode)
+"""
+
+
+def test_an_interrupt_leaves_the_loaders_worker_alive(tmp_path):
+    """In a file, since a spawned process imports the main module again."""
+    (tmp_path / "main.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WORKER}")
+    assert subprocess.check_output([sys.executable, str(tmp_path / "main.py")], universal_newlines=True) == "worker ended with 0\n"

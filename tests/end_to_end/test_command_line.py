@@ -1,0 +1,212 @@
+"""Wrong command lines: each ends with exit status 2 and one line that names the flag and says what would be right."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import infer
+import train
+from ipu_options.errors import run_script
+from qa.settings import parse_infer, parse_train
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ["--model_name_or_path", "{tmp}/model", "--train_file", "{tmp}/train.json", "--validation_file", "{tmp}/train.json",
+         "--output_dir", "{tmp}/out"]
+
+# (arguments, what the one line must say: the flag, and a piece of the remedy)
+TRAIN = [
+    ("--epochs 3", "--epochs", "--help lists"),
+    ("--max_seq_lenght 128", "--max_seq_lenght", "did you mean --max_seq_length"),
+    ("--learning_rates 1", "--learning_rates", "did you mean --learning_rate"),
+    ("extra", "extra", "--help lists"),
+    ("--config squad_base", "--config squad_base", "squad_base_384"),
+    ("--config missing.yaml", "--config missing.yaml", "choose from"),
+    ("--config {tmp}/list.yaml", "list.yaml", "should map setting names"),
+    ("--config {tmp}/broken.yaml", "broken.yaml", "not readable as YAML"),
+    ("--config {tmp}/unknown.yaml", "learning_rat", "did you mean learning_rate"),
+    ("--config {tmp}/wrong_type.yaml", "--num_train_epochs 'three'", "a number"),
+    ("--config {tmp}/python_object.yaml", "python_object.yaml", "not readable as YAML"),
+    ("--seed abc", "--seed abc", "a whole number"),
+    ("--seed -1", "--seed -1", "at least 0"),
+    ("--seed 1.5", "--seed 1.5", "a whole number"),
+    ("--seed", "--seed", "expected one argument"),
+    ("--micro_batch_size 0", "--micro_batch_size 0", "at least 1"),
+    ("--eval_micro_batch_size -3", "--eval_micro_batch_size -3", "at least 1"),
+    ("--micro_batch_size 1000000000", "--micro_batch_size 1000000000", "at most 4096"),
+    ("--dataloader_num_workers 1000000", "--dataloader_num_workers 1000000", "at most 256"),
+    ("--config {tmp}/aliases.yaml", "--learning_rate is a list", "a number"),
+    ("--config {tmp}/aliases.yaml --learning_rate 1", "--optimizer is a list", "adamw, lamb"),
+    ("--max_seq_length 8", "--max_seq_length 8", "at least 16"),
+    ("--max_seq_length 100000", "--max_seq_length 100000", "at most 4096"),
+    ("--doc_stride 384", "--doc_stride 384", "at most 192"),
+    ("--doc_stride -1", "--doc_stride -1", "at least 0"),
+    ("--doc_stride 200 --max_seq_length 128", "--doc_stride 200", "at most 64"),
+    ("--learning_rate 0", "--learning_rate 0", "more than 0"),
+    ("--learning_rate -2e-5", "--learning_rate -2e-05", "more than 0"),
+    ("--learning_rate nan", "--learning_rate nan", "finite"),
+    ("--learning_rate inf", "--learning_rate inf", "finite"),
+    ("--learning_rate fast", "--learning_rate fast", "a number"),
+    ("--warmup_ratio 1.5", "--warmup_ratio 1.5", "at most 1"),
+    ("--warmup_ratio -0.1", "--warmup_ratio -0.1", "at least 0"),
+    ("--weight_decay -0.01", "--weight_decay -0.01", "at least 0"),
+    ("--loss_scaling 0", "--loss_scaling 0", "more than 0"),
+    ("--num_train_epochs 0", "--num_train_epochs 0", "more than 0"),
+    ("--max_steps 0", "--max_steps 0", "at least 1"),
+    ("--adam_beta1 1", "--adam_beta1 1", "less than 1"),
+    ("--adam_beta2 -0.5", "--adam_beta2 -0.5", "at least 0"),
+    ("--adam_epsilon 0", "--adam_epsilon 0", "more than 0"),
+    ("--logging_steps 0", "--logging_steps 0", "at least 1"),
+    ("--save_steps 0", "--save_steps 0", "at least 1"),
+    ("--save_total_limit 0", "--save_total_limit 0", "at least 1"),
+    ("--n_best_size 0", "--n_best_size 0", "at least 1"),
+    ("--max_answer_length 0", "--max_answer_length 0", "at least 1"),
+    ("--max_windows_per_row 0", "--max_windows_per_row 0", "at least 1"),
+    ("--max_train_samples 0", "--max_train_samples 0", "at least 1"),
+    ("--max_eval_samples few", "--max_eval_samples few", "a whole number"),
+    ("--preprocessing_num_workers 0", "--preprocessing_num_workers 0", "at least 1"),
+    ("--precision bfloat16", "--precision bfloat16", "float16, float32"),
+    ("--optimizer sgd", "--optimizer sgd", "adamw, lamb"),
+    ("--lr_scheduler_type steps", "--lr_scheduler_type steps", "linear"),
+    ("--on_bad_row ignore", "--on_bad_row ignore", "refuse, skip"),
+    ("--on_nonfinite go", "--on_nonfinite go", "stop, skip"),
+    ("--output_mode last", "--output_mode last", "final"),
+    ("--pod_type pod5", "--pod_type pod5", "pod4, pod8"),
+    ("--pack maybe", "--pack maybe", "true or false"),
+    ("--matmul_proportion 1.5", "--matmul_proportion 1.5", "at most 1"),
+    ("--layers_per_ipu", "--layers_per_ipu", "at least one argument"),
+    ("--layers_per_ipu 0 four", "--layers_per_ipu four", "a whole number"),
+    ("--layers_per_ipu 0 -4 4", "--layers_per_ipu -4", "at least -1"),
+    ("--replication_factor 0", "--replication_factor 0", "at least 1"),
+    ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0", "at least 1"),
+    ("--gradient_accumulation_steps 1000000000000", "--gradient_accumulation_steps 1000000000000", "at most 65536"),
+    ("--device_iterations 0", "--device_iterations 0", "at least 1"),
+    ("--embedding_serialization_factor 0", "--embedding_serialization_factor 0", "at least 1"),
+    ("--ipu_config {tmp}/none.json", "--ipu_config", "name a local ipu_config.json"),
+    ("--ipu_config {tmp}/broken.json", "--ipu_config", "not a readable ipu_config.json"),
+    ("--ipu_config {tmp}/list.json", "--ipu_config", "should be a JSON object"),
+    ("--train_file {tmp}/none.json --validation_file {tmp}/train.json", "--train_file", "does not exist"),
+    ("--train_file {tmp} --validation_file {tmp}/train.json", "--train_file", "is a folder"),
+    ("--train_file {tmp}/train.json", "--train_file", "--validation_file"),
+    ("--validation_file {tmp}/train.json", "--validation_file", "--train_file"),
+    ("--demo_data --train_file {tmp}/train.json --validation_file {tmp}/train.json", "--demo_data", "exclude each other"),
+    ("--output_dir {tmp}/train.json", "--output_dir", "name a folder"),
+    ("--resume_from_checkpoint {tmp}/none", "--resume_from_checkpoint", "no such folder"),
+    ("--trace {tmp}/none/trace.json", "--trace", "make it"),
+    ("--compile_only --synthetic_data", "--compile_only", "leave one out"),
+    ("--hub_model_id me/model", "--hub_model_id", "--push_to_hub"),
+]
+# The same where the model's number of layers must be known (3 layers, a folder with a config.json and a tokenizer).
+TRAIN_WITH_MODEL = [
+    ("--layers_per_ipu 1 1 2", "--layers_per_ipu 1 1 2", "the sum must be 3"),
+    ("--layers_per_ipu 3 --ipus_per_replica 2", "--ipus_per_replica is 2", "must agree"),
+    ("--layers_per_ipu 1 0 2 --embedding_ipu 0", "--layers_per_ipu 1 0 2", "IPU 1 without any block"),
+    ("--layers_per_ipu 1 1 1 --gradient_accumulation_steps 4", "--gradient_accumulation_steps 4", "at least 5"),
+    ("--layers_per_ipu 1 1 1 --inference_device_iterations 2", "--inference_device_iterations 2", "at least 3"),
+    ("--layers_per_ipu 1 1 1 --replication_factor 2", "--replication_factor 2", "at most 1"),
+    ("--layers_per_ipu 1 1 1 --head_ipu 3", "--head_ipu 3", "0 to 2"),
+    ("--layers_per_ipu 1 1 1 --matmul_proportion 0.1 0.2", "--matmul_proportion 0.1 0.2", "3 IPUs"),
+    ("--layers_per_ipu 1 1 1 --inference_layers_per_ipu 2 2", "--inference_layers_per_ipu 2 2", "the sum must be 3"),
+    ("--layers_per_ipu 1 1 1 --max_seq_length 512", "--max_seq_length 512", "at most 64"),
+]
+INFER = [
+    ("--question Who?", "--checkpoint", "is missing"),
+    ("--checkpoint {tmp}/none --question Who? --context Me.", "--checkpoint", "config.json"),
+    ("--checkpoint {tmp}/model --question Who?", "--question", "--context"),
+    ("--checkpoint {tmp}/model --question Who? --context A --context_file {tmp}/train.json", "--context", "leave one out"),
+    ("--checkpoint {tmp}/model --question Who? --input_file {tmp}/train.json", "--question", "leave one out"),
+    ("--checkpoint {tmp}/model --input_file {tmp}/none.json", "--input_file", "no such file"),
+    ("--checkpoint {tmp}/model --output_file x.json --question Who? --context A", "--output_file", "--input_file"),
+    ("--checkpoint {tmp}/model --output_file {tmp} --input_file {tmp}/train.json", "--output_file", "name another"),
+    ("--checkpoint {tmp}/model --output_file {tmp}/none/x.json --input_file {tmp}/train.json", "--output_file", "make it"),
+    ("--checkpoint {tmp}/model --question Who? --context ' '", "--context", "give its text"),
+    ("--checkpoint {tmp}/model --question Who\udcff --context Ann", "--question", "give its text in that encoding"),
+    ("--checkpoint {tmp}/model --n_best 0", "--n_best 0", "at least 1"),
+    ("--checkpoint {tmp}/model --nbest 3", "--nbest", "did you mean --n_best"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaConfig, RobertaTokenizerFast
+
+    tmp = tmp_path_factory.mktemp("command_line")
+    (tmp / "list.yaml").write_text("- a\n- b\n")
+    (tmp / "broken.yaml").write_text("a: [1\n")
+    (tmp / "unknown.yaml").write_text("learning_rat: 1\n")
+    (tmp / "wrong_type.yaml").write_text("num_train_epochs: three\n")
+    (tmp / "python_object.yaml").write_text("seed: !!python/object/apply:os.system ['touch owned']\n")
+    nested = ["&a0 [1, 1]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]  # written out: 2 x 9^11 numbers
+    (tmp / "aliases.yaml").write_text(f"learning_rate: [{', '.join(nested)}]\noptimizer: *a11\n")
+    (tmp / "broken.json").write_text("{")
+    (tmp / "list.json").write_text("[1]")
+    text = "Ann lives in Oslo."
+    qas = [{"id": "1", "question": "Where does Ann live?", "answers": [{"text": "Oslo", "answer_start": 13}]}]
+    (tmp / "train.json").write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": text, "qas": qas}]}]}))
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([text], vocab_size=270, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    RobertaTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(tmp / "model")
+    RobertaConfig(vocab_size=270, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+                  max_position_embeddings=66).save_pretrained(tmp / "model")
+    return tmp
+
+
+def refusal(main, arguments, folder, monkeypatch, capsys):
+    import shlex
+    monkeypatch.setattr(sys, "argv", ["script", *shlex.split(arguments.replace("{tmp}", str(folder)))])
+    monkeypatch.delenv("NUM_AVAILABLE_IPU", raising=False)
+    assert run_script(main) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0] == lines[-1], lines
+    return errors[0]
+
+
+@pytest.mark.parametrize("arguments, names, remedy", TRAIN, ids=[case[0] for case in TRAIN])
+def test_train_refuses(arguments, names, remedy, folder, monkeypatch, capsys):
+    message = refusal(train.main, arguments, folder, monkeypatch, capsys)
+    assert names in message and remedy in message
+
+
+@pytest.mark.parametrize("arguments, names, remedy", TRAIN_WITH_MODEL, ids=[case[0] for case in TRAIN_WITH_MODEL])
+def test_train_refuses_once_it_knows_the_model(arguments, names, remedy, folder, monkeypatch, capsys):
+    short = "" if "--max_seq_length" in arguments else " --max_seq_length 64 --doc_stride 16"
+    message = refusal(train.main, " ".join(MODEL) + short + " " + arguments, folder, monkeypatch, capsys)
+    assert names in message and remedy in message
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("arguments, names, remedy", INFER, ids=[case[0] for case in INFER])
+def test_infer_refuses(arguments, names, remedy, folder, monkeypatch, capsys):
+    message = refusal(infer.main, arguments, folder, monkeypatch, capsys)
+    assert names in message and remedy in message
+
+
+def test_the_scripts_themselves_end_with_status_2_and_show_a_traceback_only_when_asked():
+    def run(*arguments):
+        return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    refused = run("--seed", "-1")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "Traceback" not in refused.stderr
+    assert "Traceback" in run("--seed", "-1", "--debug").stderr
+
+
+@pytest.mark.parametrize("cache, used", [("./exe_cache", "./exe_cache"), ("/etc/cron.d", None), ("exe/../../.ssh", None), (None, None)])
+def test_an_ipu_config_chooses_no_folder_outside_the_working_directory(folder, tmp_path, caplog, cache, used):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "ipu_config.json").write_text(json.dumps({"executable_cache_dir": cache}))
+    _, read_by_infer = parse_infer(["--checkpoint", str(tmp_path)])
+    assert read_by_infer.executable_cache_dir == used and ("is not used" in caplog.text) == (cache != used)
+    flags = ["--ipu_config", str(tmp_path), "--train_file", str(folder / "train.json"), "--validation_file", str(folder / "train.json")]
+    assert parse_train(flags)[1].executable_cache_dir == used
+    assert parse_train([*flags, "--executable_cache_dir", "/scratch"])[1].executable_cache_dir == "/scratch"
+
+
+def test_help_answers_without_importing_torch_or_transformers():
+    code = ("import sys, train\ntry:\n    train.main()\nexcept SystemExit as end:\n"
+            "    print(end.code, 'torch' in sys.modules, 'transformers' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False False"
+    assert "--layers_per_ipu" in done.stdout and "--max_seq_length" in done.stdout

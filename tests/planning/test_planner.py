@@ -1,0 +1,211 @@
+"""Memory, throughput, calibration, profiles and commands of the planner."""
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qa.planning.commands import main
+from ipu_options.errors import UsageError
+from ipu_options.plan import calibrate
+from ipu_options.plan.machine import MACHINES, PUBLISHED_ERRORS_PERCENT, Efficiencies
+from ipu_options.plan.memory import ipu_memory
+from ipu_options.plan.planner import make_plan
+from ipu_options.plan.profile import profile_text, read_profile
+from qa.planning.sweep import read_rows, run_sweep
+from qa.planning.job import published
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = ["--hidden_size", "64", "--num_hidden_layers", "4", "--vocab_size", "500", "--layers_per_ipu", "1", "1", "1", "1",
+         "--max_seq_length", "64", "--doc_stride", "16"]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return published()
+
+
+@pytest.fixture(autouse=True)
+def no_calibration(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NUM_AVAILABLE_IPU", "4")
+
+
+def job_named(runs, name):
+    return next(run.job for run in runs if run.name == name)
+
+
+def test_published_runs_are_predicted_and_fit(runs):
+    for row in calibrate.fit_table(runs, Efficiencies()):
+        assert row["fits"], row["name"]
+        if row["use"] in ("fit", "held out"):
+            assert abs(row["error_percent"]) < 15, row["name"]
+            name = row["name"] + (" (held out)" if row["use"] == "held out" else "")
+            assert row["error_percent"] == pytest.approx(PUBLISHED_ERRORS_PERCENT[name], abs=0.1)
+        if row["use"] == "at least":
+            assert row["error_percent"] > 0, row["name"]
+
+
+def test_the_default_efficiencies_are_the_fit_to_published_runs(runs):
+    fitted = calibrate.fit_published(runs)
+    for name in calibrate.FITTED:
+        assert getattr(Efficiencies(), name) == pytest.approx(getattr(fitted, name), rel=5e-3)
+
+
+def test_twice_the_micro_batch_of_the_published_pretraining_does_not_fit(runs):
+    """Graphcore's micro-batches are as large as memory allows: a planner that let twice as much through would be of no use."""
+    for name in ("pretrain_large_128", "pretrain_large_512", "bert-base pretraining phase 2, 16 Mk2"):
+        job = job_named(runs, name)
+        by_row = ("saved_bytes", "input_bytes", "output_bytes", "matmul_bytes")
+        blocks = tuple(replace(b, **{field: 2 * getattr(b, field) for field in by_row}) for b in job.blocks)
+        assert not make_plan(replace(job, blocks=blocks)).fits
+
+
+def test_memory_by_hand(runs):
+    """roberta-base at micro-batch 4, 4 replicas: IPU 1 holds layers 0 to 3 in the second of four stages."""
+    memory = ipu_memory(job_named(runs, "roberta-base SQuAD v1, 16 Mk2"), code_bytes=0)
+    parameters = 4 * (12 * 768 ** 2 + 13 * 768)
+    assert memory[1]["weights"] == memory[1]["gradients"] == 2 * parameters
+    assert memory[1]["optimizer_state"] == 8 * parameters // 4  # two float32 moments, shared out over four replicas
+    layer_input = 4 * 384 * 768 * 2 + 4 * 384 * 4  # hidden states in float16 and window ids
+    assert memory[1]["stash"] == 5 * 4 * layer_input  # 2 (S - 1 - i) + 1 micro-batches, four checkpoints each
+    assert memory[3]["stash"] == 4 * layer_input + 4 * 384 * 768 * 2  # at once, with the head's input
+    assert memory[0]["embedding_gradient"] == 2 * 50265 * 768
+
+
+def test_offchip_state_leaves_memory_and_takes_time(runs):
+    job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
+    onchip, offchip = make_plan(job), make_plan(replace(job, config=replace(job.config, optimizer_state_offchip=True)))
+    assert all(offchip.memory[ipu]["optimizer_state"] == 0 for ipu in offchip.memory)
+    assert offchip.weight_update_seconds == pytest.approx(2 * 39000576 * 8 / 4 / 20e9, rel=0.01)
+    assert onchip.windows_per_second > offchip.windows_per_second
+
+
+def test_parts_of_the_time_add_up(runs):
+    for run in runs:
+        plan = make_plan(run.job)
+        assert sum(plan.parts().values()) == pytest.approx(plan.update_seconds)
+
+
+def test_own_measurement_is_reproduced_saved_and_used(runs, tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    flags = ["--config", "squad_base_384", "--calibration", str(file)]
+    assert main(["calibrate", "--measured", "windows_per_second=300", *flags]) == 0
+    assert str(file) in capsys.readouterr().out
+    assert main(["plan", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["windows_per_second"] == pytest.approx(300, rel=0.02)
+    assert str(file) in plan["efficiencies"]["source"]
+    assert calibrate.load(None) == Efficiencies()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--layers_per_ipu", "3", "3", "3", "4"], "the sum must be 12"),
+    (["--gradient_accumulation_steps", "6"], "needs at least 7"),
+    (["--layers_per_ipu", "1", "1", "1", "1", "2", "2", "2", "2"], "pod4 has 4"),
+    (["--hidden_size", "100", "--num_attention_heads", "12"], "the nearest is 96"),
+    (["--pod_type", "pod5"], "pod4"),
+    (["--plot", "plan.bmp"], ".png"),
+    (["--config_json", "nowhere.json"], "nowhere.json"),
+])
+def test_what_cannot_be_is_refused_with_what_would_work(flags, message):
+    with pytest.raises(UsageError) as refusal:
+        main(["plan", *flags])
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_search_writes_a_configuration_that_plans_as_found(tmp_path, capsys):
+    path = tmp_path / "ipu_config.json"
+    flags = SMALL + ["--gradient_accumulation_steps", "64"]
+    assert main(["search", "--ipus", "4", "--json", "--write", str(path), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["plan", "--json", *SMALL[:6], *SMALL[11:], "--ipu_config", str(path),
+                 "--micro_batch_size", str(found[0]["micro_batch_size"])]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["windows_per_second"] == pytest.approx(found[0]["windows_per_second"])
+    assert [plan["windows_per_second"] for plan in found] == sorted((plan["windows_per_second"] for plan in found), reverse=True)
+
+
+def test_pictures_and_trace_are_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+        assert main(["plan", *SMALL, "--plot", str(tmp_path / ("plan" + kind)), "--trace", str(tmp_path / "plan.json")]) == 0
+        assert (tmp_path / ("plan" + kind)).read_bytes().startswith(start)
+    events = json.loads((tmp_path / "plan.json").read_text())["traceEvents"]
+    assert len([e for e in events if e["name"].startswith("forward")]) == 4 * 32  # stages x micro-batches
+    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == [f"IPU {i}" for i in range(4)]
+
+
+def test_sweep_has_a_row_for_everything_and_goes_on_where_it_was(tmp_path, capsys):
+    path = tmp_path / "sweep.csv"
+    common = ["--output", str(path), "--", *SMALL[:6], *SMALL[11:]]
+    assert run_sweep(["--layers_per_ipu", "1 1 1 1", "1 1 1 2", *common]) == 0
+    rows = read_rows(path)
+    assert [row["status"].split(":")[0] for row in rows] == ["planned", "refused"]
+    rows[0]["planned_windows_per_second"] = "12345.0"  # a mark to see that it is not planned again
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert run_sweep(["--layers_per_ipu", "1 1 1 1", "0 2 1 1", *common]) == 0
+    assert len(read_rows(path)) == 3 and "12345.0" in capsys.readouterr().out
+
+
+def recorded_profile(slow_ipu):
+    """A profile as pva gives it: 4 IPUs of 4 tiles, one of which computes for longer."""
+    def tile(size, code):
+        return SimpleNamespace(memory=SimpleNamespace(total=SimpleNamespace(excludingGaps=size),
+                                                      category=SimpleNamespace(vertexCode=SimpleNamespace(total=code))))
+
+    def step(kind, *cycles):
+        return SimpleNamespace(program=SimpleNamespace(type=f"Type.{kind}"), ipus=[SimpleNamespace(cycles=c) for c in cycles])
+
+    compute = [1000, 1000, 1000, 1000]
+    compute[slow_ipu] = 4000
+    return SimpleNamespace(
+        compilation=SimpleNamespace(target=SimpleNamespace(numIPUs=4, bytesPerTile=638976, clockFrequency=1.33e9),
+                                    tiles=[tile(1000 * (1 + i // 4), 100) for i in range(16)]),
+        execution=SimpleNamespace(steps=[step("OnTileExecute", *compute), step("DoExchange", 100, 100, 100, 100),
+                                         step("Sync", *(5000 - c for c in compute))]))
+
+
+def test_a_profile_is_read_and_compared(runs):
+    plan = make_plan(job_named(runs, "roberta-base SQuAD v1, 16 Mk2"))
+    profile = read_profile(recorded_profile(slow_ipu=2))
+    assert profile.total_bytes == [4000, 8000, 12000, 16000] and profile.code_bytes == 400
+    assert profile.work_cycles(2) == 4100 and profile.cycles[2]["waiting"] == 1000
+    text = profile_text(profile, plan)
+    assert "--layers_per_ipu 1 4 3 4" in text  # one of the slow IPU's layers moves to the idlest
+
+
+def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, monkeypatch, capsys):
+    opened = []
+    pva = SimpleNamespace(openReport=lambda path: opened.append(Path(path)) or recorded_profile(slow_ipu=2))
+    monkeypatch.setitem(sys.modules, "pva", pva)
+    for phase in ("training", "inference"):
+        (tmp_path / phase).mkdir()
+        (tmp_path / phase / "profile.pop").write_bytes(b"")
+    assert main(["report", str(tmp_path), "--config", "squad_base_384"]) == 0
+    assert "--layers_per_ipu 1 4 3 4" in capsys.readouterr().out
+    assert main(["calibrate", "--measured", "windows_per_second=250", "--profile", str(tmp_path), "--calibration",
+                 str(tmp_path / "mine.json"), "--config", "squad_base_384"]) == 0
+    assert json.loads((tmp_path / "mine.json").read_text())["code_bytes"] == 400
+    assert opened == [tmp_path / "training" / "profile.pop"] * 2
+
+
+def test_report_says_in_one_line_that_pva_is_missing(tmp_path):
+    command = [sys.executable, "-m", "ipu_options", "report", str(tmp_path), *SMALL]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and "pva" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_bow_is_faster_by_less_than_its_clock(runs):
+    job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
+    ratio = make_plan(replace(job, machine=MACHINES["bow"])).windows_per_second / make_plan(job).windows_per_second
+    assert 1.1 < ratio < 1.85 / 1.33 * 1.01

@@ -1,0 +1,570 @@
+"""Checkpoints: read back bit for bit, whole after a kill at any line, intact when the disk is not, harmless when not ours."""
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from ipu_options import poptorch
+from ipu_options.errors import RunError, UsageError
+from ipu_options import files
+from qa.run import checkpoint, state
+from qa.run.checkpoint import Checkpoints, Training, find_checkpoint, list_checkpoints, load_checkpoint
+from qa.run.state import set_random_state
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_model(folder):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 64)
+
+
+def save(output_dir, step, write_model=write_model, optimizer=None, rng_state=(42,), losses=(0.5,), must_match=None, save_total_limit=None):
+    state = optimizer if optimizer is not None else {"ipu_state": {"Accl1___w": torch.full((5,), step)}}
+    device = SimpleNamespace(copyWeightsToHost=lambda: None, rng_state=list(rng_state))
+    training = Training(None, SimpleNamespace(state_dict=lambda: state), device, write_model)
+    return Checkpoints(output_dir, must_match or {}, save_total_limit).save(training, step, list(losses))
+
+
+def save_final(output_dir, write_model):
+    device = SimpleNamespace(copyWeightsToHost=lambda: None)
+    Checkpoints(output_dir, {}).save_final(Training(None, None, device, write_model))
+
+
+def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_match):
+    return Checkpoints(output_dir, must_match).open(resume_from_checkpoint, overwrite_output_dir)
+
+
+def names(output_dir):
+    return sorted(path.name for path in Path(output_dir).iterdir())
+
+
+def assert_same(one, other):
+    """Same structure, types and bits."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(torch.uint8))
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for item, other_item in zip(one, other):
+            assert_same(item, other_item)
+    else:
+        assert repr(one) == repr(other)  # NaN is itself here
+
+
+def test_every_kind_of_state_is_read_back_bit_for_bit(tmp_path):
+    shared = torch.arange(12.0).reshape(3, 4)
+    optimizer = {
+        "ipu_state": {
+            "half": torch.tensor([1.5, float("inf"), float("nan"), 6e-8]).half(),
+            "bfloat16": torch.randn(3, 2).bfloat16(),
+            "scalar": torch.tensor(7),
+            "empty": torch.zeros(0, 3),
+            "a view": shared.t(),
+            "a part": shared[1:],
+            "the same memory": shared,
+            "odd / name.\u00e9": torch.tensor([True, False]),
+        },
+        "ipu_param": None,
+        "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
+        "param_groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 0.999), "eps": float("inf"), "foreach": None, "params": [0, 1]}],
+    }
+    rng_state = [2 ** 64 - 1, 0, 2 ** 32 - 1]
+    folder = save(tmp_path, 7, optimizer=optimizer, rng_state=rng_state, losses=[1 / 3, 5e-324], must_match={"seed": 3})
+    loaded = load_checkpoint(folder)
+    assert_same(loaded.optimizer, optimizer)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # all as readable as any file of the user's
+    assert (loaded.step, loaded.rng_state, loaded.progress) == (
+        7, rng_state, {"losses": [1 / 3, 5e-324], "must_match": {"seed": 3}})
+
+
+def test_state_of_a_torch_optimizer_continues_exactly(tmp_path):
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    steps(model, optimizer, 3)
+    folder = save(tmp_path, 3, optimizer=optimizer.state_dict())
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    draws = random.random(), np.random.rand()
+    steps(model, optimizer, 4)
+
+    again = torch.nn.Linear(3, 2)
+    again.load_state_dict(weights)
+    optimizer_again = torch.optim.AdamW(again.parameters(), lr=7.0)
+    loaded = load_checkpoint(folder)
+    optimizer_again.load_state_dict(loaded.optimizer)
+    set_random_state(loaded.random_state)
+    assert (random.random(), np.random.rand()) == draws
+    steps(again, optimizer_again, 4)
+    assert_same(dict(again.state_dict()), dict(model.state_dict()))
+    assert_same(optimizer_again.state_dict(), optimizer.state_dict())
+
+
+def write_weights(model, folder):
+    safetensors.torch.save_file(dict(model.state_dict()), folder / "model.safetensors")
+
+
+class Loss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return poptorch.identity_loss(self.linear(x).square().sum(), reduction="none")
+
+
+def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path):
+    """Two steps, a checkpoint, a batch of infinities; then the next batches give what they give with that batch left out."""
+
+    def run(batches):
+        torch.manual_seed(0)
+        model = Loss()
+        optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
+        training_model = poptorch.trainingModel(model, poptorch.Options(), optimizer)
+        training = Training(model, optimizer, training_model, partial(write_weights, model))
+        checkpoints = Checkpoints(tmp_path, {})
+        for number, batch in enumerate(batches, start=1):
+            if not torch.isfinite(training_model(batch)).all():
+                assert checkpoints.go_back(training, torch.nn.Module.load_state_dict).step == 2
+            if number == 2:
+                checkpoints.save(training, 2, [])
+        training_model.copyWeightsToHost()
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}, optimizer.state_dict()
+
+    good = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)))
+    assert_same(run([*good[:2], torch.full((4, 3), float("inf")), *good[2:]]), run(good))
+    truncate(tmp_path / "checkpoint-2")
+    with pytest.raises(RunError, match="there is no whole checkpoint in .* to go back to; save some with --save_steps"):
+        Checkpoints(tmp_path, {}).go_back(None, None)
+
+
+def test_a_state_that_json_cannot_hold_is_an_error_not_a_pickle(tmp_path):
+    with pytest.raises(TypeError, match=r"optimizer\.state\.0: cannot save a set"):
+        save(tmp_path, 1, optimizer={"state": [{1, 2}]})
+    assert names(tmp_path) == []
+
+
+# ---- Killed at any moment
+
+
+@pytest.mark.parametrize("step", [3, 2], ids=["a new step", "a step saved before"])
+def test_killed_before_any_line_of_saving_leaves_whole_checkpoints(tmp_path, step):
+    """What SIGKILL leaves is what the folder holds at that moment: it is copied before every line that saving executes."""
+    output_dir, copies = tmp_path / "output", []
+    output_dir.mkdir()
+
+    def trace(frame, event, argument):
+        code = frame.f_code
+        if code.co_filename not in (checkpoint.__file__, state.__file__, files.__file__, shutil.__file__) or code is state._encode.__code__:
+            return None  # not our line, or one of thousands that touch no file
+        if event == "line" and code.co_name != "<listcomp>":
+            copies.append(tmp_path / str(len(copies)))
+            shutil.copytree(output_dir, copies[-1])
+        return trace
+
+    save(output_dir, 1)
+    save(output_dir, 2)
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        save(output_dir, step, save_total_limit=2)
+    finally:
+        sys.settrace(before)
+
+    found = []
+    for copy in copies:
+        begin = open_run(copy, "auto", False, {})
+        assert begin.optimizer["ipu_state"]["Accl1___w"].eq(begin.step).all()
+        assert all(checkpoint.find_fault(folder) is None for folder in list_checkpoints(copy))
+        assert set(names(copy)) <= {"checkpoint-1", "checkpoint-2", f"checkpoint-{step}"}
+        found.append(begin.step)
+    assert len(copies) > 100 and found == sorted(found) and set(found) == {2, step}
+
+
+# ---- Damage
+
+
+def truncate(folder):
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+
+
+def flip_a_bit(folder):
+    data = bytearray((folder / "training_state.safetensors").read_bytes())
+    data[-1] ^= 4
+    (folder / "training_state.safetensors").write_bytes(data)
+
+
+def link_outside(folder):
+    outside = folder.parent / "outside"
+    outside.write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(outside)
+
+
+def name_outside(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder.parent / "secret").write_text("x")
+    manifest["files"]["../secret"] = {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def link_folder(folder):
+    folder.rename(folder.parent / "elsewhere")
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def put_fifo(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+DAMAGE = [
+    (truncate, "model.safetensors has 1000 bytes instead of 16384"),
+    (flip_a_bit, "training_state.safetensors is damaged"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json: No such file"),
+    (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file"),
+    (lambda folder: (folder / "manifest.json").write_text('{"step": 2, "fil'), "manifest.json is damaged"),
+    (lambda folder: (folder / "manifest.json").write_bytes(b"\x80\xff"), "manifest.json is damaged"),
+    (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
+    (lambda folder: (folder / "manifest.json").write_text('{"files": 3}'), "manifest.json is damaged"),
+    (lambda folder: (folder / "manifest.json").write_text('{"files": {}}'), "does not name training_state.safetensors"),
+    (link_outside, "model.safetensors is not a regular file"),
+    (put_fifo, "model.safetensors is not a regular file"),
+    (name_outside, "'../secret', which is not a file of this folder"),
+    (link_folder, "it is a symbolic link"),
+]
+
+
+@pytest.mark.parametrize("damage, reason", DAMAGE, ids=[reason for _, reason in DAMAGE])
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(tmp_path, caplog, damage, reason):
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    assert open_run(tmp_path, "auto", False, {}).step == 1
+    (message,) = caplog.messages
+    assert "checkpoint-2" in message and reason in message and "\n" not in message
+    if damage is not link_folder:  # whoever names a link means what it points to
+        with pytest.raises(UsageError, match="--resume_from_checkpoint .*checkpoint-2: ") as refusal:
+            find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"))
+        assert reason in str(refusal.value)
+
+
+def test_no_whole_checkpoint_means_from_the_beginning(tmp_path):
+    assert open_run(tmp_path, "auto", False, {}) is None
+    truncate(save(tmp_path, 3))
+    assert open_run(tmp_path, "auto", False, {}) is None
+
+
+def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(tmp_path):
+    for step in (5, 10, 15):
+        save(tmp_path, step, save_total_limit=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-15"]
+    truncate(tmp_path / "checkpoint-15")
+    save(tmp_path, 12, save_total_limit=1)  # the resumed run; 15 is still there, but is not counted as one to keep
+    assert find_checkpoint(tmp_path, "auto").name == "checkpoint-12"
+    save(tmp_path, 15, save_total_limit=1)
+    assert names(tmp_path) == ["checkpoint-15"] and find_checkpoint(tmp_path, "auto").name == "checkpoint-15"
+
+
+def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
+    save(tmp_path, 4)
+    (tmp_path / ".checkpoint-6.tmp").mkdir()
+    (tmp_path / ".checkpoint-6.tmp" / "model.safetensors").write_text("half")
+    with pytest.raises(UsageError, match="--resume_from_checkpoint auto.*--overwrite_output_dir"):
+        open_run(tmp_path, None, False, {})
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert open_run(tmp_path, None, True, {}) is None
+    assert names(tmp_path) == []
+
+
+def test_links_in_the_output_folder_are_replaced_or_removed_and_never_followed(tmp_path):
+    outside, output_dir = tmp_path / "outside", tmp_path / "output"
+    outside.mkdir()
+    output_dir.mkdir()
+    save(outside, 1)
+    (outside / "metrics.json").write_text("theirs")
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+
+    def link(name, target):
+        (output_dir / name).symlink_to(target)
+
+    save(output_dir, 1)
+    for name in (".checkpoint-3.tmp", ".checkpoint-4.removed", ".checkpoint-2.replaced", ".final-model.tmp", "checkpoint-2"):
+        link(name, outside / "checkpoint-1")
+    link("checkpoint-3", tmp_path / "nowhere")
+    for name in ("model.safetensors", "metrics.json", ".metrics.json.0123abcd.tmp"):
+        link(name, outside / "metrics.json")
+    assert open_run(output_dir, "auto", False, {}).step == 1
+    assert names(output_dir) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "metrics.json", "model.safetensors"]
+    for step in (2, 3, 4):
+        save(output_dir, step, save_total_limit=2)
+    save_final(output_dir, write_model)
+    files.write_json(output_dir / "metrics.json", {})
+    assert names(output_dir) == ["checkpoint-3", "checkpoint-4", "config.json", "metrics.json", "model.safetensors"]
+    assert not any(path.is_symlink() for path in output_dir.iterdir())
+    link("checkpoint-7", outside / "checkpoint-1")
+    assert open_run(output_dir, None, True, {}) is None
+    assert names(output_dir) == ["config.json", "metrics.json", "model.safetensors"]
+    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_appears_whole_or_not_at_all_and_several_writers_do_not_meet(tmp_path):
+    path = tmp_path / "answers"
+    with files.written_whole(path) as one, files.written_whole(path, "wb") as other:
+        one.write("\u00e9")
+        other.write(b"\xff")
+        assert not path.exists()
+    assert path.read_text("utf-8") == "\u00e9"  # the one that ended last
+    with pytest.raises(KeyError):
+        with files.written_whole(path) as one:
+            one.write("half")
+            raise KeyError
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            files.write_json(path, "more than ten bytes")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_text("utf-8") == "\u00e9" and names(tmp_path) == ["answers"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it, as any file of the user's
+
+
+def test_going_on_with_something_else_is_refused_by_name(tmp_path):
+    same = {"seed": 42, "micro_batch_size": 2, "training data": "ab12"}
+    save(tmp_path, 4, must_match=same)
+    assert open_run(tmp_path, "auto", False, dict(same)).step == 4
+    with pytest.raises(UsageError, match="seed was 42, is 43; training data was ab12, is cd34"):
+        open_run(tmp_path, "auto", False, {**same, "seed": 43, "training data": "cd34"})
+
+
+# ---- Disks
+
+
+FULL_DISK = """
+    import errno, subprocess, sys
+    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+    from tests.run.test_checkpoint import *
+    disk = Path(sys.argv[1])
+    def mount(*words): subprocess.run(["mount", *words], check=True)
+    def large(folder):
+        write_model(folder)
+        (folder / "large").write_bytes(bytes(2 ** 20))
+    mount("-t", "tmpfs", "-o", "size=1M", "tmpfs", str(disk))
+    save(disk, 1)
+    try: save(disk, 2, large)
+    except RunError as error: print(error)
+    print(names(disk))
+    save(disk, 3)
+    mount("-o", "remount,ro", str(disk))
+    try: save(disk, 4)
+    except RunError as error: print(error)
+    print(names(disk), find_checkpoint(disk, "auto").name)
+"""
+
+
+def test_full_and_read_only_disks_are_one_line_and_lose_nothing(tmp_path):
+    script = textwrap.dedent(FULL_DISK).format(root=str(ROOT))
+    run = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", script, str(tmp_path)],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    if "unshare" in run.stderr or "mount" in run.stderr:
+        pytest.skip("no user namespaces here: " + run.stderr.strip().splitlines()[-1])
+    assert run.stderr == "" and run.stdout.replace(str(tmp_path), "DISK").splitlines() == [
+        "could not save DISK/checkpoint-2: No space left on device; the newest checkpoint in DISK is checkpoint-1",
+        "['checkpoint-1']",
+        "could not save DISK/checkpoint-4: Read-only file system; the newest checkpoint in DISK is checkpoint-3",
+        "['checkpoint-1', 'checkpoint-3'] checkpoint-3",
+    ]
+
+
+@pytest.mark.parametrize("limit", [10, 1500, 20_000])
+def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path, limit):
+    """10 and 1500 bytes strike our own writers or safetensors', 20,000 only the optimizer's state, written in Rust."""
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(RunError, match="could not save .*checkpoint-2: File too large; .* checkpoint-1"):
+            save(tmp_path, 2, optimizer={"state": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["checkpoint-1"]
+    save(tmp_path, 2)
+    assert find_checkpoint(tmp_path, "auto").name == "checkpoint-2"
+
+
+def test_the_final_model_is_put_in_place_whole_or_not_at_all(tmp_path):
+    def broken(folder):
+        (folder / "config.json").write_text("new")
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path, 1)
+    (tmp_path / "config.json").write_text("old")
+    with pytest.raises(RunError, match="could not save .*final-model: No space left on device; the newest .* checkpoint-1"):
+        save_final(tmp_path, broken)
+    assert (tmp_path / "config.json").read_text() == "old" and names(tmp_path) == ["checkpoint-1", "config.json"]
+    save_final(tmp_path, write_model)
+    assert (tmp_path / "config.json").read_text() == "{}" and names(tmp_path) == ["checkpoint-1", "config.json", "model.safetensors"]
+
+
+def test_a_removed_output_folder_is_one_line(tmp_path):
+    with pytest.raises(RunError, match="could not save .*checkpoint-2: No such file or directory; there is no checkpoint in .*/gone"):
+        save(tmp_path / "gone", 2)
+
+
+def test_an_error_of_another_kind_is_passed_on_and_leaves_nothing(tmp_path):
+    def broken(folder):
+        write_model(folder)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        save(tmp_path, 1, broken)
+    assert names(tmp_path) == []
+
+
+def test_many_saves_and_resumes_leave_no_files_and_no_descriptors(tmp_path):
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for step in range(1, 101):
+        save(tmp_path, step, save_total_limit=2)
+        loaded = open_run(tmp_path, "auto", False, {})
+        assert loaded.step == step
+    assert names(tmp_path) == ["checkpoint-100", "checkpoint-99"]
+    del loaded
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+# ---- Checkpoints of someone else
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("TRAPPED",)
+
+
+def forge(folder, name, content):
+    """Put `content` in a checkpoint, with a manifest that says it belongs there."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+FORGED = [
+    ("training_state.safetensors", pickle.dumps(Trap())),
+    ("training_state.safetensors", (2 ** 40).to_bytes(8, "little") + b"{}"),
+    ("training_state.json", pickle.dumps(Trap())),
+    ("training_state.json", b'{"dict": [["optimizer", {"call": ["os.mkdir", "TRAPPED"]}]]}'),
+    ("training_state.json", b'{"dict": [["optimizer", {"tensor": "not there"}]]}'),
+    ("training_state.json", b"[" * 100_000),
+    ("training_state.json", b'{"dict": [[["optimizer"], 1]]}'),
+    ("training_state.json", b'{"dict": [["optimizer", 1]]}'),
+    ("trainer_state.json", b"[]"),
+    ("trainer_state.json", b'{"step": "seven", "progress": {}}'),
+    ("trainer_state.json", b'{"step": Infinity, "progress": {}}'),
+    ("trainer_state.json", b'{"step": -1, "progress": {}}'),
+]
+
+
+@pytest.mark.parametrize("name, content", FORGED)
+def test_a_forged_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    folder = save(tmp_path, 1)
+    forge(folder, name, content)
+    with pytest.raises(UsageError, match="checkpoint-1: cannot be read as a checkpoint"):
+        open_run(tmp_path, "auto", False, {})
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("numpy", ("MT19937", [0] * 624, 10 ** 6, 0, 0.0)), ("numpy", ("MT19937", [0] * 3, 0, 0, 0.0)), ("numpy", 1), ("torch", "AAAA"),
+    ("torch", "?"), ("python", (3, (1, 2), None)), ("python", (3, (0,) * 624 + (-5,), None)),
+])
+def test_a_forged_random_state_is_refused(tmp_path, key, value):
+    state = load_checkpoint(save(tmp_path, 1)).random_state
+    with pytest.raises(UsageError, match="random state cannot be used"):
+        set_random_state({**state, key: value})
+    set_random_state(state)
+
+
+def test_a_model_folder_of_someone_else_runs_no_code(tmp_path, monkeypatch):
+    """Neither a pickle in place of safetensors nor a module that config.json names is executed."""
+    from transformers import RobertaConfig
+
+    from qa.model.pretrained import load_config, load_model
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    config = RobertaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    config.auto_map = {"AutoConfig": "trap.Config", "AutoModelForQuestionAnswering": "trap.Model"}
+    config.save_pretrained(folder)
+    (folder / "trap.py").write_text("import os\nos.mkdir('TRAPPED')\n")
+    assert load_config(str(folder)).model_type == "roberta"
+    for content in (pickle.dumps(Trap(), 2), legacy_torch_file(), b"not a pickle"):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises((RunError, UsageError), match="--model_name_or_path .*model: ") as refusal:
+            load_model(str(folder), config)
+        assert "\n" not in str(refusal.value)
+    assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("hidden_size", "abc"), ("num_attention_heads", 0), ("num_hidden_layers", -1), ("pad_token_id", None), ("vocab_size", True),
+    ("max_position_embeddings", 1e9),
+])
+def test_a_model_of_impossible_size_is_refused_by_name(tmp_path, name, value):
+    from qa.model.pretrained import load_config
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta", name: value}))
+    with pytest.raises((RunError, UsageError), match=f"--model_name_or_path .*: .*{name}"):  # transformers 5 checks some itself
+        load_config(str(tmp_path))
+
+
+def test_damaged_files_of_a_model_are_one_line(tmp_path):
+    from transformers import RobertaConfig
+
+    from qa.model.pretrained import load_config, load_model, load_tokenizer
+
+    RobertaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
+    for content in (b"", b"\xff" * 100, (2 ** 40).to_bytes(8, "little") + b"{}", safetensors.torch.save({"a": torch.ones(9)})[:-4]):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        for load in (lambda folder: load_model(folder, load_config(folder)), load_tokenizer):
+            with pytest.raises(RunError, match="--model_name_or_path .*: its files cannot be read") as refusal:
+                load(str(tmp_path))
+            assert "\n" not in str(refusal.value)
+
+
+def legacy_torch_file():
+    """A file of torch.save's with an object in it that would run code."""
+    buffer = io.BytesIO()
+    torch.save({"roberta.embeddings.word_embeddings.weight": Trap()}, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,142 @@
+"""PopTorch's own tests, run against poptorch_host:  python -m tests.tools.poptorch_conformance PATH_TO_POPTORCH [--only FILE ...]
+
+PATH_TO_POPTORCH is a checkout of graphcore/poptorch; FILE a name like "batching" (default: FILES). Each test file runs in a process
+of its own. Prints the failed tests, how many tests each reason excludes, and a table with passed, failed and out of scope by file.
+Exit status 1 if fewer than 90 % of the tests in scope pass. A test is out of scope if it looks at something that cannot exist on a
+host: see OUT_OF_SCOPE. It needs what those tests need: Python 3.8, torch 2.0.1, and for fine_tuning torchvision
+(`pip install --no-deps torchvision==0.15.2`).
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+FILES = ("batching dataloader options optimizers outputs inputs replicated_graph custom_loss losses pipelining sharding precompilation "
+         "requires_grad fine_tuning hooks buffers attach_detach attach_detach_wait_for_ipu ops half_float poplar_executor "
+         "weights_writing").split()
+EXCLUDED = "out of scope: "
+TEST_SECONDS = 300  # a test that takes longer has failed
+
+# (what the test's source says, why it is out of scope)
+OUT_OF_SCOPE = (
+    (r"_debugGetPopartIR|getTensorNames", "reads PopART's graph"),
+    (r"Graph before lowering|mode\(Pipelined\)|graph optimizer|MatMulPartialsType|strides=\[1\]|\"lossScaling=2\"",
+     "reads the graph or optimizer that PopTorch's compiled core logs when it makes them for PopART"),
+    (r"poptorch\.Options (set|added)|set enableEngineCaching|user configuration: Ipu model|IPU cycles: |Acquired 1 IPU",
+     "reads what PopTorch's compiled core logs of its options, devices and executable cache"),
+    (r"finalLossScale", "reads the loss scaling that a device chooses from the range of its float16 gradients"),
+    (r"custom_op|customCodelets", "runs an operation compiled for an IPU"),
+    (r"import pva|pva\.|profile\.pop", "reads the Poplar compiler's profile"),
+    (r"saveInitializersToFile|\.onnx|export_proto", "reads a file that PopART writes"),
+    (r"compileAndExport|loadExecutable|poptorch\.load\(|test_precompile_then_load",
+     "keeps an executable compiled for an IPU in a file"),
+    (r"Failed to acquire|waitForIpu|wait_for_ipu", "waits for an IPU that another process holds"),
+    (r"_accessor\._worker|_data_buffers|_restoreWrapperIfNecessary", "looks into private parts of PopTorch"),
+    (r"def test_get_compilation_time|timedelta\(seconds=1\)", "expects a compilation to take longer than a second"),
+    (r"cycleCount\(\) > 0", "counts IPU cycles"),
+)
+
+SHIM = """
+import importlib, pkgutil, sys, types
+import poptorch_host
+for module in pkgutil.iter_modules(poptorch_host.__path__):
+    if module.name != "__main__":
+        sys.modules["poptorch." + module.name] = importlib.import_module("poptorch_host." + module.name)
+poptorch_host._impl = types.SimpleNamespace(isDispatchTracing=lambda: False)  # helpers.py asks on which device to make tensors
+poptorch_host.ipuHardwareVersion = lambda: 2
+poptorch_host.ipuHardwareIsAvailable = lambda num_ipus=1: True  # so that the tests marked ipuHardwareRequired run too
+sys.modules["poptorch"] = poptorch_host
+"""
+
+
+def pytest_collection_modifyitems(items):
+    """In the pytest process: skip what is out of scope."""
+    for item in items:
+        source = "".join(inspect.getsourcelines(item.function)[0])  # with its decorators
+        reason = next((why for pattern, why in OUT_OF_SCOPE if re.search(pattern, source)), None)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=EXCLUDED + reason))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    """In the pytest process: end a test that hangs."""
+    def too_long(number, frame):
+        raise TimeoutError(f"{item.name} took longer than {TEST_SECONDS} seconds")
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(TEST_SECONDS)
+    yield
+    signal.alarm(0)
+
+
+def run(checkout: Path, name: str, folder: Path) -> dict:
+    """{(outcome, reason): [test names]} of one test file."""
+    report = folder / f"{name}.xml"
+    ours = [str(folder), str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "poptorch_conformance", f"--junitxml={report}", f"--rootdir={folder}",
+               "-p", "no:cacheprovider", str(checkout / "tests" / f"{name}_test.py")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*ours, os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1",
+           "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if not report.exists():
+        raise SystemExit(f"{name}: pytest did not run\n{done.stdout}")
+    outcomes = collections.defaultdict(list)
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        result = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        outcome = {"failure": "failed", "error": "failed"}.get(result.tag, result.tag) if result is not None else "passed"
+        outcomes[outcome, "" if result is None else result.get("message", "")].append(case.get("name"))
+    return outcomes
+
+
+def main() -> int:
+    """Run and report; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", metavar="PATH_TO_POPTORCH", type=Path)
+    parser.add_argument("--only", metavar="FILE", nargs="+", default=FILES)
+    arguments = parser.parse_args()
+    total, reasons, failures, table = collections.Counter(), collections.Counter(), [], []
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "poptorch").mkdir()
+        (Path(folder) / "poptorch" / "__init__.py").write_text(SHIM)
+        for name in arguments.only:
+            began, count = time.monotonic(), collections.Counter()
+            for (outcome, message), tests in run(arguments.checkout.resolve(), name, Path(folder)).items():
+                count[outcome] += len(tests)
+                if outcome == "skipped":
+                    ours = message.startswith(EXCLUDED)
+                    reasons[message[len(EXCLUDED):] if ours else f"skipped by PopTorch itself: {message}"] += len(tests)
+                elif outcome == "failed":
+                    failures += [(name, test, message) for test in tests]
+            table.append((name, count, time.monotonic() - began))
+            print(f"{name}: {dict(count)}", file=sys.stderr, flush=True)
+            total.update(count)
+    print("failed:")
+    for name, test, message in failures:
+        print(f"  {name}::{test}: {message.splitlines()[0][:150] if message else ''}")
+    print("\nout of scope:")
+    for reason, number in reasons.most_common():
+        print(f"  {number:>4}  {reason}")
+    print(f"\n{'file':<28}{'passed':>8}{'failed':>8}{'out of scope':>14}{'seconds':>9}")
+    for name, count, seconds in [*table, ("total", total, time.monotonic() - begin)]:
+        print(f"{name:<28}{count['passed']:>8}{count['failed']:>8}{count['skipped']:>14}{seconds:>9.0f}")
+    passed, in_scope = total["passed"], total["passed"] + total["failed"]
+    print(f"\n{passed} of {in_scope} tests in scope pass ({100 * passed / max(1, in_scope):.1f} %)")
+    return 0 if passed >= 0.9 * in_scope else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
