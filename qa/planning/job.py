@@ -82,7 +82,7 @@ def planned_model(settings: TrainSettings, planning: PlanSettings) -> Any:
     if shape:
         return RobertaConfig(**{**MODELS["roberta-base"], **_derived(shape), **shape})
     if settings.demo_data:
-        return RobertaConfig(**{**demo.MODEL, "hidden_size": 128, "intermediate_size": 512})
+        return RobertaConfig(**demo.MODEL)
     name = settings.model_name_or_path.split("/")[-1]
     if name in MODELS and not Path(settings.model_name_or_path).is_dir():
         return RobertaConfig(**MODELS[name])

@@ -209,3 +209,18 @@ def test_bow_is_faster_by_less_than_its_clock(runs):
     job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
     ratio = make_plan(replace(job, machine=MACHINES["bow"])).windows_per_second / make_plan(job).windows_per_second
     assert 1.1 < ratio < 1.85 / 1.33 * 1.01
+
+
+def test_the_demo_is_planned_as_it_is_trained(tmp_path):
+    from transformers import AutoConfig
+
+    from qa.data.demo import write_demo
+    from qa.planning.flags import PlanSettings
+    from qa.planning.job import planned_model
+    from qa.settings import TrainSettings
+
+    write_demo(tmp_path, seed=1)
+    trained = AutoConfig.from_pretrained(tmp_path / "model")
+    planned = planned_model(TrainSettings(demo_data=True), PlanSettings())
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        assert getattr(planned, name) == getattr(trained, name), name
