@@ -45,6 +45,8 @@ def parallelize(model: RobertaForSpans, layout: Layout, *, recompute_checkpoint_
     if embedding_serialization_factor > 1:
         embeddings.word_embeddings = SerializedEmbedding(embeddings.word_embeddings, embedding_serialization_factor)
     parts, places = _parts(model), layout.blocks()
+    if len(parts) != len(places):
+        raise ValueError(f"the layout has {len(places)} blocks, the model has {len(parts)}")
     handles = _outline(embeddings.LayerNorm, "embedding")
     if recompute_checkpoint_every_layer:
         handles += [module.register_forward_hook(_checkpoint_output) for kind, module in parts if kind == "layer"]

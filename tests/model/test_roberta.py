@@ -158,6 +158,11 @@ def test_annotations_can_be_taken_off_and_weights_moved_between_layouts():
         assert torch.equal(other(*inputs)[0], before)
 
 
+def test_a_layout_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="the layout has 4 blocks, the model has 5"):
+        parallelize(RobertaForSpans(RobertaConfig(**SMALL)), make_layout([2], 2))
+
+
 def test_another_architecture_is_refused(tmp_path):
     from transformers import BertConfig
     BertConfig().save_pretrained(tmp_path)
