@@ -24,8 +24,10 @@ def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
     mode = poptorch.DataLoaderMode.Async if asynchronous else poptorch.DataLoaderMode.Sync
     with workers_ignore_interrupt():
         loader = poptorch.DataLoader(options, rows, batch_size=micro_batch_size, collate_fn=collate, num_workers=num_workers, mode=mode)
-    yield iter(loader)
-    loader.terminate()
+    try:
+        yield iter(loader)
+    finally:
+        loader.terminate()
 
 
 def collate(rows):

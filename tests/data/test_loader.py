@@ -1,7 +1,15 @@
 """The loader's processes and the signals of a terminal."""
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from ipu_options import poptorch
+from qa.data.loader import open_loader
+from qa.data.rows import TrainingRows
+from tests.reference.synthetic_windows import SyntheticWindows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,3 +40,14 @@ def test_an_interrupt_leaves_the_loaders_worker_alive(tmp_path):
     """In a file, since a spawned process imports the main module again."""
     (tmp_path / "main.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WORKER}")
     assert subprocess.check_output([sys.executable, str(tmp_path / "main.py")], universal_newlines=True) == "worker ended with 0\n"
+
+
+def test_the_loaders_process_ends_with_the_block_however_it_ends():
+    windows = SyntheticWindows([20] * 24)
+    rows = TrainingRows(windows, row_length=32, max_windows_per_row=1, pad_token_id=1, micro_batch_size=2, micro_batches_per_update=2)
+    with pytest.raises(ValueError):  # which keeps the frames that failed, and what they hold
+        with open_loader(poptorch.Options(), rows, 2) as batches:
+            next(batches)
+            assert multiprocessing.active_children()
+            raise ValueError("in the loop")
+    assert not multiprocessing.active_children()
