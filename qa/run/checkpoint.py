@@ -113,6 +113,8 @@ class Checkpoints:
         stays.
         """
         folder = self.output_dir / f"checkpoint-{step}"
+        if self._saved_step == step:
+            return folder
         training.training_model.copyWeightsToHost()
         with _written(folder) as aside:
             training.write_files(aside)

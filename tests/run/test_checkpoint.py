@@ -294,6 +294,17 @@ def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(
     assert names(tmp_path) == ["checkpoint-15"] and find_checkpoint(tmp_path, "auto").name == "checkpoint-15"
 
 
+def test_a_step_that_is_saved_is_not_saved_again_when_a_signal_comes_in_it(tmp_path):
+    written = []
+    device = SimpleNamespace(copyWeightsToHost=lambda: None, rng_state=[1])
+    training = Training(None, SimpleNamespace(state_dict=dict), device, lambda folder: (written.append(folder), write_model(folder)))
+    checkpoints = Checkpoints(tmp_path, {})
+    assert checkpoints.save(training, 2, []) == checkpoints.save(training, 2, []) == tmp_path / "checkpoint-2"
+    assert len(written) == 1
+    checkpoints.save(training, 3, [])
+    assert len(written) == 2
+
+
 def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
     save(tmp_path, 4)
     (tmp_path / ".checkpoint-6.tmp").mkdir()
