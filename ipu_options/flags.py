@@ -78,7 +78,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
     A boolean flag takes an optional true or false; one that is true by default has a --no_ twin. No flag has a default in the
     parser, so that the result of parsing holds only what was given.
     """
-    section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
+    section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0].rstrip("."))
     for f in fields(group):
         if "help" not in f.metadata:
             continue

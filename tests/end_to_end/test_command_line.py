@@ -9,6 +9,7 @@ import pytest
 import infer
 import train
 from ipu_options.errors import run_script
+from qa.planning.flags import TrainPlanSettings
 from qa.settings import parse_infer, parse_train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,3 +211,11 @@ def test_help_answers_without_importing_torch_or_transformers():
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False False"
     assert "--layers_per_ipu" in done.stdout and "--max_seq_length" in done.stdout
+
+
+def test_help_is_in_sections_of_which_the_planners_come_last(capsys):
+    with pytest.raises(SystemExit):
+        parse_train(["--help"], TrainPlanSettings)
+    sections = [line for line in capsys.readouterr().out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections[1:] == ["Which questions to train on and to evaluate:", "Which model, and how its answers are read off:",
+                            "The fine-tuning run:", "How and where it runs:", "How the job is mapped to IPUs:", "Planning, with --plan:"]
