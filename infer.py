@@ -44,7 +44,7 @@ def load_answerer(settings, ipu_config, spans):
     from qa.model.pretrained import load_config, load_model, load_tokenizer
 
     print(f"PopTorch: {poptorch.__name__} {poptorch.__version__}", file=sys.stderr)
-    source = "--model_name_or_path"
+    source = "--checkpoint"
     model_config = load_config(settings.checkpoint, source=source)
     check_row_length(settings, model_config)
     pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type)

@@ -36,7 +36,10 @@ class DeviceSettings(Settings):
 
 @dataclass
 class IPUConfig(Settings):
-    """How the job is mapped to IPUs. A field `inference_X` left at None takes the value of its training twin X."""
+    """How the job is mapped to IPUs.
+
+    A field `inference_X` left at None takes the value of its training twin X.
+    """
 
     layers_per_ipu: List[int] = flag([0, -1, -1, -1], "encoder layers on each IPU of a replica; -1: an equal share of what is left",
                                      type=int, nargs="+", min=-1)

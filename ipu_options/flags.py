@@ -112,7 +112,7 @@ def make_settings(group: Callable[..., S], layers: Iterable[Layer]) -> S:
             if name not in known:
                 continue
             values[name] = layer.values[name]
-            sources[name] = f"--{name}"
+            sources[name] = f"--{name}" if layer.origin is None else f"{layer.origin}: {name}"
     for name, value in values.items():
         check_field(group, name, value, sources[name])
     return group(**values, sources=sources)

@@ -179,7 +179,7 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
         raise UsageError(f"--checkpoint {folder}: no config.json there; name a folder that train.py or save_pretrained has written")
     layers = [_read_qa_settings(folder)]
     if (Path(folder) / IPU_CONFIG_NAME).is_file():
-        layers.append(_read_pipeline(folder, f"--ipu_config {folder}"))
+        layers.append(_read_pipeline(folder, str(Path(folder) / IPU_CONFIG_NAME)))
     layers += [*_ipu_config_layer(given), given]
     settings, ipu_config = make_settings(InferSettings, layers), make_settings(IPUConfig, layers)
     settings.model_name_or_path = folder

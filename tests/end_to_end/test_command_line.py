@@ -1,5 +1,6 @@
 """Wrong command lines: each ends with exit status 2 and one line that names the flag and says what would be right."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ TRAIN = [
     ("--config {tmp}/list.yaml", "list.yaml", "should map setting names"),
     ("--config {tmp}/broken.yaml", "broken.yaml", "not readable as YAML"),
     ("--config {tmp}/unknown.yaml", "learning_rat", "did you mean learning_rate"),
-    ("--config {tmp}/wrong_type.yaml", "--num_train_epochs 'three'", "a number"),
+    ("--config {tmp}/wrong_type.yaml", "wrong_type.yaml: num_train_epochs 'three'", "a number"),
     ("--config {tmp}/python_object.yaml", "python_object.yaml", "not readable as YAML"),
     ("--seed abc", "--seed abc", "a whole number"),
     ("--seed -1", "--seed -1", "at least 0"),
@@ -37,8 +38,8 @@ TRAIN = [
     ("--eval_micro_batch_size -3", "--eval_micro_batch_size -3", "at least 1"),
     ("--micro_batch_size 1000000000", "--micro_batch_size 1000000000", "at most 4096"),
     ("--dataloader_num_workers 1000000", "--dataloader_num_workers 1000000", "at most 256"),
-    ("--config {tmp}/aliases.yaml", "--learning_rate is a list", "a number"),
-    ("--config {tmp}/aliases.yaml --learning_rate 1", "--optimizer is a list", "adamw, lamb"),
+    ("--config {tmp}/aliases.yaml", "aliases.yaml: learning_rate is a list", "a number"),
+    ("--config {tmp}/aliases.yaml --learning_rate 1", "aliases.yaml: optimizer is a list", "adamw, lamb"),
     ("--max_seq_length 8", "--max_seq_length 8", "at least 16"),
     ("--max_seq_length 100000", "--max_seq_length 100000", "at most 4096"),
     ("--doc_stride 384", "--doc_stride 384", "at most 192"),
@@ -219,3 +220,31 @@ def test_help_is_in_sections_of_which_the_planners_come_last(capsys):
     sections = [line for line in capsys.readouterr().out.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert sections[1:] == ["Which questions to train on and to evaluate:", "Which model, and how its answers are read off:",
                             "The fine-tuning run:", "How and where it runs:", "How the job is mapped to IPUs:", "Planning, with --plan:"]
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("qa_settings.json", {"max_seq_length": 8}, "error: {file}: max_seq_length 8 is too small: it should be at least 16"),
+    ("qa_settings.json", {"doc_stride": 100, "max_seq_length": 64}, "error: {file}: doc_stride 100 leaves a window of {file}: max_seq_length 64"),
+    ("ipu_config.json", {"device_iterations": "two"}, "error: {file}: device_iterations 'two': it should be a whole number"),
+    ("ipu_config.json", {"layers_per_ipu": [1, 1]}, "error: {file}: layers_per_ipu 1 1 adds up to 2 layers"),
+    ("ipu_config.json", [], "error: {file}: holds a list, it should be a JSON object"),
+    ("config.json", {"model_type": "roberta", "hidden_size": 0}, "error: --checkpoint "),
+])
+def test_a_value_from_a_checkpoints_file_is_refused_by_that_file(folder, tmp_path, monkeypatch, capsys, file, content, message):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / file).write_text(json.dumps(content))
+    row = "" if file == "qa_settings.json" else "--max_seq_length 64 --doc_stride 16"
+    said = refusal(infer.main, f"--checkpoint {tmp_path}/model --question Who? --context Ann {row}", folder, monkeypatch, capsys)
+    assert said.startswith(message.format(file=tmp_path / "model" / file))
+
+
+def test_a_value_from_a_configuration_is_refused_by_its_file_and_key(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text("layers_per_ipu: [1, 1, 1]\ngradient_accumulation_steps: 4\nreplication_factor: 2\n")
+    (tmp_path / "other.json").write_text(json.dumps({"layers_per_ipu": [2, 2]}))
+    model = " ".join(MODEL) + f" --max_seq_length 64 --doc_stride 16 --config {tmp_path}/mine.yaml"
+    for flags, message in (
+            ("", f"error: {tmp_path}/mine.yaml: gradient_accumulation_steps 4 is too small"),
+            ("--gradient_accumulation_steps 8", f"error: {tmp_path}/mine.yaml: replication_factor 2 takes 8 IPUs"),
+            ("--gradient_accumulation_steps 3", "error: --gradient_accumulation_steps 3 is too small"),
+            (f"--ipu_config {tmp_path}/other.json", f"error: --ipu_config {tmp_path}/other.json: layers_per_ipu 2 2 adds up to 4 layers")):
+        assert refusal(train.main, f"{model} {flags}", folder, monkeypatch, capsys).startswith(message)
