@@ -1,4 +1,5 @@
-"""All benchmarks, one after the other, each a process of its own, which prints its ratios, their spread and the limit.
+"""All benchmarks, one after the other, each a process of its own, which prints its ratios, their
+spread and the limit.
 
     python -m benchmarks                       about an hour on 2 cores; needs `accelerate`
     python -m benchmarks startup features      only those
@@ -26,12 +27,14 @@ COMMANDS = {  # the quickest first
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(COMMANDS)}")
     names = parser.parse_args().names or list(COMMANDS)
     unknown = set(names) - set(COMMANDS)
     if unknown:
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(COMMANDS)}")
+        parser.error(
+            f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(COMMANDS)}")
     print(f"{machine()}\n", flush=True)
     failed = []
     for name in names:

@@ -1,10 +1,12 @@
-"""How time and memory grow with the number of examples: features, packing, loading, answers. Linear time; flat memory beyond the indices.
+"""How time and memory grow with the number of examples: features, packing, loading, answers. Linear
+time; flat memory beyond the indices.
 
     python -m benchmarks.growth                    1,000 to 1,000,000 examples (ten minutes, and 4 GB of disk for the last)
 
-The examples are made up (benchmarks/questions.py), the windows of the last three stages too, one an example (benchmarks/input_pipeline.py).
-Each figure comes from a process of its own. Memory is the peak of what the process holds for itself beyond what it held at the
-start of the stage; examples and windows are in a memory-mapped file, whose pages belong to the system's cache.
+The examples are made up (benchmarks/questions.py), the windows of the last three stages too, one an
+example (benchmarks/input_pipeline.py). Each figure comes from a process of its own. Memory is the
+peak of what the process holds for itself beyond what it held at the start of the stage; examples
+and windows are in a memory-mapped file, whose pages belong to the system's cache.
 """
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ ROW = dict(row_length=384, max_windows_per_row=8, pad_token_id=1)
 
 def features(examples: datasets.Dataset, tokenizer: str) -> None:
     """Cut examples into windows with labels, as train.py does."""
-    make_windows(examples, AutoTokenizer.from_pretrained(tokenizer), max_seq_length=384, doc_stride=128, labels=True, offsets=False,
-                 overwrite_cache=True)
+    make_windows(examples, AutoTokenizer.from_pretrained(tokenizer), max_seq_length=384,
+                 doc_stride=128, labels=True, offsets=False, overwrite_cache=True)
 
 
 def packing(windows: Windows) -> None:
@@ -54,7 +56,8 @@ def loading(windows: Windows) -> None:
 
 def answers(windows: Windows) -> None:
     """Find the answers of one question a window from the (random) logits of packed rows."""
-    examples = datasets.Dataset.from_dict({"id": ["question"], "context": ["0123456789" * 160]}).select([0] * len(windows))
+    examples = datasets.Dataset.from_dict({"id": ["question"], "context": [
+        "0123456789" * 160]}).select([0] * len(windows))
     rows = InferenceRows(windows, rows_per_step=16, **ROW)
     finder = AnswerFinder(windows, examples)
     torch.manual_seed(0)
@@ -79,7 +82,8 @@ def measure(stage: str, folder: str) -> Tuple[float, float]:
     if stage == "features":
         run = partial(features, source, folder + "/tokenizer")
     else:
-        run = partial({"packing": packing, "loading": loading, "answers": answers}[stage], Windows(source))
+        run = partial({"packing": packing, "loading": loading, "answers": answers}[stage],
+                      Windows(source))
     before, peak, done = own_memory(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -109,19 +113,26 @@ def prepare(stage: str, folder: str, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, nargs="+", default=[
+        1_000, 10_000, 100_000, 1_000_000])
     given = parser.parse_args()
-    print(f"growth with the number of examples, rows of 384 tokens, packed; one thread (the tokenizer has as many as there are cores); {machine()}")
+    print(
+        f"growth with the number of examples, rows of 384 tokens, packed; one thread (the tokenizer has as many as there are cores); {machine()}"
+    )
     print(f"{'examples':>12}" + "".join(f"{stage:>16}: s us/example     MB" for stage in STAGES))
     for count in given.examples:
         figures = []
         for stage in STAGES:
             with tempfile.TemporaryDirectory() as folder:
                 prepare(stage, folder, count)
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                with ProcessPoolExecutor(
+                        1, mp_context=multiprocessing.get_context("spawn")) as process:
                     figures.append(process.submit(measure, stage, folder).result())
-        print(f"{count:12,}" + "".join(f"{seconds:19.3f} {seconds / count * 1e6:10.2f} {memory:6.0f}" for seconds, memory in figures))
+        print(f"{count:12,}" +
+              "".join(f"{seconds:19.3f} {seconds / count * 1e6:10.2f} {memory:6.0f}"
+                      for seconds, memory in figures))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What poptorch_host costs: a training step through it, and the same step as a hand-written PyTorch loop, side by side.
+"""What poptorch_host costs: a training step through it, and the same step as a hand-written PyTorch
+loop, side by side.
 
     python -m benchmarks.host_overhead [--seconds 20]
 
-Models: the demo's size, and two layers of roberta-base. Both loops run the same micro-batches at the same precision; they take
-turns step by step in random order, so that whatever else the machine does hits both. Prints the median time of a step and their ratio,
-and as the noise of that ratio the same of two plain loops.
+Models: the demo's size, and two layers of roberta-base. Both loops run the same micro-batches at
+the same precision; they take turns step by step in random order, so that whatever else the machine
+does hits both. Prints the median time of a step and their ratio, and as the noise of that ratio the
+same of two plain loops.
 """
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ import poptorch_host as poptorch
 from benchmarks.measure import compare, machine
 from qa.model.roberta import RobertaForSpans
 
-SHAPES = {  # name: (width, layers, heads, vocabulary, row length, micro-batch, accumulation, precision)
+# name: (width, layers, heads, vocabulary, row length, micro-batch, accumulation, precision)
+SHAPES = {
     "demo": (128, 4, 4, 2000, 64, 8, 4, torch.float32),
     "roberta-base, 2 layers, float32": (768, 2, 12, 8000, 384, 2, 4, torch.float32),
     "roberta-base, 2 layers, half": (768, 2, 12, 8000, 384, 2, 4, torch.float16),
@@ -32,8 +35,9 @@ SHAPES = {  # name: (width, layers, heads, vocabulary, row length, micro-batch, 
 def make(width, layers, heads, vocabulary, length, *unused):
     """A model on one IPU, dropout as roberta-base has it."""
     torch.manual_seed(0)
-    config = RobertaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
-                           vocab_size=vocabulary, max_position_embeddings=length + 2, type_vocab_size=1)
+    config = RobertaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                           intermediate_size=4 * width, vocab_size=vocabulary,
+                           max_position_embeddings=length + 2, type_vocab_size=1)
     return RobertaForSpans(config).train()
 
 
@@ -49,7 +53,9 @@ def batch(rows, length, vocabulary):
 
 def plain_step(model, micro_batch, accumulation, half):
     """A hand-written step; half precision is autocast to bfloat16, as one would write it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=hasattr(torch, "_fused_adamw_") and torch.__version__ >= "2.4")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, fused=hasattr(torch, "_fused_adamw_") and
+        torch.__version__ >= "2.4")
 
     def step(tensors):
         optimizer.zero_grad(set_to_none=True)
@@ -65,7 +71,8 @@ def host_step(model, accumulation, half):
     options = poptorch.Options()
     options.Training.gradientAccumulation(accumulation)
     model = model.half() if half else model
-    executor = poptorch.trainingModel(model, options, poptorch.optim.AdamW(model.parameters(), lr=1e-4, loss_scaling=64.0))
+    executor = poptorch.trainingModel(
+        model, options, poptorch.optim.AdamW(model.parameters(), lr=1e-4, loss_scaling=64.0))
     return lambda tensors: executor(*tensors)
 
 
@@ -80,7 +87,9 @@ def main() -> None:
     for name, shape in SHAPES.items():
         _, _, _, vocabulary, length, micro_batch, accumulation, precision = shape
         model, half = make(*shape), precision == torch.float16
-        steps = {name: plain_step(copy.deepcopy(model), micro_batch, accumulation, half) for name in ("plain", "plain again")}
+        steps = {
+            name: plain_step(copy.deepcopy(model), micro_batch, accumulation, half)
+            for name in ("plain", "plain again")}
         steps["host"] = host_step(model, accumulation, half)
         tensors = batch(micro_batch * accumulation, length, vocabulary)
         times: Dict[str, List[float]] = {kind: [] for kind in steps}
@@ -91,8 +100,13 @@ def main() -> None:
                 steps[kind](tensors)
                 times[kind].append(time.process_time() - began)
         plain, again, host = (statistics.median(times[kind][1:]) for kind in steps)
-        print(f"{name}: plain {1e3 * plain:.1f} ms, poptorch_host {1e3 * host:.1f} ms of processor time a step ({len(times['host'])} steps each)")
-        compare(1.03 * (plain + again) / 2 / host, 1, f"ratio {2 * host / (plain + again):.3f} (two plain loops: {again / plain:.3f}), 1.03 over it")
+        print(
+            f"{name}: plain {1e3 * plain:.1f} ms, poptorch_host {1e3 * host:.1f} ms of processor time a step ({len(times['host'])} steps each)"
+        )
+        compare(
+            1.03 * (plain + again) / 2 / host, 1,
+            f"ratio {2 * host / (plain + again):.3f} (two plain loops: {again / plain:.3f}), 1.03 over it"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Answering a file of questions: infer.py with packed rows against transformers' question-answering pipeline.
+"""Answering a file of questions: infer.py with packed rows against transformers' question-answering
+pipeline.
 
     python -m benchmarks.inference [--questions 10000] [--width 256] [--layers 4] [--runs 1]
 
-Whole commands on the same untrained model and the same made-up questions as long as SQuAD's. The pipeline runs as it is (float32,
-a window at a time), and at its best on a processor (bfloat16, 16 windows at a time).
+Whole commands on the same untrained model and the same made-up questions as long as SQuAD's. The
+pipeline runs as it is (float32, a window at a time), and at its best on a processor (bfloat16, 16
+windows at a time).
 """
 from __future__ import annotations
 
@@ -24,14 +26,20 @@ PIPELINE, BEST, OURS = "pipeline", "pipeline, bfloat16, batches of 16", "infer.p
 
 
 def run_pipeline(folder: Path, best: bool) -> None:
-    """Answer the questions in `folder` by transformers' pipeline: the other side, run as a command of its own."""
+    """Answer the questions in `folder` by transformers' pipeline: the other side, run as a command
+    of its own.
+    """
     import torch
     from transformers import pipeline
 
-    answering = pipeline("question-answering", str(folder / "model"), device=-1, torch_dtype=torch.bfloat16 if best else torch.float32)
-    questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    answers = answering(question=[each["question"] for each in questions], context=[each["context"] for each in questions],
-                        max_seq_len=384, doc_stride=128, max_answer_len=30, batch_size=16 if best else 1)
+    answering = pipeline("question-answering", str(folder / "model"), device=-1,
+                         torch_dtype=torch.bfloat16 if best else torch.float32)
+    questions = [
+        json.loads(line)
+        for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = answering(question=[each["question"] for each in questions], context=[
+        each["context"] for each in questions], max_seq_len=384, doc_stride=128, max_answer_len=30,
+                        batch_size=16 if best else 1)
     with open(folder / "pipeline.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(answer) + "\n" for answer in answers)
 
@@ -39,13 +47,18 @@ def run_pipeline(folder: Path, best: bool) -> None:
 def commands(folder: Path) -> Dict[str, List[str]]:
     """The command of each side."""
     other = ["-m", "benchmarks.inference", "--folder", str(folder)]
-    ours = ["infer.py", "--checkpoint", str(folder / "model"), "--input_file", str(folder / "questions.jsonl"), "--pack", "--output_file",
-            str(folder / "ours.jsonl"), "--ipus_per_replica", "1", "--layers_per_ipu", "-1", "--eval_micro_batch_size", "4"]
+    ours = [
+        "infer.py", "--checkpoint",
+        str(folder / "model"), "--input_file",
+        str(folder / "questions.jsonl"), "--pack", "--output_file",
+        str(folder / "ours.jsonl"), "--ipus_per_replica", "1", "--layers_per_ipu", "-1",
+        "--eval_micro_batch_size", "4"]
     return {PIPELINE: other, BEST: [*other, "--best"], OURS: ours}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -60,8 +73,8 @@ def main() -> None:
         questions = list(made_up(given.questions))
         write_questions(folder / "questions.jsonl", questions)
         tokenizer = train_tokenizer(question["context"] for question in questions[:2000:5])
-        write_model(folder / "model", tokenizer, given.layers, hidden_size=given.width, num_attention_heads=given.width // 64,
-                    intermediate_size=4 * given.width)
+        write_model(folder / "model", tokenizer, given.layers, hidden_size=given.width,
+                    num_attention_heads=given.width // 64, intermediate_size=4 * given.width)
         seconds: Dict[str, List[float]] = {}
         for _ in range(given.runs):
             for side, command in commands(folder).items():
@@ -70,7 +83,9 @@ def main() -> None:
                 seconds.setdefault(side, []).append(time.perf_counter() - begin)
                 if done.returncode:
                     sys.exit(f"{side} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    print(f"{given.questions:,} questions, a model of {given.layers} layers of width {given.width}, whole commands; {machine()}")
+    print(
+        f"{given.questions:,} questions, a model of {given.layers} layers of width {given.width}, whole commands; {machine()}"
+    )
     medians = {side: statistics.median(runs) for side, runs in seconds.items()}
     for side, runs in seconds.items():
         describe(side, runs, given.questions, "questions")

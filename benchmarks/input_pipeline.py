@@ -1,10 +1,11 @@
-"""From cached windows to the training loop: packing, collation, poptorch.DataLoader; where the time goes, and how far
-ahead it is.
+"""From cached windows to the training loop: packing, collation, poptorch.DataLoader; where the time
+goes, and how far ahead it is.
 
     python -m benchmarks.input_pipeline            length 384, unpacked and packed
 
-The limit is 10 times the published rate of this job on 16 Mk2 IPUs, 1,317 windows/s (Graphcore/roberta-base-squad).
-The windows are made up, with lengths distributed as SQuAD's are, and stored and read as qa.windows does.
+The limit is 10 times the published rate of this job on 16 Mk2 IPUs, 1,317 windows/s
+(Graphcore/roberta-base-squad). The windows are made up, with lengths distributed as SQuAD's are,
+and stored and read as qa.windows does.
 """
 from __future__ import annotations
 
@@ -28,20 +29,29 @@ MICRO_BATCHES, REPLICAS = 16, 4  # the published run's accumulation and replicat
 
 
 def write_windows(folder: str, count: int, offsets: bool = False) -> Windows:
-    """Windows with labels or offsets, as qa.windows.make_windows writes them, in a memory-mapped Arrow file."""
+    """Windows with labels or offsets, as qa.windows.make_windows writes them, in a memory-mapped
+    Arrow file.
+    """
     disable_progress_bars()
     random = numpy.random.default_rng(0)
-    lengths = random.gamma(7.5, 24, count).clip(20, 384).astype(numpy.int32)  # mean 180, 95th percentile 300
+    lengths = random.gamma(7.5, 24, count).clip(20, 384).astype(
+        numpy.int32)  # mean 180, 95th percentile 300
     begins = numpy.concatenate([[0], numpy.cumsum(lengths)]).astype(numpy.int32)
     starts = random.integers(10, lengths).astype(numpy.int16)
-    columns = {"input_ids": pyarrow.ListArray.from_arrays(begins, random.integers(4, 50_000, begins[-1]).astype(numpy.uint16)),
-               "example": numpy.arange(count, dtype=numpy.int32), "cls_position": numpy.zeros(count, numpy.int16),
-               "context_start": numpy.full(count, 12, numpy.int16)}
+    columns = {
+        "input_ids": pyarrow.ListArray.from_arrays(
+            begins,
+            random.integers(4, 50_000, begins[-1]).astype(numpy.uint16)), "example": numpy.arange(
+                count, dtype=numpy.int32), "cls_position": numpy.zeros(count, numpy.int16),
+        "context_start": numpy.full(count, 12, numpy.int16)}
     if offsets:
-        characters = 4 * numpy.arange(begins[-1] - 13 * count, dtype=numpy.int32)  # a context is all but 13 tokens
+        characters = 4 * numpy.arange(begins[-1] - 13 * count,
+                                      dtype=numpy.int32)  # a context is all but 13 tokens
         begins -= 13 * numpy.arange(count + 1, dtype=numpy.int32)
         characters -= 4 * numpy.repeat(begins[:-1], numpy.diff(begins))
-        columns["offsets"] = pyarrow.ListArray.from_arrays(2 * begins, numpy.stack((characters, characters + 4), 1).ravel())
+        columns["offsets"] = pyarrow.ListArray.from_arrays(
+            2 * begins,
+            numpy.stack((characters, characters + 4), 1).ravel())
     else:
         columns.update(start_position=starts, end_position=starts)
     Dataset(pyarrow.table(columns)).save_to_disk(folder)
@@ -49,7 +59,9 @@ def write_windows(folder: str, count: int, offsets: bool = False) -> Windows:
 
 
 def one_pass(windows: Windows, plan: dict, options) -> dict:
-    """Seconds of one pass over all windows for each stage by itself; the loaders contain the stages above them."""
+    """Seconds of one pass over all windows for each stage by itself; the loaders contain the stages
+    above them.
+    """
     seconds, clock = {}, time.perf_counter()
 
     def done(stage: str) -> None:
@@ -65,11 +77,12 @@ def one_pass(windows: Windows, plan: dict, options) -> dict:
     for first in range(0, len(rows), rows.rows_per_step):
         rows.__getitems__(range(first, first + rows.rows_per_step))
     done("reading, collating")
-    for _ in poptorch.DataLoader(options, rows, batch_size=plan["micro_batch_size"], collate_fn=collate):
+    for _ in poptorch.DataLoader(options, rows, batch_size=plan["micro_batch_size"],
+                                 collate_fn=collate):
         pass
     done("DataLoader, sync")
-    loader = poptorch.DataLoader(options, rows, batch_size=plan["micro_batch_size"], collate_fn=collate,
-                                 mode=poptorch.DataLoaderMode.Async)
+    loader = poptorch.DataLoader(options, rows, batch_size=plan["micro_batch_size"],
+                                 collate_fn=collate, mode=poptorch.DataLoaderMode.Async)
     batches = iter(loader)
     next(batches)
     done("starting the async worker")
@@ -81,8 +94,10 @@ def one_pass(windows: Windows, plan: dict, options) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=88_568, help="as many as SQuAD v1's training set gives")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, default=88_568,
+                        help="as many as SQuAD v1's training set gives")
     parser.add_argument("--runs", type=int, default=3)
     given = parser.parse_args()
     options = poptorch.Options()
@@ -91,8 +106,10 @@ def main() -> None:
     print(f"input pipeline, {given.windows} windows, rows of 384 tokens; {machine()}")
     with tempfile.TemporaryDirectory() as folder:
         windows = write_windows(folder, given.windows)
-        plans = {name: dict(row_length=384, max_windows_per_row=room, pad_token_id=1, micro_batch_size=1,
-                            micro_batches_per_update=MICRO_BATCHES * REPLICAS) for name, room in (("unpacked", 1), ("packed", 8))}
+        plans = {
+            name: dict(row_length=384, max_windows_per_row=room, pad_token_id=1, micro_batch_size=1,
+                       micro_batches_per_update=MICRO_BATCHES * REPLICAS)
+            for name, room in (("unpacked", 1), ("packed", 8))}
         passes = {name: [] for name in plans}
         for _ in range(given.runs):
             for name, plan in plans.items():
@@ -101,8 +118,9 @@ def main() -> None:
         print(f" {name}")
         for stage in runs[0]:
             values = [run[stage] for run in runs]
-            print(f"  {stage:28} {statistics.median(values):8.3f} s  {given.windows / statistics.median(values):12,.0f} windows/s"
-                  f"   (runs {min(values):.3f} .. {max(values):.3f} s)")
+            print(
+                f"  {stage:28} {statistics.median(values):8.3f} s  {given.windows / statistics.median(values):12,.0f} windows/s"
+                f"   (runs {min(values):.3f} .. {max(values):.3f} s)")
         rate = given.windows / statistics.median([run["DataLoader, async"] for run in runs])
         compare(rate / PUBLISHED, 10, f"times the published {PUBLISHED:,} windows/s on 16 IPUs")
 

@@ -1,5 +1,6 @@
-"""How the benchmarks measure: both sides in turn on the same machine, medians, spread, and the ratio against its
-limit."""
+"""How the benchmarks measure: both sides in turn on the same machine, medians, spread, and the
+ratio against its limit.
+"""
 from __future__ import annotations
 
 import os
@@ -10,7 +11,9 @@ from typing import Callable, Dict, List
 
 
 def alternate(sides: Dict[str, Callable], runs: int) -> Dict[str, List[float]]:
-    """Run the sides in turn, `runs` times each after one round to warm up; returns each side's seconds."""
+    """Run the sides in turn, `runs` times each after one round to warm up; returns each side's
+    seconds.
+    """
     seconds = {name: [] for name in sides}
     for run in range(runs + 1):
         for name, side in sides.items():
@@ -30,7 +33,8 @@ def describe(name: str, seconds: List[float], amount: int, unit: str) -> None:
 
 def compare(ratio: float, least: float, what: str) -> None:
     """Print a ratio that has to be at least `least`."""
-    print(f"  {what}: {ratio:.2f} (at least {least:g}: {'reached' if ratio >= least else 'MISSED'})")
+    print(
+        f"  {what}: {ratio:.2f} (at least {least:g}: {'reached' if ratio >= least else 'MISSED'})")
 
 
 def machine() -> str:
@@ -39,12 +43,16 @@ def machine() -> str:
 
     model = platform.processor() or platform.machine()
     with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-        model = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), model)
+        model = next(
+            (line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")),
+            model)
     return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def matmul_rate(dtype) -> float:
-    """FLOP/s of a matrix multiplication of roberta-base's size (1,536 tokens, 768 -> 3,072), fastest of ten."""
+    """FLOP/s of a matrix multiplication of roberta-base's size (1,536 tokens, 768 -> 3,072),
+    fastest of ten.
+    """
     import torch
 
     tokens, weight = torch.randn(1536, 768).to(dtype), torch.randn(3072, 768).to(dtype)

@@ -1,10 +1,12 @@
-"""A million windows through poptorch.DataLoader in one epoch: the time, and that memory does not grow on the way.
+"""A million windows through poptorch.DataLoader in one epoch: the time, and that memory does not
+grow on the way.
 
     python -m benchmarks.million_windows           packed and unpacked; one minute, 0.4 GB of disk
 
-Memory is what the training process and its loader's worker hold for themselves (proc(5), RssAnon + RssShmem; what they share
-counts twice), read after every tenth of the epoch; the windows are in a memory-mapped file, whose pages belong to the
-system's cache. The peak is the largest resident size of the training process, with the pages of that file that it has read.
+Memory is what the training process and its loader's worker hold for themselves (proc(5), RssAnon +
+RssShmem; what they share counts twice), read after every tenth of the epoch; the windows are in a
+memory-mapped file, whose pages belong to the system's cache. The peak is the largest resident size
+of the training process, with the pages of that file that it has read.
 """
 from __future__ import annotations
 
@@ -40,16 +42,19 @@ def held_memory() -> float:
 def epoch(folder: str, room: int) -> Dict[str, float]:
     """One epoch over the windows in `folder`, up to `room` of them in a row, as train.py loads it.
 
-    Returns the windows counted in the batches, seconds, peak MB, and the MB held after the first and after the last tenth.
+    Returns the windows counted in the batches, seconds, peak MB, and the MB held after the first
+    and after the last tenth.
     """
     torch.set_num_threads(1)
     options = poptorch.Options()
     options.Training.gradientAccumulation(MICRO_BATCHES)
     options.replicationFactor(REPLICAS)
     begin = time.perf_counter()
-    rows = TrainingRows(Windows(datasets.load_from_disk(folder)), row_length=384, max_windows_per_row=room, pad_token_id=1,
+    rows = TrainingRows(Windows(
+        datasets.load_from_disk(folder)), row_length=384, max_windows_per_row=room, pad_token_id=1,
                         micro_batch_size=1, micro_batches_per_update=MICRO_BATCHES * REPLICAS)
-    loader = poptorch.DataLoader(options, rows, batch_size=1, collate_fn=collate, mode=poptorch.DataLoaderMode.Async)
+    loader = poptorch.DataLoader(options, rows, batch_size=1, collate_fn=collate,
+                                 mode=poptorch.DataLoaderMode.Async)
     windows, held = 0, []
     for step, batch in enumerate(loader, start=1):
         windows += int(torch.count_nonzero(batch["loss_weights"]))
@@ -58,11 +63,13 @@ def epoch(folder: str, room: int) -> Dict[str, float]:
     seconds = time.perf_counter() - begin
     loader.terminate()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"windows": windows, "seconds": seconds, "peak": peak, "first": held[0], "last": held[-1]}
+    return {
+        "windows": windows, "seconds": seconds, "peak": peak, "first": held[0], "last": held[-1]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=1_000_000)
     given = parser.parse_args()
     print(f"an epoch through the asynchronous loader, rows of 384 tokens; {machine()}")
@@ -70,9 +77,10 @@ def main() -> None:
         in_a_process_of_its_own(write_windows, folder, given.windows)
         for name, room in (("packed", 8), ("unpacked", 1)):
             seen = in_a_process_of_its_own(epoch, folder, room)
-            print(f"{name:>9}: {seen['windows']:,} windows in {seen['seconds']:.1f} s, {seen['windows'] / seen['seconds']:,.0f} windows/s; "
-                  f"peak {seen['peak']:.0f} MB; held after the first tenth {seen['first']:.0f} MB, after the last {seen['last']:.0f} MB: "
-                  f"growth {seen['last'] - seen['first']:+.1f} MB", flush=True)
+            print(
+                f"{name:>9}: {seen['windows']:,} windows in {seen['seconds']:.1f} s, {seen['windows'] / seen['seconds']:,.0f} windows/s; "
+                f"peak {seen['peak']:.0f} MB; held after the first tenth {seen['first']:.0f} MB, after the last {seen['last']:.0f} MB: "
+                f"growth {seen['last'] - seen['first']:+.1f} MB", flush=True)
 
 
 def in_a_process_of_its_own(function, *arguments):

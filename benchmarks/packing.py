@@ -1,9 +1,11 @@
-"""Packing: how full the rows are and how long it takes; and that a model trained packed answers as well as one trained unpacked.
+"""Packing: how full the rows are and how long it takes; and that a model trained packed answers as
+well as one trained unpacked.
 
     python -m benchmarks.packing [--file FILE --tokenizer FOLDER] [--seeds 3]         quarter of an hour on 2 cores
 
-Fullness: 100,000 window lengths distributed as SQuAD's are (181 tokens on average, 300 at the 95th percentile, rows of 384, up to 8
-windows in a row), and with --file the windows of those questions. Quality: the demo, with each seed packed and unpacked.
+Fullness: 100,000 window lengths distributed as SQuAD's are (181 tokens on average, 300 at the 95th
+percentile, rows of 384, up to 8 windows in a row), and with --file the windows of those questions.
+Quality: the demo, with each seed packed and unpacked.
 """
 from __future__ import annotations
 
@@ -30,9 +32,11 @@ def fullness(what: str, lengths: numpy.ndarray, least: float) -> None:
     begin = time.perf_counter()
     rows = len(pack(lengths, ROW_LENGTH, MOST).row_slots) - 1
     seconds = time.perf_counter() - begin
-    print(f"{what}: {len(lengths):,} windows of {lengths.mean():.0f} tokens on average, {len(lengths) / rows:.2f} in a row; "
-          f"packed in {seconds:.3f} s on one core")
-    compare(100 * lengths.sum() / (rows * ROW_LENGTH), least, "per cent of the rows' tokens that are real")
+    print(
+        f"{what}: {len(lengths):,} windows of {lengths.mean():.0f} tokens on average, {len(lengths) / rows:.2f} in a row; "
+        f"packed in {seconds:.3f} s on one core")
+    compare(100 * lengths.sum() / (rows * ROW_LENGTH), least,
+            "per cent of the rows' tokens that are real")
 
 
 def lengths_of(file: str, tokenizer: str) -> numpy.ndarray:
@@ -43,25 +47,31 @@ def lengths_of(file: str, tokenizer: str) -> numpy.ndarray:
     from qa.data.windows import Windows, make_windows
 
     examples = load_examples(split="train", file=file, version_2_with_negative=True)
-    windows = make_windows(examples, AutoTokenizer.from_pretrained(tokenizer), max_seq_length=ROW_LENGTH, doc_stride=128, labels=True, offsets=False)
+    windows = make_windows(examples, AutoTokenizer.from_pretrained(tokenizer),
+                           max_seq_length=ROW_LENGTH, doc_stride=128, labels=True, offsets=False)
     return Windows(windows).lengths
 
 
 def demo(seed: int, packed: bool) -> Tuple[float, float, float]:
-    """(exact match, F1, seconds) of the demo; unpacked in rows that its longest window fits, so as not to compute padding alone."""
+    """(exact match, F1, seconds) of the demo; unpacked in rows that its longest window fits, so as
+    not to compute padding alone.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        rows = [] if packed else ["--pack", "false", "--max_seq_length", "64", "--doc_stride", "16", "--micro_batch_size", "4",
-                                  "--gradient_accumulation_steps", "8"]
+        rows = [] if packed else [
+            "--pack", "false", "--max_seq_length", "64", "--doc_stride", "16", "--micro_batch_size",
+            "4", "--gradient_accumulation_steps", "8"]
         begin = time.perf_counter()
-        subprocess.run([sys.executable, "train.py", "--config", "demo", "--seed", str(seed), "--output_dir", folder, *rows],
-                       check=True, capture_output=True)
+        subprocess.run([
+            sys.executable, "train.py", "--config", "demo", "--seed",
+            str(seed), "--output_dir", folder, *rows], check=True, capture_output=True)
         seconds = time.perf_counter() - begin
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
     return metrics["exact_match"], metrics["f1"], seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", help="questions in any format that train.py reads")
     parser.add_argument("--tokenizer", help="folder of the tokenizer for them")
     parser.add_argument("--seeds", type=int, default=3)
@@ -76,10 +86,14 @@ def main() -> None:
         for packed in found:
             found[packed].append(demo(seed, packed))
             exact_match, f1, seconds = found[packed][-1]
-            print(f"demo, seed {seed}, {'packed' if packed else 'unpacked'}: exact match {exact_match:.2f}, F1 {f1:.2f}, {seconds:.0f} s", flush=True)
+            print(
+                f"demo, seed {seed}, {'packed' if packed else 'unpacked'}: exact match {exact_match:.2f}, F1 {f1:.2f}, {seconds:.0f} s",
+                flush=True)
     if given.seeds:
         means = {packed: statistics.mean(f1 for _, f1, _ in runs) for packed, runs in found.items()}
-        print(f"  mean F1 of {given.seeds} seeds: packed {means[True]:.2f}, unpacked {means[False]:.2f}")
+        print(
+            f"  mean F1 of {given.seeds} seeds: packed {means[True]:.2f}, unpacked {means[False]:.2f}"
+        )
 
 
 if __name__ == "__main__":

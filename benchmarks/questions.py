@@ -1,4 +1,6 @@
-"""What the benchmarks run on: made-up questions in SQuAD's proportions, a tokenizer trained on them, and untrained models."""
+"""What the benchmarks run on: made-up questions in SQuAD's proportions, a tokenizer trained on
+them, and untrained models.
+"""
 from __future__ import annotations
 
 import json
@@ -11,29 +13,40 @@ ROBERTA_BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_siz
 
 
 def made_up(count: int, questions_per_context: int = 5, seed: int = 0) -> Iterator[dict]:
-    """`count` questions with SQuAD's columns, `questions_per_context` to a context as in SQuAD; one after the other, in flat memory.
+    """`count` questions with SQuAD's columns, `questions_per_context` to a context as in SQuAD; one
+    after the other, in flat memory.
 
-    Random words, of which `train_tokenizer` makes one token each. The number of words is drawn so that a window has the length
-    that SQuAD's have: 181 tokens on average, 300 at the 95th percentile.
+    Random words, of which `train_tokenizer` makes one token each. The number of words is drawn so
+    that a window has the length that SQuAD's have: 181 tokens on average, 300 at the 95th
+    percentile.
     """
     rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 10))) for _ in range(5000)]
+    words = [
+        "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 10)))
+        for _ in range(5000)]
     for number in range(count):
         if number % questions_per_context == 0:
             chosen = rng.choices(words, k=20 + int(rng.gammavariate(5.0, 29.0)))
         place = rng.randrange(1, len(chosen))
-        yield {"id": str(number), "question": " ".join(rng.choices(words, k=11)) + "?", "context": " ".join(chosen),
-               "answers": {"text": [chosen[place]], "answer_start": [len(" ".join(chosen[:place])) + 1]}}
+        yield {
+            "id": str(number), "question": " ".join(rng.choices(words, k=11)) + "?",
+            "context": " ".join(chosen), "answers": {
+                "text": [chosen[place]], "answer_start": [len(" ".join(chosen[:place])) + 1]}}
 
 
 def as_dataset(count: int, questions_per_context: int, folder: str):
-    """Made-up questions as a memory-mapped data set: written row by row, so memory does not grow with `count`."""
+    """Made-up questions as a memory-mapped data set: written row by row, so memory does not grow
+    with `count`.
+    """
     import datasets
 
-    answers = {"text": datasets.Sequence(datasets.Value("string")), "answer_start": datasets.Sequence(datasets.Value("int32"))}
+    answers = {
+        "text": datasets.Sequence(datasets.Value("string")), "answer_start": datasets.Sequence(
+            datasets.Value("int32"))}
     columns = {name: datasets.Value("string") for name in ("id", "question", "context")}
-    return datasets.Dataset.from_generator(made_up, gen_kwargs=dict(count=count, questions_per_context=questions_per_context),
-                                           features=datasets.Features({**columns, "answers": answers}), cache_dir=folder)
+    return datasets.Dataset.from_generator(
+        made_up, gen_kwargs=dict(count=count, questions_per_context=questions_per_context),
+        features=datasets.Features({**columns, "answers": answers}), cache_dir=folder)
 
 
 def write_questions(path: Path, questions: Iterable[dict]) -> None:
@@ -43,7 +56,9 @@ def write_questions(path: Path, questions: Iterable[dict]) -> None:
 
 
 def train_tokenizer(texts: Iterable[str]):
-    """RoBERTa's kind of tokenizer, a byte-level BPE with at most 20,000 entries, trained on `texts`."""
+    """RoBERTa's kind of tokenizer, a byte-level BPE with at most 20,000 entries, trained on
+    `texts`.
+    """
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from tokenizers.processors import RobertaProcessing
     from transformers import RobertaTokenizerFast
@@ -56,11 +71,14 @@ def train_tokenizer(texts: Iterable[str]):
 
 
 def write_model(folder: Path, tokenizer, layers: int, **shape) -> None:
-    """Write a RoBERTa with random weights for `tokenizer`, and the tokenizer, in Hugging Face's layout; shape: as ROBERTA_BASE."""
+    """Write a RoBERTa with random weights for `tokenizer`, and the tokenizer, in Hugging Face's
+    layout; shape: as ROBERTA_BASE.
+    """
     import torch
     from transformers import RobertaConfig, RobertaForQuestionAnswering
 
     torch.manual_seed(0)
-    config = RobertaConfig(vocab_size=len(tokenizer), num_hidden_layers=layers, max_position_embeddings=514, type_vocab_size=1, **shape)
+    config = RobertaConfig(vocab_size=len(tokenizer), num_hidden_layers=layers,
+                           max_position_embeddings=514, type_vocab_size=1, **shape)
     RobertaForQuestionAnswering(config).save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)

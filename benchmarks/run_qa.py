@@ -1,13 +1,17 @@
-"""Windows with labels made as transformers' run_qa makes them, padded, each label found token by token."""
+"""Windows with labels made as transformers' run_qa makes them, padded, each label found token by
+token.
+"""
 from __future__ import annotations
 
 from typing import Union
 
 
-def features(batch: dict, tokenizer, max_seq_length: int = 384, doc_stride: int = 128, padding: Union[str, bool] = "max_length"):
+def features(batch: dict, tokenizer, max_seq_length: int = 384, doc_stride: int = 128,
+             padding: Union[str, bool] = "max_length"):
     """The windows of a batch of examples, for `datasets.Dataset.map`."""
-    encoded = tokenizer([question.lstrip() for question in batch["question"]], batch["context"], truncation="only_second",
-                        max_length=max_seq_length, stride=doc_stride, return_overflowing_tokens=True, return_offsets_mapping=True,
+    encoded = tokenizer([question.lstrip() for question in batch["question"]], batch["context"],
+                        truncation="only_second", max_length=max_seq_length, stride=doc_stride,
+                        return_overflowing_tokens=True, return_offsets_mapping=True,
                         padding=padding)
     source, mapping = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
     encoded["start_positions"], encoded["end_positions"] = [], []
@@ -15,7 +19,8 @@ def features(batch: dict, tokenizer, max_seq_length: int = 384, doc_stride: int 
         texts, answers = encoded.sequence_ids(i), batch["answers"][source[i]]
         start = end = encoded["input_ids"][i].index(tokenizer.cls_token_id)
         if answers["text"]:
-            first, after = answers["answer_start"][0], answers["answer_start"][0] + len(answers["text"][0])
+            first, after = answers["answer_start"][0], answers["answer_start"][0] + len(
+                answers["text"][0])
             low, high = texts.index(1), len(texts) - 1
             while texts[high] != 1:
                 high -= 1

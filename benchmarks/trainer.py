@@ -1,9 +1,11 @@
-"""Fine-tuning as people do it: Hugging Face's Trainer with run_qa's preprocessing. The other side of benchmarks/training.py.
+"""Fine-tuning as people do it: Hugging Face's Trainer with run_qa's preprocessing. The other side
+of benchmarks/training.py.
 
     python -m benchmarks.trainer --model FOLDER --train_file FILE --output_dir FOLDER [--best]
 
-As people run it, every window is padded to max_seq_length and computed in float32. --best is what Trainer does best on a
-processor: bfloat16, batches padded to their longest window, windows of like length together, no clipping. Needs `accelerate`.
+As people run it, every window is padded to max_seq_length and computed in float32. --best is what
+Trainer does best on a processor: bfloat16, batches padded to their longest window, windows of like
+length together, no clipping. Needs `accelerate`.
 """
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from benchmarks.run_qa import features
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model", "--train_file", "--output_dir"):
         parser.add_argument(name, required=True)
     parser.add_argument("--best", action="store_true")
@@ -24,21 +27,34 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     given = parser.parse_args()
 
-    from transformers import (AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments,
-                              default_data_collator)
+    from transformers import (
+        AutoModelForQuestionAnswering,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        default_data_collator,
+    )
 
     from qa.data.dataset import load_examples
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     examples = load_examples(split="train", file=given.train_file, version_2_with_negative=True)
-    windows = examples.map(features, batched=True, remove_columns=examples.column_names, load_from_cache_file=False, fn_kwargs=dict(
-        tokenizer=tokenizer, max_seq_length=given.max_seq_length, doc_stride=given.doc_stride, padding=False if given.best else "max_length"))
+    windows = examples.map(
+        features, batched=True,
+        remove_columns=examples.column_names, load_from_cache_file=False, fn_kwargs=dict(
+            tokenizer=tokenizer, max_seq_length=given.max_seq_length, doc_stride=given.doc_stride,
+            padding=False if given.best else "max_length"))
     arguments = TrainingArguments(
-        given.output_dir, use_cpu=True, bf16=given.best, group_by_length=given.best, per_device_train_batch_size=given.batch_size,
-        gradient_accumulation_steps=32 // given.batch_size, num_train_epochs=given.num_train_epochs, learning_rate=given.learning_rate,
-        weight_decay=0.01, warmup_ratio=0.1, max_grad_norm=0.0 if given.best else 1.0, save_strategy="no", report_to=[], seed=42)
-    trainer = Trainer(AutoModelForQuestionAnswering.from_pretrained(given.model), arguments, train_dataset=windows, processing_class=tokenizer,
-                      data_collator=DataCollatorWithPadding(tokenizer) if given.best else default_data_collator)
+        given.output_dir, use_cpu=True, bf16=given.best, group_by_length=given.best,
+        per_device_train_batch_size=given.batch_size,
+        gradient_accumulation_steps=32 // given.batch_size, num_train_epochs=given.num_train_epochs,
+        learning_rate=given.learning_rate, weight_decay=0.01, warmup_ratio=0.1,
+        max_grad_norm=0.0 if given.best else 1.0, save_strategy="no", report_to=[], seed=42)
+    trainer = Trainer(
+        AutoModelForQuestionAnswering.from_pretrained(
+            given.model), arguments, train_dataset=windows, processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer) if given.best else default_data_collator)
     print(f"{len(windows)} windows")
     trainer.train()
     trainer.save_model()

@@ -1,8 +1,10 @@
-"""Whole fine-tunings, from the start of the command to the saved model: train.py against Hugging Face's Trainer.
+"""Whole fine-tunings, from the start of the command to the saved model: train.py against Hugging
+Face's Trainer.
 
     python -m benchmarks.training [--jobs shape demo] [--runs 1]          needs `accelerate`; 12 minutes a run on 2 cores
 
-Same model, questions, epochs, windows in an update and schedule on each side; Trainer runs run_qa's preprocessing (benchmarks/trainer.py).
+Same model, questions, epochs, windows in an update and schedule on each side; Trainer runs run_qa's
+preprocessing (benchmarks/trainer.py).
     shape   layers of roberta-base on made-up questions as long as SQuAD's, one epoch: the time
     demo    the demo's questions and model, three epochs from other seeds each run: exact match and F1 as well
 The saved models answer the validation questions through the same infer.py.
@@ -21,14 +23,23 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple
 
 from benchmarks.measure import compare, machine, matmul_rate
-from benchmarks.questions import ROBERTA_BASE, made_up, train_tokenizer, write_model, write_questions
+from benchmarks.questions import (
+    ROBERTA_BASE,
+    made_up,
+    train_tokenizer,
+    write_model,
+    write_questions,
+)
 
 PADDED, BEST, OURS = "Trainer, padded, float32", "Trainer, bfloat16, by length", "train.py, packed"
-ONE_IPU = ["--ipus_per_replica", "1", "--layers_per_ipu", "-1"]  # no pipeline, whose least accumulation makes small micro-batches
+ONE_IPU = ["--ipus_per_replica", "1", "--layers_per_ipu",
+           "-1"]  # no pipeline, whose least accumulation makes small micro-batches
 
 
 class Result(NamedTuple):
-    """One run: seconds from the command's start to its saved model, windows seen, exact match and F1."""
+    """One run: seconds from the command's start to its saved model, windows seen, exact match and
+    F1.
+    """
 
     seconds: float
     windows: int
@@ -37,7 +48,9 @@ class Result(NamedTuple):
 
 
 def run(command: List[str], folder: Path, validation_file: Path, epochs: int) -> Result:
-    """Run a fine-tuning that saves its model in `folder`, then ask that model the validation questions."""
+    """Run a fine-tuning that saves its model in `folder`, then ask that model the validation
+    questions.
+    """
     begin = time.time()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
@@ -45,20 +58,23 @@ def run(command: List[str], folder: Path, validation_file: Path, epochs: int) ->
     seconds = (folder / "model.safetensors").stat().st_mtime - begin
     windows = int(re.search(r"(\d+) windows", done.stdout).group(1)) * epochs
     answers = folder / "answers.jsonl"
-    subprocess.run([sys.executable, "infer.py", "--checkpoint", folder, "--input_file", validation_file, "--output_file", answers,
-                    "--ipus_per_replica", "1", "--layers_per_ipu", "-1"], check=True, capture_output=True)
+    subprocess.run([
+        sys.executable, "infer.py", "--checkpoint", folder, "--input_file", validation_file,
+        "--output_file", answers, "--ipus_per_replica", "1", "--layers_per_ipu", "-1"], check=True,
+                   capture_output=True)
     return Result(seconds, windows, *score(answers, validation_file))
 
 
 def score(answers: Path, validation_file: Path) -> tuple:
     """(exact match, F1) of a file of infer.py's answers."""
-    from qa.data.dataset import load_examples
     from qa.answers.metrics import squad_metrics
+    from qa.data.dataset import load_examples
 
     examples = load_examples(split="validation", file=str(validation_file))
     predictions = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-    metrics = squad_metrics([{"id": name, "answers": gold} for name, gold in zip(examples["id"], examples["answers"])],
-                            [{"id": found["id"], "prediction_text": found["answer"]} for found in predictions], False)
+    metrics = squad_metrics(
+        [{"id": name, "answers": gold} for name, gold in zip(examples["id"], examples["answers"])],
+        [{"id": found["id"], "prediction_text": found["answer"]} for found in predictions], False)
     return metrics["exact_match"], metrics["f1"]
 
 
@@ -67,35 +83,57 @@ def shape_job(folder: Path, seed: int, layers: int, questions: int) -> Dict[str,
     train = list(made_up(questions))
     write_questions(folder / "train.jsonl", train)
     write_questions(folder / "validation.jsonl", made_up(20, seed=1))
-    write_model(folder / "model", train_tokenizer(question["context"] for question in train[::5]), layers, **ROBERTA_BASE)
-    trainer = ["-m", "benchmarks.trainer", "--model", folder / "model", "--train_file", folder / "train.jsonl"]
+    write_model(folder / "model", train_tokenizer(question["context"] for question in train[::5]),
+                layers, **ROBERTA_BASE)
+    trainer = [
+        "-m", "benchmarks.trainer", "--model", folder / "model", "--train_file",
+        folder / "train.jsonl"]
     return {
-        PADDED: trainer,
-        BEST: [*trainer, "--best"],
-        OURS: ["train.py", "--pack", "--model_name_or_path", folder / "model", "--train_file", folder / "train.jsonl",
-               "--validation_file", folder / "validation.jsonl", "--num_train_epochs", "1", "--warmup_ratio", "0.1", "--seed", seed,
-               "--micro_batch_size", "8", "--gradient_accumulation_steps", "4", *ONE_IPU],
-    }
+        PADDED: trainer, BEST: [*trainer, "--best"], OURS: [
+            "train.py", "--pack", "--model_name_or_path", folder / "model", "--train_file",
+            folder / "train.jsonl", "--validation_file", folder / "validation.jsonl",
+            "--num_train_epochs", "1", "--warmup_ratio", "0.1", "--seed", seed,
+            "--micro_batch_size", "8", "--gradient_accumulation_steps", "4", *ONE_IPU], }
 
 
 def demo_job(folder: Path, seed: int) -> Dict[str, List[str]]:
-    """The commands of the job `demo`. No window of its is longer than 64 tokens: that is what Trainer pads to."""
+    """The commands of the job `demo`. No window of its is longer than 64 tokens: that is what
+    Trainer pads to.
+    """
     from qa.data.demo import write_demo
 
     write_demo(folder, seed=seed)
-    trainer = ["-m", "benchmarks.trainer", "--model", folder / "model", "--train_file", folder / "train.json", "--batch_size", "32",
-               "--max_seq_length", "64", "--doc_stride", "16", "--num_train_epochs", "3", "--learning_rate", "2e-3"]
+    trainer = [
+        "-m", "benchmarks.trainer", "--model", folder / "model", "--train_file",
+        folder / "train.json", "--batch_size", "32", "--max_seq_length", "64", "--doc_stride", "16",
+        "--num_train_epochs", "3", "--learning_rate", "2e-3"]
     return {
         PADDED: trainer,
         BEST: [*trainer, "--best"],
-        OURS: ["train.py", "--config", "demo", "--demo_data", "false", "--model_name_or_path", folder / "model", "--seed", seed, *ONE_IPU,
-               "--micro_batch_size", "7", "--gradient_accumulation_steps", "4",  # 7 packed rows hold 31 windows
-               "--train_file", folder / "train.json", "--validation_file", folder / "validation.json"],
-    }
+        OURS: [
+            "train.py",
+            "--config",
+            "demo",
+            "--demo_data",
+            "false",
+            "--model_name_or_path",
+            folder / "model",
+            "--seed",
+            seed,
+            *ONE_IPU,
+            "--micro_batch_size",
+            "7",
+            "--gradient_accumulation_steps",
+            "4",  # 7 packed rows hold 31 windows
+            "--train_file",
+            folder / "train.json",
+            "--validation_file",
+            folder / "validation.json"], }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=("shape", "demo"), default=("shape", "demo"))
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--layers", type=int, default=2)
@@ -107,37 +145,49 @@ def main() -> None:
         for seed in range(given.runs):
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
-                sides = shape_job(folder, seed, given.layers, given.questions) if job == "shape" else demo_job(folder, seed)
+                sides = shape_job(folder, seed, given.layers,
+                                  given.questions) if job == "shape" else demo_job(folder, seed)
                 validation_file = next(folder.glob("validation.json*"))
                 for number, (side, command) in enumerate(sides.items()):
                     out = folder / f"out{number}"
                     command = [*map(str, command), "--output_dir", str(out)]
-                    results.setdefault(side, []).append(run(command, out, validation_file, epochs=1 if job == "shape" else 3))
+                    results.setdefault(side, []).append(
+                        run(command, out, validation_file, epochs=1 if job == "shape" else 3))
         report(job, results, given.layers)
 
 
 def report(job: str, results: Dict[str, List[Result]], layers: int) -> None:
-    """Print each side, and for the job `shape` the ratios asked for and the distance to the matrix multiplications alone."""
+    """Print each side, and for the job `shape` the ratios asked for and the distance to the matrix
+    multiplications alone.
+    """
     print(f"{job}" + (f": {layers} layers of roberta-base" if job == "shape" else ""))
     medians = {}
     for side, runs in results.items():
         seconds = [result.seconds for result in runs]
         medians[side] = runs[0].windows / statistics.median(seconds)
-        quality = "".join(f"   {result.exact_match:.2f} / {result.f1:.2f}" for result in runs) if job == "demo" else ""
-        print(f"  {side:32} {statistics.median(seconds):7.1f} s ({min(seconds):.1f} .. {max(seconds):.1f})   "
-              f"{runs[0].windows:,} windows   {medians[side]:7.2f} windows/s{'   exact match / F1 by seed:' if quality else ''}{quality}")
+        quality = "".join(f"   {result.exact_match:.2f} / {result.f1:.2f}"
+                          for result in runs) if job == "demo" else ""
+        print(
+            f"  {side:32} {statistics.median(seconds):7.1f} s ({min(seconds):.1f} .. {max(seconds):.1f})   "
+            f"{runs[0].windows:,} windows   {medians[side]:7.2f} windows/s{'   exact match / F1 by seed:' if quality else ''}{quality}"
+        )
     if job == "demo":
-        print(f"  train.py over Trainer padded: {medians[OURS] / medians[PADDED]:.2f}, over Trainer at its best: {medians[OURS] / medians[BEST]:.2f}")
+        print(
+            f"  train.py over Trainer padded: {medians[OURS] / medians[PADDED]:.2f}, over Trainer at its best: {medians[OURS] / medians[BEST]:.2f}"
+        )
         return
     compare(medians[OURS] / medians[PADDED], 4.4, "windows/s of train.py over Trainer padded")
     compare(medians[OURS] / medians[BEST], 1.2, "windows/s of train.py over Trainer at its best")
     import torch
 
     parameters = layers * 12 * ROBERTA_BASE["hidden_size"] ** 2
-    operations = 6 * parameters * 181  # a window's tokens on average; forward 2, backward 4 for each parameter (Kaplan et al. 2020)
+    # a window's tokens on average; forward 2, backward 4 for each parameter (Kaplan et al. 2020)
+    operations = 6 * parameters * 181
     rate = matmul_rate(torch.bfloat16)
-    print(f"  the matrix multiplications alone, at this machine's {rate / 1e9:.0f} GFLOP/s in bfloat16: {rate / operations:.2f} windows/s "
-          f"(train.py reaches {100 * medians[OURS] * operations / rate:.0f} % of it, start-up and all)")
+    print(
+        f"  the matrix multiplications alone, at this machine's {rate / 1e9:.0f} GFLOP/s in bfloat16: {rate / operations:.2f} windows/s "
+        f"(train.py reaches {100 * medians[OURS] * operations / rate:.0f} % of it, start-up and all)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""python -m ipu_options plan | search | sweep | calibrate | report: see qa/planning/commands.py, the one import upwards."""
+"""python -m ipu_options plan | search | sweep | calibrate | report: see qa/planning/commands.py,
+the one import upwards.
+"""
 import sys
 
 from ipu_options.errors import run_script

@@ -1,4 +1,6 @@
-"""Writing files and folders so that a reader, even one after a crash, finds the old content or the new one, never a part of it."""
+"""Writing files and folders so that a reader, even one after a crash, finds the old content or the
+new one, never a part of it.
+"""
 from __future__ import annotations
 
 import hashlib
@@ -16,11 +18,12 @@ from ipu_options.errors import RunError
 
 @contextmanager
 def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
-    """A file to write the content of `path` to. When the block ends it is flushed to disk and takes its name; if the block fails
-    it is removed.
+    """A file to write the content of `path` to. When the block ends it is flushed to disk and takes
+    its name; if the block fails it is removed.
 
-    mode: "w" (UTF-8) or "wb". The file stands beside `path` under a name of its own, .NAME.8 HEX DIGITS.tmp, so that several
-    processes may write the same file (a shared cache). A link called `path` is replaced, never followed. Raises OSError.
+    mode: "w" (UTF-8) or "wb". The file stands beside `path` under a name of its own, .NAME.8 HEX
+    DIGITS.tmp, so that several processes may write the same file (a shared cache). A link called
+    `path` is replaced, never followed. Raises OSError.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -33,8 +36,10 @@ def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
         sync_folder(path.parent)
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (error.filename is None or str(error.filename) == str(aside)):
-            error.filename, error.filename2 = str(path), None  # for the message: the error of a full disk names no file
+        if isinstance(error, OSError) and (error.filename is None or
+                                           str(error.filename) == str(aside)):
+            error.filename, error.filename2 = str(
+                path), None  # for the message: the error of a full disk names no file
         raise
 
 
@@ -47,7 +52,9 @@ def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) ->
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turn an OSError of the block into a RunError that says that `what`, a flag and its value, cannot be written, and why."""
+    """Turn an OSError of the block into a RunError that says that `what`, a flag and its value,
+    cannot be written, and why.
+    """
     try:
         yield
     except OSError as error:
@@ -56,7 +63,9 @@ def writing(what: str) -> Iterator[None]:
 
 @contextmanager
 def folder_written_aside(target: Path) -> Iterator[Path]:
-    """An empty folder .NAME.tmp beside `target` to write the content of `target` to; it is removed if the block fails."""
+    """An empty folder .NAME.tmp beside `target` to write the content of `target` to; it is removed
+    if the block fails.
+    """
     aside = target.with_name(f".{target.name}.tmp")
     try:
         delete(aside)
@@ -68,8 +77,10 @@ def folder_written_aside(target: Path) -> Iterator[Path]:
 
 
 def rename_folder(aside: Path, target: Path) -> None:
-    """Rename `aside` to `target`, which may exist: rename(2) cannot replace a folder that holds files, so that an earlier
-    `target` is first renamed to .NAME.replaced. Raises OSError; `target` is then as it was."""
+    """Rename `aside` to `target`, which may exist: rename(2) cannot replace a folder that holds
+    files, so that an earlier `target` is first renamed to .NAME.replaced. Raises OSError; `target`
+    is then as it was.
+    """
     replaced = target.with_name(f".{target.name}.replaced")
     exists = os.path.lexists(target)
     if exists:
@@ -81,19 +92,25 @@ def rename_folder(aside: Path, target: Path) -> None:
             replaced.rename(target)
         raise
     sync_folder(target.parent)
-    with suppress(OSError):  # the new folder is in place; the start of the next run removes what is left of the old one
+    with suppress(
+            OSError
+    ):  # the new folder is in place; the start of the next run removes what is left of the old one
         delete(replaced)
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete `folder`, which is first renamed to .NAME.removed: under its own name it is complete to the last. Raises OSError."""
+    """Delete `folder`, which is first renamed to .NAME.removed: under its own name it is complete
+    to the last. Raises OSError.
+    """
     removed = folder.with_name(f".{folder.name}.removed")
     folder.rename(removed)
     delete(removed)
 
 
 def delete(path: Path) -> None:
-    """Delete the file or folder at `path`, if there is one; of a link the link itself, not what it points to. Raises OSError."""
+    """Delete the file or folder at `path`, if there is one; of a link the link itself, not what it
+    points to. Raises OSError.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -103,8 +120,9 @@ def delete(path: Path) -> None:
 def sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
     """Flush every file in `folder` to disk; returns {name: {"size": bytes, "sha256": hex digest}}.
 
-    The files get the permissions of the folder, since newer releases of safetensors make theirs readable by the owner alone.
-    Hashing reads the bytes back from the page cache: about 0.6 s a gigabyte, a fraction of what writing them takes.
+    The files get the permissions of the folder, since newer releases of safetensors make theirs
+    readable by the owner alone. Hashing reads the bytes back from the page cache: about 0.6 s a
+    gigabyte, a fraction of what writing them takes.
     """
     files = {}
     for path in sorted(folder.iterdir()):
@@ -125,7 +143,9 @@ def sha256(path: Union[str, Path]) -> str:
 
 
 def sync_folder(folder: Union[str, Path]) -> None:
-    """Make creations, renames and removals in `folder` survive a loss of power: they live in the directory itself (fsync(2))."""
+    """Make creations, renames and removals in `folder` survive a loss of power: they live in the
+    directory itself (fsync(2)).
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -134,9 +154,11 @@ def sync_folder(folder: Union[str, Path]) -> None:
 
 
 def system_error(error: BaseException) -> Optional[str]:
-    """The operating system's reason behind `error` ("No space left on device"), or None where it has another cause.
+    """The operating system's reason behind `error` ("No space left on device"), or None where it
+    has another cause.
 
-    The writers in Rust (safetensors, tokenizers) raise exceptions of their own, with the number of the error only in the text.
+    The writers in Rust (safetensors, tokenizers) raise exceptions of their own, with the number of
+    the error only in the text.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)

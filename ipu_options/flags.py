@@ -1,8 +1,9 @@
 """Command-line flags from dataclasses: one flag for each field, checked by type and range.
 
-A field is declared with `flag(default, help, ...)`. Its value may come from a flag, from a YAML configuration or from a JSON
-file; `Settings.source` remembers which, so that a refusal names the place that has to be corrected. There is no torch in
-here: `--help` and a refusal take a fraction of a second. (transformers' HfArgumentParser would take two seconds to import.)
+A field is declared with `flag(default, help, ...)`. Its value may come from a flag, from a YAML
+configuration or from a JSON file; `Settings.source` remembers which, so that a refusal names the
+place that has to be corrected. There is no torch in here: `--help` and a refusal take a fraction of
+a second. (transformers' HfArgumentParser would take two seconds to import.)
 """
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ class Settings:
     sources: Dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def source(self, name: str) -> str:
-        """What to call the field `name` in a message: its flag, or the file that its value came from and the key there."""
+        """What to call the field `name` in a message: its flag, or the file that its value came
+        from and the key there.
+        """
         return self.sources.get(name, f"--{name}")
 
     def values(self) -> Dict[str, Any]:
@@ -34,7 +37,8 @@ class Settings:
 
 
 class Layer(NamedTuple):
-    """Values from one place. `origin` is the file they were read from, None for the command line."""
+    """Values from one place. `origin` is the file they were read from, None for the command line.
+    """
 
     values: Dict[str, Any]
     origin: Optional[str] = None
@@ -43,8 +47,9 @@ class Layer(NamedTuple):
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that is also a command-line flag.
 
-    metadata: `min`, `max` (inclusive bounds), `above`, `below` (exclusive bounds), `choices`, `type` (where the default does not
-    tell it), `nargs` ("+" for a list), `by_pod` (a dictionary by pod type may take the place of a value), `positional`.
+    metadata: `min`, `max` (inclusive bounds), `above`, `below` (exclusive bounds), `choices`,
+    `type` (where the default does not tell it), `nargs` ("+" for a list), `by_pod` (a dictionary by
+    pod type may take the place of a value), `positional`.
     """
     metadata["help"] = help
     if isinstance(default, (list, dict)):
@@ -53,11 +58,15 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses by raising UsageError with one line, and that accepts no abbreviated flags."""
+    """An ArgumentParser that refuses by raising UsageError with one line, and that accepts no
+    abbreviated flags.
+    """
 
     def __init__(self, program: str, description: str):
-        super().__init__(program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=42, width=120))
+        super().__init__(
+            program, description=description, allow_abbrev=False,
+            argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(
+                prog, max_help_position=42, width=120))
         # argparse's own pattern has no exponents, and would take -2e-5 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
@@ -68,22 +77,27 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
-            raise UsageError(f"{unknown[0]}: there is no such flag{did_you_mean(unknown[0], flags)}; --help lists them")
+            raise UsageError(
+                f"{unknown[0]}: there is no such flag{did_you_mean(unknown[0], flags)}; --help lists them"
+            )
         return given
 
 
 def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
-    """Add a flag for each field of the dataclass `group`, under the first line of its docstring as a heading.
+    """Add a flag for each field of the dataclass `group`, under the first line of its docstring as
+    a heading.
 
-    A boolean flag takes an optional true or false; one that is true by default has a --no_ twin. No flag has a default in the
-    parser, so that the result of parsing holds only what was given.
+    A boolean flag takes an optional true or false; one that is true by default has a --no_ twin. No
+    flag has a default in the parser, so that the result of parsing holds only what was given.
     """
-    section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0].rstrip("."))
+    section = parser.add_argument_group((group.__doc__ or
+                                         group.__name__).strip().splitlines()[0].rstrip("."))
     for f in fields(group):
         if "help" not in f.metadata:
             continue
         default, kind = _default_and_kind(f)
-        shown = "" if default is None or isinstance(default, dict) else f" (default: {_text(default)})"
+        shown = "" if default is None or isinstance(default,
+                                                    dict) else f" (default: {_text(default)})"
         options = dict(help=f.metadata["help"].replace("%", "%%") + shown, type=_reader(kind))
         if f.metadata.get("positional"):
             section.add_argument(f.name, metavar=f.name.upper(), **options)
@@ -93,17 +107,20 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
         elif "choices" in f.metadata:
             options.update(metavar="|".join(map(str, f.metadata["choices"])))
         else:
-            options.update(metavar={int: "N", float: "X"}.get(kind, "TEXT"), nargs=f.metadata.get("nargs"))
+            options.update(metavar={int: "N", float: "X"}.get(kind, "TEXT"),
+                           nargs=f.metadata.get("nargs"))
         section.add_argument("--" + f.name, dest=f.name, **options)
         if default is True:
-            section.add_argument("--no_" + f.name, dest=f.name, action="store_false", help=argparse.SUPPRESS)
+            section.add_argument("--no_" + f.name, dest=f.name, action="store_false",
+                                 help=argparse.SUPPRESS)
 
 
 def make_settings(group: Callable[..., S], layers: Iterable[Layer]) -> S:
-    """An instance of the dataclass `group` from the values of `layers`, of which a later one takes precedence.
+    """An instance of the dataclass `group` from the values of `layers`, of which a later one takes
+    precedence.
 
-    Values that are not fields of `group` are ignored. Raises UsageError, naming the source, for a value that a field does not
-    allow.
+    Values that are not fields of `group` are ignored. Raises UsageError, naming the source, for a
+    value that a field does not allow.
     """
     values, sources = {}, {}
     known = {f.name for f in fields(group)} - {"sources"}
@@ -119,7 +136,8 @@ def make_settings(group: Callable[..., S], layers: Iterable[Layer]) -> S:
 
 
 def check_field(group: type, name: str, value: Any, source: Optional[str] = None) -> None:
-    """Raise UsageError unless `value` has the type, the range and the choices of the field `name` of `group`.
+    """Raise UsageError unless `value` has the type, the range and the choices of the field `name`
+    of `group`.
 
     source: what to call the field in the message; by default its flag.
     """
@@ -143,11 +161,14 @@ def check_field(group: type, name: str, value: Any, source: Optional[str] = None
             check_field(group, name, one, source)
         return
     choices = f.metadata.get("choices")
-    if isinstance(value, list):  # not printed: a few aliases of YAML write out to more than fits in memory
-        raise UsageError(f"{source} is a list: it should be {_article(kind)}" + (f", one of {', '.join(choices)}" if choices else ""))
+    if isinstance(value,
+                  list):  # not printed: a few aliases of YAML write out to more than fits in memory
+        raise UsageError(f"{source} is a list: it should be {_article(kind)}" +
+                         (f", one of {', '.join(choices)}" if choices else ""))
     if choices and value not in choices:
         raise UsageError(f"{source} {value}: choose from {', '.join(map(str, choices))}")
-    if not isinstance(value, kind) and not (kind is float and isinstance(value, int)) or (kind is not bool and isinstance(value, bool)):
+    if not isinstance(value, kind) and not (kind is float and isinstance(value, int)) or (
+            kind is not bool and isinstance(value, bool)):
         raise UsageError(f"{source} {value!r}: it should be {_article(kind)}")
     _check_range(f, value, source)
 

@@ -1,4 +1,6 @@
-"""Attention and dropout for poptorch_host. They may look at the data, which operations for an IPU may not: nothing is compiled."""
+"""Attention and dropout for poptorch_host. They may look at the data, which operations for an IPU
+may not: nothing is compiled.
+"""
 from __future__ import annotations
 
 from typing import List, Optional, Tuple
@@ -8,15 +10,18 @@ import torch
 
 from ipu_options.ipu_kernels import MASKED, Kernels
 
-LOOP_COST = 25_000     # attention scores that take as long as one more turn of the loop over windows (measured, 1 thread)
+# attention scores that take as long as one more turn of the loop over windows (measured, 1 thread)
+LOOP_COST = 25_000
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window_ids: torch.Tensor,
               dropout_p: float = 0.0, training: bool = False) -> torch.Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) in which a token sees its own window alone.
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) in which a token sees its own
+    window alone.
 
-    query, key, value: [B, heads, S, head_dim].  window_ids: int [B, S]; equal numbers stand together, 0 is padding, whose
-    result means nothing and is finite.  Dropout is applied to the probabilities.  Returns [B, heads, S, head_dim].
+    query, key, value: [B, heads, S, head_dim].  window_ids: int [B, S]; equal numbers stand
+    together, 0 is padding, whose result means nothing and is finite.  Dropout is applied to the
+    probabilities.  Returns [B, heads, S, head_dim].
     """
     dropout_p = dropout_p if training else 0.0
     spans = _spans(window_ids)
@@ -36,14 +41,17 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True) -> torch
 
 
 def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
-    """A mask in the type of `like` that is 0 with probability p (to 1/65536) and 1 / (1 - p) elsewhere.
+    """A mask in the type of `like` that is 0 with probability p (to 1/65536) and 1 / (1 - p)
+    elsewhere.
 
-    Four 16-bit numbers out of each 64 bits of NumPy's SFC64, seeded by torch's generator, compared right into the mask: PyTorch
-    takes longer to convert bool to bfloat16 than to compare. For 2.4 million numbers in bfloat16 2 ms, where bernoulli_() takes
-    14 ms in torch 2.13's build for CPUs and 1.3 ms in a build with MKL (measured, 2 threads).
+    Four 16-bit numbers out of each 64 bits of NumPy's SFC64, seeded by torch's generator, compared
+    right into the mask: PyTorch takes longer to convert bool to bfloat16 than to compare. For 2.4
+    million numbers in bfloat16 2 ms, where bernoulli_() takes 14 ms in torch 2.13's build for CPUs
+    and 1.3 ms in a build with MKL (measured, 2 threads).
     """
     seed = int(torch.empty((), dtype=torch.int64).random_())
-    draws = torch.from_numpy(numpy.random.SFC64(seed).random_raw((like.numel() + 3) // 4).view(numpy.int16))
+    draws = torch.from_numpy(
+        numpy.random.SFC64(seed).random_raw((like.numel() + 3) // 4).view(numpy.int16))
     mask = torch.empty(like.shape, dtype=like.dtype)
     torch.ge(draws[:like.numel()].view(like.shape), round(p * 65536) - 32768, out=mask)
     return mask.mul_(1.0 / (1.0 - p))
@@ -55,23 +63,28 @@ def _spans(window_ids: torch.Tensor) -> List[Tuple[int, int, int]]:
     edges = torch.ones(rows, length + 1, dtype=torch.bool)
     edges[:, 1:-1] = window_ids[:, 1:] != window_ids[:, :-1]
     positions = edges.nonzero().tolist()
-    spans = [(row, begin, end) for (row, begin), (other, end) in zip(positions, positions[1:]) if row == other]
+    spans = [(row, begin, end) for (row, begin), (other, end) in zip(positions, positions[1:])
+             if row == other]
     real = window_ids.flatten()[[row * length + begin for row, begin, _ in spans]].tolist()
     return [span for span, window in zip(spans, real) if window]
 
 
 class _ByWindow(torch.autograd.Function):
-    """Attention window by window. Autograd's own slices would fill a tensor of the full size with zeros for each window."""
+    """Attention window by window. Autograd's own slices would fill a tensor of the full size with
+    zeros for each window.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, spans, dropout_p):
         scale = query.shape[-1] ** -0.5
-        out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        out = torch.zeros_like(query.transpose(1, 2),
+                               memory_format=torch.contiguous_format).transpose(1, 2)
         probabilities: List[torch.Tensor] = []
         masks: List[Optional[torch.Tensor]] = []
         for row, begin, end in spans:
             q, k, v = (t[row, :, begin:end] for t in (query, key, value))
-            probabilities.append(torch.softmax(torch.matmul(q, k.transpose(1, 2)).mul_(scale), dim=-1))
+            probabilities.append(
+                torch.softmax(torch.matmul(q, k.transpose(1, 2)).mul_(scale), dim=-1))
             masks.append(keep_mask(probabilities[-1], dropout_p) if dropout_p else None)
             kept = probabilities[-1] if masks[-1] is None else probabilities[-1] * masks[-1]
             out[row, :, begin:end] = torch.matmul(kept, v)
@@ -91,7 +104,8 @@ class _ByWindow(torch.autograd.Function):
             g_probability = torch.matmul(g, v.transpose(1, 2))
             if mask is not None:
                 g_probability.mul_(mask)
-            g_scores = torch._softmax_backward_data(g_probability, probability, -1, probability.dtype).mul_(scale)
+            g_scores = torch._softmax_backward_data(g_probability, probability, -1,
+                                                    probability.dtype).mul_(scale)
             grads[0][row, :, begin:end] = torch.matmul(g_scores, k)
             grads[1][row, :, begin:end] = torch.matmul(g_scores.transpose(1, 2), q)
         return (*grads, None, None)

@@ -1,4 +1,6 @@
-"""Attention in operations that PopTorch 3.4 supports (user guide, "Supported PyTorch operations"), fixed shapes throughout."""
+"""Attention in operations that PopTorch 3.4 supports (user guide, "Supported PyTorch operations"),
+fixed shapes throughout.
+"""
 from __future__ import annotations
 
 from typing import Callable, NamedTuple
@@ -6,11 +8,14 @@ from typing import Callable, NamedTuple
 import torch
 from torch.nn.functional import dropout
 
-MASKED = -10000.0  # its exponential is 0 in float16, bfloat16 and float32, and it is a finite float16 number
+# its exponential is 0 in float16, bfloat16 and float32, and it is a finite float16 number
+MASKED = -10000.0
 
 
 class Kernels(NamedTuple):
-    """The functions that a model calls for attention and dropout, with the signatures of those in this file."""
+    """The functions that a model calls for attention and dropout, with the signatures of those in
+    this file.
+    """
 
     attention: Callable[..., torch.Tensor]
     dropout: Callable[..., torch.Tensor]
@@ -18,10 +23,11 @@ class Kernels(NamedTuple):
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window_ids: torch.Tensor,
               dropout_p: float = 0.0, training: bool = False) -> torch.Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) in which a token sees only its own window.
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) in which a token sees only its own
+    window.
 
-    query, key, value: [B, heads, S, head_dim].  window_ids: int [B, S], 0 for padding; padding sees padding, so that
-    every row of the softmax has an entry.  Returns [B, heads, S, head_dim].
+    query, key, value: [B, heads, S, head_dim].  window_ids: int [B, S], 0 for padding; padding sees
+    padding, so that every row of the softmax has an entry.  Returns [B, heads, S, head_dim].
     """
     same_window = window_ids.unsqueeze(2) == window_ids.unsqueeze(1)
     mask = (1.0 - same_window.unsqueeze(1).to(query.dtype)) * MASKED

@@ -8,29 +8,56 @@ import torch
 
 from . import enums, ops, optim, options, poptorch_core, profiling  # noqa: F401
 from ._dataloader import AsynchronousDataAccessor, DataLoader
+from ._errors import Error, NotOffered, RecoverableError, UnrecoverableError
 from ._logging import setLogLevel
-from ._poplar_executor import EXECUTABLE, PoplarExecutor, registerPostCompileHook, registerPreCompileHook
+from ._poplar_executor import (
+    EXECUTABLE,
+    PoplarExecutor,
+    registerPostCompileHook,
+    registerPreCompileHook,
+)
 from ._structure import ICustomArgParser, registerCustomArgParser
 from ._user_model import is_wrapped, module_repr  # noqa: F401
-from .blocks import BeginBlock, Block, BlockFunction, LegacyBeginBlockFn, PipelinedExecution, ShardedExecution, Stage, removeBlocks
+from .blocks import (
+    BeginBlock,
+    Block,
+    BlockFunction,
+    LegacyBeginBlockFn,
+    PipelinedExecution,
+    ShardedExecution,
+    Stage,
+    removeBlocks,
+)
 from .enums import *  # noqa: F401,F403
+from .ops import (
+    Attribute,
+    NameScope,
+    identity_loss,
+    ipu_print_tensor,
+    isRunningOnIpu,
+    nop,
+    recomputationCheckpoint,
+    serializedMatMul,
+    set_available_memory,
+)
 from .options import Options, TensorLocationSettings
-from .ops import (Attribute, NameScope, identity_loss, isRunningOnIpu, nop, ipu_print_tensor, recomputationCheckpoint,
-                  serializedMatMul, set_available_memory)
-from ._errors import Error, NotOffered, RecoverableError, UnrecoverableError
 
 __version__ = "3.4.0-host"
 
 
-def trainingModel(model: torch.nn.Module, options: Optional[Options] = None, optimizer: Optional[torch.optim.Optimizer] = None,
+def trainingModel(model: torch.nn.Module, options: Optional[Options] = None,
+                  optimizer: Optional[torch.optim.Optimizer] = None,
                   ) -> PoplarExecutor:
-    """An executor that trains `model`; its call runs forward, backward and weight updates. The optimizer's default is SGD
-    with learning rate 0.01. RuntimeError if the model is being trained by another executor."""
+    """An executor that trains `model`; its call runs forward, backward and weight updates. The
+    optimizer's default is SGD with learning rate 0.01. RuntimeError if the model is being trained
+    by another executor.
+    """
     if isinstance(model, PoplarExecutor):
         model = model._user_model
     if is_wrapped(model):
-        raise RuntimeError("Model has already been wrapped in 'poptorch.trainingModel'. Call model.destroy() on the model to unwrap "
-                           "before wrapping again.")
+        raise RuntimeError(
+            "Model has already been wrapped in 'poptorch.trainingModel'. Call model.destroy() on the model to unwrap "
+            "before wrapping again.")
     return PoplarExecutor(copy.copy(model), options, True, __version__, optimizer, user_model=model)
 
 
@@ -57,10 +84,8 @@ NOT_OFFERED = {
     **dict.fromkeys(("MultiConv", "MultiConvPlanType", "ctc_beam_search_decoder", "fps", "nearest"), "no model here uses it"),
     **dict.fromkeys(("for_loop", "cond", "dynamic_slice", "dynamic_update"), "control flow on the device is not executed on the host"),
     **dict.fromkeys(("custom_op", "CPU"), "it needs code compiled for an IPU"),
-    **dict.fromkeys(("set_overlap_for_input", "set_overlap_for_output"), "there are no transfers to overlap"),
-    "VariableRetrievalMode": "every replica has the same weights",
-    "load": EXECUTABLE,
-}
+    **dict.fromkeys(("set_overlap_for_input", "set_overlap_for_output"), "there are no transfers to overlap"), "VariableRetrievalMode": "every replica has the same weights",
+    "load": EXECUTABLE, }
 
 
 def __getattr__(name):

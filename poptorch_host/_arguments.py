@@ -1,4 +1,6 @@
-"""The arguments of a model's call: bound to its forward(), checked against those it was compiled with, cut into micro-batches."""
+"""The arguments of a model's call: bound to its forward(), checked against those it was compiled
+with, cut into micro-batches.
+"""
 from __future__ import annotations
 
 import inspect
@@ -7,12 +9,13 @@ from typing import Any, Callable, Dict, List, Tuple
 import torch
 
 from . import _structure
-from ._logging import logger
 from ._errors import Error
+from ._logging import logger
 
-MISMATCH = ("\nThis error occurred because the inputs passed at runtime don't match the inputs used to compile the model.\n"
-            "To recompile the model for the new inputs create a new inferenceModel / trainingModel wrapper or call destroy() on "
-            "the current one and try again.")
+MISMATCH = (
+    "\nThis error occurred because the inputs passed at runtime don't match the inputs used to compile the model.\n"
+    "To recompile the model for the new inputs create a new inferenceModel / trainingModel wrapper or call destroy() on "
+    "the current one and try again.")
 
 
 class Arguments:
@@ -23,7 +26,9 @@ class Arguments:
         self.tensors: List[torch.Tensor] = _structure.flatten(call)
 
     def check_batch(self, options, parts: int) -> None:
-        """AssertionError unless every tensor's first dimension can be cut into `parts` micro-batches."""
+        """AssertionError unless every tensor's first dimension can be cut into `parts`
+        micro-batches.
+        """
         for tensor in self.tensors:
             size = tensor.shape[0] if tensor.dim() else 1
             assert size % parts == 0, (
@@ -35,41 +40,60 @@ class Arguments:
                 "the batching semantics page of the documentation.")
 
     def micro_batches(self, convert: Callable, count: int) -> Callable[[int], Tuple[tuple, dict]]:
-        """A function from a micro-batch's number to its (args, kwargs): views of the tensors, after `convert`."""
-        parts = [[t] * count if t.dim() == 0 else t.split(t.shape[0] // count) if t.shape[0] else [t] * count
+        """A function from a micro-batch's number to its (args, kwargs): views of the tensors, after
+        `convert`.
+        """
+        parts = [[t] * count if t.dim() == 0 else t.split(t.shape[0] //
+                                                          count) if t.shape[0] else [t] * count
                  for t in (convert(t.detach()).contiguous() for t in self.tensors)]
         return lambda number: _structure.rebuild(self.call, iter([part[number] for part in parts]))
 
     def compiled(self) -> "Arguments":
-        """The same with tensors that have a type and a shape and no data, to compare later calls with."""
-        empty = _structure.map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), (self.named, self.call))
+        """The same with tensors that have a type and a shape and no data, to compare later calls
+        with.
+        """
+        empty = _structure.map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"),
+                                       (self.named, self.call))
         return Arguments(*empty)
 
     def check_same(self, other: "Arguments") -> None:
-        """Error unless `other` has the shapes, types, structure and constants of these compiled arguments."""
+        """Error unless `other` has the shapes, types, structure and constants of these compiled
+        arguments.
+        """
         old, new = len(self.call[0]), len(other.call[0])
         if old != new:
-            raise Error(f"Number of positional arguments mismatch: expected {old} arguments but got {new}.{MISMATCH}")
+            raise Error(
+                f"Number of positional arguments mismatch: expected {old} arguments but got {new}.{MISMATCH}"
+            )
         for name in self.named:
             _check_same(name, self.named[name], other.named[name])
 
 
 def _check_same(name: str, old: Any, new: Any) -> None:
-    if type(old) is not type(new) and not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
-        raise Error(f"Type mismatch for {name}: expected {type(old)} but got {type(new)}.{MISMATCH}")
+    if type(old) is not type(new) and not (isinstance(old, torch.Tensor) and
+                                           isinstance(new, torch.Tensor)):
+        raise Error(
+            f"Type mismatch for {name}: expected {type(old)} but got {type(new)}.{MISMATCH}")
     if isinstance(old, torch.Tensor):
         if old.dtype != new.dtype:
-            raise Error(f"Data type mismatch for {name}: expected {old.dtype} but got {new.dtype}.{MISMATCH}")
+            raise Error(
+                f"Data type mismatch for {name}: expected {old.dtype} but got {new.dtype}.{MISMATCH}"
+            )
         if old.shape != new.shape:
-            raise Error(f"Shape mismatch for {name}: expected {old.shape} but got {new.shape}.{MISMATCH}")
+            raise Error(
+                f"Shape mismatch for {name}: expected {old.shape} but got {new.shape}.{MISMATCH}")
     elif isinstance(old, (tuple, list)):
         if len(old) != len(new):
-            raise Error(f"Length mismatch for {name}: expected {len(old)} elements but got {len(new)}.{MISMATCH}")
+            raise Error(
+                f"Length mismatch for {name}: expected {len(old)} elements but got {len(new)}.{MISMATCH}"
+            )
         for i, (a, b) in enumerate(zip(old, new)):
             _check_same(f"{name}[{i}]", a, b)
     elif isinstance(old, dict):
-        details = [f"{text} arguments: {', '.join(sorted(map(str, keys)))}" for text, keys in
-                   (("Unexpected", new.keys() - old.keys()), ("Missing", old.keys() - new.keys())) if keys]
+        details = [
+            f"{text} arguments: {', '.join(sorted(map(str, keys)))}"
+            for text, keys in (("Unexpected", new.keys() - old.keys()),
+                               ("Missing", old.keys() - new.keys())) if keys]
         if details:
             raise Error(f"Keys mismatch for {name}: {'. '.join(details)}.{MISMATCH}")
         for key in old:
@@ -85,30 +109,37 @@ class Parser:
 
     def __init__(self, model: torch.nn.Module):
         try:
-            self.signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
+            self.signature = inspect.signature(
+                model.forward if isinstance(model, torch.nn.Module) else model)
         except ValueError:  # a function written in C
             self.signature = inspect.signature(lambda *args, **kwargs: None)
         self.warned = False
 
     def __call__(self, args: tuple, kwargs: dict) -> Arguments:
-        """Error for a missing argument; AssertionError for one too many, an unknown one, or one given twice."""
+        """Error for a missing argument; AssertionError for one too many, an unknown one, or one
+        given twice.
+        """
         parameters = self.signature.parameters
         kinds = {p.kind for p in parameters.values()}
         names = list(parameters)
         if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
             assert len(args) + len(kwargs) <= len(names), (
-                f"Too many arguments provided: expected {names} ({len(names)}) but got {len(args) + len(kwargs)}")
+                f"Too many arguments provided: expected {names} ({len(names)}) but got {len(args) + len(kwargs)}"
+            )
             for key in kwargs:
                 assert key in names, f"{key} is not a valid parameter.Allowed values are {names}"
         for i, (name, p) in enumerate(parameters.items()):
             if p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD:
-                assert i >= len(args) or name not in kwargs, f"Parameter {name} was passed more than once"
+                assert i >= len(
+                    args) or name not in kwargs, f"Parameter {name} was passed more than once"
                 if p.default is p.empty and i >= len(args) and name not in kwargs:
                     raise Error(f"Mandatory parameter {name} missing")
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = Arguments(dict(bound.arguments), (bound.args, bound.kwargs))
         if not self.warned and any(not t.is_contiguous() for t in arguments.tensors):
-            logger.warning("At least one input tensor is not contiguous: non-contiguous tensors will be converted.")
+            logger.warning(
+                "At least one input tensor is not contiguous: non-contiguous tensors will be converted."
+            )
             self.warned = True
         return arguments

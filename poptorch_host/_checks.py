@@ -4,12 +4,13 @@ from __future__ import annotations
 import torch
 
 from . import enums
-from .blocks import Recorder, ShardedExecution
 from ._errors import Error, NotOffered
+from .blocks import Recorder, ShardedExecution
 
 MAX_IPUS = 64
 
-# Options that PopTorch 3.4 hands to PopART (popart_compiler/source/SessionOptions.cpp), beside anything with a dot in its name
+# Options that PopTorch 3.4 hands to PopART (popart_compiler/source/SessionOptions.cpp), beside
+# anything with a dot in its name
 POPART_OPTIONS = set("""
 accumulationAndReplicationReductionType accumulationFactor aliasZeroCopy autoRecomputation cachePath compilationProgressTotal
 compileEngine constantWeights convolutionOptions customCodeletCompileFlags customCodelets decomposeGradSum defaultBufferingDepth
@@ -27,15 +28,19 @@ rearrangeStreamsOnHost reportOptions saveInitializersToFile scheduleNonWeightUpd
 serializedPoprithmsShiftGraphsDir strictOpVersions subgraphCopyingStrategy swapLimitScheduler syntheticDataMode timeLimitScheduler
 transitiveClosureOptimizationThreshold updatableNamedBuffers useHostCopyOps virtualGraphMode
 """.split())
-POPART_SETTINGS = ("accumulateOuterFragmentSettings.", "autodiffSettings.", "automaticLossScalingSettings.",
-                   "batchSerializationSettings.", "executionPhaseSettings.", "replicatedCollectivesSettings.")
+POPART_SETTINGS = ("accumulateOuterFragmentSettings.", "autodiffSettings.",
+                   "automaticLossScalingSettings.", "batchSerializationSettings.",
+                   "executionPhaseSettings.", "replicatedCollectivesSettings.")
 
 
 def popart_options(values: dict) -> None:
-    """Error for an option PopART does not have, or a value that is no number, text or collection."""
+    """Error for an option PopART does not have, or a value that is no number, text or collection.
+    """
     for name, value in values.items():
         if name not in POPART_OPTIONS and not name.startswith(POPART_SETTINGS):
-            raise Error(f"Unknown PopART option {name}: poptorch.Options._Popart.set() takes the names of popart.SessionOptions")
+            raise Error(
+                f"Unknown PopART option {name}: poptorch.Options._Popart.set() takes the names of popart.SessionOptions"
+            )
         if not isinstance(value, (bool, int, float, str, list, tuple, set, dict)):
             raise Error(f"Unknown value type {type(value)} for option {name}")
 
@@ -44,34 +49,44 @@ def inference_options(options) -> None:
     """Error for gradient accumulation in inference."""
     if options.Training.gradient_accumulation != 1:
         sharded = isinstance(options._execution_strategy, ShardedExecution)
-        raise Error("You must set poptorch.Options().Training.gradientAccumulation to 1 or leave it as its default value (1) when "
-                    "running a poptorch.inferenceModel()." + ("" if sharded else
-                    " Use poptorch.Options().deviceIterations to process a sufficient number of batches each run for pipelined "
-                    "execution instead."))
+        raise Error(
+            "You must set poptorch.Options().Training.gradientAccumulation to 1 or leave it as its default value (1) when "
+            "running a poptorch.inferenceModel()." +
+            ("" if sharded else
+             " Use poptorch.Options().deviceIterations to process a sufficient number of batches each run for pipelined "
+             "execution instead."))
 
 
 def accumulation_type(optimizer, options, compiled: bool) -> None:
-    """float16 accumulation means the running mean, as in PopTorch; ValueError if the model is compiled with another."""
+    """float16 accumulation means the running mean, as in PopTorch; ValueError if the model is
+    compiled with another.
+    """
     running = enums.MeanReductionStrategy.Running
-    half = getattr(optimizer, "accum_type", None) == torch.float16 and not getattr(optimizer, "use_combined_accum", False)
+    half = getattr(optimizer, "accum_type",
+                   None) == torch.float16 and not getattr(optimizer, "use_combined_accum", False)
     if half and not compiled:
         options._unfreeze()
         options.Training.setMeanAccumulationAndReplicationReductionStrategy(running)
         options._freeze()
     elif half and options.Training.meanAccumulationAndReplicationReductionStrategy != running:
-        raise ValueError("Invalid optimizer: the new optimizer would require changing options.Training."
-                         "meanAccumulationAndReplicationReductionStrategy to poptorch.MeanReductionStrategy.Running but the "
-                         "executable is already compiled.")
+        raise ValueError(
+            "Invalid optimizer: the new optimizer would require changing options.Training."
+            "meanAccumulationAndReplicationReductionStrategy to poptorch.MeanReductionStrategy.Running but the "
+            "executable is already compiled.")
 
 
 def options(opts) -> None:
     """Error for options that cannot be obeyed, whatever the model."""
     if opts.Distributed.numProcesses > 1:
-        raise NotOffered("Options.Distributed", "the executor runs in one process; replicationFactor() gives the same result")
+        raise NotOffered(
+            "Options.Distributed",
+            "the executor runs in one process; replicationFactor() gives the same result")
     popart_options(opts._Popart.options)
     offline = opts.connection_type == enums.ConnectionType.Never
     if offline and opts.exists("use_model") and opts.use_model:
-        raise Error("ConnectionType.Never / poptorch.Options.useOfflineIpuTarget not supported for the IPU model")
+        raise Error(
+            "ConnectionType.Never / poptorch.Options.useOfflineIpuTarget not supported for the IPU model"
+        )
     if offline and opts.exists("ipu_id"):
         raise Error("Offline compilation targeting a specific id not supported")
     if opts.output_mode == enums.OutputMode.EveryN and opts.device_iterations % opts.output_return_period:
@@ -82,25 +97,33 @@ def options(opts) -> None:
 def buffers(opts) -> None:
     """Error if the model changes a buffer that replicas would have to share."""
     if opts.broadcast_buffers:
-        raise Error("PopTorch does not support broadcasting buffers. If your model is able to tolerate buffers becoming out of sync "
-                    "between replicas, you can disable buffer broadcasting using poptorch.Options.broadcastBuffers(False).")
+        raise Error(
+            "PopTorch does not support broadcasting buffers. If your model is able to tolerate buffers becoming out of sync "
+            "between replicas, you can disable buffer broadcasting using poptorch.Options.broadcastBuffers(False)."
+        )
 
 
 def pipeline(recorder: Recorder, opts, training: bool) -> None:
-    """Error if the blocks need more micro-batches than a call has, or a number of IPUs that cannot be reserved."""
+    """Error if the blocks need more micro-batches than a call has, or a number of IPUs that cannot
+    be reserved.
+    """
     _check_ipus(recorder, opts)
     if opts._execution_strategy.backendOptions()["execution_mode"] != 0:
         return
     order = recorder.ipus()
-    forward = len(order) + (order[0] != 0)  # PopTorch starts on IPU 0 and counts every change of IPU (Compiler::setActiveIpu)
+    forward = len(order) + (
+        order[0] != 0
+    )  # PopTorch starts on IPU 0 and counts every change of IPU (Compiler::setActiveIpu)
     stages = 2 * forward - 1 if training else forward
     if training and opts.Training.gradient_accumulation < stages:
-        raise Error("poptorch.Options().Training.gradientAccumulation must be greater than or equal to the number of pipeline stages "
-                    f"({stages}) when using poptorch.PipelinedExecution. Please note that a model with {forward} pipeline stages in "
-                    f"PopTorch will have an additional {forward - 1} stages when training.")
+        raise Error(
+            "poptorch.Options().Training.gradientAccumulation must be greater than or equal to the number of pipeline stages "
+            f"({stages}) when using poptorch.PipelinedExecution. Please note that a model with {forward} pipeline stages in "
+            f"PopTorch will have an additional {forward - 1} stages when training.")
     if not training and opts.device_iterations < stages:
-        raise Error("poptorch.Options().deviceIterations must be greater than or equal to the number of pipeline stages "
-                    f"({stages}) when using PopTorch.PipelinedExecution.")
+        raise Error(
+            "poptorch.Options().deviceIterations must be greater than or equal to the number of pipeline stages "
+            f"({stages}) when using PopTorch.PipelinedExecution.")
 
 
 def _check_ipus(recorder: Recorder, opts) -> None:
@@ -110,9 +133,12 @@ def _check_ipus(recorder: Recorder, opts) -> None:
     simulated = opts.exists("use_model") and opts.use_model
     reserved = count if simulated or opts.connection_type == enums.ConnectionType.Never else rounded
     if count > MAX_IPUS or reserved > MAX_IPUS:
-        raise Error(f"Too many IPUs requested ({count}). Experiments that need more than {MAX_IPUS} IPUs require distributed execution.")
+        raise Error(
+            f"Too many IPUs requested ({count}). Experiments that need more than {MAX_IPUS} IPUs require distributed execution."
+        )
     if reserved != count and not opts.auto_round_num_ipus:
-        raise Error(f"The model specifies the use of {count} IPUs, however PopTorch must reserve a minimum of {rounded} in order to "
-                    f"allow the model to run, because PopTorch must reserve a power of 2 or maximum of {MAX_IPUS} IPUs per process. "
-                    "Please reconfigure your model to use a different number of IPUs or set "
-                    "poptorch.Options().autoRoundNumIPUs(True).")
+        raise Error(
+            f"The model specifies the use of {count} IPUs, however PopTorch must reserve a minimum of {rounded} in order to "
+            f"allow the model to run, because PopTorch must reserve a power of 2 or maximum of {MAX_IPUS} IPUs per process. "
+            "Please reconfigure your model to use a different number of IPUs or set "
+            "poptorch.Options().autoRoundNumIPUs(True).")

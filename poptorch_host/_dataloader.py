@@ -1,7 +1,8 @@
-"""poptorch.DataLoader: combined batches, read in this process or by a worker process through shared memory.
+"""poptorch.DataLoader: combined batches, read in this process or by a worker process through shared
+memory.
 
-The worker writes batches into a ring of shared tensors. A tensor handed out is overwritten after the next one is asked for, as
-with PopTorch, so what must outlive an iteration has to be cloned.
+The worker writes batches into a ring of shared tensors. A tensor handed out is overwritten after
+the next one is asked for, as with PopTorch, so what must outlive an iteration has to be cloned.
 """
 from __future__ import annotations
 
@@ -16,21 +17,23 @@ import torch.multiprocessing
 
 from . import _structure, profiling
 from ._device import input_groups
+from ._errors import Error
 from ._logging import logger
 from .enums import DataLoaderMode, SharingStrategy
 from .options import Options
-from ._errors import Error
 
-# A data set reaches a spawned process through a pipe, of any size, which serves SharedMemory and FileSystem alike
+# A data set reaches a spawned process through a pipe, of any size, which serves SharedMemory and
+# FileSystem alike
 START_METHODS = {SharingStrategy.Fork: "fork", SharingStrategy.ForkServer: "forkserver"}
 
 
 class _SubDataset(torch.utils.data.Dataset):
-    """The part of a data set that one of several processes reads: a run of consecutive samples, in an order all agree on.
+    """The part of a data set that one of several processes reads: a run of consecutive samples, in
+    an order all agree on.
 
-    With `shuffle` the order of the whole data set is drawn anew in each epoch from the seed all processes share. With
-    `drop_last` the samples that do not fill a step of all processes are left over at the end of one epoch and at the
-    beginning of the next.
+    With `shuffle` the order of the whole data set is drawn anew in each epoch from the seed all
+    processes share. With `drop_last` the samples that do not fill a step of all processes are left
+    over at the end of one epoch and at the beginning of the next.
     """
 
     def __init__(self, dataset, options, step: int, drop_last: bool):
@@ -38,7 +41,8 @@ class _SubDataset(torch.utils.data.Dataset):
         total = len(dataset)
         if drop_last:
             share = step * (total // (step * processes))
-            self.first, self.length, self.left_over = process * share, min(share, total - process * share), total % share
+            self.first, self.length, self.left_over = process * share, min(
+                share, total - process * share), total % share
         else:
             shares = [total // processes + (p < total % processes) for p in range(processes)]
             self.first, self.length, self.left_over = sum(shares[:process]), shares[process], 0
@@ -69,17 +73,23 @@ class _SubDataset(torch.utils.data.Dataset):
 
 
 class DataLoader(torch.utils.data.DataLoader):
-    """torch's DataLoader of combined batches: batch_size x device iterations x accumulation x replicas rows.
+    """torch's DataLoader of combined batches: batch_size x device iterations x accumulation x
+    replicas rows.
 
-    Modes: Sync reads in this process (and torch's workers); Async in one more process, ahead of time; AsyncRebatched puts the
-    combined batches together there. With several processes (Options.Distributed) each reads its own part of the data set.
+    Modes: Sync reads in this process (and torch's workers); Async in one more process, ahead of
+    time; AsyncRebatched puts the combined batches together there. With several processes
+    (Options.Distributed) each reads its own part of the data set.
     """
 
-    def __init__(self, options: Options, dataset: torch.utils.data.Dataset, batch_size: int = 1, shuffle: bool = None,
-                 num_workers: int = 0, drop_last: bool = True, persistent_workers: Optional[bool] = None,
-                 auto_distributed_partitioning: bool = True, mode: DataLoaderMode = DataLoaderMode.Sync,
-                 async_options: Optional[Dict[str, Any]] = None, rebatched_worker_size: Optional[int] = None,
-                 batch_sampler: Optional[Union[torch.utils.data.Sampler, Iterable[Sequence]]] = None, **kwargs):
+    def __init__(
+            self, options: Options, dataset: torch.utils.data.Dataset, batch_size: int = 1,
+            shuffle: bool = None, num_workers: int = 0, drop_last: bool = True,
+            persistent_workers: Optional[bool] = None, auto_distributed_partitioning: bool = True,
+            mode: DataLoaderMode = DataLoaderMode.Sync, async_options: Optional[Dict[str,
+                                                                                     Any]] = None,
+            rebatched_worker_size: Optional[int] = None,
+            batch_sampler: Optional[Union[torch.utils.data.Sampler,
+                                          Iterable[Sequence]]] = None, **kwargs):
         self._accessor = None
         assert isinstance(options, Options)
         options._freeze()
@@ -89,7 +99,8 @@ class DataLoader(torch.utils.data.DataLoader):
         if self._sampled:
             _check_sampler(options, batch_size, shuffle, auto_distributed_partitioning)
             batch_size = getattr(batch_sampler, "batch_size", batch_size)
-        self._combine = options.device_iterations * options.Training.gradient_accumulation * input_groups(options)[0]
+        self._combine = options.device_iterations * options.Training.gradient_accumulation * input_groups(
+            options)[0]
         self._combined = None if batch_size is None else batch_size * self._combine
         self._drop_last = drop_last
         self._shuffle_here = False
@@ -99,7 +110,8 @@ class DataLoader(torch.utils.data.DataLoader):
             assert not shuffle or options.exists("random_seed"), (
                 "When using auto_distributed_partitioning you must set poptorch.Options.randomSeed() to ensure that tensors are in "
                 "the same order in all processes.")
-            dataset, self._shuffle_here, shuffle = _SubDataset(dataset, options, self._combined, drop_last), bool(shuffle), False
+            dataset, self._shuffle_here, shuffle = _SubDataset(dataset, options, self._combined,
+                                                               drop_last), bool(shuffle), False
         if not iterable:
             dataset = profiling.Channel("dataset").instrument(dataset, "__getitem__")
         self._warn(dataset, iterable, num_workers, kwargs)
@@ -108,28 +120,36 @@ class DataLoader(torch.utils.data.DataLoader):
         worker_size = self._combined
         if rebatch and rebatched_worker_size is not None:
             assert rebatched_worker_size <= self._combined, (
-                f"The rebatched_worker_size ({rebatched_worker_size}) must be <= to the combined batch size ({self._combined})")
+                f"The rebatched_worker_size ({rebatched_worker_size}) must be <= to the combined batch size ({self._combined})"
+            )
             worker_size = rebatched_worker_size
         if persistent_workers is None:
             persistent_workers = num_workers > 0
         batching = dict(batch_sampler=batch_sampler) if self._sampled else dict(
             batch_size=worker_size, shuffle=None if iterable else bool(shuffle),
             drop_last=drop_last and not rebatch and worker_size is not None)
-        super().__init__(dataset, num_workers=num_workers, persistent_workers=persistent_workers, **batching, **kwargs)
+        super().__init__(dataset, num_workers=num_workers, persistent_workers=persistent_workers,
+                         **batching, **kwargs)
         if mode != DataLoaderMode.Sync:
             async_options = async_options or {}
             assert "rebatched_size" not in async_options, (
-                "You cannot use DataLoaderMode.AsyncRebatched and manually specify the rebatched_size in async_options")
-            self._accessor = AsynchronousDataAccessor(self, **async_options, rebatched_size=self._combined if rebatch else None)
+                "You cannot use DataLoaderMode.AsyncRebatched and manually specify the rebatched_size in async_options"
+            )
+            self._accessor = AsynchronousDataAccessor(
+                self, **async_options, rebatched_size=self._combined if rebatch else None)
 
     def _warn(self, dataset, iterable, num_workers, kwargs):
         if iterable and num_workers > 1 and "worker_init_fn" not in kwargs:
-            logger.warning("IterableDataset used with num_workers=%d but no worker_init_fn specified: as a result the DataLoader will "
-                           "return %d times each element in the dataset", num_workers, num_workers)
-        if not iterable and not self._drop_last and not self._sampled and self._combined is not None and len(dataset) % self._combined:
-            logger.warning("The number of elements in the dataset (%d) is not divisible by the number of elements processed per step "
-                           "(%d) and drop_last=False. The last tensor will have a batch size of %d. To avoid having to handle this "
-                           "special case switch to drop_last=True", len(dataset), self._combined, len(dataset) % self._combined)
+            logger.warning(
+                "IterableDataset used with num_workers=%d but no worker_init_fn specified: as a result the DataLoader will "
+                "return %d times each element in the dataset", num_workers, num_workers)
+        if not iterable and not self._drop_last and not self._sampled and self._combined is not None and len(
+                dataset) % self._combined:
+            logger.warning(
+                "The number of elements in the dataset (%d) is not divisible by the number of elements processed per step "
+                "(%d) and drop_last=False. The last tensor will have a batch size of %d. To avoid having to handle this "
+                "special case switch to drop_last=True", len(dataset), self._combined,
+                len(dataset) % self._combined)
 
     @property
     def combinedBatchSize(self) -> Optional[int]:
@@ -148,7 +168,8 @@ class DataLoader(torch.utils.data.DataLoader):
 
     def __len__(self) -> int:
         if self._accessor is not None and self._accessor.rebatched_size:
-            return (len(self.dataset) + (0 if self._drop_last else self._combined - 1)) // self._combined
+            return (len(self.dataset) +
+                    (0 if self._drop_last else self._combined - 1)) // self._combined
         return super().__len__()
 
     def __iter__(self) -> Iterator[Any]:
@@ -157,9 +178,11 @@ class DataLoader(torch.utils.data.DataLoader):
         return iter(self._accessor) if self._accessor is not None else self._batches()
 
     def _batches(self) -> Iterator[Any]:
-        """The batches as this process reads them; in the worker process, what is put in the ring."""
+        """The batches as this process reads them; in the worker process, what is put in the ring.
+        """
         batches = super().__iter__()
-        return _combined(batches, self._combine, self._drop_last) if self._sampled and self._combine > 1 else batches
+        return _combined(batches, self._combine,
+                         self._drop_last) if self._sampled and self._combine > 1 else batches
 
     def __getstate__(self):
         return {**self.__dict__, "_accessor": None}
@@ -169,7 +192,8 @@ def _check_sampler(options, batch_size, shuffle, partitioning):
     if batch_size != 1 or shuffle:
         raise Error("`batch_sampler` option is mutually exclusive with batch_size, shuffle.")
     if options.Distributed.numProcesses > 1 and partitioning:
-        raise Error("`batch_sampler` option is mutually exclusive with auto_distributed_partitioning=True.")
+        raise Error(
+            "`batch_sampler` option is mutually exclusive with auto_distributed_partitioning=True.")
 
 
 def _combined(batches, count: int, drop_last: bool) -> Iterator[Any]:
@@ -191,20 +215,25 @@ def _joined(batches):
 class AsynchronousDataAccessor:
     """Iterates over a data set (or loader) that a worker process reads ahead of time.
 
-    buffer_size: batches in the ring of shared memory.  early_preload: start reading before an iterator is asked for.
-    load_indefinitely: start the next epoch as soon as one ends.  rebatched_size: put batches of this many rows together.
+    buffer_size: batches in the ring of shared memory.  early_preload: start reading before an
+    iterator is asked for. load_indefinitely: start the next epoch as soon as one ends.
+    rebatched_size: put batches of this many rows together.
     """
 
-    def __init__(self, dataset: Union[torch.utils.data.Dataset, DataLoader], buffer_size: int = 3, miss_sleep_time_in_ms: float = 0.1,
-                 load_indefinitely: bool = True, early_preload: bool = False,
-                 sharing_strategy: SharingStrategy = SharingStrategy.ForkServer, rebatched_size: Optional[int] = None):
+    def __init__(self, dataset: Union[torch.utils.data.Dataset, DataLoader], buffer_size: int = 3,
+                 miss_sleep_time_in_ms: float = 0.1, load_indefinitely: bool = True,
+                 early_preload: bool = False,
+                 sharing_strategy: SharingStrategy = SharingStrategy.ForkServer,
+                 rebatched_size: Optional[int] = None):
         is_loader = isinstance(dataset, DataLoader)
         if is_loader and dataset._accessor is not None:
-            raise Error("The DataLoader already uses an AsynchronousDataAccessor internally. Either use the existing one or set "
-                        "mode='poptorch.DataLoaderMode.Sync' in the DataLoader.")
+            raise Error(
+                "The DataLoader already uses an AsynchronousDataAccessor internally. Either use the existing one or set "
+                "mode='poptorch.DataLoaderMode.Sync' in the DataLoader.")
         if is_loader and not dataset._sampled and not dataset._drop_last and rebatched_size is None:
             assert dataset.combinedBatchSize in (None, 1), (
-                "The 'drop_last=False' option from the DataLoader only works if 'rebatched_size' is specified too.")
+                "The 'drop_last=False' option from the DataLoader only works if 'rebatched_size' is specified too."
+            )
         assert rebatched_size is None or rebatched_size > 1, "rebatched_size must be None or greater than 1"
         self._dataset, self.rebatched_size = dataset, rebatched_size
         self._slots = buffer_size
@@ -212,7 +241,8 @@ class AsynchronousDataAccessor:
 
     def _start(self, load_indefinitely, early_preload, sharing_strategy):
         context = torch.multiprocessing.get_context(START_METHODS.get(sharing_strategy, "spawn"))
-        context.set_forkserver_preload(["__main__", __name__])  # import torch once in the server, not in every process it forks
+        context.set_forkserver_preload([
+            "__main__", __name__])  # import torch once in the server, not in every process it forks
         self._pipe, other = context.Pipe()
         worker = _Worker(self._slots, self.rebatched_size, load_indefinitely, early_preload)
         process = context.Process(target=worker.main, args=(self._dataset, other), daemon=False)
@@ -222,8 +252,11 @@ class AsynchronousDataAccessor:
             self._structure, self._ring = self._pipe.recv()
         except EOFError:
             process.join()
-            raise Error("AsynchronousDataAccessor worker thread failed to start (Check above for details)") from None
-        self._end = weakref.finalize(self, _end_process, process, self._pipe)  # at the latest when Python ends
+            raise Error(
+                "AsynchronousDataAccessor worker thread failed to start (Check above for details)"
+            ) from None
+        self._end = weakref.finalize(self, _end_process, process,
+                                     self._pipe)  # at the latest when Python ends
         self._epoch, self._held, self._used, self._over = 0, None, False, False
 
     def terminate(self) -> None:
@@ -289,18 +322,21 @@ def _end_process(process, pipe) -> None:
 class _Worker:
     """The other process: reads the data set and fills the ring's free slots.
 
-    It sends (structure, ring) once, then for every batch (epoch, slot, rows or None for all), and (epoch, None, None) at the
-    end of an epoch. It receives ("free", slot), ("epoch", number) when an iterator is started, and ("stop", 0).
+    It sends (structure, ring) once, then for every batch (epoch, slot, rows or None for all), and
+    (epoch, None, None) at the end of an epoch. It receives ("free", slot), ("epoch", number) when
+    an iterator is started, and ("stop", 0).
     """
 
-    def __init__(self, slots: int, rebatched_size: Optional[int], load_indefinitely: bool, early_preload: bool):
+    def __init__(self, slots: int, rebatched_size: Optional[int], load_indefinitely: bool,
+                 early_preload: bool):
         self.slots, self.rebatched_size = slots, rebatched_size
         self.load_indefinitely, self.early_preload = load_indefinitely, early_preload
 
     def main(self, dataset, pipe) -> None:
         """Run until told to stop, or until the other end of the pipe is closed."""
         logger.debug("AsynchronousDataAccessor worker process: %d", os.getpid())
-        if sys.platform == "linux":  # start torch's own workers as torch does: not in the way this process was started, but fast
+        # start torch's own workers as torch does: not in the way this process was started, but fast
+        if sys.platform == "linux":
             torch.multiprocessing.set_start_method("fork", force=True)
         try:
             self.pipe, self.dataset = pipe, dataset
@@ -313,10 +349,12 @@ class _Worker:
         first = next(batches, None)
         if first is None:
             raise Error("The Dataset is empty")
-        self.ring = [[torch.empty_like(t).share_memory_() for t in _flat(first)] for _ in range(self.slots)]
+        self.ring = [
+            [torch.empty_like(t).share_memory_() for t in _flat(first)] for _ in range(self.slots)]
         self.pipe.send((first, self.ring))
         batches = itertools.chain([first], batches)
-        self.free, self.epoch, self.wanted, ahead = list(range(self.slots)), 1, 0, self.early_preload
+        self.free, self.epoch, self.wanted, ahead = list(range(
+            self.slots)), 1, 0, self.early_preload
         while True:
             while self.wanted < self.epoch and not ahead:
                 self._receive()
@@ -326,7 +364,8 @@ class _Worker:
             batches = self._batches()
 
     def _one_epoch(self, batches) -> bool:
-        """Send the batches of `self.epoch`; False if the iterator was started again before its end."""
+        """Send the batches of `self.epoch`; False if the iterator was started again before its end.
+        """
         for batch in batches:
             while not self.free or self.pipe.poll():
                 self._receive()
@@ -342,7 +381,8 @@ class _Worker:
         return True
 
     def _batches(self) -> Iterator[Any]:
-        batches = self.dataset._batches() if isinstance(self.dataset, DataLoader) else iter(self.dataset)
+        batches = self.dataset._batches() if isinstance(self.dataset, DataLoader) else iter(
+            self.dataset)
         if self.rebatched_size is None:
             return batches
         return _rebatched(batches, self.rebatched_size, getattr(self.dataset, "_drop_last", True))
@@ -358,7 +398,8 @@ class _Worker:
 
 
 def _rebatched(batches, size: int, drop_last: bool) -> Iterator[Any]:
-    """Batches of `size` rows out of batches of any number; a smaller last one unless `drop_last`."""
+    """Batches of `size` rows out of batches of any number; a smaller last one unless `drop_last`.
+    """
     waiting, rows = [], 0
     for batch in batches:
         waiting.append(batch)

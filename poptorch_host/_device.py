@@ -1,10 +1,12 @@
-"""The device: its own copy of the weights, the micro-batches of a call in PopTorch's order, and the weight updates.
+"""The device: its own copy of the weights, the micro-batches of a call in PopTorch's order, and the
+weight updates.
 
-Order of a combined batch (PopART's StepIOSplitter hands micro-batches to replicas in turn): device iteration, then gradient
-accumulation, then replica, then the rows of the micro-batch.
+Order of a combined batch (PopART's StepIOSplitter hands micro-batches to replicas in turn): device
+iteration, then gradient accumulation, then replica, then the rows of the micro-batch.
 
-A float16 model keeps float16 tensors on the host. Here its weights are float32, and a working copy of them in bfloat16 (where
-the processor multiplies bfloat16, else float32) runs the model; gradients are accumulated in float32.
+A float16 model keeps float16 tensors on the host. Here its weights are float32, and a working copy
+of them in bfloat16 (where the processor multiplies bfloat16, else float32) runs the model;
+gradients are accumulated in float32.
 """
 from __future__ import annotations
 
@@ -19,13 +21,14 @@ from ._anchors import Anchors
 from ._logging import logger
 from ._outputs import Outputs
 
-
 PIECE = 1 << 20  # numbers converted at a time: what stays in a processor's cache
 
 
 @functools.lru_cache(maxsize=None)
 def half_type() -> torch.dtype:
-    """What stands for float16 in computations: bfloat16 if the processor has instructions for it, else float32."""
+    """What stands for float16 in computations: bfloat16 if the processor has instructions for it,
+    else float32.
+    """
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
         if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags):
@@ -38,8 +41,10 @@ def _computed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Weight:
-    """One parameter or buffer. `host`: the user's tensor; `working`: the device's, which the model runs with;
-    `value`: what the optimizer updates, the same memory as `working` unless the host's tensor is float16 (then float32)."""
+    """One parameter or buffer. `host`: the user's tensor; `working`: the device's, which the model
+    runs with; `value`: what the optimizer updates, the same memory as `working` unless the host's
+    tensor is float16 (then float32).
+    """
 
     def __init__(self, name: str, host: torch.Tensor):
         self.name, self.host = name, host
@@ -53,8 +58,11 @@ class Weight:
         if self.is_parameter:
             self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
         self.has_copy = host.dtype == torch.float16
-        self.replicas: List[torch.Tensor] = [self.working]  # of a buffer that every replica changes for itself: one each
-        self.gradient: Optional[torch.Tensor] = None  # accumulated in the type of `value`, where autograd cannot do so in place
+        self.replicas: List[torch.Tensor] = [
+            self.working]  # of a buffer that every replica changes for itself: one each
+        self.gradient: Optional[
+            torch.
+            Tensor] = None  # accumulated in the type of `value`, where autograd cannot do so in place
 
     def upload(self) -> None:
         """Host to device."""
@@ -69,7 +77,9 @@ class Weight:
             copy.copy_(self.working)
 
     def download(self) -> None:
-        """Device to host. A buffer is changed by the model itself, so its working copy is the newer one."""
+        """Device to host. A buffer is changed by the model itself, so its working copy is the newer
+        one.
+        """
         if self.has_copy and not self.is_parameter:
             self.value.copy_(self.working)
         self.host.detach().copy_(self.value)
@@ -82,7 +92,9 @@ class Weight:
         self.working.grad = None
         if gradient.is_sparse:
             self.gradient = torch.zeros_like(self.value) if self.gradient is None else self.gradient
-            self.gradient.index_add_(0, gradient._indices()[0], gradient._values().to(self.gradient.dtype))
+            self.gradient.index_add_(0,
+                                     gradient._indices()[0],
+                                     gradient._values().to(self.gradient.dtype))
         elif self.gradient is None:
             self.gradient = gradient.float()
         else:
@@ -96,7 +108,9 @@ class Weight:
 
 
 class Device:
-    """A compiled model with weights, optimizer state and random numbers of its own, apart from the host's."""
+    """A compiled model with weights, optimizer state and random numbers of its own, apart from the
+    host's.
+    """
 
     def __init__(self, model: torch.nn.Module, options: Any, training: bool, seed: int):
         self.model, self.options, self.training = model, options, training
@@ -104,31 +118,42 @@ class Device:
         self.seed = seed
         self.rng = seeded(seed)
         with torch._C.DisableTorchFunctionSubclass():
-            self.weights = {id(t): Weight(name, t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+            self.weights = {
+                id(t): Weight(name, t)
+                for name, t in (*model.named_parameters(), *model.named_buffers())}
         self.slots = list(self._find_slots())
-        self.embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and not m.scale_grad_by_freq] if training else []
+        self.embeddings = [
+            m for m in model.modules()
+            if isinstance(m, torch.nn.Embedding) and not m.scale_grad_by_freq] if training else []
         self.replicated: List[tuple] = []  # those slots that hold another tensor in each replica
         self.anchors = Anchors(options, list(self.weights.values()), training)
         self.trace: Optional[_trace.Trace] = None
         self.casts: Callable[[], ContextManager] = contextlib.nullcontext
         self.settings: Dict[str, Any] = {}
-        self.trained: List[Tuple[Weight, int]] = []  # each trained weight with the index of its parameter group
+        self.trained: List[Tuple[Weight, int]] = [
+        ]  # each trained weight with the index of its parameter group
         self.hyper: Dict[str, Dict[str, Any]] = {}   # by weight: the numbers of its group
         self.state: Dict[str, Dict[str, torch.Tensor]] = {}
 
     def _find_slots(self) -> Iterator[tuple]:
-        """(container, key, weight) of every place where the model keeps a tensor; shared weights have several."""
+        """(container, key, weight) of every place where the model keeps a tensor; shared weights
+        have several.
+        """
         for module in self.model.modules():
-            flat = module.__dict__.get("_flat_weights", [])  # torch.nn.LSTM and its kin keep their weights a second time
+            flat = module.__dict__.get(
+                "_flat_weights", [])  # torch.nn.LSTM and its kin keep their weights a second time
             for container in (module._parameters, module._buffers, flat):
-                for key, tensor in (enumerate(container) if container is flat else container.items()):
+                for key, tensor in (enumerate(container)
+                                    if container is flat else container.items()):
                     if id(tensor) in self.weights:
                         yield container, key, self.weights[id(tensor)]
 
     @contextlib.contextmanager
     def _installed(self):
-        """Let the model hold the device's tensors and draw the device's random numbers, and no one else's. Embeddings give the
-        gradients of the rows that were looked up: a dense one is zeros for a whole vocabulary, in every micro-batch."""
+        """Let the model hold the device's tensors and draw the device's random numbers, and no one
+        else's. Embeddings give the gradients of the rows that were looked up: a dense one is zeros
+        for a whole vocabulary, in every micro-batch.
+        """
         host_rng = torch.get_rng_state()
         sparse = [embedding.sparse for embedding in self.embeddings]
         held = [container[key] for container, key, _ in self.slots]
@@ -150,14 +175,17 @@ class Device:
                 embedding.sparse = was
 
     def compile(self, arguments) -> None:
-        """Trace the model with one micro-batch. Nothing the trace does to buffers or random numbers lasts."""
+        """Trace the model with one micro-batch. Nothing the trace does to buffers or random numbers
+        lasts.
+        """
         rng, buffers = self.rng, [w for w in self.weights.values() if not w.is_parameter]
         saved = [w.working for w in buffers]
         for weight in buffers:
             weight.working = weight.working.clone()  # version 0
         try:
             with self._installed():
-                micro_batch = arguments.micro_batches(_computed, micro_batches_per_call(self.options))(0)
+                micro_batch = arguments.micro_batches(_computed, micro_batches_per_call(
+                    self.options))(0)
                 self.trace = self._traced(micro_batch)
                 _trace.check_reassigned(self.model, self.slots)
             changed = [w for w in buffers if w.working._version != 0]
@@ -168,18 +196,22 @@ class Device:
         if changed and self.options.replication_factor > 1:
             _checks.buffers(self.options)
             for weight in changed:
-                weight.replicas = [weight.working, *(weight.working.clone() for _ in range(self.options.replication_factor - 1))]
+                weight.replicas = [
+                    weight.working,
+                    *(weight.working.clone() for _ in range(self.options.replication_factor - 1))]
             self.replicated = [slot for slot in self.slots if len(slot[2].replicas) > 1]
 
     def _traced(self, micro_batch) -> _trace.Trace:
         casts = _trace.HalfCasts(half_type())
         with casts:
-            trace = _trace.run(self.model, micro_batch, self.options._execution_strategy, self.training)
+            trace = _trace.run(self.model, micro_batch, self.options._execution_strategy,
+                               self.training)
         if casts.needed:
             self.casts = lambda: casts
         return trace
 
-    # ---- weights and optimizer -------------------------------------------------------------------------------------
+    # ---- weights and optimizer
+    # -------------------------------------------------------------------------------------
 
     def upload(self, only: Optional[List[str]] = None) -> None:
         """All weights, or those named, from the host to the device."""
@@ -197,9 +229,12 @@ class Device:
                 weight.download()
 
     def set_optimizer(self, settings: Dict[str, Any], groups: List[list]) -> None:
-        """Take the numbers of an optimizer; `groups` are its parameters, which choose the weights the first time."""
+        """Take the numbers of an optimizer; `groups` are its parameters, which choose the weights
+        the first time.
+        """
         if not self.trained:
-            self.trained = [(self.weights[id(p)], i) for i, group in enumerate(groups) for p in group if id(p) in self.weights]
+            self.trained = [(self.weights[id(p)], i) for i, group in enumerate(groups)
+                            for p in group if id(p) in self.weights]
             self.state = {w.name: _formulas.new_state(settings, w.value) for w, _ in self.trained}
         for i, group in enumerate(settings["groups"]):
             logger.debug("Updating group %d optimizer: %s %s", i, settings["kind"], group)
@@ -207,26 +242,36 @@ class Device:
         self.hyper = {w.name: dict(settings["groups"][i]) for w, i in self.trained}
 
     def read_state(self) -> Dict[str, Dict[str, torch.Tensor]]:
-        """The optimizer's state on the device, in PopTorch's form. Master___NAME is a float16 weight's float32 value."""
+        """The optimizer's state on the device, in PopTorch's form. Master___NAME is a float16
+        weight's float32 value.
+        """
         logger.debug("Writing optimiser state tensors from IPU to host.")
-        state = {f"{slot}___{w.name}": self.state[w.name][slot].clone() for w, _ in self.trained for slot in self.state[w.name]}
+        state = {
+            f"{slot}___{w.name}": self.state[w.name][slot].clone() for w, _ in self.trained
+            for slot in self.state[w.name]}
         state.update({f"Master___{w.name}": w.value.clone() for w, _ in self.trained if w.has_copy})
-        return {"ipu_state": state, "ipu_param": _hyperparameters.parameters(self.settings, self.hyper)}
+        return {
+            "ipu_state": state, "ipu_param": _hyperparameters.parameters(self.settings, self.hyper)}
 
     def write_state(self, state: Dict[str, Dict[str, torch.Tensor]]) -> None:
-        """Take what read_state() gave, or a part of it. A master that is not its weight any more is not taken."""
+        """Take what read_state() gave, or a part of it. A master that is not its weight any more is
+        not taken.
+        """
         logger.debug("Writing optimiser state tensors from host to IPU memory")
         for weight, _ in self.trained:
             for slot, tensor in self.state[weight.name].items():
                 tensor.copy_(state["ipu_state"].get(f"{slot}___{weight.name}", tensor))
             master = state["ipu_state"].get(f"Master___{weight.name}")
-            if weight.has_copy and master is not None and torch.equal(master.half(), weight.value.half()):
+            if weight.has_copy and master is not None and torch.equal(master.half(),
+                                                                      weight.value.half()):
                 weight.value.copy_(master)
                 weight.refresh()
-        self.settings = _hyperparameters.set_parameters(self.settings, self.hyper, state["ipu_param"])
+        self.settings = _hyperparameters.set_parameters(self.settings, self.hyper,
+                                                        state["ipu_param"])
 
     def _update_weights(self) -> None:
-        ready = [(w, g) for w, g in ((w, w.take_gradient()) for w, _ in self.trained) if g is not None]
+        ready = [
+            (w, g) for w, g in ((w, w.take_gradient()) for w, _ in self.trained) if g is not None]
         if not ready:
             return
         with torch.no_grad():
@@ -234,15 +279,18 @@ class Device:
                 _formulas.clip([g for _, g in ready], self.settings["max_grad_norm"])
             groups: Dict[tuple, list] = {}
             for weight, gradient in ready:
-                groups.setdefault(tuple(self.hyper[weight.name].items()), []).append((weight, gradient))
+                groups.setdefault(tuple(self.hyper[weight.name].items()), []).append(
+                    (weight, gradient))
             for hyper, members in groups.items():
-                _formulas.apply(self.settings, dict(hyper), [w.value for w, _ in members], [g for _, g in members],
-                              [self.state[w.name] for w, _ in members])
+                _formulas.apply(self.settings, dict(hyper), [w.value for w, _ in members],
+                                [g for _, g in members], [self.state[w.name] for w, _ in members])
             for weight, _ in ready:
                 weight.refresh()
 
     def trainer(self) -> Any:
-        """The executor that trains these weights, if there is one: it has marked the host's tensors."""
+        """The executor that trains these weights, if there is one: it has marked the host's
+        tensors.
+        """
         host = next((w.host for w in self.weights.values()), None)
         executor = getattr(host, "__dict__", {}).get("_executor", lambda: None)()
         return None if self.training else executor
@@ -254,27 +302,34 @@ class Device:
     def set_rng(self, state: List[int]) -> None:
         """The reverse of get_rng; a list with the seed alone starts from that seed."""
         self.seed = state[0]
-        self.rng = torch.tensor(state[1:], dtype=torch.int64).view(torch.uint8) if state[1:] else seeded(self.seed)
+        self.rng = torch.tensor(state[1:], dtype=torch.int64).view(
+            torch.uint8) if state[1:] else seeded(self.seed)
 
-    # ---- running ---------------------------------------------------------------------------------------------------
+    # ---- running
+    # ---------------------------------------------------------------------------------------------------
 
     def run(self, arguments) -> List[torch.Tensor]:
-        """One call: all micro-batches and updates of a combined batch. Returns the outputs that the output mode keeps."""
+        """One call: all micro-batches and updates of a combined batch. Returns the outputs that the
+        output mode keeps.
+        """
         options = self.options
         accumulation, replicas = options.Training.gradient_accumulation, options.replication_factor
         groups, group_of = input_groups(options)
         synthetic = options._Popart.options.get("syntheticDataMode", 0)
-        micro_batch = arguments.micro_batches(_synthetic if synthetic else _computed, micro_batches_per_call(options))
+        micro_batch = arguments.micro_batches(_synthetic if synthetic else _computed,
+                                              micro_batches_per_call(options))
         outputs = Outputs(options.output_mode, options.output_return_period)
         for weight, _ in self.trained:
             weight.take_gradient()  # of a call that was interrupted
-        with self._installed(), torch.set_grad_enabled(self.training), self.casts(), self._anchoring() as anchors:
+        with self._installed(), torch.set_grad_enabled(
+                self.training), self.casts(), self._anchoring() as anchors:
             for iteration in range(options.device_iterations):
                 for step in range(accumulation):
                     for replica in range(replicas):
                         for container, key, weight in self.replicated:
                             container[key] = weight.replicas[replica]
-                        args, kwargs = micro_batch((iteration * accumulation + step) * groups + group_of(replica))
+                        args, kwargs = micro_batch((iteration * accumulation + step) * groups +
+                                                   group_of(replica))
                         outputs.add(iteration, replica, self._run_micro_batch(args, kwargs))
                         if anchors:
                             anchors.add(iteration, replica)
@@ -283,7 +338,9 @@ class Device:
         return outputs.joined()
 
     def _anchoring(self) -> ContextManager[Optional[Anchors]]:
-        """Collects anchored gradients: each micro-batch's own, of the scaled loss, as they are on a device."""
+        """Collects anchored gradients: each micro-batch's own, of the scaled loss, as they are on a
+        device.
+        """
         if not self.anchors:
             return contextlib.nullcontext()
         return self.anchors.collecting(self.settings["loss_scaling"] / self.gradient_scale)
@@ -305,8 +362,10 @@ class Device:
 
     @property
     def gradient_scale(self) -> float:
-        """What a micro-batch's gradient counts in its update. Loss scaling multiplies it on the device and is divided out in
-        the optimizer, to keep float16 gradients in range; float32 and bfloat16 gradients are always in range."""
+        """What a micro-batch's gradient counts in its update. Loss scaling multiplies it on the
+        device and is divided out in the optimizer, to keep float16 gradients in range; float32 and
+        bfloat16 gradients are always in range.
+        """
         training = self.options.Training
         if training.accumulation_and_replication_reduction_type == enums.ReductionType.Sum:
             return 1.0
@@ -314,8 +373,10 @@ class Device:
 
 
 def _add(total: torch.Tensor, part: torch.Tensor) -> None:
-    """total += part, which is of another type. In pieces: PyTorch converts what it adds into a new tensor, and one as large as an
-    embedding's gradient takes five times as long to come from memory as from the cache (measured, 50,265 x 768)."""
+    """total += part, which is of another type. In pieces: PyTorch converts what it adds into a new
+    tensor, and one as large as an embedding's gradient takes five times as long to come from memory
+    as from the cache (measured, 50,265 x 768).
+    """
     rows = max(1, PIECE * len(part) // part.numel()) if part.numel() > PIECE else 0
     for piece, of in zip(total.split(rows), part.split(rows)) if rows else [(total, part)]:
         piece.add_(of)
@@ -327,7 +388,9 @@ def seeded(seed: int) -> torch.Tensor:
 
 
 def input_groups(options) -> tuple:
-    """(number of groups of replicas with an input of their own, function from replica to its group)."""
+    """(number of groups of replicas with an input of their own, function from replica to its
+    group).
+    """
     size, groups = options.input_group_size, options.replication_factor // options.input_group_size
     if options.input_cgt == enums.CommGroupType.Orthogonal:
         return groups, lambda replica: replica % groups
@@ -336,8 +399,10 @@ def input_groups(options) -> tuple:
 
 def micro_batches_per_call(options) -> int:
     """Micro-batches in the combined batch of one call."""
-    return options.device_iterations * options.Training.gradient_accumulation * input_groups(options)[0]
+    return options.device_iterations * options.Training.gradient_accumulation * input_groups(
+        options)[0]
 
 
 def _synthetic(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.randn_like(_computed(tensor)) if tensor.is_floating_point() else torch.zeros_like(tensor)
+    return torch.randn_like(
+        _computed(tensor)) if tensor.is_floating_point() else torch.zeros_like(tensor)

@@ -19,7 +19,9 @@ class UnrecoverableError(Error):
 
 
 class NotOffered(Error, AttributeError):
-    """A part of PopTorch that poptorch_host leaves out. An AttributeError too, so that hasattr() says no."""
+    """A part of PopTorch that poptorch_host leaves out. An AttributeError too, so that hasattr()
+    says no.
+    """
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"poptorch.{name} is not offered by poptorch_host: {reason}")

@@ -1,6 +1,8 @@
-"""PopTorch's optimizers as formulas over lists of float32 tensors: the weight update that a device makes.
+"""PopTorch's optimizers as formulas over lists of float32 tensors: the weight update that a device
+makes.
 
-Where PyTorch has a fused kernel for the CPU, that kernel runs; elsewhere the same formula runs tensor by tensor.
+Where PyTorch has a fused kernel for the CPU, that kernel runs; elsewhere the same formula runs
+tensor by tensor.
 """
 from __future__ import annotations
 
@@ -9,16 +11,22 @@ from typing import Any, Dict, List
 
 import torch
 
-STATE = {"SGD": ("Accl1",), "Adam": ("Accl1", "Accl2", "Step"), "AdamW": ("Accl1", "Accl2", "Step"),
-         "LAMB": ("Accl1", "Accl2", "Step"), "RMSprop": ("Accl1", "Accl3")}  # and Accl2 if it is centered
-FUSED = "fused" in inspect.signature(torch.optim.AdamW.__init__).parameters and int(torch.__version__.split(".")[1]) >= 4
+STATE = {
+    "SGD": ("Accl1", ), "Adam": ("Accl1", "Accl2", "Step"), "AdamW": ("Accl1", "Accl2", "Step"),
+    "LAMB": ("Accl1", "Accl2", "Step"),
+    "RMSprop": ("Accl1", "Accl3")}  # and Accl2 if it is centered
+FUSED = "fused" in inspect.signature(torch.optim.AdamW.__init__).parameters and int(
+    torch.__version__.split(".")[1]) >= 4
 
 
 def new_state(settings: Dict[str, Any], weight: torch.Tensor) -> Dict[str, torch.Tensor]:
     """The optimizer state of one weight before its first update."""
     kind = settings["kind"]
-    names = STATE[kind] + (("Accl2",) if any(group.get("centered") for group in settings["groups"]) else ())
-    state = {name: torch.zeros((), dtype=torch.float32) if name == "Step" else torch.zeros_like(weight) for name in names}
+    names = STATE[kind] + (
+        ("Accl2", ) if any(group.get("centered") for group in settings["groups"]) else ())
+    state = {
+        name: torch.zeros((), dtype=torch.float32) if name == "Step" else torch.zeros_like(weight)
+        for name in names}
     if kind == "RMSprop" and settings["use_tf_variant"]:
         state["Accl1"].fill_(1.0)
     return state
@@ -31,8 +39,8 @@ def clip(gradients: List[torch.Tensor], max_norm: float) -> None:
         torch._foreach_mul_(gradients, float(max_norm / norm))
 
 
-def apply(settings: Dict[str, Any], hyper: Dict[str, Any], weights: List[torch.Tensor], gradients: List[torch.Tensor],
-          states: List[Dict[str, torch.Tensor]]) -> None:
+def apply(settings: Dict[str, Any], hyper: Dict[str, Any], weights: List[torch.Tensor],
+          gradients: List[torch.Tensor], states: List[Dict[str, torch.Tensor]]) -> None:
     """Update `weights` (float32) and `states` in place; `hyper` are the numbers of their group."""
     if not weights:
         return
@@ -47,17 +55,20 @@ def _sgd(weights, gradients, state, hyper, numbers):
         velocity = state["Accl1"]
         torch._foreach_mul_(velocity, hyper["momentum"])
         torch._foreach_add_(velocity, gradients, alpha=1 - hyper["dampening"])
-        gradients = torch._foreach_add(gradients, velocity, alpha=hyper["momentum"]) if hyper["nesterov"] else velocity
+        gradients = torch._foreach_add(gradients, velocity,
+                                       alpha=hyper["momentum"]) if hyper["nesterov"] else velocity
     torch._foreach_add_(weights, gradients, alpha=-hyper["lr"])
 
 
-def _adam(weights, gradients, state, hyper, numbers, fused=FUSED and getattr(torch, "_fused_adam_", None), decoupled=False):
+def _adam(weights, gradients, state, hyper, numbers, fused=FUSED and
+          getattr(torch, "_fused_adam_", None), decoupled=False):
     (beta1, beta2), decay, rate = hyper["betas"], hyper["weight_decay"], hyper["lr"]
     torch._foreach_add_(state["Step"], 1)
-    steps = state["Step"] if numbers["bias_correction"] else [torch.tensor(float("inf"))] * len(weights)  # beta ** inf is 0
+    steps = state["Step"] if numbers["bias_correction"] else [torch.tensor(float("inf"))] * len(
+        weights)  # beta ** inf is 0
     if fused:
-        fused(weights, gradients, state["Accl1"], state["Accl2"], [], steps, lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay,
-              eps=hyper["eps"], amsgrad=False, maximize=False)
+        fused(weights, gradients, state["Accl1"], state["Accl2"], [], steps, lr=rate, beta1=beta1,
+              beta2=beta2, weight_decay=decay, eps=hyper["eps"], amsgrad=False, maximize=False)
         return
     for w, g, m, v, step in zip(weights, gradients, state["Accl1"], state["Accl2"], steps):
         if decay and decoupled:
@@ -71,7 +82,8 @@ def _adam(weights, gradients, state, hyper, numbers, fused=FUSED and getattr(tor
 
 
 def _adamw(weights, gradients, state, hyper, numbers):
-    _adam(weights, gradients, state, hyper, numbers, FUSED and getattr(torch, "_fused_adamw_", None), decoupled=True)
+    _adam(weights, gradients, state, hyper, numbers, FUSED and
+          getattr(torch, "_fused_adamw_", None), decoupled=True)
 
 
 def _lamb(weights, gradients, state, hyper, numbers):
@@ -83,7 +95,8 @@ def _lamb(weights, gradients, state, hyper, numbers):
         step = step if numbers["bias_correction"] else torch.tensor(float("inf"))
         root = (v / (1 - torch.pow(beta2, step))).sqrt_().add_(hyper["eps"])
         change = (m / (1 - torch.pow(beta1, step))).div_(root).add_(w, alpha=hyper["weight_decay"])
-        weight_norm, change_norm = float(w.norm().clamp(max=hyper["max_weight_norm"])), float(change.norm())
+        weight_norm, change_norm = float(w.norm().clamp(max=hyper["max_weight_norm"])), float(
+            change.norm())
         trust = weight_norm / change_norm if weight_norm and change_norm else 1.0
         w.add_(change, alpha=-hyper["lr"] * trust)
 
@@ -91,7 +104,8 @@ def _lamb(weights, gradients, state, hyper, numbers):
 def _rmsprop(weights, gradients, state, hyper, numbers):
     tf, rate, momentum = numbers["use_tf_variant"], hyper["lr"], hyper["momentum"]
     means = state.get("Accl2", [None] * len(weights))
-    for w, g, square, velocity, mean in zip(weights, gradients, state["Accl1"], state["Accl3"], means):
+    for w, g, square, velocity, mean in zip(weights, gradients, state["Accl1"], state["Accl3"],
+                                            means):
         g = g.add(w, alpha=hyper["weight_decay"])
         square.mul_(hyper["alpha"]).addcmul_(g, g, value=1 - hyper["alpha"])
         variance = square

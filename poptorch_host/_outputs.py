@@ -7,11 +7,15 @@ import torch
 
 from . import enums
 
-OUTPUT_TYPES = {torch.bfloat16: torch.float16, torch.int64: torch.int32, torch.float64: torch.float32}  # PopTorch has no 64 bits
+OUTPUT_TYPES = {
+    torch.bfloat16: torch.float16, torch.int64: torch.int32,
+    torch.float64: torch.float32}  # PopTorch has no 64 bits
 
 
 class Outputs:
-    """Collects the tensors of micro-batches. `mode` is not Default; `period` counts device iterations, for EveryN."""
+    """Collects the tensors of micro-batches. `mode` is not Default; `period` counts device
+    iterations, for EveryN.
+    """
 
     def __init__(self, mode: int, period: int):
         self.mode, self.period = mode, period
@@ -28,10 +32,13 @@ class Outputs:
             self.kept.append(tensors)
 
     def joined(self) -> List[torch.Tensor]:
-        """One new tensor for each output: micro-batches one after the other along dimension 0; a lone scalar stays one."""
+        """One new tensor for each output: micro-batches one after the other along dimension 0; a
+        lone scalar stays one.
+        """
         kept = list(self.kept.values()) if isinstance(self.kept, dict) else self.kept
         joined = []
         for column in zip(*kept):
-            out = column[0].clone() if len(column) == 1 else torch.cat([t.reshape(1) if t.dim() == 0 else t for t in column])
+            out = column[0].clone() if len(column) == 1 else torch.cat([
+                t.reshape(1) if t.dim() == 0 else t for t in column])
             joined.append(out.to(OUTPUT_TYPES.get(out.dtype, out.dtype)))
         return joined

@@ -1,7 +1,9 @@
-"""PoplarExecutor: what trainingModel() and inferenceModel() return. It keeps host and device in step as PopTorch does.
+"""PoplarExecutor: what trainingModel() and inferenceModel() return. It keeps host and device in
+step as PopTorch does.
 
-Weights go to the device when the model is compiled or attached, and on copyWeightsToDevice(). They come back when they are read
-(see _user_model.py), on copyWeightsToHost(), and when the device is given up.
+Weights go to the device when the model is compiled or attached, and on copyWeightsToDevice(). They
+come back when they are read (see _user_model.py), on copyWeightsToHost(), and when the device is
+given up.
 """
 from __future__ import annotations
 
@@ -15,17 +17,15 @@ import torch
 from . import _checks, _hyperparameters, _structure, _user_model, enums, optim, profiling
 from ._arguments import Parser
 from ._device import Device, micro_batches_per_call
+from ._errors import Error, NotOffered
 from ._logging import logger
 from .options import Options
-from ._errors import Error, NotOffered
 
 NOT_COMPILED = "Model has not been compiled or has been destroyed."
 EXECUTABLE = "a host has no executable to keep, and a model is pickled code; save model.state_dict() and optimizer.state_dict()"
 NOT_OFFERED_METHODS = {
-    **dict.fromkeys(("save", "compileAndExport", "loadExecutable"), EXECUTABLE),
-    "getTensorNames": "it names tensors of PopART's graph",
-    **dict.fromkeys(("getPerfCounters", "getHostIpuLatency", "getComputeLatency", "getIpuHostLatency", "getLatency"),
-                    "it times transfers between host and IPU"),
+    **dict.fromkeys(("save", "compileAndExport", "loadExecutable"), EXECUTABLE), "getTensorNames": "it names tensors of PopART's graph",
+    **dict.fromkeys(("getPerfCounters", "getHostIpuLatency", "getComputeLatency", "getIpuHostLatency", "getLatency"), "it times transfers between host and IPU"),
 }
 OFFLINE = "Trying to {} an offline device (ConnectionType.Never)"
 
@@ -36,10 +36,12 @@ class PoplarExecutor:
     _precompile_hooks: Dict[int, Callable] = collections.OrderedDict()
     _postcompile_hooks: Dict[int, Callable] = collections.OrderedDict()
 
-    def __init__(self, model: torch.nn.Module, options: Optional[Options], training: bool, poptorch_version: str,
-                 optimizer: Optional[torch.optim.Optimizer] = None, user_model: Optional[torch.nn.Module] = None):
+    def __init__(self, model: torch.nn.Module, options: Optional[Options], training: bool,
+                 poptorch_version: str, optimizer: Optional[torch.optim.Optimizer] = None,
+                 user_model: Optional[torch.nn.Module] = None):
         if options and not isinstance(options, Options):
-            raise Error(f"Invalid type: 'options' is of type {type(options)} (Expected poptorch.Options)")
+            raise Error(
+                f"Invalid type: 'options' is of type {type(options)} (Expected poptorch.Options)")
         if options:
             options._freeze()
         options = options.clone() if options else Options()
@@ -58,14 +60,17 @@ class PoplarExecutor:
         self._settings: Dict[str, Any] = {}
         self._optimizer = None
         self._check_attributes = _hyperparameters.AttributeCheck(options._relax_optimizer_checks)
-        self._profiling = profiling.Channel("poptorch.trainingModel" if training else "poptorch.inferenceModel")
-        self._profiling.instrument(self, "copyWeightsToHost", "copyWeightsToDevice", "setOptimizer", "compile", "destroy")
+        self._profiling = profiling.Channel(
+            "poptorch.trainingModel" if training else "poptorch.inferenceModel")
+        self._profiling.instrument(self, "copyWeightsToHost", "copyWeightsToDevice", "setOptimizer",
+                                   "compile", "destroy")
         if training:
             _user_model.watch(self._user_model, self)
             self.setOptimizer(optimizer or optim.SGD(self._user_model.parameters(), lr=0.01))
         options._freeze()
 
-    # ---- the user's model ------------------------------------------------------------------------------------------
+    # ---- the user's model
+    # ------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> torch.nn.Module:
@@ -88,7 +93,9 @@ class PoplarExecutor:
         return _user_model.module_repr(self._user_model)
 
     def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
-        """load_state_dict() of the user's model, and the new weights go to the device. Returns what PyTorch returns."""
+        """load_state_dict() of the user's model, and the new weights go to the device. Returns what
+        PyTorch returns.
+        """
         out = self._user_model.load_state_dict(state_dict, strict)
         if self.isAttachedToDevice():
             self.copyWeightsToDevice()
@@ -116,20 +123,26 @@ class PoplarExecutor:
         self._device.upload()
 
     def copyNamedBuffersToDevice(self) -> None:
-        """Send the buffers named by Options.updatableNamedBuffers to the device. Error if there are none."""
+        """Send the buffers named by Options.updatableNamedBuffers to the device. Error if there are
+        none.
+        """
         self._require_compiled()
         names = self._options._Popart.options.get("updatableNamedBuffers")
         if names is None:
             raise Error("No named buffers marked as updatable via updatableNamedBuffers option")
         self._device.upload(only=names)
 
-    # ---- optimizer -------------------------------------------------------------------------------------------------
+    # ---- optimizer
+    # -------------------------------------------------------------------------------------------------
 
     def setOptimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Train with the numbers that `optimizer` has now. Error if a constant has changed since the model was compiled."""
+        """Train with the numbers that `optimizer` has now. Error if a constant has changed since
+        the model was compiled.
+        """
         if optimizer is not self._optimizer:
             self._change_optimizer(optimizer)
-        if self._options._Popart.options.get("automaticLossScalingSettings.enabled") and isinstance(optimizer, optim.Optimizer):
+        if self._options._Popart.options.get("automaticLossScalingSettings.enabled") and isinstance(
+                optimizer, optim.Optimizer):
             optimizer.variable_attrs.markAsVariable("loss_scaling")  # a device changes it
         settings = optim.snapshot(optimizer)
         _checks.accumulation_type(optimizer, self._options, self.isCompiled())
@@ -173,10 +186,13 @@ class PoplarExecutor:
                 self._device.write_state(optimizer._state_dict)
             optimizer.ipu_state_is_dirty = False
 
-    # ---- compile, attach, run --------------------------------------------------------------------------------------
+    # ---- compile, attach, run
+    # --------------------------------------------------------------------------------------
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model for arguments like these, and attach to the device unless the options say never to."""
+        """Compile the model for arguments like these, and attach to the device unless the options
+        say never to.
+        """
         if self.isCompiled():
             logger.warning("Call to compile() ignored: the executable is already compiled")
             return
@@ -189,11 +205,15 @@ class PoplarExecutor:
         try:
             _checks.options(self._options)
             arguments.check_batch(self._options, micro_batches_per_call(self._options))
-            seed = self._options.random_seed if self._options.exists("random_seed") else torch.initial_seed()
+            seed = self._options.random_seed if self._options.exists(
+                "random_seed") else torch.initial_seed()
             device = Device(self._model, self._options, self._training, seed)
-            unknown = set(self._options._Popart.options.get("updatableNamedBuffers", [])) - {w.name for w in device.weights.values()}
+            unknown = set(self._options._Popart.options.get("updatableNamedBuffers", [])) - {
+                w.name for w in device.weights.values()}
             if unknown:
-                raise Error(f"updatableNamedBuffers names buffers that the model does not have: {sorted(unknown)}")
+                raise Error(
+                    f"updatableNamedBuffers names buffers that the model does not have: {sorted(unknown)}"
+                )
             device.compile(arguments)
             _checks.pipeline(device.trace.recorder, self._options, self._training)
         finally:
@@ -230,13 +250,16 @@ class PoplarExecutor:
     def attachToDevice(self) -> None:
         """Attach again after detachFromDevice(). Error if attached, or not compiled."""
         self._require_compiled()
-        assert self._options.connection_type != enums.ConnectionType.Never, OFFLINE.format("attach to")
+        assert self._options.connection_type != enums.ConnectionType.Never, OFFLINE.format(
+            "attach to")
         if self._device.attached:
             raise Error("Device is already attached")
         self._attach()
 
     def detachFromDevice(self) -> None:
-        """Fetch weights, optimizer state and random state, and free the device. Error if not attached."""
+        """Fetch weights, optimizer state and random state, and free the device. Error if not
+        attached.
+        """
         self._require_compiled()
         if not self._device.attached:
             raise Error("Device is not attached")
@@ -247,7 +270,9 @@ class PoplarExecutor:
         self._device.attached = False
 
     def destroy(self) -> None:
-        """Fetch weights and optimizer state and give the device up; the user's model is plain PyTorch again."""
+        """Fetch weights and optimizer state and give the device up; the user's model is plain
+        PyTorch again.
+        """
         if not self.isCompiled():
             return
         if self._training:
@@ -257,10 +282,13 @@ class PoplarExecutor:
         self._device = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model over a combined batch, compiling it first if need be. Returns the model's own structure with the
-        outputs of the micro-batches that the output mode keeps, one after the other along dimension 0."""
+        """Run the model over a combined batch, compiling it first if need be. Returns the model's
+        own structure with the outputs of the micro-batches that the output mode keeps, one after
+        the other along dimension 0.
+        """
         assert self._options.connection_type != enums.ConnectionType.Never, (
-            "Trying to run a model on an offline device (ConnectionType.Never): use model.compile(inputs) instead of model(inputs)")
+            "Trying to run a model on an offline device (ConnectionType.Never): use model.compile(inputs) instead of model(inputs)"
+        )
         arguments = self._parser(args, kwargs)
         if not self.isCompiled():
             self._compile(arguments)
@@ -282,9 +310,11 @@ class PoplarExecutor:
         return _structure.rebuild(self._device.trace.outputs, iter(outputs))
 
     def getAnchoredTensor(self, short_name: str) -> torch.Tensor:
-        """What Options.anchorTensor() kept of the last call under this name: each micro-batch's gradient, times the loss
-        scaling, micro-batches along dimension 0 as the anchor's output mode says. float32, also of a float16 parameter, so
-        that it is finite where the host's update is. AssertionError for a name that is no anchor, or before the first call."""
+        """What Options.anchorTensor() kept of the last call under this name: each micro-batch's
+        gradient, times the loss scaling, micro-batches along dimension 0 as the anchor's output
+        mode says. float32, also of a float16 parameter, so that it is finite where the host's
+        update is. AssertionError for a name that is no anchor, or before the first call.
+        """
         assert short_name in self._anchored, f"No tensor with name {short_name} found."
         return self._anchored[short_name]
 
@@ -311,7 +341,9 @@ class PoplarExecutor:
         self._device.set_rng(self._rng_state)
 
     def compilationTime(self) -> datetime.timedelta:
-        """How long the compilation took. Error if there was none, or without Options.showCompilationProgressBar."""
+        """How long the compilation took. Error if there was none, or without
+        Options.showCompilationProgressBar.
+        """
         if not self.isCompiled():
             raise Error("Please compile the model before obtaining compilation time.")
         if not self._options._show_compilation_progress_bar:
@@ -321,7 +353,9 @@ class PoplarExecutor:
     def cycleCount(self) -> int:
         """IPU cycles of the last run: there are none, so always Error."""
         if not self._options._Popart.options["instrumentWithHardwareCycleCounter"]:
-            raise Error("Cycle count logging is disabled. Please set option logCycleCount to True to enable.")
+            raise Error(
+                "Cycle count logging is disabled. Please set option logCycleCount to True to enable."
+            )
         if not self.isCompiled():
             raise Error("Please run the model at least once before obtaining cycle count.")
         raise NotOffered("PoplarExecutor.cycleCount", "a host has no IPU cycles to count")
@@ -332,9 +366,10 @@ class PoplarExecutor:
 
 
 def _refuse_backward():
-    raise Error("backward() cannot be called explicitly on outputs of a PopTorch model. If you're using a trainingModel, the backwards "
-                "pass is performed automatically when invoking the model. If you're using an inferenceModel, you should use a "
-                "trainingModel instead.")
+    raise Error(
+        "backward() cannot be called explicitly on outputs of a PopTorch model. If you're using a trainingModel, the backwards "
+        "pass is performed automatically when invoking the model. If you're using an inferenceModel, you should use a "
+        "trainingModel instead.")
 
 
 def _register(hooks, hook, when):
@@ -346,10 +381,14 @@ def _register(hooks, hook, when):
 
 
 def registerPreCompileHook(hook: Callable) -> torch.utils.hooks.RemovableHandle:
-    """Call `hook()` before each compilation. Returns a handle whose remove() ends that; RuntimeError if not callable."""
+    """Call `hook()` before each compilation. Returns a handle whose remove() ends that;
+    RuntimeError if not callable.
+    """
     return _register(PoplarExecutor._precompile_hooks, hook, "Pre")
 
 
 def registerPostCompileHook(hook: Callable) -> torch.utils.hooks.RemovableHandle:
-    """Call `hook()` after each compilation. Returns a handle whose remove() ends that; RuntimeError if not callable."""
+    """Call `hook()` after each compilation. Returns a handle whose remove() ends that; RuntimeError
+    if not callable.
+    """
     return _register(PoplarExecutor._postcompile_hooks, hook, "Post")

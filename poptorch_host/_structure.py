@@ -1,4 +1,6 @@
-"""Nested arguments and results: tensors in lists, tuples, dictionaries and types with a parser of their own."""
+"""Nested arguments and results: tensors in lists, tuples, dictionaries and types with a parser of
+their own.
+"""
 from __future__ import annotations
 
 import abc
@@ -20,7 +22,9 @@ class ICustomArgParser(abc.ABC):
 
     @abc.abstractmethod
     def reconstruct(self, original_structure: Any, tensor_iterator: Iterator[torch.Tensor]) -> Any:
-        """A new object like `original_structure`, with tensors from `tensor_iterator` in the order of yieldTensors."""
+        """A new object like `original_structure`, with tensors from `tensor_iterator` in the order
+        of yieldTensors.
+        """
 
 
 def registerCustomArgParser(arg_data_type: Type, arg_parser: Optional[ICustomArgParser]) -> None:
@@ -35,7 +39,8 @@ def registerCustomArgParser(arg_data_type: Type, arg_parser: Optional[ICustomArg
 
 def parser_of(value: Any) -> Optional[ICustomArgParser]:
     """The parser registered for the type of `value` or for a class it comes from."""
-    return next((_parsers[kind] for kind in type(value).__mro__ if kind in _parsers), None) if _parsers else None
+    return next((_parsers[kind]
+                 for kind in type(value).__mro__ if kind in _parsers), None) if _parsers else None
 
 
 def flatten(value: Any) -> List[torch.Tensor]:

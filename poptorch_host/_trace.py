@@ -1,6 +1,8 @@
-"""One forward pass watched closely, when a model is compiled: what PopTorch's compiler would refuse is refused here.
+"""One forward pass watched closely, when a model is compiled: what PopTorch's compiler would refuse
+is refused here.
 
-The trace learns which tensor is the loss, what the outputs look like, and which blocks the model has.
+The trace learns which tensor is the loss, what the outputs look like, and which blocks the model
+has.
 """
 from __future__ import annotations
 
@@ -11,19 +13,24 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import blocks, ops
-from ._structure import flatten, map_tensors
 from ._errors import Error
+from ._structure import flatten, map_tensors
 
-LOSSES = {"l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss", "nll_loss", "nll_loss_nd", "cross_entropy", "kl_div", "poisson_nll_loss",
-          "binary_cross_entropy", "binary_cross_entropy_with_logits", "hinge_embedding_loss", "soft_margin_loss", "ctc_loss",
-          "cosine_embedding_loss", "margin_ranking_loss", "triplet_margin_loss", "multi_margin_loss", "gaussian_nll_loss",
-          "multilabel_margin_loss", "multilabel_soft_margin_loss", "triplet_margin_with_distance_loss"}
+LOSSES = {
+    "l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss", "nll_loss", "nll_loss_nd",
+    "cross_entropy", "kl_div", "poisson_nll_loss", "binary_cross_entropy",
+    "binary_cross_entropy_with_logits", "hinge_embedding_loss", "soft_margin_loss", "ctc_loss",
+    "cosine_embedding_loss", "margin_ranking_loss", "triplet_margin_loss", "multi_margin_loss",
+    "gaussian_nll_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss",
+    "triplet_margin_with_distance_loss"}
 WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d"}
-FREE = {"detach", "alias", "_to_copy", "lift_fresh", "clone"}  # not operations of their own on a device
+FREE = {"detach", "alias", "_to_copy", "lift_fresh",
+        "clone"}  # not operations of their own on a device
 
 
 class LossFinder(TorchFunctionMode):
-    """Appends the result of every torch loss function to ops.marked_losses, as identity_loss does."""
+    """Appends the result of every torch loss function to ops.marked_losses, as identity_loss does.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -35,9 +42,10 @@ class LossFinder(TorchFunctionMode):
 class HalfCasts(TorchFunctionMode):
     """What PopTorch does with float16 inside a model, `half` standing for float16 on the host.
 
-    A float16 tensor that the model itself asks for gets the type `half`. Where torch refuses `half`, or a mixture of it and
-    float32, the weights of a linear or convolution take the type of their input, and other arguments become float32. `needed`
-    tells after a forward pass whether the model has any of this.
+    A float16 tensor that the model itself asks for gets the type `half`. Where torch refuses
+    `half`, or a mixture of it and float32, the weights of a linear or convolution take the type of
+    their input, and other arguments become float32. `needed` tells after a forward pass whether the
+    model has any of this.
     """
 
     def __init__(self, half: torch.dtype):
@@ -51,7 +59,8 @@ class HalfCasts(TorchFunctionMode):
         if self.half not in kinds or self.half == torch.float32:
             return func(*args, **kwargs)
         mixed = torch.float32 in kinds
-        if name in self._refused or mixed and name in LOSSES:  # a loss of mixed types fails in its backward pass
+        # a loss of mixed types fails in its backward pass
+        if name in self._refused or mixed and name in LOSSES:
             return self._cast(func, name, mixed, args, kwargs)
         try:
             return func(*args, **kwargs)
@@ -64,9 +73,11 @@ class HalfCasts(TorchFunctionMode):
     def _cast(self, func, name, mixed, args, kwargs):
         self.needed = True
         kind = flatten([args, kwargs])[0].dtype if mixed and name in WEIGHTED else torch.float32
-        args, kwargs = map_tensors(lambda t: t.to(kind) if t.dtype in (self.half, torch.float32) else t, [args, kwargs])
+        args, kwargs = map_tensors(
+            lambda t: t.to(kind) if t.dtype in (self.half, torch.float32) else t, [args, kwargs])
         out = func(*args, **kwargs)
-        return out if mixed else map_tensors(lambda t: t.to(self.half) if t.dtype == torch.float32 else t, out)
+        return out if mixed else map_tensors(
+            lambda t: t.to(self.half) if t.dtype == torch.float32 else t, out)
 
     def _asking_for_half(self, func, args, kwargs):
         if getattr(func, "__name__", "") == "half":
@@ -83,22 +94,27 @@ class _BlockCheck(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if blocks.recorder.ipu is None and name not in FREE and any(isinstance(a, torch.Tensor) for a in args):
+        if blocks.recorder.ipu is None and name not in FREE and any(
+                isinstance(a, torch.Tensor) for a in args):
             raise Error(f"No active Block, all the ops must belong to a Block (aten::{name})")
         return func(*args, **(kwargs or {}))
 
 
 class Trace:
-    """What a trace has learned: `blocks`, `outputs` (the structure, its tensors with dtypes), and how to find the loss again."""
+    """What a trace has learned: `blocks`, `outputs` (the structure, its tensors with dtypes), and
+    how to find the loss again.
+    """
 
     def __init__(self, recorder: blocks.Recorder, outputs: Any):
         self.recorder, self.outputs = recorder, outputs
-        self.loss_index: Optional[int] = None   # index of the loss among the losses marked in a forward pass
-        self.needs_finder = False               # the loss is a torch loss, found only with a LossFinder
+        self.loss_index: Optional[
+            int] = None  # index of the loss among the losses marked in a forward pass
+        self.needs_finder = False  # the loss is a torch loss, found only with a LossFinder
 
 
 def run(model, args_and_kwargs, strategy, training: bool) -> Trace:
-    """Run `model` once and return what was learned. Error where PopTorch's compiler would give one."""
+    """Run `model` once and return what was learned. Error where PopTorch's compiler would give one.
+    """
     recorder = blocks.recorder = blocks.Recorder(strategy)
     try:
         ops.marked_losses = []
@@ -109,7 +125,8 @@ def run(model, args_and_kwargs, strategy, training: bool) -> Trace:
             found = ops.marked_losses
             final = _final_loss([loss for loss, _ in found])
             trace.needs_finder = not found[final][1]
-            trace.loss_index = final if trace.needs_finder else sum(identity for _, identity in found[:final])
+            trace.loss_index = final if trace.needs_finder else sum(
+                identity for _, identity in found[:final])
         return trace
     finally:
         blocks.recorder, ops.marked_losses = None, None
@@ -119,23 +136,31 @@ BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 
 
 def check_reassigned(model: torch.nn.Module, slots: List[tuple]) -> None:
-    """Error if the forward pass has removed a parameter or buffer, or replaced it by another tensor instead of copying into it."""
+    """Error if the forward pass has removed a parameter or buffer, or replaced it by another tensor
+    instead of copying into it.
+    """
     free = [module._buffers for module in model.modules() if isinstance(module, BATCH_NORMS)]
     for container, key, weight in slots:
         kind = "Parameter" if weight.is_parameter else "Buffer"
         if isinstance(container, dict) and key not in container:
-            raise Error(f"{kind} {weight.name} is removed from the model when calling the forward method.")
+            raise Error(
+                f"{kind} {weight.name} is removed from the model when calling the forward method.")
         if not any(container is other for other in free) and container[key] is not weight.working:
-            raise Error(f"{kind} {weight.name} is reassigned within the model when calling the forward method. This is not supported. "
-                        f"Consider using self.{weight.name}.copy_(src) to copy data from a source tensor, where src is the name of "
-                        "the source tensor.")
+            raise Error(
+                f"{kind} {weight.name} is reassigned within the model when calling the forward method. This is not supported. "
+                f"Consider using self.{weight.name}.copy_(src) to copy data from a source tensor, where src is the name of "
+                "the source tensor.")
 
 
 def _final_loss(losses: List[torch.Tensor]) -> int:
-    """Index of the loss that no other loss is computed from (PopTorch: RemoveSurplusIdentityLosses.cpp)."""
+    """Index of the loss that no other loss is computed from (PopTorch:
+    RemoveSurplusIdentityLosses.cpp).
+    """
     if not losses:
         raise Error("Couldn't find a loss in graph!")
-    final = [i for i, loss in enumerate(losses) if not any(_depends(other, loss) for other in losses if other is not loss)]
+    final = [
+        i for i, loss in enumerate(losses)
+        if not any(_depends(other, loss) for other in losses if other is not loss)]
     if len(final) != 1:
         raise Error("Multiple independent losses found in graph. Graph must have one final loss. "
                     "Wrap final graph loss in poptorch.identity_loss.")

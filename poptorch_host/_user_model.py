@@ -1,4 +1,6 @@
-"""The user's model while it is trained: reading one of its weights, in any PyTorch call, first fetches them all from the device."""
+"""The user's model while it is trained: reading one of its weights, in any PyTorch call, first
+fetches them all from the device.
+"""
 from __future__ import annotations
 
 import copy
@@ -12,7 +14,9 @@ from ._errors import NotOffered
 
 
 class _Watched:
-    """Mixed into the class of a user's tensor: any PyTorch call on it fetches the weights from the device if need be."""
+    """Mixed into the class of a user's tensor: any PyTorch call on it fetches the weights from the
+    device if need be.
+    """
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -32,7 +36,8 @@ class _Watched:
         self._fetch()
         with torch._C.DisableTorchFunctionSubclass():
             plain = self.detach()
-            return torch.nn.Parameter(plain, self.requires_grad) if isinstance(self, torch.nn.Parameter) else plain
+            return torch.nn.Parameter(plain, self.requires_grad) if isinstance(
+                self, torch.nn.Parameter) else plain
 
     def replicaGrouping(self, *args, **kwargs):
         """PopTorch's way to give groups of replicas weights of their own: always NotOffered."""
@@ -54,7 +59,9 @@ class WatchedBuffer(_Watched, torch.Tensor):
 
 
 def watch(model: torch.nn.Module, executor: Any) -> None:
-    """Let the model's weights notice when they are read. The model's class gets PopTorch's methods and name."""
+    """Let the model's weights notice when they are read. The model's class gets PopTorch's methods
+    and name.
+    """
     parent = weakref.ref(executor)
 
     class PoptorchModel(type(model)):
@@ -72,7 +79,8 @@ def watch(model: torch.nn.Module, executor: Any) -> None:
     PoptorchModel._is_poptorch_model = True
     model.__class__ = PoptorchModel
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.__class__ = WatchedParameter if isinstance(tensor, torch.nn.Parameter) else WatchedBuffer
+        tensor.__class__ = WatchedParameter if isinstance(tensor,
+                                                          torch.nn.Parameter) else WatchedBuffer
         tensor._executor = parent
 
 
@@ -82,7 +90,8 @@ def unwatch(model: torch.nn.Module) -> None:
         model.__class__ = type(model).__bases__[0]
     for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(tensor, _Watched):
-            tensor.__class__ = torch.nn.Parameter if isinstance(tensor, torch.nn.Parameter) else torch.Tensor
+            tensor.__class__ = torch.nn.Parameter if isinstance(
+                tensor, torch.nn.Parameter) else torch.Tensor
             del tensor._executor
 
 
@@ -101,7 +110,9 @@ def module_repr(module: torch.nn.Module) -> str:
     """repr() of a module that shows its blocks."""
     hooks = "".join(f"{hook!r} " for hook in module._forward_pre_hooks.values())
     lines = module.extra_repr().split("\n") if module.extra_repr() else []
-    children = [f"({name}): " + module_repr(child).replace("\n", "\n  ") for name, child in module._modules.items()]
+    children = [
+        f"({name}): " + module_repr(child).replace("\n", "\n  ")
+        for name, child in module._modules.items()]
     if not children and len(lines) <= 1:
         return f"{hooks}{module._get_name()}({''.join(lines)})"
     body = "".join(f"\n  {line}" for line in lines + children)

@@ -1,7 +1,7 @@
 """Blocks, stages and execution strategies: which part of a model runs on which IPU.
 
-A host has one processor, so a block changes nothing in how the model runs. While a model is compiled the blocks are recorded,
-and what PopTorch would refuse is refused (see _trace.py).
+A host has one processor, so a block changes nothing in how the model runs. While a model is
+compiled the blocks are recorded, and what PopTorch would refuse is refused (see _trace.py).
 """
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 
-from .enums import AutoStage
 from ._errors import Error
+from .enums import AutoStage
 
 
 class Stage:
     """One or more blocks that run on one IPU."""
 
     def __init__(self, *block_ids: str) -> None:
-        assert all(isinstance(b, str) for b in block_ids), f"Block IDs are supposed to be strings but got {block_ids}"
+        assert all(isinstance(b, str)
+                   for b in block_ids), f"Block IDs are supposed to be strings but got {block_ids}"
         self._blocks = block_ids
         self._stage_id = -1
         self._ipu = None
@@ -44,7 +45,8 @@ class ExecutionStrategy:
         if args and not self._explicit:
             self._auto_stage = args[0]
         for stage_id, arg in enumerate(args if self._explicit else ()):
-            stage = arg if isinstance(arg, Stage) else Stage(arg) if isinstance(arg, str) else Stage(*arg)
+            stage = arg if isinstance(
+                arg, Stage) else Stage(arg) if isinstance(arg, str) else Stage(*arg)
             stage._stage_id = stage_id
             for block in stage.blocks:
                 assert block not in self._block_map, f"{block} associated with more than one stage"
@@ -60,7 +62,9 @@ class ExecutionStrategy:
         raise NotImplementedError
 
     def stage_of(self, block_id: str, ipu: Optional[int]) -> Stage:
-        """The stage of a block met while a model is compiled; AutoStage numbers new blocks from 1, as PopTorch does."""
+        """The stage of a block met while a model is compiled; AutoStage numbers new blocks from 1,
+        as PopTorch does.
+        """
         if block_id not in self._block_map:
             assert not self._explicit, f"Unknown Block '{block_id}' list of expected Blocks: {list(self._block_map)}"
             stage = self._block_map[block_id] = Stage(block_id)
@@ -77,7 +81,9 @@ class ExecutionStrategy:
 
 
 class PipelinedExecution(ExecutionStrategy):
-    """Stages work on different micro-batches at the same time. Arguments: an AutoStage, or Stages or block ids in order."""
+    """Stages work on different micro-batches at the same time. Arguments: an AutoStage, or Stages
+    or block ids in order.
+    """
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -98,7 +104,8 @@ class ShardedExecution(PipelinedExecution):
 class Recorder:
     """The blocks met in one trace of a model: (user id, stage, ipu) in the order they begin.
 
-    `ipu` is where operations go now: 0 before the first block, None after the end of a `with Block`.
+    `ipu` is where operations go now: 0 before the first block, None after the end of a `with
+    Block`.
     """
 
     def __init__(self, strategy: ExecutionStrategy):
@@ -113,7 +120,9 @@ class Recorder:
         return str(self.next_auto_id - 1)
 
     def begin(self, user_id: Optional[str], ipu_id: Optional[int]) -> None:
-        """A block begins; its stage's IPU takes precedence over its own, and without either it is the stage's number."""
+        """A block begins; its stage's IPU takes precedence over its own, and without either it is
+        the stage's number.
+        """
         user_id = user_id or self.auto_id()
         stage = self.strategy.stage_of(user_id, ipu_id)
         ipu = stage._ipu if stage._ipu is not None else ipu_id if ipu_id is not None else stage._stage_id
@@ -125,12 +134,15 @@ class Recorder:
         self.ipu = None
 
     def ipus(self) -> List[int]:
-        """The IPUs in order of execution, neighbours that are the same merged: one entry is one pipeline stage."""
+        """The IPUs in order of execution, neighbours that are the same merged: one entry is one
+        pipeline stage.
+        """
         order = [ipu for _, _, ipu in self.blocks] or [0]
         return [ipu for i, ipu in enumerate(order) if i == 0 or ipu != order[i - 1]]
 
 
-recorder: Optional[Recorder] = None  # set while a model is traced; without it every block is a no-op
+recorder: Optional[
+    Recorder] = None  # set while a model is traced; without it every block is a no-op
 
 
 class Block(torch.nn.Module):
@@ -143,7 +155,9 @@ class Block(torch.nn.Module):
 
     @staticmethod
     def useAutoId() -> None:
-        """Number the blocks without an id of their own from "0" in each forward pass; call it first in forward()."""
+        """Number the blocks without an id of their own from "0" in each forward pass; call it first
+        in forward().
+        """
         if recorder is not None:
             recorder.next_auto_id = 0
 
@@ -164,7 +178,8 @@ class Block(torch.nn.Module):
 class LegacyBeginBlockFn(torch.nn.Module):
     """BeginBlock of a function."""
 
-    def __init__(self, layer_to_call: Callable, user_id: Optional[str] = None, ipu_id: Optional[int] = None):
+    def __init__(self, layer_to_call: Callable, user_id: Optional[str] = None,
+                 ipu_id: Optional[int] = None):
         super().__init__()
         self._layer_to_call = layer_to_call
         self._user_id = user_id
@@ -177,7 +192,9 @@ class LegacyBeginBlockFn(torch.nn.Module):
 
 
 class _BlockHook:
-    """A forward pre-hook that begins a block. It keeps its automatic id, so that the module is the same block every time."""
+    """A forward pre-hook that begins a block. It keeps its automatic id, so that the module is the
+    same block every time.
+    """
 
     def __init__(self, user_id, ipu_id):
         self._user_id = user_id
@@ -193,10 +210,13 @@ class _BlockHook:
         return f"BeginBlock(user_id={self._user_id}, ipu_id={self._ipu_id})"
 
 
-def BeginBlock(layer_to_call: torch.nn.Module, user_id: str = None, ipu_id: int = None) -> torch.nn.Module:
-    """Begin a block whenever `layer_to_call` is called; it lasts until another block begins. Returns the module.
+def BeginBlock(layer_to_call: torch.nn.Module, user_id: str = None,
+               ipu_id: int = None) -> torch.nn.Module:
+    """Begin a block whenever `layer_to_call` is called; it lasts until another block begins.
+    Returns the module.
 
-    A function is wrapped in a module. Error if the module begins a block already, or is neither module nor function.
+    A function is wrapped in a module. Error if the module begins a block already, or is neither
+    module nor function.
     """
     if not isinstance(layer_to_call, torch.nn.Module):
         if callable(layer_to_call):
@@ -212,7 +232,8 @@ def removeBlocks(module: torch.nn.Module) -> None:
     """Take BeginBlock off `module` and all modules in it."""
     assert isinstance(module, torch.nn.Module)
     for m in module.modules():
-        for key in [key for key, hook in m._forward_pre_hooks.items() if isinstance(hook, _BlockHook)]:
+        for key in [
+                key for key, hook in m._forward_pre_hooks.items() if isinstance(hook, _BlockHook)]:
             del m._forward_pre_hooks[key]
 
 

@@ -3,7 +3,9 @@ import enum
 
 
 class MeanReductionStrategy(enum.IntEnum):
-    """When the sum of gradients is divided for ReductionType.Mean. All three give the same mean on the host."""
+    """When the sum of gradients is divided for ReductionType.Mean. All three give the same mean on
+    the host.
+    """
 
     Running = 0
     Post = 1
@@ -11,7 +13,9 @@ class MeanReductionStrategy(enum.IntEnum):
 
 
 class DataLoaderMode(enum.IntEnum):
-    """How a DataLoader reads: in this process, in a worker process, or in a worker process that builds the batches itself."""
+    """How a DataLoader reads: in this process, in a worker process, or in a worker process that
+    builds the batches itself.
+    """
 
     Sync = 0
     Async = 1
@@ -28,7 +32,9 @@ class SharingStrategy(enum.IntEnum):
 
 
 class OutputMode(enum.IntEnum):
-    """Which micro-batches' outputs a call returns. Default is Final in training and All in inference."""
+    """Which micro-batches' outputs a call returns. Default is Final in training and All in
+    inference.
+    """
 
     Final = 0
     EveryN = 1
@@ -87,7 +93,9 @@ class OverlapMode(enum.Enum):
 
 
 class AutoStage(enum.IntEnum):
-    """How blocks get their stage where the strategy does not list them: the IPU's number, or one more for each new block."""
+    """How blocks get their stage where the strategy does not list them: the IPU's number, or one
+    more for each new block.
+    """
 
     SameAsIpu = 0
     AutoIncrement = 1

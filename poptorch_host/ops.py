@@ -1,4 +1,6 @@
-"""PopTorch's operations: each is ordinary PyTorch on the host, with PopTorch's checks of its arguments."""
+"""PopTorch's operations: each is ordinary PyTorch on the host, with PopTorch's checks of its
+arguments.
+"""
 from __future__ import annotations
 
 import copy
@@ -10,17 +12,22 @@ import torch
 from . import enums
 from ._errors import Error
 
-marked_losses: Optional[List[Tuple[torch.Tensor, bool]]] = None  # (loss, marked by identity_loss?) of the running forward pass
+marked_losses: Optional[List[Tuple[
+    torch.Tensor, bool]]] = None  # (loss, marked by identity_loss?) of the running forward pass
 _running = False                                    # True while the executor runs a model
 
 
 def isRunningOnIpu() -> bool:
-    """True inside a model that an executor runs: on the host too, so that a model takes the branch it will take on an IPU."""
+    """True inside a model that an executor runs: on the host too, so that a model takes the branch
+    it will take on an IPU.
+    """
     return _running
 
 
 def identity_loss(x: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Mark `x` as the loss that training starts from; reduction is "sum", "mean" or "none". Returns the reduced loss."""
+    """Mark `x` as the loss that training starts from; reduction is "sum", "mean" or "none". Returns
+    the reduced loss.
+    """
     assert reduction in ("sum", "mean", "none"), "Unsupported reduction type!"
     loss = x.sum() if reduction == "sum" else x.mean() if reduction == "mean" else x.clone()
     if marked_losses is not None:
@@ -29,7 +36,8 @@ def identity_loss(x: torch.Tensor, reduction: str) -> torch.Tensor:
 
 
 def recomputationCheckpoint(*tensors: List[torch.Tensor]) -> List[torch.Tensor]:
-    """Keep these activations for the backward pass instead of recomputing them. The host recomputes nothing: the identity.
+    """Keep these activations for the backward pass instead of recomputing them. The host recomputes
+    nothing: the identity.
 
     One tensor or one list or tuple of tensors comes back as it is, several as a tuple.
     """
@@ -40,36 +48,50 @@ def recomputationCheckpoint(*tensors: List[torch.Tensor]) -> List[torch.Tensor]:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def serializedMatMul(lhs: torch.Tensor, rhs: torch.Tensor, mode: enums.MatMulSerializationMode, factor: int = 0,
-                     keep_precision: bool = False) -> torch.Tensor:
-    """torch.matmul(lhs, rhs); on an IPU it is split in `factor` parts to save memory. Error if `factor` does not divide the
-    dimension that `mode` splits."""
+def serializedMatMul(lhs: torch.Tensor, rhs: torch.Tensor, mode: enums.MatMulSerializationMode,
+                     factor: int = 0, keep_precision: bool = False) -> torch.Tensor:
+    """torch.matmul(lhs, rhs); on an IPU it is split in `factor` parts to save memory. Error if
+    `factor` does not divide the dimension that `mode` splits.
+    """
     assert isinstance(keep_precision, bool)
     assert isinstance(factor, int)
     assert isinstance(mode, enums.MatMulSerializationMode)
-    split = {enums.MatMulSerializationMode.InputChannels: lhs.shape[-2], enums.MatMulSerializationMode.ReducingDim: lhs.shape[-1],
-             enums.MatMulSerializationMode.OutputChannels: rhs.shape[-1]}.get(mode)
+    split = {
+        enums.MatMulSerializationMode.InputChannels: lhs.shape[-2],
+        enums.MatMulSerializationMode.ReducingDim: lhs.shape[-1],
+        enums.MatMulSerializationMode.OutputChannels: rhs.shape[-1]}.get(mode)
     if split is not None and (factor < 1 or split % factor):
-        raise Error(f"serializedMatMul: factor ({factor}) must be a positive divisor of the dimension split by {mode.name} ({split})")
+        raise Error(
+            f"serializedMatMul: factor ({factor}) must be a positive divisor of the dimension split by {mode.name} ({split})"
+        )
     return torch.matmul(lhs, rhs)
 
 
 def set_available_memory(tensor: torch.Tensor, available_memory_proportion: float) -> torch.Tensor:
-    """Share of memory for temporary data of the operation that made `tensor`: the identity on the host."""
+    """Share of memory for temporary data of the operation that made `tensor`: the identity on the
+    host.
+    """
     if not isinstance(tensor, torch.Tensor):
-        raise Error(f"You may only set available memory for torch.tensor values. {type(tensor)} is not supported.")
+        raise Error(
+            f"You may only set available memory for torch.tensor values. {type(tensor)} is not supported."
+        )
     return tensor
 
 
-def ipu_print_tensor(tensor: torch.Tensor, title: str = "", print_gradient: bool = True, summarise_threshold: int = 1000,
-                     edge_items: int = 3, max_line_width: int = 80, digits: int = 4, float_format: str = "auto", separator: str = ", ",
+def ipu_print_tensor(tensor: torch.Tensor, title: str = "", print_gradient: bool = True,
+                     summarise_threshold: int = 1000, edge_items: int = 3, max_line_width: int = 80,
+                     digits: int = 4, float_format: str = "auto", separator: str = ", ",
                      open_bracket: str = "(", close_bracket: str = ")") -> torch.Tensor:
-    """Print `tensor` whenever it is computed, and its gradient; returns it. The host prints as torch does, to standard error."""
+    """Print `tensor` whenever it is computed, and its gradient; returns it. The host prints as
+    torch does, to standard error.
+    """
     if not isinstance(tensor, torch.Tensor):
-        raise Error(f"ipu print tensor must take a torch.tensor argument. {type(tensor)} is not supported.")
+        raise Error(
+            f"ipu print tensor must take a torch.tensor argument. {type(tensor)} is not supported.")
     print(f"{title}: {tensor.detach()}", file=sys.stderr)
     if print_gradient and tensor.requires_grad:
-        tensor.register_hook(lambda gradient: print(f"{title}_gradient: {gradient}", file=sys.stderr))
+        tensor.register_hook(
+            lambda gradient: print(f"{title}_gradient: {gradient}", file=sys.stderr))
     return tensor
 
 
@@ -81,7 +103,8 @@ def nop(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class NameScope:
-    """A context manager that prefixes the names of operations in PopART's graph; the host has none."""
+    """A context manager that prefixes the names of operations in PopART's graph; the host has none.
+    """
 
     def __init__(self, name: str):
         assert isinstance(name, str), "Parameter to NameScope must be a string"
@@ -95,7 +118,9 @@ class NameScope:
 
 
 class Attribute:
-    """A context manager that sets attributes of operations, {"attribute": {"key": value}}, for the compiler alone."""
+    """A context manager that sets attributes of operations, {"attribute": {"key": value}}, for the
+    compiler alone.
+    """
 
     _current_attrs: dict = {}
 

@@ -1,6 +1,8 @@
-"""PopTorch's optimizers: PyTorch's hyperparameters and param_groups, plus loss scaling and the types of the device's state.
+"""PopTorch's optimizers: PyTorch's hyperparameters and param_groups, plus loss scaling and the
+types of the device's state.
 
-An optimizer here holds numbers and, as state_dict()["ipu_state"], a copy of the device's state. The formulas are in _formulas.py.
+An optimizer here holds numbers and, as state_dict()["ipu_state"], a copy of the device's state. The
+formulas are in _formulas.py.
 """
 from __future__ import annotations
 
@@ -11,14 +13,18 @@ import torch
 
 from . import _formulas
 
-HYPER = {"SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov"), "Adam": ("lr", "betas", "eps", "weight_decay"),
-         "AdamW": ("lr", "betas", "eps", "weight_decay"), "LAMB": ("lr", "betas", "eps", "weight_decay", "max_weight_norm"),
-         "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")}
+HYPER = {
+    "SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+    "Adam": ("lr", "betas", "eps", "weight_decay"), "AdamW": ("lr", "betas", "eps", "weight_decay"),
+    "LAMB": ("lr", "betas", "eps", "weight_decay", "max_weight_norm"),
+    "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")}
 GLOBAL = ("loss_scaling", "bias_correction", "use_tf_variant", "max_grad_norm")
 
 
 class VariableAttributes:
-    """Which attributes may change after compilation; those given to the optimizer's constructor may."""
+    """Which attributes may change after compilation; those given to the optimizer's constructor
+    may.
+    """
 
     def __init__(self, variable_attributes: List[str], allowed_attributes: List[str]) -> None:
         self._variable_attributes = variable_attributes
@@ -43,7 +49,9 @@ class VariableAttributes:
 
 
 class Optimizer:
-    """What all optimizers here share: the copy of the device's state and its way in and out of state_dict()."""
+    """What all optimizers here share: the copy of the device's state and its way in and out of
+    state_dict().
+    """
 
     _own: Tuple[str, ...] = ()  # constructor arguments that PyTorch's optimizer does not have
 
@@ -66,14 +74,18 @@ class Optimizer:
         self.variable_attrs = VariableAttributes(given, list(self.defaults) + ["loss_scaling"])
 
     def state_dict(self) -> Dict[str, Any]:
-        """PyTorch's state_dict with "ipu_state" and "ipu_param", read from the device if it has run since."""
+        """PyTorch's state_dict with "ipu_state" and "ipu_param", read from the device if it has run
+        since.
+        """
         executor = self._executor() if self._executor is not None else None
         if executor is not None:
             executor._read_optimizer_state()
         return self.get_state_dict()
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Take what state_dict() gave; the device gets it before it runs next. RuntimeError if it has no device state."""
+        """Take what state_dict() gave; the device gets it before it runs next. RuntimeError if it
+        has no device state.
+        """
         torch.optim.Optimizer.load_state_dict(self, state)
         self.set_state_dict(state)
 
@@ -93,33 +105,44 @@ class Optimizer:
 
     def has_state(self) -> bool:
         """True if there is a copy of the device's state."""
-        return self._state_dict["ipu_state"] is not None and self._state_dict["ipu_param"] is not None
+        return self._state_dict["ipu_state"] is not None and self._state_dict[
+            "ipu_param"] is not None
 
     def _used_by(self, executor) -> None:
         self._executor = weakref.ref(executor) if executor is not None else None
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_executor": None, "ipu_state_is_dirty": self.has_state(), "host_state_is_dirty": False}
+        return {
+            **self.__dict__, "_executor": None, "ipu_state_is_dirty": self.has_state(),
+            "host_state_is_dirty": False}
 
 
 OWN_DEFAULTS = {
-    "loss_scaling": 1.0, "velocity_scaling": 1.0, "use_combined_accum": False, "accum_type": torch.float32,
-    "velocity_accum_type": torch.float32, "first_order_momentum_accum_type": torch.float32,
-    "second_order_momentum_accum_type": torch.float32, "max_grad_norm": float("inf"), "bias_correction": True,
-    "use_tf_variant": False, "max_weight_norm": 65500.0}  # 65500: about the largest float16
+    "loss_scaling": 1.0, "velocity_scaling": 1.0, "use_combined_accum": False,
+    "accum_type": torch.float32, "velocity_accum_type": torch.float32,
+    "first_order_momentum_accum_type": torch.float32,
+    "second_order_momentum_accum_type": torch.float32, "max_grad_norm": float("inf"),
+    "bias_correction": True, "use_tf_variant": False,
+    "max_weight_norm": 65500.0}  # 65500: about the largest float16
 
 
 class SGD(Optimizer, torch.optim.SGD):
-    """Stochastic gradient descent with momentum, PyTorch's formula. `velocity_scaling`, `use_combined_accum` and the types
-    choose how PopART stores the velocity; on the host it is float32."""
+    """Stochastic gradient descent with momentum, PyTorch's formula. `velocity_scaling`,
+    `use_combined_accum` and the types choose how PopART stores the velocity; on the host it is
+    float32.
+    """
 
-    _own = ("loss_scaling", "velocity_scaling", "use_combined_accum", "accum_type", "velocity_accum_type", "max_grad_norm")
+    _own = ("loss_scaling", "velocity_scaling", "use_combined_accum", "accum_type",
+            "velocity_accum_type", "max_grad_norm")
 
-    def __init__(self, params: Iterable, lr: float, momentum: Optional[float] = None, dampening: Optional[float] = None,
-                 weight_decay: Optional[float] = None, nesterov: Optional[bool] = None, maximize: Optional[bool] = None,
-                 foreach: Optional[bool] = None, differentiable: Optional[bool] = None, loss_scaling: Optional[float] = None,
-                 velocity_scaling: Optional[float] = None, use_combined_accum: Optional[bool] = None,
-                 accum_type: Optional[torch.dtype] = None, velocity_accum_type: Optional[torch.dtype] = None,
+    def __init__(self, params: Iterable, lr: float, momentum: Optional[float] = None,
+                 dampening: Optional[float] = None, weight_decay: Optional[float] = None,
+                 nesterov: Optional[bool] = None, maximize: Optional[bool] = None,
+                 foreach: Optional[bool] = None, differentiable: Optional[bool] = None,
+                 loss_scaling: Optional[float] = None, velocity_scaling: Optional[float] = None,
+                 use_combined_accum: Optional[bool] = None,
+                 accum_type: Optional[torch.dtype] = None,
+                 velocity_accum_type: Optional[torch.dtype] = None,
                  max_grad_norm: Optional[float] = None) -> None:
         self._construct(torch.optim.SGD.__init__, locals())
         velocity_scaling = self.__dict__.pop("velocity_scaling")
@@ -133,71 +156,95 @@ class SGD(Optimizer, torch.optim.SGD):
 class Adam(Optimizer, torch.optim.Adam):
     """Adam (Kingma and Ba 2015), weight decay added to the gradient."""
 
-    _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type", "second_order_momentum_accum_type", "max_grad_norm")
+    _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type",
+            "second_order_momentum_accum_type", "max_grad_norm")
 
-    def __init__(self, params: Iterable, lr: Optional[float] = None, betas: Optional[Tuple[float, float]] = None,
-                 eps: Optional[float] = None, weight_decay: Optional[float] = None, amsgrad: Optional[bool] = None,
-                 foreach: Optional[bool] = None, maximize: Optional[bool] = None, capturable: Optional[bool] = None,
-                 differentiable: Optional[bool] = None, fused: Optional[bool] = None, loss_scaling: Optional[float] = None,
-                 accum_type: Optional[torch.dtype] = None, first_order_momentum_accum_type: Optional[torch.dtype] = None,
-                 second_order_momentum_accum_type: Optional[torch.dtype] = None, max_grad_norm: Optional[float] = None) -> None:
+    def __init__(self, params: Iterable, lr: Optional[float] = None,
+                 betas: Optional[Tuple[float, float]] = None, eps: Optional[float] = None,
+                 weight_decay: Optional[float] = None, amsgrad: Optional[bool] = None,
+                 foreach: Optional[bool] = None, maximize: Optional[bool] = None,
+                 capturable: Optional[bool] = None, differentiable: Optional[bool] = None,
+                 fused: Optional[bool] = None, loss_scaling: Optional[float] = None,
+                 accum_type: Optional[torch.dtype] = None,
+                 first_order_momentum_accum_type: Optional[torch.dtype] = None,
+                 second_order_momentum_accum_type: Optional[torch.dtype] = None,
+                 max_grad_norm: Optional[float] = None) -> None:
         self._construct(torch.optim.Adam.__init__, locals())
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), with or without bias correction.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), with or without bias
+    correction.
 
-    PopTorch documents `bias_correction`, but 3.4's compiler gives PopART the same corrected Adam either way (CompilerImpl.cpp,
-    OptimizerType::ADAMW_NO_BIAS). Here False means what is documented: leave it True for the same weights on an IPU.
+    PopTorch documents `bias_correction`, but 3.4's compiler gives PopART the same corrected Adam
+    either way (CompilerImpl.cpp, OptimizerType::ADAMW_NO_BIAS). Here False means what is
+    documented: leave it True for the same weights on an IPU.
     """
 
     _own = ("loss_scaling", "bias_correction", "accum_type", "first_order_momentum_accum_type",
             "second_order_momentum_accum_type", "max_grad_norm")
 
-    def __init__(self, params: Iterable, lr: Optional[float] = None, betas: Optional[Tuple[float, float]] = None,
-                 eps: Optional[float] = None, weight_decay: Optional[float] = None, amsgrad: Optional[bool] = None,
-                 maximize: Optional[bool] = None, foreach: Optional[bool] = None, capturable: Optional[bool] = None,
-                 differentiable: Optional[bool] = None, fused: Optional[bool] = None, loss_scaling: Optional[float] = None,
+    def __init__(self, params: Iterable, lr: Optional[float] = None,
+                 betas: Optional[Tuple[float, float]] = None, eps: Optional[float] = None,
+                 weight_decay: Optional[float] = None, amsgrad: Optional[bool] = None,
+                 maximize: Optional[bool] = None, foreach: Optional[bool] = None,
+                 capturable: Optional[bool] = None, differentiable: Optional[bool] = None,
+                 fused: Optional[bool] = None, loss_scaling: Optional[float] = None,
                  bias_correction: Optional[bool] = None, accum_type: Optional[torch.dtype] = None,
                  first_order_momentum_accum_type: Optional[torch.dtype] = None,
-                 second_order_momentum_accum_type: Optional[torch.dtype] = None, max_grad_norm: Optional[float] = None) -> None:
+                 second_order_momentum_accum_type: Optional[torch.dtype] = None,
+                 max_grad_norm: Optional[float] = None) -> None:
         self._construct(torch.optim.AdamW.__init__, locals())
 
 
 class RMSprop(Optimizer, torch.optim.RMSprop):
-    """RMSprop, PyTorch's formula, or TensorFlow's (`use_tf_variant`): mean square from 1, eps under the root, learning rate
-    inside the momentum."""
+    """RMSprop, PyTorch's formula, or TensorFlow's (`use_tf_variant`): mean square from 1, eps under
+    the root, learning rate inside the momentum.
+    """
 
-    _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type", "second_order_momentum_accum_type", "use_tf_variant")
+    _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type",
+            "second_order_momentum_accum_type", "use_tf_variant")
 
-    def __init__(self, params: Iterable, lr: Optional[float] = None, alpha: Optional[float] = None, eps: Optional[float] = None,
-                 weight_decay: Optional[float] = None, momentum: Optional[float] = None, centered: Optional[bool] = None,
-                 foreach: Optional[bool] = None, maximize: Optional[bool] = None, differentiable: Optional[bool] = None,
-                 loss_scaling: Optional[float] = None, accum_type: Optional[torch.dtype] = None,
+    def __init__(self, params: Iterable, lr: Optional[float] = None, alpha: Optional[float] = None,
+                 eps: Optional[float] = None, weight_decay: Optional[float] = None,
+                 momentum: Optional[float] = None, centered: Optional[bool] = None,
+                 foreach: Optional[bool] = None, maximize: Optional[bool] = None,
+                 differentiable: Optional[bool] = None, loss_scaling: Optional[float] = None,
+                 accum_type: Optional[torch.dtype] = None,
                  first_order_momentum_accum_type: Optional[torch.dtype] = None,
-                 second_order_momentum_accum_type: Optional[torch.dtype] = None, use_tf_variant: Optional[bool] = None) -> None:
+                 second_order_momentum_accum_type: Optional[torch.dtype] = None,
+                 use_tf_variant: Optional[bool] = None) -> None:
         self._construct(torch.optim.RMSprop.__init__, locals())
 
 
-def _lamb_init(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, max_weight_norm=65500.0):
-    defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_weight_norm=max_weight_norm)
+def _lamb_init(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2,
+               max_weight_norm=65500.0):
+    defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                    max_weight_norm=max_weight_norm)
     torch.optim.Optimizer.__init__(self, params, defaults)
 
 
 class LAMB(Optimizer, torch.optim.Optimizer):
-    """LAMB (You et al. 2020): Adam's update scaled for each weight tensor by min(|weight|, max_weight_norm) / |update|."""
+    """LAMB (You et al. 2020): Adam's update scaled for each weight tensor by min(|weight|,
+    max_weight_norm) / |update|.
+    """
 
-    _own = ("bias_correction", "loss_scaling", "accum_type", "first_order_momentum_accum_type", "second_order_momentum_accum_type")
+    _own = ("bias_correction", "loss_scaling", "accum_type", "first_order_momentum_accum_type",
+            "second_order_momentum_accum_type")
 
-    def __init__(self, params: Iterable, lr: Optional[float] = None, betas: Tuple[float, float] = None, eps: Optional[float] = None,
-                 weight_decay: Optional[float] = None, bias_correction: Optional[bool] = None, loss_scaling: Optional[float] = None,
+    def __init__(self, params: Iterable, lr: Optional[float] = None, betas: Tuple[float,
+                                                                                  float] = None,
+                 eps: Optional[float] = None, weight_decay: Optional[float] = None,
+                 bias_correction: Optional[bool] = None, loss_scaling: Optional[float] = None,
                  max_weight_norm: Optional[float] = None, accum_type: Optional[torch.dtype] = None,
                  first_order_momentum_accum_type: Optional[torch.dtype] = None,
                  second_order_momentum_accum_type: Optional[torch.dtype] = None) -> None:
         self._construct(_lamb_init, locals())
 
     def step(self, closure: Optional[Callable] = None) -> Optional[float]:
-        """One update of parameters on the host from their .grad, for comparison with the device. Returns closure()'s loss."""
+        """One update of parameters on the host from their .grad, for comparison with the device.
+        Returns closure()'s loss.
+        """
         loss = closure() if closure is not None else None
         settings = snapshot(self)
         for group, hyper in zip(self.param_groups, settings["groups"]):
@@ -205,17 +252,21 @@ class LAMB(Optimizer, torch.optim.Optimizer):
             for p in weights:
                 self.state[p] = self.state.get(p) or _formulas.new_state(settings, p.detach())
             with torch.no_grad():
-                _formulas.apply(settings, hyper, weights, [p.grad for p in weights], [self.state[p] for p in weights])
+                _formulas.apply(settings, hyper, weights, [p.grad for p in weights],
+                                [self.state[p] for p in weights])
         return loss
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
     """Name of the formula. AssertionError for an optimizer that PopTorch does not support."""
-    for kind, parents in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW), ("Adam", torch.optim.Adam),
-                          ("RMSprop", torch.optim.RMSprop), ("LAMB", LAMB)):
+    for kind, parents in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW),
+                          ("Adam", torch.optim.Adam), ("RMSprop", torch.optim.RMSprop), ("LAMB",
+                                                                                         LAMB)):
         if isinstance(optimizer, parents):
             return kind
-    raise AssertionError(f"Unsupported optimizer type {type(optimizer).__name__}. Types supported {', '.join(HYPER)}")
+    raise AssertionError(
+        f"Unsupported optimizer type {type(optimizer).__name__}. Types supported {', '.join(HYPER)}"
+    )
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
@@ -224,11 +275,13 @@ def snapshot(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
     if any(group.get("amsgrad") for group in optimizer.param_groups):
         raise ValueError("Only non-amsgrad Adam/AdamW optimizers are supported.")
     numbers = {name: getattr(optimizer, name, OWN_DEFAULTS[name]) for name in GLOBAL}
-    groups = [{name: _number(group[name], name) for name in HYPER[kind]} for group in optimizer.param_groups]
+    groups = [{name: _number(group[name], name) for name in HYPER[kind]}
+              for group in optimizer.param_groups]
     return {"kind": kind, **numbers, "groups": groups}
 
 
 def _number(value, name):
     values = value if isinstance(value, (tuple, list)) else (value,)
-    assert all(isinstance(v, (int, float)) for v in values), f"Expected a number for {name} but got {value} instead"
+    assert all(isinstance(v, (int, float))
+               for v in values), f"Expected a number for {name} but got {value} instead"
     return tuple(values) if name == "betas" else value

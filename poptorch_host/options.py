@@ -1,8 +1,10 @@
-"""poptorch.Options and its parts: what PopTorch accepts is accepted, what it refuses is refused, in the same words.
+"""poptorch.Options and its parts: what PopTorch accepts is accepted, what it refuses is refused, in
+the same words.
 
-Most options steer the Poplar compiler and mean nothing on a host: they are checked and kept, so that a script's configuration
-can be read back and printed, and otherwise change nothing. Those that change results (batching, reduction, output mode, seed,
-offline target) are obeyed by the executor and the data loader.
+Most options steer the Poplar compiler and mean nothing on a host: they are checked and kept, so
+that a script's configuration can be read back and printed, and otherwise change nothing. Those that
+change results (batching, reduction, output mode, seed, offline target) are obeyed by the executor
+and the data loader.
 """
 from __future__ import annotations
 
@@ -14,15 +16,17 @@ from typing import Any, Dict, List, Optional, Set, Union
 import torch
 
 from . import enums
+from ._errors import NotOffered
 from ._logging import logger
 from .blocks import ExecutionStrategy, PipelinedExecution
-from ._errors import NotOffered
 
 FROZEN = "Can't modify frozen Options"
 
 
 class OptionsDict:
-    """Named values that refuse unknown names, values of another type, and any change once they are frozen."""
+    """Named values that refuse unknown names, values of another type, and any change once they are
+    frozen.
+    """
 
     def __init__(self, **values: Any):
         private = {name: values.pop(name) for name in list(values) if name.startswith("_")}
@@ -33,12 +37,17 @@ class OptionsDict:
         return option in self._values
 
     def set(self, **values: Any) -> "OptionsDict":
-        """Change values that exist; returns self. AssertionError for an unknown name or another type, AttributeError when frozen."""
+        """Change values that exist; returns self. AssertionError for an unknown name or another
+        type, AttributeError when frozen.
+        """
         self.checkIsFrozen()
         for name, value in values.items():
-            assert self.exists(name), f"Invalid option {name}, valid options are {list(self._values)}"
+            assert self.exists(
+                name), f"Invalid option {name}, valid options are {list(self._values)}"
             expected = type(self._values[name])
-            assert isinstance(value, expected), f"Unexpected type {type(value)} for option {name}. Expected {expected}"
+            assert isinstance(
+                value,
+                expected), f"Unexpected type {type(value)} for option {name}. Expected {expected}"
             self._values[name] = value
         return self
 
@@ -60,7 +69,8 @@ class OptionsDict:
 
     def update(self, other: Dict[str, Any]) -> Dict[str, Any]:
         """Add the values to `other`, which may not have any of them, and return it."""
-        assert not self._values.keys() & other.keys(), "Can't merge dictionaries, they have some keys in common"
+        assert not self._values.keys() & other.keys(
+        ), "Can't merge dictionaries, they have some keys in common"
         other.update(self._values)
         return other
 
@@ -118,7 +128,9 @@ class _PopartOptions(OptionsDict):
         return self._values
 
     def set(self, key: str, value: Union[int, float, str, List[str], Set[str]]) -> "_PopartOptions":
-        """Keep one of popart.SessionOptions' options; a name PopART does not have is refused when a model is compiled."""
+        """Keep one of popart.SessionOptions' options; a name PopART does not have is refused when a
+        model is compiled.
+        """
         self.checkIsFrozen()
         self._values[key] = value
         return self
@@ -139,28 +151,37 @@ class _JitOptions(OptionsDict):
 
     def traceModel(self, trace_model: bool) -> "_JitOptions":
         """Only False is possible since PopTorch 3.0."""
-        logger.warning("[Deprecated] options.Jit.traceModel() has no effect: the model is never traced by torch.jit")
+        logger.warning(
+            "[Deprecated] options.Jit.traceModel() has no effect: the model is never traced by torch.jit"
+        )
         if trace_model:
             raise ValueError("options.Jit.traceModel(True) is no longer supported")
         return self
 
 
 class _PrecisionOptions(OptionsDict):
-    """Number formats. On the host a float16 model computes in bfloat16 or float32, so these are kept without effect."""
+    """Number formats. On the host a float16 model computes in bfloat16 or float32, so these are
+    kept without effect.
+    """
 
     def __init__(self, popart_options: _PopartOptions) -> None:
         super().__init__(_popart=popart_options)
 
-    def halfFloatCasting(self, half_float_casting: enums.HalfFloatCastingBehavior) -> "_PrecisionOptions":
+    def halfFloatCasting(self,
+                         half_float_casting: enums.HalfFloatCastingBehavior) -> "_PrecisionOptions":
         """Deprecated: half is always cast up to float."""
-        logger.warning("[Deprecated] options.Precision.halfFloatCasting(): HalfUpcastToFloat is the only behaviour")
+        logger.warning(
+            "[Deprecated] options.Precision.halfFloatCasting(): HalfUpcastToFloat is the only behaviour"
+        )
         return self
 
     def runningStatisticsAlwaysFloat(self, value: bool) -> "_PrecisionOptions":
         """Deprecated: running statistics have the type PyTorch gives them."""
         if not isinstance(value, bool):
             raise ValueError("runningStatisticsAlwaysFloat needs to be set to a bool")
-        logger.warning("[Deprecated] options.Precision.runningStatisticsAlwaysFloat(): False is the only behaviour")
+        logger.warning(
+            "[Deprecated] options.Precision.runningStatisticsAlwaysFloat(): False is the only behaviour"
+        )
         return self
 
     def enableFloatingPointExceptions(self, enabled: bool) -> "_PrecisionOptions":
@@ -173,9 +194,12 @@ class _PrecisionOptions(OptionsDict):
         return self._for_popart("enableStochasticRounding", enabled)
 
     def setPartialsType(self, dtype: torch.dtype) -> "_PrecisionOptions":
-        """Type of a matrix multiplication's partial sums (kept without effect: the host sums in float32)."""
+        """Type of a matrix multiplication's partial sums (kept without effect: the host sums in
+        float32).
+        """
         if dtype not in (torch.float32, torch.float16):
-            raise ValueError("parameter to setPartialsType should be either torch.float or torch.half")
+            raise ValueError(
+                "parameter to setPartialsType should be either torch.float or torch.half")
         kind = "half" if dtype == torch.float16 else "float"
         self._popart.set("partialsTypeMatMuls", kind)
         return self._for_popart("convolutionOptions", {"partialsType": kind})
@@ -185,29 +209,40 @@ class _TrainingOptions(OptionsDict):
     """Options of training; an inference model takes none of them."""
 
     def __init__(self, popart_options: _PopartOptions) -> None:
-        super().__init__(_popart=popart_options, gradient_accumulation=1,
-                         accumulation_and_replication_reduction_type=enums.ReductionType.Mean,
-                         meanAccumulationAndReplicationReductionStrategy=enums.MeanReductionStrategy.Post)
+        super().__init__(
+            _popart=popart_options, gradient_accumulation=1,
+            accumulation_and_replication_reduction_type=enums.ReductionType.Mean,
+            meanAccumulationAndReplicationReductionStrategy=enums.MeanReductionStrategy.Post)
 
     def gradientAccumulation(self, gradient_accumulation: int) -> "_TrainingOptions":
         """Micro-batches of one replica in one weight update."""
         return self.set(gradient_accumulation=gradient_accumulation)
 
-    def accumulationAndReplicationReductionType(self, reduction_type: enums.ReductionType) -> "_TrainingOptions":
-        """Gradients of an update are the mean (default) or the sum over its micro-batches and replicas."""
-        if reduction_type not in (enums.ReductionType.Mean, enums.ReductionType.Sum) or not isinstance(reduction_type, enums.ReductionType):
-            raise ValueError("accumulationAndReplicationReductionType must be set to poptorch.ReductionType.Mean or "
-                             "poptorch.ReductionType.Sum")
+    def accumulationAndReplicationReductionType(
+            self, reduction_type: enums.ReductionType) -> "_TrainingOptions":
+        """Gradients of an update are the mean (default) or the sum over its micro-batches and
+        replicas.
+        """
+        if reduction_type not in (enums.ReductionType.Mean,
+                                  enums.ReductionType.Sum) or not isinstance(
+                                      reduction_type, enums.ReductionType):
+            raise ValueError(
+                "accumulationAndReplicationReductionType must be set to poptorch.ReductionType.Mean or "
+                "poptorch.ReductionType.Sum")
         return self.set(accumulation_and_replication_reduction_type=reduction_type)
 
     def setMeanAccumulationAndReplicationReductionStrategy(
             self, mean_reduction_strategy: enums.MeanReductionStrategy) -> "_TrainingOptions":
-        """When the mean's division happens; in float32, which the host accumulates in, it makes no difference."""
+        """When the mean's division happens; in float32, which the host accumulates in, it makes no
+        difference.
+        """
         return self.set(meanAccumulationAndReplicationReductionStrategy=mean_reduction_strategy)
 
     def setAutomaticLossScaling(self, enabled: bool) -> "_TrainingOptions":
-        """Let the device choose the loss scaling, which becomes variable in the optimizer. On the host the scaling keeps its
-        value: it is there to keep float16 gradients in range, and the host's gradients have float32's range."""
+        """Let the device choose the loss scaling, which becomes variable in the optimizer. On the
+        host the scaling keeps its value: it is there to keep float16 gradients in range, and the
+        host's gradients have float32's range.
+        """
         return self._for_popart("automaticLossScalingSettings.enabled", enabled)
 
     def setConvolutionDithering(self, enabled: bool) -> "_TrainingOptions":
@@ -216,10 +251,13 @@ class _TrainingOptions(OptionsDict):
 
 
 class _DistributedOptions(OptionsDict):
-    """Which of several processes this one is. The data loader obeys it; the executor refuses more than one process."""
+    """Which of several processes this one is. The data loader obeys it; the executor refuses more
+    than one process.
+    """
 
     def __init__(self) -> None:
-        super().__init__(num_distributed_processes=1, distributed_process_id=0, ipuof_configs={}, _gcd_mappings={})
+        super().__init__(num_distributed_processes=1, distributed_process_id=0, ipuof_configs={},
+                         _gcd_mappings={})
         self.setEnvVarNames("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
     def disable(self) -> "_DistributedOptions":
@@ -227,8 +265,11 @@ class _DistributedOptions(OptionsDict):
         return self.configureProcessId(0, 1)
 
     def setEnvVarNames(self, var_num_processes: str, var_process_id: str) -> "_DistributedOptions":
-        """Read number of processes and process id from these environment variables (default: OpenMPI's)."""
-        return self.configureProcessId(int(os.environ.get(var_process_id, "0")), int(os.environ.get(var_num_processes, "1")))
+        """Read number of processes and process id from these environment variables (default:
+        OpenMPI's).
+        """
+        return self.configureProcessId(int(os.environ.get(var_process_id, "0")),
+                                       int(os.environ.get(var_num_processes, "1")))
 
     def configureProcessId(self, process_id: int, num_processes: int) -> "_DistributedOptions":
         """This process is number `process_id` of `num_processes`."""
@@ -246,7 +287,9 @@ class _DistributedOptions(OptionsDict):
 
 
 class TensorLocationSettings(OptionsDict):
-    """Where a kind of tensor is kept: on or off chip, whole or sharded over replicas. Kept without effect."""
+    """Where a kind of tensor is kept: on or off chip, whole or sharded over replicas. Kept without
+    effect.
+    """
 
     def minElementsForOffChip(self, min_elements: int) -> "TensorLocationSettings":
         """Smaller tensors stay on chip."""
@@ -281,7 +324,9 @@ class TensorLocationSettings(OptionsDict):
 
 
 class _TensorLocationOptions(OptionsDict):
-    """TensorLocationSettings for activations, weights, optimizer state and gradient accumulators. Kept without effect."""
+    """TensorLocationSettings for activations, weights, optimizer state and gradient accumulators.
+    Kept without effect.
+    """
 
     def numIOTiles(self, num_tiles: int) -> "_TensorLocationOptions":
         """Tiles set aside for input and output."""
@@ -311,26 +356,31 @@ class _TensorLocationOptions(OptionsDict):
 
 
 class Options(OptionsDict):
-    """How a model is compiled and run; frozen once a model or a data loader has been made with it."""
+    """How a model is compiled and run; frozen once a model or a data loader has been made with it.
+    """
 
     def __init__(self) -> None:
         popart = _PopartOptions()
         super().__init__(
-            _jit=_JitOptions(), _popart=popart, _graphProcessing=_PrecisionOptions(popart), _training=_TrainingOptions(popart),
-            _distributed=_DistributedOptions(), _tensor_locations=_TensorLocationOptions(),
-            _execution_strategy=PipelinedExecution(), _source_location_excludes=[], _relax_optimizer_checks=False,
+            _jit=_JitOptions(), _popart=popart, _graphProcessing=_PrecisionOptions(popart),
+            _training=_TrainingOptions(popart), _distributed=_DistributedOptions(),
+            _tensor_locations=_TensorLocationOptions(), _execution_strategy=PipelinedExecution(),
+            _source_location_excludes=[], _relax_optimizer_checks=False,
             _show_compilation_progress_bar=True, _module_namescope_enabled=True,
-            replication_factor=1, input_group_size=1, input_cgt=enums.CommGroupType.Consecutive, broadcast_buffers=True,
-            device_iterations=1, log_dir=".", max_repeat_logs=4, auto_round_num_ipus=False, anchored_tensors={},
+            replication_factor=1, input_group_size=1, input_cgt=enums.CommGroupType.Consecutive,
+            broadcast_buffers=True, device_iterations=1, log_dir=".", max_repeat_logs=4,
+            auto_round_num_ipus=False, anchored_tensors={},
             output_mode=enums.OutputMode.Default.value, output_return_period=1,
-            connection_type=enums.ConnectionType.Always.value, sync_pattern=enums.SyncPattern.Full.value,
-            available_memory_proportion={})
+            connection_type=enums.ConnectionType.Always.value,
+            sync_pattern=enums.SyncPattern.Full.value, available_memory_proportion={})
         if os.environ.get("POPTORCH_CACHE_DIR"):
             self.enableExecutableCaching(os.environ["POPTORCH_CACHE_DIR"])
         self.from_json(os.environ.get("POPTORCH_DEFAULT_OPTIONS", "{}"))
 
     def from_json(self, string: str) -> "Options":
-        """Set options from JSON: {"deviceIterations": 4, "connectionType": "ConnectionType.Never", "_Popart.set": ["name", 1]}."""
+        """Set options from JSON: {"deviceIterations": 4, "connectionType": "ConnectionType.Never",
+        "_Popart.set": ["name", 1]}.
+        """
         for option, value in json.loads(string).items():
             setter = self
             for name in option.split("."):
@@ -343,7 +393,8 @@ class Options(OptionsDict):
 
     def loadFromFile(self, filepath: str) -> "Options":
         """Set options from a file of Python code. Always NotOffered: the file could do anything."""
-        raise NotOffered("Options.loadFromFile", "it runs the file's Python code; call the options, or from_json()")
+        raise NotOffered("Options.loadFromFile",
+                         "it runs the file's Python code; call the options, or from_json()")
 
     def sourceLocationExcludes(self, excludes: List[str]) -> "Options":
         """Frames left out of the compiler's source locations (kept without effect)."""
@@ -361,7 +412,9 @@ class Options(OptionsDict):
         return self
 
     def relaxOptimizerAttributesChecks(self, relax: bool = True) -> "Options":
-        """Report attributes that an optimizer gets after compilation at debug level instead of warning."""
+        """Report attributes that an optimizer gets after compilation at debug level instead of
+        warning.
+        """
         self._relax_optimizer_checks = relax
         return self
 
@@ -399,7 +452,9 @@ class Options(OptionsDict):
         return self.set(auto_round_num_ipus=auto_round_num_ipus)
 
     def deviceIterations(self, device_iterations: int) -> "Options":
-        """Weight updates (training) or micro-batches of one replica (inference) in one call of the model."""
+        """Weight updates (training) or micro-batches of one replica (inference) in one call of the
+        model.
+        """
         return self.set(device_iterations=device_iterations)
 
     def setExecutionStrategy(self, strategy: ExecutionStrategy) -> "Options":
@@ -408,18 +463,24 @@ class Options(OptionsDict):
         self._execution_strategy = strategy
         return self
 
-    def setAvailableMemoryProportion(self, available_memory_proportion: Dict[str, float]) -> "Options":
+    def setAvailableMemoryProportion(self, available_memory_proportion: Dict[str,
+                                                                             float]) -> "Options":
         """Share of an IPU's memory for temporary data: {"IPU0": 0.2, ...} (kept without effect)."""
         for key in available_memory_proportion:
-            assert key.startswith("IPU"), ('Available memory proportions are expected to be in a dictionary of {"IPU0": 0.5} '
-                                           f"where the 0 in IPU is the index of the IPU. Invalid key: {key}")
-        return self.createOrSet(available_memory_proportion={int(k[3:]): v for k, v in available_memory_proportion.items()})
+            assert key.startswith("IPU"), (
+                'Available memory proportions are expected to be in a dictionary of {"IPU0": 0.5} '
+                f"where the 0 in IPU is the index of the IPU. Invalid key: {key}")
+        return self.createOrSet(available_memory_proportion={
+            int(k[3:]): v for k, v in available_memory_proportion.items()})
 
     def replicationFactor(self, replication_factor: int) -> "Options":
-        """Number of replicas. On the host their micro-batches run one after the other, with the same result."""
+        """Number of replicas. On the host their micro-batches run one after the other, with the
+        same result.
+        """
         return self.set(replication_factor=replication_factor)
 
-    def inputReplicaGrouping(self, input_group_size: int, input_group_type: enums.CommGroupType) -> "Options":
+    def inputReplicaGrouping(self, input_group_size: int,
+                             input_group_type: enums.CommGroupType) -> "Options":
         """Give the same input to the replicas of a group of this size."""
         if input_group_type == enums.CommGroupType.NoGrouping:
             input_group_size, input_group_type = 1, enums.CommGroupType.Consecutive
@@ -432,7 +493,9 @@ class Options(OptionsDict):
         return self.set(input_group_size=input_group_size, input_cgt=input_group_type)
 
     def broadcastBuffers(self, broadcast_buffers: bool = True) -> "Options":
-        """One set of buffers for all replicas (True; a model that changes them is refused), or one each; the first is read back."""
+        """One set of buffers for all replicas (True; a model that changes them is refused), or one
+        each; the first is read back.
+        """
         return self.set(broadcast_buffers=broadcast_buffers)
 
     def logDir(self, log_dir: str) -> "Options":
@@ -477,21 +540,28 @@ class Options(OptionsDict):
         self.connectionType(enums.ConnectionType.Never)
         return self.createOrSet(ipu_version=ipu_version)
 
-    def anchorTensor(self, short_name: str, long_name: str, output_mode: Optional[enums.OutputMode] = None,
+    def anchorTensor(self, short_name: str, long_name: str,
+                     output_mode: Optional[enums.OutputMode] = None,
                      output_return_period: Optional[int] = 1) -> None:
-        """Keep a tensor of each call for PoplarExecutor.getAnchoredTensor(short_name). `long_name` is "Gradient___" and the name
-        of a parameter; other tensors of PopART's graph do not exist here and are refused when the model is compiled. Without
-        an output mode the anchor has that of the outputs."""
+        """Keep a tensor of each call for PoplarExecutor.getAnchoredTensor(short_name). `long_name`
+        is "Gradient___" and the name of a parameter; other tensors of PopART's graph do not exist
+        here and are refused when the model is compiled. Without an output mode the anchor has that
+        of the outputs.
+        """
         period = output_return_period if output_mode == enums.OutputMode.EveryN else 1
         self.anchored_tensors[short_name] = [long_name, output_mode is None, output_mode, period]
 
-    def outputMode(self, output_mode: enums.OutputMode, output_return_period: Optional[int] = None) -> "Options":
-        """Which micro-batches' outputs a call returns; EveryN needs the period, in device iterations."""
+    def outputMode(self, output_mode: enums.OutputMode,
+                   output_return_period: Optional[int] = None) -> "Options":
+        """Which micro-batches' outputs a call returns; EveryN needs the period, in device
+        iterations.
+        """
         assert isinstance(output_mode, enums.OutputMode)
         if output_mode == enums.OutputMode.EveryN:
             assert output_return_period and output_return_period > 0, (
                 "EveryN anchor must have output_return_period set to valid positive integer")
-        return self.set(output_mode=output_mode.value, output_return_period=output_return_period or 1)
+        return self.set(output_mode=output_mode.value, output_return_period=output_return_period or
+                        1)
 
     def defaultOutputMode(self) -> bool:
         """True if outputMode has not been set to anything but Default."""
@@ -516,9 +586,13 @@ class Options(OptionsDict):
         return self._for_popart("instrumentWithHardwareCycleCounter", log_cycle_count)
 
     def enableProfiling(self, profile_dir: Optional[str] = None) -> "Options":
-        """Write PopVision reports to `profile_dir`. They are the Poplar compiler's, so a host run leaves none."""
+        """Write PopVision reports to `profile_dir`. They are the Poplar compiler's, so a host run
+        leaves none.
+        """
         engine = dict(self._popart.options.get("engineOptions", {}))
-        engine.update({"debug.allowOutOfMemory": "true", "autoReport.directory": profile_dir or ".", "autoReport.all": "true"})
+        engine.update({
+            "debug.allowOutOfMemory": "true", "autoReport.directory": profile_dir or ".",
+            "autoReport.all": "true"})
         self._popart.setEngineOptions(engine)
         return self
 
@@ -544,5 +618,6 @@ class Options(OptionsDict):
         return copy.deepcopy(self)
 
     def __repr__(self):
-        parts = (self._tensor_locations, self._distributed, self._training, self._popart, self._execution_strategy)
+        parts = (self._tensor_locations, self._distributed, self._training, self._popart,
+                 self._execution_strategy)
         return f"{super().__repr__()[:-1]}, {', '.join(map(repr, parts))})"

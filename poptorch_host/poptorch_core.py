@@ -1,4 +1,6 @@
-"""Stands for PopTorch's compiled core, poptorch.poptorch_core, with the names that scripts and PopTorch's own tests use."""
+"""Stands for PopTorch's compiled core, poptorch.poptorch_core, with the names that scripts and
+PopTorch's own tests use.
+"""
 from __future__ import annotations
 
 from . import _checks, blocks, enums
@@ -12,7 +14,9 @@ def isCompilingWithDispatcher() -> bool:
 
 
 def _validateOptions(options: dict) -> None:
-    """Raise Error for an option that PopART does not have. PopTorch's own tests call this function."""
+    """Raise Error for an option that PopART does not have. PopTorch's own tests call this function.
+    """
     known = Options()
     known.outputMode(enums.OutputMode.All)
-    _checks.popart_options({name: value for name, value in options.items() if name not in known.toDict()})
+    _checks.popart_options({
+        name: value for name, value in options.items() if name not in known.toDict()})

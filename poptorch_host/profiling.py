@@ -1,4 +1,6 @@
-"""PopVision's host tracepoints: real where Graphcore's libpvti can be imported and PVTI_OPTIONS is set, else nothing."""
+"""PopVision's host tracepoints: real where Graphcore's libpvti can be imported and PVTI_OPTIONS is
+set, else nothing.
+"""
 from __future__ import annotations
 
 import contextlib

@@ -1,7 +1,9 @@
-"""The settings of train.py and infer.py: what flags, named configurations and files say, checked before any work starts.
+"""The settings of train.py and infer.py: what flags, named configurations and files say, checked
+before any work starts.
 
-The order of precedence: a field's default, then the named configuration (YAML, `--config`) or the checkpoint's own files, then
-`--ipu_config`, then the flags. There is no torch in here, so that `--help` and a refusal take a fraction of a second.
+The order of precedence: a field's default, then the named configuration (YAML, `--config`) or the
+checkpoint's own files, then `--ipu_config`, then the flags. There is no torch in here, so that
+`--help` and a refusal take a fraction of a second.
 """
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from typing import Any, List, Optional, Sequence, Tuple
 
 import yaml
 
-from ipu_options.config import IPU_CONFIG_NAME, DeviceSettings, IPUConfig, available_pod, read_ipu_config
+from ipu_options.config import (
+    IPU_CONFIG_NAME,
+    DeviceSettings,
+    IPUConfig,
+    available_pod,
+    read_ipu_config,
+)
 from ipu_options.errors import UsageError
 from ipu_options.files import write_json
 from ipu_options.flags import Layer, Parser, Settings, add_flags, did_you_mean, flag, make_settings
@@ -24,33 +32,42 @@ CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "squad_base_384"
 QA_SETTINGS_NAME = "qa_settings.json"
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-# What a resumed run must have in common with the run that it continues, besides its data and its batches.
-MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optimizer", "adam_beta1", "adam_beta2",
-              "adam_epsilon", "loss_scaling", "precision")
+# What a resumed run must have in common with the run that it continues, besides its data and its
+# batches.
+MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optimizer",
+              "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision")
 # What qa_settings.json keeps beside a checkpoint for whoever answers with it.
-QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length", "version_2_with_negative",
-               "null_score_diff_threshold", "precision")
+QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length",
+               "version_2_with_negative", "null_score_diff_threshold", "precision")
 
 
 @dataclass
 class ModelSettings(Settings):
     """Which model, and how its answers are read off."""
 
-    model_name_or_path: str = flag("roberta-base", "checkpoint of RoBERTa's family: a local folder or a name on the hub")
+    model_name_or_path: str = flag(
+        "roberta-base", "checkpoint of RoBERTa's family: a local folder or a name on the hub")
     tokenizer_name: Optional[str] = flag(None, "tokenizer, if it is not the checkpoint's own")
-    precision: str = flag("float16", "type of weights and activations; a host without IPU computes float16 models in bfloat16 "
-                          "where its processor has it, else in float32", choices=("float16", "float32"))
+    precision: str = flag(
+        "float16",
+        "type of weights and activations; a host without IPU computes float16 models in bfloat16 "
+        "where its processor has it, else in float32", choices=("float16", "float32"))
     max_seq_length: int = flag(384, "tokens of a row", min=16, max=4096)
     doc_stride: int = flag(128, "tokens by which the windows of a long context overlap", min=0)
     pack: bool = flag(False, "put several windows in one row")
     max_windows_per_row: int = flag(8, "most windows of a packed row", min=1, max=64)
     n_best_size: int = flag(20, "answers kept for each question", min=1, max=1000)
     max_answer_length: int = flag(30, "most tokens of an answer", min=1)
-    version_2_with_negative: bool = flag(False, "some questions have no answer in their context (SQuAD v2)")
-    null_score_diff_threshold: float = flag(0.0, "no answer is given where its score exceeds the best answer's by more than this")
-    preprocessing_num_workers: Optional[int] = flag(None, "processes that make windows", type=int, min=1, max=256)
+    version_2_with_negative: bool = flag(
+        False, "some questions have no answer in their context (SQuAD v2)")
+    null_score_diff_threshold: float = flag(
+        0.0, "no answer is given where its score exceeds the best answer's by more than this")
+    preprocessing_num_workers: Optional[int] = flag(None, "processes that make windows", type=int,
+                                                    min=1, max=256)
     overwrite_cache: bool = flag(False, "make the windows anew, whatever is cached")
-    on_bad_row: str = flag("refuse", "a malformed row of the data set stops the run, or is skipped and counted", choices=("refuse", "skip"))
+    on_bad_row: str = flag(
+        "refuse", "a malformed row of the data set stops the run, or is skipped and counted",
+        choices=("refuse", "skip"))
 
     def row_capacity(self) -> int:
         """The most windows that a row can hold: max_windows_per_row with packing, 1 without."""
@@ -61,13 +78,20 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Which questions to train on and to evaluate."""
 
-    dataset_name: str = flag("squad", "data set on the hub, with SQuAD's columns id, context, question, answers")
+    dataset_name: str = flag(
+        "squad", "data set on the hub, with SQuAD's columns id, context, question, answers")
     dataset_config_name: Optional[str] = flag(None, "configuration of that data set")
-    train_file: Optional[str] = flag(None, "local training questions: SQuAD's nested JSON, JSON Lines, CSV or Parquet")
-    validation_file: Optional[str] = flag(None, "local validation questions, in any of the same formats")
-    demo_data: bool = flag(False, "write a small data set and an untrained model to output_dir/demo_data, and use those")
-    max_train_samples: Optional[int] = flag(None, "use the first so many training questions", type=int, min=1)
-    max_eval_samples: Optional[int] = flag(None, "use the first so many validation questions", type=int, min=1)
+    train_file: Optional[str] = flag(
+        None, "local training questions: SQuAD's nested JSON, JSON Lines, CSV or Parquet")
+    validation_file: Optional[str] = flag(None,
+                                          "local validation questions, in any of the same formats")
+    demo_data: bool = flag(
+        False,
+        "write a small data set and an untrained model to output_dir/demo_data, and use those")
+    max_train_samples: Optional[int] = flag(None, "use the first so many training questions",
+                                            type=int, min=1)
+    max_eval_samples: Optional[int] = flag(None, "use the first so many validation questions",
+                                           type=int, min=1)
     show_examples: int = flag(0, "print so many random examples of the training data", min=0)
 
 
@@ -75,35 +99,47 @@ class DataSettings(Settings):
 class TrainingSettings(Settings):
     """The fine-tuning run."""
 
-    output_dir: Optional[str] = flag(None, "folder of everything the run writes (default: output/ and the configuration's name)")
+    output_dir: Optional[str] = flag(
+        None, "folder of everything the run writes (default: output/ and the configuration's name)")
     overwrite_output_dir: bool = flag(False, "start over in a folder that holds checkpoints")
     micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1, max=4096)
     eval_micro_batch_size: int = flag(1, "the same for evaluation", min=1, max=4096)
     num_train_epochs: float = flag(3.0, "times every training window is seen", above=0)
-    max_steps: Optional[int] = flag(None, "end after so many steps, whatever num_train_epochs says", type=int, min=1)
+    max_steps: Optional[int] = flag(None, "end after so many steps, whatever num_train_epochs says",
+                                    type=int, min=1)
     learning_rate: float = flag(2e-5, "peak learning rate", above=0)
     lr_scheduler_type: str = flag("linear", "learning-rate schedule", choices=SCHEDULES)
-    warmup_ratio: float = flag(0.25, "share of the run in which the learning rate rises", min=0, max=1)
-    weight_decay: float = flag(0.01, "decoupled weight decay of the matrices (none on biases and LayerNorm)", min=0)
+    warmup_ratio: float = flag(0.25, "share of the run in which the learning rate rises", min=0,
+                               max=1)
+    weight_decay: float = flag(
+        0.01, "decoupled weight decay of the matrices (none on biases and LayerNorm)", min=0)
     optimizer: str = flag("adamw", "optimizer", choices=("adamw", "lamb"))
     adam_beta1: float = flag(0.9, "decay of the first moment", min=0, below=1)
     adam_beta2: float = flag(0.999, "decay of the second moment", min=0, below=1)
     adam_epsilon: float = flag(1e-8, "term that keeps the update finite", above=0)
-    loss_scaling: float = flag(64.0, "factor on the loss that keeps float16 gradients from vanishing", above=0)
-    on_nonfinite: str = flag("stop", "a loss or gradient that is not finite stops the run, or its step is passed over",
-                             choices=("stop", "skip"))
-    watch_gradients: Optional[bool] = flag(None, "look at the gradients of each step, not at its loss alone (default: where no IPU "
-                                           "is used; there it returns one gradient of a LayerNorm to the host)", type=bool)
+    loss_scaling: float = flag(
+        64.0, "factor on the loss that keeps float16 gradients from vanishing", above=0)
+    on_nonfinite: str = flag(
+        "stop", "a loss or gradient that is not finite stops the run, or its step is passed over",
+        choices=("stop", "skip"))
+    watch_gradients: Optional[bool] = flag(
+        None, "look at the gradients of each step, not at its loss alone (default: where no IPU "
+        "is used; there it returns one gradient of a LayerNorm to the host)", type=bool)
     seed: int = flag(42, "seed of data order, initial weights and dropout", min=0, max=2 ** 32 - 1)
     logging_steps: int = flag(20, "steps between two log lines", min=1)
-    save_steps: Optional[int] = flag(None, "steps between two checkpoints (default: none but the final model)", type=int, min=1)
+    save_steps: Optional[int] = flag(
+        None, "steps between two checkpoints (default: none but the final model)", type=int, min=1)
     save_total_limit: int = flag(2, "checkpoints kept", min=1)
-    resume_from_checkpoint: Optional[str] = flag(None, "checkpoint folder to go on from, or auto: the newest whole one, if any")
+    resume_from_checkpoint: Optional[str] = flag(
+        None, "checkpoint folder to go on from, or auto: the newest whole one, if any")
     evaluate_every_epoch: bool = flag(False, "evaluate after each epoch, not only at the end")
-    show_predictions: int = flag(5, "print so many validation questions with predicted and true answers", min=0)
-    dataloader_num_workers: int = flag(0, "more processes that make rows, beside the asynchronous loader's own", min=0, max=256)
+    show_predictions: int = flag(
+        5, "print so many validation questions with predicted and true answers", min=0)
+    dataloader_num_workers: int = flag(
+        0, "more processes that make rows, beside the asynchronous loader's own", min=0, max=256)
     push_to_hub: bool = flag(False, "upload the final model with a generated model card")
-    hub_model_id: Optional[str] = flag(None, "repository to upload to (default: the output folder's name)")
+    hub_model_id: Optional[str] = flag(
+        None, "repository to upload to (default: the output folder's name)")
     hub_private_repo: bool = flag(False, "create that repository as a private one")
 
 
@@ -111,7 +147,8 @@ class TrainingSettings(Settings):
 class RunSettings(DeviceSettings):
     """How and where it runs."""
 
-    hub_token: Optional[str] = flag(None, "access token of the hub (default: the one huggingface_hub keeps)")
+    hub_token: Optional[str] = flag(
+        None, "access token of the hub (default: the one huggingface_hub keeps)")
     debug: bool = flag(False, "show the traceback of an error")
 
 
@@ -123,11 +160,14 @@ class QuestionSettings(Settings):
     question: Optional[str] = flag(None, "one question, with --context or --context_file")
     context: Optional[str] = flag(None, "the text that holds its answer")
     context_file: Optional[str] = flag(None, "a text file that holds it")
-    input_file: Optional[str] = flag(None, "questions in any format that train.py reads; answers are not needed")
-    output_file: Optional[str] = flag(None, "write the answers there, one JSON object a line (default: print them)")
+    input_file: Optional[str] = flag(
+        None, "questions in any format that train.py reads; answers are not needed")
+    output_file: Optional[str] = flag(
+        None, "write the answers there, one JSON object a line (default: print them)")
     n_best: int = flag(1, "answers shown for each question", min=1, max=1000)
     json: bool = flag(False, "print one JSON object a question")
-    eval_micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1, max=4096)
+    eval_micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1,
+                                      max=4096)
 
 
 @dataclass
@@ -142,18 +182,23 @@ class InferSettings(QuestionSettings, ModelSettings, RunSettings):
     """All settings of infer.py."""
 
 
-def parse_train(argv: Optional[Sequence[str]] = None, *more: type, program: str = "train.py",
-                description: str = "Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host.",
-                ) -> Tuple[Any, ...]:
-    """train.py's settings, its IPU configuration with the by-pod values resolved, and an instance of each group in `more`.
+def parse_train(
+    argv: Optional[Sequence[str]] = None, *more: type, program: str = "train.py", description:
+    str = "Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host.",
+) -> Tuple[Any, ...]:
+    """train.py's settings, its IPU configuration with the by-pod values resolved, and an instance
+    of each group in `more`.
 
     more: dataclasses of further flags (ipu_options/flags.py), which only the command line can set.
     Raises UsageError for a value that cannot be.
     """
     parser = Parser(program, description)
-    parser.add_argument("--config", metavar="NAME",
-                        help=f"named configuration ({', '.join(named_configs())}) or a YAML file (default: {DEFAULT_CONFIG})")
-    given = _parse(parser, argv, DataSettings, ModelSettings, TrainingSettings, RunSettings, IPUConfig, *more)
+    parser.add_argument(
+        "--config", metavar="NAME", help=
+        f"named configuration ({', '.join(named_configs())}) or a YAML file (default: {DEFAULT_CONFIG})"
+    )
+    given = _parse(parser, argv, DataSettings, ModelSettings, TrainingSettings, RunSettings,
+                   IPUConfig, *more)
     name = given.values.pop("config", DEFAULT_CONFIG)
     layers = [_read_config(name), *_ipu_config_layer(given), given]
     settings, ipu_config = make_settings(TrainSettings, layers), make_settings(IPUConfig, layers)
@@ -161,22 +206,29 @@ def parse_train(argv: Optional[Sequence[str]] = None, *more: type, program: str 
     settings.output_dir = settings.output_dir or f"output/{settings.config}"
     settings.pod_type = available_pod(settings.pod_type)
     _check_train(settings)
-    return (settings, ipu_config.for_pod(settings.pod_type), *(make_settings(group, [given]) for group in more))
+    return (settings, ipu_config.for_pod(
+        settings.pod_type), *(make_settings(group, [given]) for group in more))
 
 
 def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IPUConfig]:
     """infer.py's settings and its IPU configuration with the by-pod values resolved.
 
-    What the checkpoint's qa_settings.json and ipu_config.json say stands, unless a flag says otherwise.
-    Raises UsageError for a value that cannot be.
+    What the checkpoint's qa_settings.json and ipu_config.json say stands, unless a flag says
+    otherwise. Raises UsageError for a value that cannot be.
     """
-    parser = Parser("infer.py", "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.")
+    parser = Parser(
+        "infer.py",
+        "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.")
     given = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig)
     folder = given.values.get("checkpoint")
     if folder is None:
-        raise UsageError("--checkpoint is missing: name the folder of a fine-tuned model, for example --checkpoint output/demo")
+        raise UsageError(
+            "--checkpoint is missing: name the folder of a fine-tuned model, for example --checkpoint output/demo"
+        )
     if not (Path(folder) / "config.json").is_file():
-        raise UsageError(f"--checkpoint {folder}: no config.json there; name a folder that train.py or save_pretrained has written")
+        raise UsageError(
+            f"--checkpoint {folder}: no config.json there; name a folder that train.py or save_pretrained has written"
+        )
     layers = [_read_qa_settings(folder)]
     if (Path(folder) / IPU_CONFIG_NAME).is_file():
         layers.append(_read_pipeline(folder, str(Path(folder) / IPU_CONFIG_NAME)))
@@ -196,42 +248,56 @@ def named_configs() -> List[str]:
 
 
 def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
-    """Write `folder`/qa_settings.json: what whoever answers with the checkpoint needs. `parse_infer` reads it. Raises OSError."""
-    write_json(Path(folder) / QA_SETTINGS_NAME, {name: getattr(settings, name) for name in QA_SETTINGS})
+    """Write `folder`/qa_settings.json: what whoever answers with the checkpoint needs.
+    `parse_infer` reads it. Raises OSError.
+    """
+    write_json(
+        Path(folder) / QA_SETTINGS_NAME, {name: getattr(settings, name) for name in QA_SETTINGS})
 
 
 def check_row_length(settings: ModelSettings, model_config: Any) -> None:
-    """Raise UsageError unless the model has positions for the longest window. RoBERTa counts positions from padding_idx + 1."""
+    """Raise UsageError unless the model has positions for the longest window. RoBERTa counts
+    positions from padding_idx + 1.
+    """
     most = model_config.max_position_embeddings - model_config.pad_token_id - 1
     if settings.max_seq_length > most:
-        raise UsageError(f"{settings.source('max_seq_length')} {settings.max_seq_length}: {settings.model_name_or_path} has positions "
-                         f"for {most} tokens; use at most {most}")
+        raise UsageError(
+            f"{settings.source('max_seq_length')} {settings.max_seq_length}: {settings.model_name_or_path} has positions "
+            f"for {most} tokens; use at most {most}")
 
 
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type) -> Layer:
-    parser.add_argument("--ipu_config", metavar="PATH", help="ipu_config.json, a folder that holds one, or a repository on the hub")
+    parser.add_argument("--ipu_config", metavar="PATH",
+                        help="ipu_config.json, a folder that holds one, or a repository on the hub")
     for group in groups:
         add_flags(parser, group)
     return Layer(vars(parser.parse_args(argv)))
 
 
 def _read_config(name_or_path: str) -> Layer:
-    """The values of a named configuration or of a YAML file; UsageError for a name or a setting that does not exist."""
+    """The values of a named configuration or of a YAML file; UsageError for a name or a setting
+    that does not exist.
+    """
     path = CONFIGS / f"{name_or_path}.yaml"
     if name_or_path not in named_configs():
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            raise UsageError(f"--config {name_or_path}: no such configuration; choose from {', '.join(named_configs())}, "
-                             "or name a YAML file")
+            raise UsageError(
+                f"--config {name_or_path}: no such configuration; choose from {', '.join(named_configs())}, "
+                "or name a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {name_or_path}: not readable as YAML ({error})") from error
     if not isinstance(values, dict):
-        raise UsageError(f"--config {name_or_path}: holds a {type(values).__name__}, it should map setting names to values")
-    known = {f.name for group in (TrainSettings, IPUConfig) for f in fields(group)} - {"sources", "config"}
+        raise UsageError(
+            f"--config {name_or_path}: holds a {type(values).__name__}, it should map setting names to values"
+        )
+    known = {f.name for group in (TrainSettings, IPUConfig)
+             for f in fields(group)} - {"sources", "config"}
     for unknown in sorted(set(map(str, values)) - known):
-        raise UsageError(f"--config {name_or_path}: there is no setting {unknown}{did_you_mean(unknown, known)}")
+        raise UsageError(
+            f"--config {name_or_path}: there is no setting {unknown}{did_you_mean(unknown, known)}")
     for name in ("layers_per_ipu", "inference_layers_per_ipu"):
         if isinstance(values.get(name), int):
             values[name] = [values[name]]
@@ -244,12 +310,15 @@ def _ipu_config_layer(given: Layer) -> List[Layer]:
 
 
 def _read_pipeline(name_or_path: str, source: str) -> Layer:
-    """An ipu_config.json, which may be someone else's: a cache folder that lies outside of the working directory, from which
-    compiled executables would be read, is left out with a warning."""
+    """An ipu_config.json, which may be someone else's: a cache folder that lies outside of the
+    working directory, from which compiled executables would be read, is left out with a warning.
+    """
     values = read_ipu_config(name_or_path, source)
     cache = Path(str(values.get("executable_cache_dir") or "."))
     if cache.is_absolute() or ".." in cache.parts:
-        log.warning("%s: executable_cache_dir %s is not used; if it is yours, give it with --executable_cache_dir", name_or_path, cache)
+        log.warning(
+            "%s: executable_cache_dir %s is not used; if it is yours, give it with --executable_cache_dir",
+            name_or_path, cache)
         del values["executable_cache_dir"]
     return Layer(values, source)
 
@@ -273,24 +342,35 @@ def _check_train(settings: TrainSettings) -> None:
         path = getattr(settings, name)
         if path is not None and not Path(path).is_file():
             what = "is a folder" if Path(path).is_dir() else "does not exist"
-            raise UsageError(f"{source(name)} {path} {what}: name a JSON, JSON Lines, CSV or Parquet file")
+            raise UsageError(
+                f"{source(name)} {path} {what}: name a JSON, JSON Lines, CSV or Parquet file")
     if settings.train_file and not settings.validation_file:
-        raise UsageError(f"{source('train_file')} comes without --validation_file: name the questions to evaluate on as well")
+        raise UsageError(
+            f"{source('train_file')} comes without --validation_file: name the questions to evaluate on as well"
+        )
     if settings.validation_file and not settings.train_file:
-        raise UsageError(f"{source('validation_file')} comes without --train_file: name the questions to train on as well")
+        raise UsageError(
+            f"{source('validation_file')} comes without --train_file: name the questions to train on as well"
+        )
     if settings.demo_data and settings.train_file:
-        raise UsageError(f"{source('demo_data')} and {source('train_file')} exclude each other: the demo makes its own questions; "
-                         "leave one out")
+        raise UsageError(
+            f"{source('demo_data')} and {source('train_file')} exclude each other: the demo makes its own questions; "
+            "leave one out")
     if Path(settings.output_dir).exists() and not Path(settings.output_dir).is_dir():
         raise UsageError(f"{source('output_dir')} {settings.output_dir} is a file: name a folder")
     resume = settings.resume_from_checkpoint
     if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise UsageError(f"{source('resume_from_checkpoint')} {resume}: no such folder; name a checkpoint folder, or auto")
+        raise UsageError(
+            f"{source('resume_from_checkpoint')} {resume}: no such folder; name a checkpoint folder, or auto"
+        )
     if settings.compile_only and settings.synthetic_data:
-        raise UsageError(f"{source('compile_only')} and {source('synthetic_data')} exclude each other: what is only compiled runs on "
-                         "no data; leave one out")
+        raise UsageError(
+            f"{source('compile_only')} and {source('synthetic_data')} exclude each other: what is only compiled runs on "
+            "no data; leave one out")
     if settings.hub_model_id and not settings.push_to_hub:
-        raise UsageError(f"{source('hub_model_id')} {settings.hub_model_id} does nothing without --push_to_hub: add it")
+        raise UsageError(
+            f"{source('hub_model_id')} {settings.hub_model_id} does nothing without --push_to_hub: add it"
+        )
 
 
 def _check_infer(settings: InferSettings) -> None:
@@ -312,7 +392,9 @@ def _check_infer(settings: InferSettings) -> None:
         text = getattr(settings, name)
         if text is not None and not text.strip():
             raise UsageError(f"--{name} is empty: give its text")
-        if text is not None and re.search("[\ud800-\udfff]", text):  # what Python makes of other bytes on a command line (PEP 383)
+        if text is not None and re.search(
+                "[\ud800-\udfff]",
+                text):  # what Python makes of other bytes on a command line (PEP 383)
             raise UsageError(f"--{name} is not valid UTF-8: give its text in that encoding")
 
 
@@ -327,18 +409,24 @@ def _read_text(path: str) -> str:
 
 
 def _check_new_file(settings: Settings, name: str) -> None:
-    """Raise UsageError unless the file that is written at the end has a place, since hours may lie before it."""
+    """Raise UsageError unless the file that is written at the end has a place, since hours may lie
+    before it.
+    """
     if getattr(settings, name) is None:
         return
     path = Path(getattr(settings, name))
     if path.exists() and not path.is_file():
-        raise UsageError(f"{settings.source(name)} {path} is no file that can be replaced: name another")
+        raise UsageError(
+            f"{settings.source(name)} {path} is no file that can be replaced: name another")
     if not path.parent.is_dir():
-        raise UsageError(f"{settings.source(name)} {path}: there is no folder {path.parent}; make it, or name another")
+        raise UsageError(
+            f"{settings.source(name)} {path}: there is no folder {path.parent}; make it, or name another"
+        )
 
 
 def _check_windows(settings: ModelSettings) -> None:
     length, stride = settings.max_seq_length, settings.doc_stride
     if stride >= length - 4:
-        raise UsageError(f"{settings.source('doc_stride')} {stride} leaves a window of {settings.source('max_seq_length')} {length} no "
-                         f"room to move on: use at most {length // 2}")
+        raise UsageError(
+            f"{settings.source('doc_stride')} {stride} leaves a window of {settings.source('max_seq_length')} {length} no "
+            f"room to move on: use at most {length // 2}")

@@ -1,4 +1,5 @@
-"""The planner's engine: memory and time of a pipeline, from counts of the real model, before an IPU is booked.
+"""The planner's engine: memory and time of a pipeline, from counts of the real model, before an IPU
+is booked.
 
 A Job goes in, a Plan comes out. Its commands and flags are in qa/planning.
 

@@ -1,4 +1,6 @@
-"""The change that would help most: each single change of a setting is planned, the best one that fits is named."""
+"""The change that would help most: each single change of a setting is planned, the best one that
+fits is named.
+"""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -17,11 +19,14 @@ class Change(NamedTuple):
 
 
 def changes(plan: Plan) -> List[Change]:
-    """The single changes that fit and are faster than `plan` (or simply fit, where it does not), the fastest first."""
+    """The single changes that fit and are faster than `plan` (or simply fit, where it does not),
+    the fastest first.
+    """
     better = []
     for job, text in _single_changes(plan.job, plan):
         changed = make_plan(job, plan.efficiencies)
-        if changed.fits and (not plan.fits or changed.windows_per_second > 1.005 * plan.windows_per_second):
+        if changed.fits and (not plan.fits or
+                             changed.windows_per_second > 1.005 * plan.windows_per_second):
             better.append(Change(changed, text))
     return sorted(better, key=lambda change: -change.plan.windows_per_second)
 
@@ -48,31 +53,42 @@ def _single_changes(job: Job, plan: Plan) -> Iterator[Tuple[Job, str]]:
     least = job.layout.min_gradient_accumulation()
     for factor in (2, 4):
         if job.count and accumulation % factor == 0 and accumulation // factor >= least:
-            yield (_with_micro_batch(job, micro * factor, accumulation // factor),
-                   f"--micro_batch_size {micro * factor} --gradient_accumulation_steps {accumulation // factor} (the same batch)")
+            yield (_with_micro_batch(
+                job, micro * factor, accumulation // factor
+            ), f"--micro_batch_size {micro * factor} --gradient_accumulation_steps {accumulation // factor} (the same batch)"
+                   )
     for factor in (2, 4, 8):
         if job.count and micro % factor == 0:
-            yield (_with_micro_batch(job, micro // factor, accumulation * factor),
-                   f"--micro_batch_size {micro // factor} --gradient_accumulation_steps {accumulation * factor} (the same batch)")
+            yield (_with_micro_batch(
+                job, micro // factor, accumulation * factor
+            ), f"--micro_batch_size {micro // factor} --gradient_accumulation_steps {accumulation * factor} (the same batch)"
+                   )
     if job.packed_windows_per_row and job.packed_windows_per_row > 1.05 * job.windows_per_row:
         fewer = max(least, round(accumulation / job.packed_windows_per_row))
-        packed = replace(with_config(job, gradient_accumulation_steps=fewer), windows_per_row=job.packed_windows_per_row)
+        packed = replace(with_config(job, gradient_accumulation_steps=fewer),
+                         windows_per_row=job.packed_windows_per_row)
         yield packed, f"--pack ({job.packed_windows_per_row:.2f} windows in a row, the same windows an update)"
     cut = best_split(job, plan.efficiencies)
     if cut is not None:
         split = with_cut(job, cut)
         yield split, f"--layers_per_ipu {' '.join(map(str, split.config.layers_per_ipu))} (the best balance)"
     yield from _memory_changes(job)
-    yield (with_config(job, device_iterations=2 * config.device_iterations),
-           f"--device_iterations {2 * config.device_iterations} (fewer calls; the learning rate changes half as often)")
-    yield (with_config(job, gradient_accumulation_steps=2 * accumulation),
-           f"--gradient_accumulation_steps {2 * accumulation} (shorter ramps, but twice the batch size)")
+    yield (with_config(
+        job, device_iterations=2 * config.device_iterations
+    ), f"--device_iterations {2 * config.device_iterations} (fewer calls; the learning rate changes half as often)"
+           )
+    yield (with_config(
+        job, gradient_accumulation_steps=2 * accumulation
+    ), f"--gradient_accumulation_steps {2 * accumulation} (shorter ramps, but twice the batch size)"
+           )
 
 
 def _memory_changes(job: Job) -> Iterator[Tuple[Job, str]]:
     config = job.config
     off, checkpoints = config.optimizer_state_offchip, config.recompute_checkpoint_every_layer
-    yield with_config(job, optimizer_state_offchip=not off), f"--optimizer_state_offchip {'false' if off else 'true'}"
+    yield with_config(
+        job,
+        optimizer_state_offchip=not off), f"--optimizer_state_offchip {'false' if off else 'true'}"
     yield (with_config(job, recompute_checkpoint_every_layer=not checkpoints),
            f"--recompute_checkpoint_every_layer {'false' if checkpoints else 'true'}")
     if job.count:
@@ -86,4 +102,5 @@ def _memory_changes(job: Job) -> Iterator[Tuple[Job, str]]:
 
 def _with_micro_batch(job: Job, micro_batch_size: int, accumulation: int) -> Job:
     blocks = tuple(job.count(micro_batch_size, job.config.embedding_serialization_factor))
-    return replace(with_config(job, gradient_accumulation_steps=accumulation), micro_batch_size=micro_batch_size, blocks=blocks)
+    return replace(with_config(job, gradient_accumulation_steps=accumulation),
+                   micro_batch_size=micro_batch_size, blocks=blocks)

@@ -1,8 +1,9 @@
 """Fits the efficiencies, to published runs and to the user's own.
 
-Three numbers are fitted to few runs, so each fit starts from an earlier belief and leaves it no further than the runs ask:
-it minimises the squared log errors of the predicted throughput, in units of NOISE, plus the squared log changes of the
-numbers, in units of FREEDOM (a maximum a posteriori estimate with log-normal noise and prior).
+Three numbers are fitted to few runs, so each fit starts from an earlier belief and leaves it no
+further than the runs ask: it minimises the squared log errors of the predicted throughput, in units
+of NOISE, plus the squared log changes of the numbers, in units of FREEDOM (a maximum a posteriori
+estimate with log-normal noise and prior).
 """
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ from ipu_options.plan.machine import MACHINES, Efficiencies
 from ipu_options.plan.planner import make_plan
 
 FITTED = ("peak_utilisation", "matmul_cycles", "call_seconds")
-# Where the fit to published runs starts: round numbers of the right size (2/5 of the peak; some 20,000 cycles around a
-# multiplication, 15 microseconds; 60 ms of host and Python for a call), which is all that is known without a run.
+# Where the fit to published runs starts: round numbers of the right size (2/5 of the peak; some
+# 20,000 cycles around a multiplication, 15 microseconds; 60 ms of host and Python for a call),
+# which is all that is known without a run.
 START = Efficiencies(0.40, 22e3, 0.060, source="round numbers")
 NOISE = 0.10    # the same published job ran at 1,317 and at 1,391 windows/s
 FREEDOM = 0.25
@@ -46,64 +48,86 @@ class PublishedRun(NamedTuple):
 
 
 def published_runs(count: Counter) -> List[PublishedRun]:
-    """The runs of published_runs.json. count(model's name, config, max_seq_length, micro_batch_size) counts its blocks."""
+    """The runs of published_runs.json. count(model's name, config, max_seq_length,
+    micro_batch_size) counts its blocks.
+    """
     runs = []
     for run in json.loads(PUBLISHED.read_text(encoding="utf-8"))["runs"]:
         config = IPUConfig(**run["ipu_config"])
         blocks = count(run["model"], config, run["max_seq_length"], run["micro_batch_size"])
         layout = config.layout(sum(block.kind == "layer" for block in blocks))
-        job = Job(tuple(blocks), layout, config, MACHINES[run["machine"]], run["micro_batch_size"], run["max_seq_length"])
-        runs.append(PublishedRun(run["name"], run["use"], run.get("windows_per_second"), run["source"], job))
+        job = Job(tuple(blocks), layout, config, MACHINES[run["machine"]], run["micro_batch_size"],
+                  run["max_seq_length"])
+        runs.append(
+            PublishedRun(run["name"], run["use"], run.get("windows_per_second"), run["source"],
+                         job))
     return runs
 
 
-def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, noise: float, source: str) -> Efficiencies:
-    """The efficiencies that best explain `runs`, (job, measured windows/s), without leaving `start` for nothing.
+def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, noise: float,
+        source: str) -> Efficiencies:
+    """The efficiencies that best explain `runs`, (job, measured windows/s), without leaving `start`
+    for nothing.
 
-    Gauss-Newton on the logarithms of the three numbers, with a numerical derivative; a dozen steps are plenty.
+    Gauss-Newton on the logarithms of the three numbers, with a numerical derivative; a dozen steps
+    are plenty.
     """
     def at(x: np.ndarray) -> Efficiencies:
-        return replace(start, **{name: getattr(start, name) * math.exp(v) for name, v in zip(FITTED, x)}, source=source)
+        return replace(start, **{
+            name: getattr(start, name) * math.exp(v) for name, v in zip(FITTED, x)}, source=source)
 
     def residuals(x: np.ndarray) -> np.ndarray:
-        errors = [math.log(make_plan(job, at(x)).windows_per_second / measured) / noise for job, measured in runs]
+        errors = [
+            math.log(make_plan(job, at(x)).windows_per_second / measured) / noise
+            for job, measured in runs]
         return np.array(errors + list(x / FREEDOM))
 
     x, step = np.zeros(len(FITTED)), 1e-4
     for _ in range(12):
         now = residuals(x)
-        jacobian = np.stack([(residuals(x + step * unit) - now) / step for unit in np.eye(len(FITTED))], axis=1)
+        jacobian = np.stack(
+            [(residuals(x + step * unit) - now) / step for unit in np.eye(len(FITTED))], axis=1)
         x = x - np.linalg.lstsq(jacobian, now, rcond=None)[0]
     return at(x)
 
 
 def fit_published(runs: Sequence[PublishedRun]) -> Efficiencies:
     """The fit to the published runs marked "fit": the defaults of machine.Efficiencies."""
-    return fit([(run.job, run.windows_per_second) for run in runs if run.use == "fit"], START, NOISE, "published runs")
+    return fit([(run.job, run.windows_per_second) for run in runs if run.use == "fit"], START,
+               NOISE, "published runs")
 
 
 def fit_own(job: Job, windows_per_second: float, start: Efficiencies) -> Efficiencies:
-    """The fit to one run of the user's own, trusted more than the published ones. `start` is what they gave."""
+    """The fit to one run of the user's own, trusted more than the published ones. `start` is what
+    they gave.
+    """
     if not (windows_per_second > 0 and math.isfinite(windows_per_second)):
-        raise UsageError(f"--measured windows_per_second={windows_per_second:g}: it should be more than 0")
-    return fit([(job, windows_per_second)], start, OWN_NOISE, f"your run at {windows_per_second:g} windows/s")
+        raise UsageError(
+            f"--measured windows_per_second={windows_per_second:g}: it should be more than 0")
+    return fit([(job, windows_per_second)], start, OWN_NOISE,
+               f"your run at {windows_per_second:g} windows/s")
 
 
 def fit_table(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Dict[str, Any]]:
-    """How far the prediction is from each published run: name, use, published and predicted windows/s, error, fits, source."""
+    """How far the prediction is from each published run: name, use, published and predicted
+    windows/s, error, fits, source.
+    """
     rows = []
     for run in runs:
         plan = make_plan(run.job, efficiencies)
         published = run.windows_per_second
-        rows.append({"name": run.name, "use": run.use, "published_windows_per_second": published,
-                     "predicted_windows_per_second": plan.windows_per_second,
-                     "error_percent": None if published is None else 100 * (plan.windows_per_second / published - 1),
-                     "fits": plan.fits, "source": run.source})
+        rows.append({
+            "name": run.name, "use": run.use, "published_windows_per_second": published,
+            "predicted_windows_per_second": plan.windows_per_second,
+            "error_percent": None if published is None else 100 *
+            (plan.windows_per_second / published - 1), "fits": plan.fits, "source": run.source})
     return rows
 
 
 def calibration_file(path: Optional[str] = None) -> Path:
-    """Where the user's calibration is: --calibration FILE, else the user's configuration folder (XDG Base Directory)."""
+    """Where the user's calibration is: --calibration FILE, else the user's configuration folder
+    (XDG Base Directory).
+    """
     if path is not None:
         return Path(path)
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
@@ -118,17 +142,23 @@ def save(efficiencies: Efficiencies, path: Path) -> None:
 
 
 def load(path: Optional[str] = None) -> Efficiencies:
-    """The user's calibration if there is one, else the fit to published runs. UsageError for a file that is not one."""
+    """The user's calibration if there is one, else the fit to published runs. UsageError for a file
+    that is not one.
+    """
     file = calibration_file(path)
     if not file.is_file():
         if path is not None:
-            raise UsageError(f"--calibration {path}: no such file; `python -m ipu_options calibrate --measured "
-                             "windows_per_second=N` writes one")
+            raise UsageError(
+                f"--calibration {path}: no such file; `python -m ipu_options calibrate --measured "
+                "windows_per_second=N` writes one")
         return Efficiencies()
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         efficiencies = Efficiencies(**values)
-        if not all(isinstance(getattr(efficiencies, name), (int, float)) and getattr(efficiencies, name) > 0 for name in FITTED):
+        if not all(
+                isinstance(getattr(efficiencies, name), (int,
+                                                         float)) and getattr(efficiencies, name) > 0
+                for name in FITTED):
             raise ValueError("its numbers should be more than 0")
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{file} is not a calibration ({error}): correct it or delete it")

@@ -1,8 +1,9 @@
 """Counts what each block of a model needs, by running the model itself once, forward and backward.
 
-On the meta device this costs neither weights nor arithmetic. What happens is put down to the block that was begun last,
-as PopTorch does with operations ("operations after a BeginBlock belong to the last one begun"); in the backward pass, to
-the block that saved the tensors at hand. So another checkpoint, another length or an edited layer changes the counts.
+On the meta device this costs neither weights nor arithmetic. What happens is put down to the block
+that was begun last, as PopTorch does with operations ("operations after a BeginBlock belong to the
+last one begun"); in the backward pass, to the block that saved the tensors at hand. So another
+checkpoint, another length or an edited layer changes the counts.
 """
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class CountedBlock:
-    """One block for one micro-batch. Bytes are those of the model's own types; FLOPs count a multiply-add as two."""
+    """One block for one micro-batch. Bytes are those of the model's own types; FLOPs count a
+    multiply-add as two.
+    """
 
     name: str
     kind: str                # "embedding", "layer" or "head"
@@ -26,17 +29,21 @@ class CountedBlock:
     backward_flops: int = 0
     forward_matmuls: int = 0     # calls
     backward_matmuls: int = 0
-    saved_bytes: int = 0     # what autograd keeps for the backward pass, shared storage once, parameters not
+    # what autograd keeps for the backward pass, shared storage once, parameters not
+    saved_bytes: int = 0
     input_bytes: int = 0
     output_bytes: int = 0
     matmul_bytes: int = 0    # operands and result of the largest multiplication
 
 
-def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.nn.Module]], inputs: Dict[str, torch.Tensor],
+def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.nn.Module]],
+                 inputs: Dict[str, torch.Tensor],
                  ) -> List[CountedBlock]:
-    """Run `model(**inputs)`, which must return the loss, forward and backward, and count each block.
+    """Run `model(**inputs)`, which must return the loss, forward and backward, and count each
+    block.
 
-    blocks: (name, kind, module) in the order of execution; each module is called once.  inputs: one micro-batch.
+    blocks: (name, kind, module) in the order of execution; each module is called once.  inputs: one
+    micro-batch.
     """
     counts = [dict.fromkeys(_COUNTED, 0) for _ in blocks]
     current = [0]
@@ -54,7 +61,9 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
         current[0] = packed[1]
         return packed[0]
 
-    handles = [handle for i, (_, _, module) in enumerate(blocks) for handle in _watch(module, i, counts[i], current)]
+    handles = [
+        handle for i, (_, _, module) in enumerate(blocks)
+        for handle in _watch(module, i, counts[i], current)]
     mode = _MatmulCounter(lambda: counts[current[0]])
     try:
         with saved_tensors_hooks(pack, unpack), mode:
@@ -70,20 +79,27 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
             for (name, kind, module), counted in zip(blocks, counts)]
 
 
-def for_micro_batch(one: Sequence[CountedBlock], two: Sequence[CountedBlock], micro_batch_size: int) -> List[CountedBlock]:
-    """The counts for any micro-batch, from those for one and two rows: everything is a constant and so much a row."""
+def for_micro_batch(one: Sequence[CountedBlock], two: Sequence[CountedBlock],
+                    micro_batch_size: int) -> List[CountedBlock]:
+    """The counts for any micro-batch, from those for one and two rows: everything is a constant and
+    so much a row.
+    """
     def scaled(a: CountedBlock, b: CountedBlock) -> CountedBlock:
-        values = {name: getattr(a, name) + (micro_batch_size - 1) * (getattr(b, name) - getattr(a, name)) for name in _COUNTED}
+        values = {
+            name: getattr(a, name) + (micro_batch_size - 1) * (getattr(b, name) - getattr(a, name))
+            for name in _COUNTED}
         return replace(a, **values)
     return [scaled(a, b) for a, b in zip(one, two)]
 
 
-_COUNTED = ("forward_flops", "backward_flops", "forward_matmuls", "backward_matmuls", "saved_bytes", "input_bytes", "output_bytes",
-            "matmul_bytes")
+_COUNTED = ("forward_flops", "backward_flops", "forward_matmuls", "backward_matmuls", "saved_bytes",
+            "input_bytes", "output_bytes", "matmul_bytes")
 
 
 class _MatmulCounter(TorchDispatchMode):
-    """Adds up the matrix multiplications that reach the dispatcher. (torch.utils.flop_counter came after torch 2.0.)"""
+    """Adds up the matrix multiplications that reach the dispatcher. (torch.utils.flop_counter came
+    after torch 2.0.)
+    """
 
     def __init__(self, block: Callable[[], Dict[str, int]]):
         super().__init__()
@@ -98,7 +114,8 @@ class _MatmulCounter(TorchDispatchMode):
             block = self.block()
             block[self.direction + "_flops"] += 2 * result.numel() * left.shape[-1]
             block[self.direction + "_matmuls"] += 1
-            block["matmul_bytes"] = max(block["matmul_bytes"], _bytes(left) + _bytes(right) + _bytes(result))
+            block["matmul_bytes"] = max(block["matmul_bytes"],
+                                        _bytes(left) + _bytes(right) + _bytes(result))
         return result
 
 
@@ -106,7 +123,8 @@ _aten = torch.ops.aten
 _LEFT_OPERAND = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1}
 
 
-def _watch(module: torch.nn.Module, index: int, count: Dict[str, int], current: List[int]) -> List[Any]:
+def _watch(module: torch.nn.Module, index: int, count: Dict[str, int],
+           current: List[int]) -> List[Any]:
     def begin(module, args):
         current[0] = index
         count["input_bytes"] = sum(_bytes(arg) for arg in args)
@@ -118,7 +136,8 @@ def _watch(module: torch.nn.Module, index: int, count: Dict[str, int], current: 
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # the storage's own identity: data_ptr() is 0 on the meta device
+    return tensor.untyped_storage(
+    )._cdata  # the storage's own identity: data_ptr() is 0 on the meta device
 
 
 def _bytes(tensor: torch.Tensor) -> int:

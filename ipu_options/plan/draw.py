@@ -1,4 +1,6 @@
-"""Pictures of a plan: the timeline, memory against the limit, the split; and the timeline as a Chrome trace."""
+"""Pictures of a plan: the timeline, memory against the limit, the split; and the timeline as a
+Chrome trace.
+"""
 from __future__ import annotations
 
 from typing import Any, Dict, List
@@ -10,12 +12,16 @@ from ipu_options.plan.planner import Plan
 from ipu_options.plan.schedule import simulate
 from ipu_options.popvision import trace_event, write_trace
 
-# Lightness falls from forward to update, and each has its own hatching, so that the picture reads in black and white.
-STYLES = {"forward": ("#cfe8fa", ""), "recompute": ("#f3cf7a", "////"), "backward": ("#d9735b", "...."), "update": ("#333333", "")}
-MEMORY_STYLES = {"weights": ("#1f4e79", ""), "gradients": ("#5b9bd5", "////"), "optimizer_state": ("#bdd7ee", "...."),
-                 "stash": ("#b8860b", "xxxx"), "code": ("#7f7f7f", ""), "activations": ("#f3cf7a", "||||"),
-                 "matmul_temporaries": ("#ffffff", "\\\\\\\\"), "embedding_gradient": ("#d9735b", "++++"),
-                 "update_temporaries": ("#eeeeee", "oo")}
+# Lightness falls from forward to update, and each has its own hatching, so that the picture reads
+# in black and white.
+STYLES = {
+    "forward": ("#cfe8fa", ""), "recompute": ("#f3cf7a", "////"), "backward": ("#d9735b", "...."),
+    "update": ("#333333", "")}
+MEMORY_STYLES = {
+    "weights": ("#1f4e79", ""), "gradients": ("#5b9bd5", "////"),
+    "optimizer_state": ("#bdd7ee", "...."), "stash": ("#b8860b", "xxxx"), "code": ("#7f7f7f", ""),
+    "activations": ("#f3cf7a", "||||"), "matmul_temporaries": ("#ffffff", "\\\\\\\\"),
+    "embedding_gradient": ("#d9735b", "++++"), "update_temporaries": ("#eeeeee", "oo")}
 MOST_MICRO_BATCHES = 16  # drawn; more would be too thin to see
 MIB = 2 ** 20
 
@@ -23,22 +29,27 @@ MIB = 2 ** 20
 def draw_plan(plan: Plan, path: str, title: str) -> None:
     """Draw timeline, memory and split into `path` (.png, .svg, .pdf).
 
-    Raises UsageError if matplotlib is missing or the file's kind is unknown, RunError if it cannot be written.
+    Raises UsageError if matplotlib is missing or the file's kind is unknown, RunError if it cannot
+    be written.
     """
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib (it is in requirements-dev.txt)")
+        raise UsageError(
+            "--plot needs matplotlib, which is not installed: pip install matplotlib (it is in requirements-dev.txt)"
+        )
     if not path.lower().endswith((".png", ".svg", ".pdf")):
         raise UsageError(f"--plot {path}: name a .png, .svg or .pdf file")
     ipus = len(plan.memory)
     heights = {"height_ratios": [1.3 * ipus + 1.5, ipus + 1.5, ipus + 1]}
     size = (12, 5.5 + 1.1 * ipus)
-    figure, (timeline, memory, split) = pyplot.subplots(3, 1, figsize=size, gridspec_kw=heights, layout="constrained")
-    figure.suptitle(f"{title}: {plan.windows_per_second:,.0f} windows/s on {plan.job.machine.name}, "
-                    + ("fits" if plan.fits else "DOES NOT FIT"))
+    figure, (timeline, memory, split) = pyplot.subplots(3, 1, figsize=size, gridspec_kw=heights,
+                                                        layout="constrained")
+    figure.suptitle(
+        f"{title}: {plan.windows_per_second:,.0f} windows/s on {plan.job.machine.name}, " +
+        ("fits" if plan.fits else "DOES NOT FIT"))
     _timeline(timeline, plan)
     _memory(memory, plan)
     _split(split, plan)
@@ -50,14 +61,20 @@ def draw_plan(plan: Plan, path: str, title: str) -> None:
 
 
 def write_timeline(plan: Plan, path: str) -> None:
-    """Write the planned timeline of one weight update as a Chrome trace, a lane an IPU (open it in ui.perfetto.dev)."""
-    events = [trace_event(f"{e.kind} {i}", 1e6 * start, 1e6 * e.seconds, e.ipu, stage=e.stage, micro_batch=i)
-              for e in plan.schedule.events for i, start in enumerate(e.start)]
+    """Write the planned timeline of one weight update as a Chrome trace, a lane an IPU (open it in
+    ui.perfetto.dev).
+    """
+    events = [
+        trace_event(f"{e.kind} {i}", 1e6 * start, 1e6 * e.seconds, e.ipu, stage=e.stage,
+                    micro_batch=i) for e in plan.schedule.events for i, start in enumerate(e.start)]
     end = 1e6 * plan.schedule.seconds
     for ipu in plan.memory:
         events.append(trace_event("gradient reduction", end, 1e6 * plan.reduction_seconds, ipu))
-        events.append(trace_event("weight update", end + 1e6 * plan.reduction_seconds, 1e6 * plan.weight_update_seconds, ipu))
-    write_trace(path, events, process="plan", lanes=[f"IPU {ipu}" for ipu in range(max(plan.memory) + 1)])
+        events.append(
+            trace_event("weight update", end + 1e6 * plan.reduction_seconds,
+                        1e6 * plan.weight_update_seconds, ipu))
+    write_trace(path, events, process="plan", lanes=[
+        f"IPU {ipu}" for ipu in range(max(plan.memory) + 1)])
 
 
 def _timeline(axes: Any, plan: Plan) -> None:
@@ -68,16 +85,20 @@ def _timeline(axes: Any, plan: Plan) -> None:
     end = 1e3 * schedule.seconds
     update = 1e3 * (plan.reduction_seconds + plan.weight_update_seconds)
     for ipu in ipus:  # what is left of this pale lane is idle
-        axes.broken_barh([(0, end)], (ipu - 0.4, 0.8), facecolor="white", edgecolor="0.6", linestyle=":", linewidth=0.8)
+        axes.broken_barh([(0, end)], (ipu - 0.4, 0.8), facecolor="white", edgecolor="0.6",
+                         linestyle=":", linewidth=0.8)
         axes.broken_barh([(end, update)], (ipu - 0.4, 0.8), **_bar(STYLES["update"]))
     for e in schedule.events:
-        axes.broken_barh([(1e3 * t, 1e3 * e.seconds) for t in e.start], (e.ipu - 0.4, 0.8), **_bar(STYLES[e.kind]))
+        axes.broken_barh([(1e3 * t, 1e3 * e.seconds) for t in e.start], (e.ipu - 0.4, 0.8),
+                         **_bar(STYLES[e.kind]))
     for step in range(schedule.steps + 1):
         axes.axvline(1e3 * step * schedule.step_seconds, color="0.75", linewidth=0.4, zorder=0)
     shortened = f", shortened to {drawn} of {batches} micro-batches" if drawn < batches else ""
-    axes.set_title(f"Timeline of a weight update{shortened} (white: idle; lines: steps)", loc="left")
-    axes.set(xlabel=f"ms (and {1e3 * plan.host_seconds:.0f} ms of host before the next)", xlim=(0, end + update),
-             yticks=ipus, yticklabels=[f"IPU {ipu}" for ipu in ipus], ylim=(ipus[-1] + 0.6, -0.6))
+    axes.set_title(f"Timeline of a weight update{shortened} (white: idle; lines: steps)",
+                   loc="left")
+    axes.set(xlabel=f"ms (and {1e3 * plan.host_seconds:.0f} ms of host before the next)",
+             xlim=(0, end + update), yticks=ipus, yticklabels=[
+                 f"IPU {ipu}" for ipu in ipus], ylim=(ipus[-1] + 0.6, -0.6))
     _legend(axes, STYLES)
 
 
@@ -87,7 +108,8 @@ def _memory(axes: Any, plan: Plan) -> None:
     used = [name for name in CATEGORIES if any(parts[name] for parts in plan.memory.values())]
     for name in used:
         sizes = [parts[name] / MIB for parts in plan.memory.values()]
-        axes.barh(list(plan.memory), sizes, left=list(left.values()), height=0.7, **_bar(MEMORY_STYLES[name]))
+        axes.barh(list(plan.memory), sizes, left=list(left.values()), height=0.7,
+                  **_bar(MEMORY_STYLES[name]))
         left = {ipu: at + size for (ipu, at), size in zip(left.items(), sizes)}
     axes.axvline(limit, color="black", linewidth=2)
     axes.text(limit, -0.85, f"{limit:.0f} MiB", va="bottom", ha="center", fontsize=9)
@@ -95,8 +117,8 @@ def _memory(axes: Any, plan: Plan) -> None:
         over = f", over by {total - limit:.0f}" if total > limit else ""
         axes.text(total, ipu, f" {total:.0f}{over}", va="center", fontsize=9)
     ipus = sorted(plan.memory)
-    axes.set(xlabel="MiB", xlim=(0, max(1.12 * limit, 1.2 * max(left.values()))), ylim=(ipus[-1] + 0.6, -0.8),
-             yticks=ipus, yticklabels=[f"IPU {i}" for i in ipus])
+    axes.set(xlabel="MiB", xlim=(0, max(1.12 * limit, 1.2 * max(left.values()))),
+             ylim=(ipus[-1] + 0.6, -0.8), yticks=ipus, yticklabels=[f"IPU {i}" for i in ipus])
     axes.set_title("Memory of each IPU", loc="left")
     _legend(axes, {name: MEMORY_STYLES[name] for name in used})
 
@@ -111,12 +133,14 @@ def _split(axes: Any, plan: Plan) -> None:
     for ipu, blocks in names.items():
         for place, block in enumerate(blocks):
             shade = "#eeeeee" if block.isdigit() else "#bbbbbb"
-            axes.broken_barh([(place, 0.96)], (ipu - 0.35, 0.7), facecolor=shade, edgecolor="black", linewidth=0.8)
+            axes.broken_barh([(place, 0.96)], (ipu - 0.35, 0.7), facecolor=shade, edgecolor="black",
+                             linewidth=0.8)
             axes.text(place + 0.48, ipu, block, ha="center", va="center", fontsize=8)
-        axes.text(widest + 0.1, ipu, f"{100 * load[ipu] / max(load.values()):.0f} % of the slowest", va="center", fontsize=9)
+        axes.text(widest + 0.1, ipu, f"{100 * load[ipu] / max(load.values()):.0f} % of the slowest",
+                  va="center", fontsize=9)
     ipus = sorted(names)
-    axes.set(xlim=(0, 1.25 * widest + 0.5), xticks=[], yticks=ipus, yticklabels=[f"IPU {i}" for i in ipus],
-             ylim=(ipus[-1] + 0.6, -0.6))
+    axes.set(xlim=(0, 1.25 * widest + 0.5), xticks=[], yticks=ipus, yticklabels=[
+        f"IPU {i}" for i in ipus], ylim=(ipus[-1] + 0.6, -0.6))
     axes.set_title("Split (numbers: encoder layers) and the work of a micro-batch", loc="left")
 
 
@@ -127,5 +151,8 @@ def _bar(style) -> Dict[str, Any]:
 
 def _legend(axes: Any, styles: Dict[str, Any]) -> None:
     from matplotlib.patches import Patch
-    axes.legend(handles=[Patch(label=name.replace("_", " "), **_bar(style)) for name, style in styles.items()],
-                loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, handlelength=2.2, handleheight=1.4, frameon=False)
+    axes.legend(
+        handles=[
+            Patch(label=name.replace("_", " "), **_bar(style)) for name, style in styles.items()],
+        loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, handlelength=2.2, handleheight=1.4,
+        frameon=False)

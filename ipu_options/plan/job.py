@@ -14,12 +14,14 @@ BlockCounter = Callable[[int, int], Sequence[CountedBlock]]
 
 @dataclass(frozen=True)
 class Job:
-    """A training pipeline: its blocks, counted for one micro-batch, on the IPUs that `layout` names.
+    """A training pipeline: its blocks, counted for one micro-batch, on the IPUs that `layout`
+    names.
 
-    config: with the by-pod values resolved.  windows_per_row: real windows in a row, more than 1 with packing.
-    packed_windows_per_row: what packing would make of that, as far as is known.  train_windows, epochs: windows of one epoch
-    and number of epochs, for the time of the whole run; None: not known.
-    count(micro_batch_size, embedding_serialization_factor) counts the blocks anew, for plans of other settings.
+    config: with the by-pod values resolved.  windows_per_row: real windows in a row, more than 1
+    with packing. packed_windows_per_row: what packing would make of that, as far as is known.
+    train_windows, epochs: windows of one epoch and number of epochs, for the time of the whole run;
+    None: not known. count(micro_batch_size, embedding_serialization_factor) counts the blocks anew,
+    for plans of other settings.
     """
 
     blocks: Tuple[CountedBlock, ...]
@@ -51,7 +53,10 @@ class Job:
         return [(ipu, [by_name[name] for name in names]) for ipu, names in self.layout.stages()]
 
     def state_bytes_per_parameter(self) -> float:
-        """Bytes of optimizer state on each replica: two moments (Adam, Kingma and Ba 2015; LAMB, You et al. 2020), float32
-        but for a half first moment, shared out over the replicas under replicated tensor sharding (ZeRO stage 1)."""
+        """Bytes of optimizer state on each replica: two moments (Adam, Kingma and Ba 2015; LAMB,
+        You et al. 2020), float32 but for a half first moment, shared out over the replicas under
+        replicated tensor sharding (ZeRO stage 1).
+        """
         both = 4 + (2 if self.config.enable_half_first_order_momentum else 4)
-        return both / (self.config.replication_factor if self.config.replicated_tensor_sharding else 1)
+        return both / (self.config.replication_factor
+                       if self.config.replicated_tensor_sharding else 1)

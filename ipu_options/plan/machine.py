@@ -1,7 +1,8 @@
 """What an IPU can do, as documented, and how much of it a BERT-like model reaches, as fitted.
 
-Documented: the Mk2 (GC200) and Bow product pages and IPU-M2000 / Bow-2000 data sheets, docs.graphcore.ai.
-Fitted: `Efficiencies`; published_runs.json has the runs, `python -m ipu_options calibrate --show` the error of each.
+Documented: the Mk2 (GC200) and Bow product pages and IPU-M2000 / Bow-2000 data sheets,
+docs.graphcore.ai. Fitted: `Efficiencies`; published_runs.json has the runs, `python -m ipu_options
+calibrate --show` the error of each.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class Machine:
     tile_bytes: int = 624 * 1024
     exchange_bytes_per_second: float = 8e12        # all-to-all on chip
     link_bytes_per_second: float = 320e9           # IPU-Link, all links of an IPU, both directions
-    streaming_bytes_per_second: float = 20e9       # DRAM of the IPU-Machine, shared out over its IPUs
+    streaming_bytes_per_second: float = 20e9  # DRAM of the IPU-Machine, shared out over its IPUs
 
     @property
     def memory_bytes(self) -> int:
@@ -43,13 +44,15 @@ class Efficiencies:
     """Three fitted numbers and an allowance.
 
     A matrix multiplication of F FLOPs takes F / (peak x peak_utilisation) + matmul_cycles / clock.
-    So utilisation grows with the work of one layer on one micro-batch and saturates: half of `peak_utilisation` is reached
-    where both terms are equal. `matmul_cycles` stands for all that does not grow with the work: exchange, synchronisation,
-    and the element-wise operations around a multiplication.  `call_seconds` is what the host adds to each call of the
-    device: scheduling, streams, the loop in Python.
+    So utilisation grows with the work of one layer on one micro-batch and saturates: half of
+    `peak_utilisation` is reached where both terms are equal. `matmul_cycles` stands for all that
+    does not grow with the work: exchange, synchronisation, and the element-wise operations around a
+    multiplication.  `call_seconds` is what the host adds to each call of the device: scheduling,
+    streams, the loop in Python.
 
-    code_bytes is not fitted to speed: an allowance for code, control code and exchange code of an IPU that runs BERT layers,
-    small enough that every configuration in published_runs.json that is known to fit does fit; a profile replaces it.
+    code_bytes is not fitted to speed: an allowance for code, control code and exchange code of an
+    IPU that runs BERT layers, small enough that every configuration in published_runs.json that is
+    known to fit does fit; a profile replaces it.
     """
 
     peak_utilisation: float = 0.378
@@ -59,11 +62,13 @@ class Efficiencies:
     source: str = "published runs"
 
 
-# Link efficiency of collectives and of copies between IPUs: each direction has half of the bidirectional figure.
+# Link efficiency of collectives and of copies between IPUs: each direction has half of the
+# bidirectional figure.
 LINK_SHARE = 0.5
 
 
-# Error of the default efficiencies on each published run that has a throughput, in percent, as `calibrate --show` prints it.
+# Error of the default efficiencies on each published run that has a throughput, in percent, as
+# `calibrate --show` prints it.
 PUBLISHED_ERRORS_PERCENT = {
     "roberta-base SQuAD v1, 16 Mk2": 4.6,
     "bert-base pretraining phase 2, 16 Mk2": 3.5,

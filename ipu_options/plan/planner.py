@@ -13,7 +13,9 @@ from ipu_options.plan.throughput import copy_seconds, stage_work, update_seconds
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job will take. Seconds and bytes throughout; memory is by IPU of a replica and category."""
+    """What a job will take. Seconds and bytes throughout; memory is by IPU of a replica and
+    category.
+    """
 
     job: Job
     efficiencies: Efficiencies
@@ -50,26 +52,33 @@ class Plan:
 
     @property
     def training_seconds(self) -> Optional[float]:
-        """Of all epochs, without compilation and evaluation; None if the number of windows is not known."""
+        """Of all epochs, without compilation and evaluation; None if the number of windows is not
+        known.
+        """
         if self.job.train_windows is None:
             return None
         return self.job.epochs * self.job.train_windows / self.windows_per_second
 
     def load(self) -> Dict[int, float]:
         """Seconds of work that one micro-batch is to each IPU."""
-        return {ipu: sum(work.seconds for work in self.work if work.ipu == ipu) for ipu in self.memory}
+        return {
+            ipu: sum(work.seconds for work in self.work if work.ipu == ipu) for ipu in self.memory}
 
     def parts(self) -> Dict[str, float]:
-        """Where the time of a weight update goes, in seconds: they add up to update_seconds. Idle is what the slowest IPU
-        of a step makes the average one wait."""
+        """Where the time of a weight update goes, in seconds: they add up to update_seconds. Idle
+        is what the slowest IPU of a step makes the average one wait.
+        """
         steps, batches = self.schedule.steps, self.job.config.gradient_accumulation_steps
         ipus = len(self.memory)
-        mean = {kind: batches * sum(getattr(work, kind) for work in self.work) / ipus for kind in KINDS}
+        mean = {
+            kind: batches * sum(getattr(work, kind) for work in self.work) / ipus for kind in KINDS}
         slowest = self.schedule.step_seconds - self.copy_seconds
-        return {**mean, "waiting for the slowest IPU": batches * slowest - sum(mean.values()),
-                "pipeline ramp": (steps - batches) * slowest, "copies between IPUs": steps * self.copy_seconds,
-                "gradient reduction": self.reduction_seconds, "weight update": self.weight_update_seconds,
-                "host": self.host_seconds}
+        return {
+            **mean, "waiting for the slowest IPU": batches * slowest - sum(mean.values()),
+            "pipeline ramp": (steps - batches) * slowest,
+            "copies between IPUs": steps * self.copy_seconds,
+            "gradient reduction": self.reduction_seconds,
+            "weight update": self.weight_update_seconds, "host": self.host_seconds}
 
 
 def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
@@ -79,7 +88,8 @@ def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
     schedule = simulate(work, job.config.gradient_accumulation_steps, copies)
     reduction, update = update_seconds(job)
     host = efficiencies.call_seconds / job.config.device_iterations
-    return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), work, copies, schedule, reduction, update, host)
+    return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), work, copies, schedule,
+                reduction, update, host)
 
 
 def with_config(job: Job, **changes: Any) -> Job:

@@ -1,8 +1,10 @@
 """What a PopVision profile says of memory and balance, against the plan.
 
-Reads profile.pop through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision Analysis Library: Python API"), which
-comes with the Poplar SDK. Attributes used: compilation.target.{numIPUs, bytesPerTile, clockFrequency},
-compilation.tiles[].memory.{total.excludingGaps, category.NAME.total}, execution.steps[].{program.type, ipus[].cycles}.
+Reads profile.pop through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision Analysis
+Library: Python API"), which comes with the Poplar SDK. Attributes used:
+compilation.target.{numIPUs, bytesPerTile, clockFrequency},
+compilation.tiles[].memory.{total.excludingGaps, category.NAME.total},
+execution.steps[].{program.type, ipus[].cycles}.
 """
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ from ipu_options.plan.advice import suggestion
 from ipu_options.plan.planner import Plan
 from ipu_options.plan.text import MIB, table
 
-CODE = ("vertexCode", "controlCode", "internalExchangeCode", "hostExchangeCode", "globalExchangeCode", "vertexInstanceState",
-        "copyDescriptor", "vertexFieldData")
+CODE = ("vertexCode", "controlCode", "internalExchangeCode", "hostExchangeCode",
+        "globalExchangeCode", "vertexInstanceState", "copyDescriptor", "vertexFieldData")
 # Program types by what the IPU is doing; the others are control flow, which takes next to no time.
-ACTIVITY = {"OnTileExecute": "compute", "DoExchange": "exchange", "GlobalExchange": "IPU-Links", "StreamCopy": "host",
-            "StreamCopyBegin": "host", "StreamCopyMid": "host", "StreamCopyEnd": "host", "Sync": "waiting"}
+ACTIVITY = {
+    "OnTileExecute": "compute", "DoExchange": "exchange", "GlobalExchange": "IPU-Links",
+    "StreamCopy": "host", "StreamCopyBegin": "host", "StreamCopyMid": "host",
+    "StreamCopyEnd": "host", "Sync": "waiting"}
 ACTIVITIES = ("compute", "exchange", "IPU-Links", "host", "waiting", "other")
 
 
@@ -45,19 +49,24 @@ class Profile:
 
 
 def open_profile(path: str) -> Profile:
-    """Read a profile.pop, or the newest one below a folder (a training profile before an inference one).
+    """Read a profile.pop, or the newest one below a folder (a training profile before an inference
+    one).
 
     Raises UsageError where pva or the profile is missing, RunError where pva cannot read it.
     """
     try:
         import pva
     except ImportError:
-        raise UsageError("reading a profile needs pva, which comes with the Poplar SDK and not from a package index: run this "
-                         "where the SDK is enabled (source its poplar enable.sh)")
+        raise UsageError(
+            "reading a profile needs pva, which comes with the Poplar SDK and not from a package index: run this "
+            "where the SDK is enabled (source its poplar enable.sh)")
     found = [Path(path)] if Path(path).is_file() else sorted(
-        Path(path).rglob("profile.pop"), key=lambda file: ("training" in file.parts, file.stat().st_mtime))
+        Path(path).rglob("profile.pop"), key=lambda file:
+        ("training" in file.parts, file.stat().st_mtime))
     if not found:
-        raise UsageError(f"{path}: no profile.pop there; `python train.py --profile_dir {path}` on an IPU writes one")
+        raise UsageError(
+            f"{path}: no profile.pop there; `python train.py --profile_dir {path}` on an IPU writes one"
+        )
     try:
         return read_profile(pva.openReport(str(found[-1])))
     except Exception as error:  # pva raises its own kinds, and RuntimeError for a broken file
@@ -74,7 +83,9 @@ def read_profile(report: Any) -> Profile:
         size = tile.memory.total.excludingGaps
         total[ipu] += size
         largest[ipu] = max(largest[ipu], size)
-        code[ipu] += sum(getattr(tile.memory.category, name).total for name in CODE if hasattr(tile.memory.category, name))
+        code[ipu] += sum(
+            getattr(tile.memory.category, name).total for name in CODE
+            if hasattr(tile.memory.category, name))
     cycles = [dict.fromkeys(ACTIVITIES, 0) for _ in range(ipus)]
     for step in report.execution.steps:
         activity = ACTIVITY.get(str(step.program.type).split(".")[-1], "other")
@@ -86,43 +97,55 @@ def read_profile(report: Any) -> Profile:
 def profile_text(profile: Profile, plan: Plan) -> str:
     """Memory, cycles and balance beside the plan of the same configuration, and what to change."""
     if len(profile.total_bytes) != len(plan.memory):
-        raise UsageError(f"the profile is of {len(profile.total_bytes)} IPUs, the plan of {len(plan.memory)}: give report the "
-                         "flags that the profiled run was started with")
-    memory = [[f"IPU {ipu}", f"{profile.total_bytes[ipu] / MIB:.0f}", f"{sum(parts.values()) / MIB:.0f}",
-               f"{profile.ipu_code_bytes[ipu] / MIB:.0f}", f"{parts['code'] / MIB:.0f}",
-               f"{100 * profile.largest_tile_bytes[ipu] / profile.tile_limit_bytes:.0f} %"] for ipu, parts in plan.memory.items()]
+        raise UsageError(
+            f"the profile is of {len(profile.total_bytes)} IPUs, the plan of {len(plan.memory)}: give report the "
+            "flags that the profiled run was started with")
+    memory = [[
+        f"IPU {ipu}", f"{profile.total_bytes[ipu] / MIB:.0f}", f"{sum(parts.values()) / MIB:.0f}",
+        f"{profile.ipu_code_bytes[ipu] / MIB:.0f}", f"{parts['code'] / MIB:.0f}",
+        f"{100 * profile.largest_tile_bytes[ipu] / profile.tile_limit_bytes:.0f} %"]
+              for ipu, parts in plan.memory.items()]
     load = _planned_load(plan)
     most = max(profile.work_cycles(ipu) for ipu in plan.memory) or 1
-    cycles = [[f"IPU {ipu}"] + [f"{1e3 * profile.cycles[ipu][name] / profile.clock_hz:.2f}" for name in ACTIVITIES]
-              + [f"{100 * profile.work_cycles(ipu) / most:.0f} %", f"{100 * load[ipu]:.0f} %"] for ipu in plan.memory]
+    cycles = [[f"IPU {ipu}"] +
+              [f"{1e3 * profile.cycles[ipu][name] / profile.clock_hz:.2f}" for name in ACTIVITIES] +
+              [f"{100 * profile.work_cycles(ipu) / most:.0f} %", f"{100 * load[ipu]:.0f} %"]
+              for ipu in plan.memory]
     return "\n\n".join([
-        "Memory in MiB, as profiled and as planned\n"
-        + table(["", "profiled", "planned", "code", "code planned", "fullest tile"], memory),
-        "Time in ms of the profiled call, by what an IPU does\n" + table(["", *ACTIVITIES, "load", "load planned"], cycles),
+        "Memory in MiB, as profiled and as planned\n" +
+        table(["", "profiled", "planned", "code", "code planned", "fullest tile"], memory),
+        "Time in ms of the profiled call, by what an IPU does\n" +
+        table(["", *ACTIVITIES, "load", "load planned"], cycles),
         "What to change: " + advice(profile, plan)])
 
 
 def advice(profile: Profile, plan: Plan) -> str:
-    """The change that the profile asks for: memory first, then balance, then the host; else what the plan suggests."""
+    """The change that the profile asks for: memory first, then balance, then the host; else what
+    the plan suggests.
+    """
     ipus = list(plan.memory)
     full = max(ipus, key=lambda ipu: profile.largest_tile_bytes[ipu])
     over = profile.largest_tile_bytes[full] - profile.tile_limit_bytes
     if over > 0:
-        return (f"IPU {full}'s fullest tile is over by {over / 1024:.0f} KiB: move a layer away from it, lower its "
-                "--matmul_proportion, or use a smaller --micro_batch_size")
+        return (
+            f"IPU {full}'s fullest tile is over by {over / 1024:.0f} KiB: move a layer away from it, lower its "
+            "--matmul_proportion, or use a smaller --micro_batch_size")
     slowest, idlest = max(ipus, key=profile.work_cycles), min(ipus, key=profile.work_cycles)
     most, least = profile.work_cycles(slowest), profile.work_cycles(idlest)
     layers = plan.job.layout.layers_per_ipu(len(ipus))
-    if layers[slowest] > 1 and most - least > 2 * most / layers[slowest]:  # a layer's worth of work less leaves it ahead still
+    if layers[slowest] > 1 and most - least > 2 * most / layers[
+            slowest]:  # a layer's worth of work less leaves it ahead still
         layers[slowest], layers[idlest] = layers[slowest] - 1, layers[idlest] + 1
         mean = sum(profile.work_cycles(ipu) for ipu in ipus) / len(ipus)
-        return (f"IPU {slowest} works {most / mean:.2f} times the mean, IPU {idlest} least: move a layer, "
-                f"--layers_per_ipu {' '.join(map(str, layers))}, if `plan` says that it fits")
+        return (
+            f"IPU {slowest} works {most / mean:.2f} times the mean, IPU {idlest} least: move a layer, "
+            f"--layers_per_ipu {' '.join(map(str, layers))}, if `plan` says that it fits")
     busy = sum(sum(parts.values()) for parts in profile.cycles) or 1
     host = sum(parts["host"] for parts in profile.cycles) / busy
     if host > 0.1:
-        return (f"{100 * host:.0f} % of the time goes to the host: --device_iterations {2 * plan.job.config.device_iterations}, "
-                "or more --dataloader_num_workers")
+        return (
+            f"{100 * host:.0f} % of the time goes to the host: --device_iterations {2 * plan.job.config.device_iterations}, "
+            "or more --dataloader_num_workers")
     return suggestion(plan)
 
 

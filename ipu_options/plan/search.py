@@ -1,10 +1,12 @@
 """The best split of the blocks over IPUs, and the settings that go with it, under the memory limit.
 
-For given settings the blocks are cut into contiguous stages, one an IPU, so embedding and head may have an IPU of their own
-or share one. A weight update takes steps x (slowest stage + copies) + update(most parameters on an IPU) + constants: two
-maxima. Dynamic programming finds the split with the least slowest stage among those that keep every stage within memory
-and under a cap on parameters; lowering the cap until it can gain nothing more gives the exact optimum of the sum. (The copies
-are the same for every split, since all of a transformer's blocks hand on tensors of one size.)
+For given settings the blocks are cut into contiguous stages, one an IPU, so embedding and head may
+have an IPU of their own or share one. A weight update takes steps x (slowest stage + copies) +
+update(most parameters on an IPU) + constants: two maxima. Dynamic programming finds the split with
+the least slowest stage among those that keep every stage within memory and under a cap on
+parameters; lowering the cap until it can gain nothing more gives the exact optimum of the sum. (The
+copies are the same for every split, since all of a transformer's blocks hand on tensors of one
+size.)
 """
 from __future__ import annotations
 
@@ -29,19 +31,23 @@ MATMUL_PROPORTION = 0.25  # where the given proportions are for a pipeline of an
 
 
 class Cut(NamedTuple):
-    """A split: the index of the block after the last, for each stage; and the seconds of its slowest stage."""
+    """A split: the index of the block after the last, for each stage; and the seconds of its
+    slowest stage.
+    """
 
     ends: Tuple[int, ...]
     slowest_seconds: float
 
 
-def search(job: Job, ipus: int, efficiencies: Efficiencies = Efficiencies(), keep: int = 5) -> Tuple[List[Plan], int]:
+def search(job: Job, ipus: int, efficiencies: Efficiencies = Efficiencies(),
+           keep: int = 5) -> Tuple[List[Plan], int]:
     """The `keep` best plans that fit on `ipus` IPUs, best first, and the number of settings tried.
 
-    job: says all that is not searched: model, length, machine, rows of a weight update (kept: it is the batch size that the
-    learning rate was chosen for), replicated tensor sharding, precision; and how to count its blocks anew (job.count).
-    Searched: IPUs of a pipeline (a power of two) and replicas, the split, micro-batch and accumulation, recomputation
-    checkpoints, embedding serialisation, optimizer state on or off chip. Every setting appears once, with its best split.
+    job: says all that is not searched: model, length, machine, rows of a weight update (kept: it is
+    the batch size that the learning rate was chosen for), replicated tensor sharding, precision;
+    and how to count its blocks anew (job.count). Searched: IPUs of a pipeline (a power of two) and
+    replicas, the split, micro-batch and accumulation, recomputation checkpoints, embedding
+    serialisation, optimizer state on or off chip. Every setting appears once, with its best split.
     Raises UsageError if nothing fits.
     """
     plans, tried = [], 0
@@ -51,15 +57,20 @@ def search(job: Job, ipus: int, efficiencies: Efficiencies = Efficiencies(), kee
         if cut is not None:
             plans.append(make_plan(with_cut(candidate, cut), efficiencies))
     if not plans:
-        raise UsageError(f"nothing fits: no split of this model over {ipus} IPUs keeps every IPU within its memory with "
-                         f"{job.rows_per_update} rows a weight update; use more IPUs, or a shorter --max_seq_length")
-    plans.sort(key=lambda plan: (-plan.windows_per_second, plan.job.config.optimizer_state_offchip,
-                                 plan.job.config.embedding_serialization_factor, -plan.job.config.recompute_checkpoint_every_layer))
+        raise UsageError(
+            f"nothing fits: no split of this model over {ipus} IPUs keeps every IPU within its memory with "
+            f"{job.rows_per_update} rows a weight update; use more IPUs, or a shorter --max_seq_length"
+        )
+    plans.sort(key=lambda plan:
+               (-plan.windows_per_second, plan.job.config.optimizer_state_offchip, plan.job.config.
+                embedding_serialization_factor, -plan.job.config.recompute_checkpoint_every_layer))
     return _distinct(plans)[:keep], tried
 
 
 def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
-    """The contiguous split of job.blocks over job.config.num_ipus() IPUs with the shortest weight update; None: none fits."""
+    """The contiguous split of job.blocks over job.config.num_ipus() IPUs with the shortest weight
+    update; None: none fits.
+    """
     totals = range_totals(job.blocks)
     stages = job.config.num_ipus()
     if stages > len(job.blocks):
@@ -69,7 +80,8 @@ def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
     best, best_seconds, cap = None, np.inf, np.inf
     least = sum(update_seconds_of(job, -(-int(totals.parameters[0, -1]) // stages)))
     while True:
-        cut = _least_slowest([np.where(totals.parameters <= cap, table, np.inf) for table in seconds])
+        cut = _least_slowest([
+            np.where(totals.parameters <= cap, table, np.inf) for table in seconds])
         if cut is None or steps * cut.slowest_seconds + least >= best_seconds:
             return best
         starts = (0,) + cut.ends[:-1]
@@ -82,14 +94,20 @@ def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
 
 def with_cut(job: Job, cut: Cut) -> Job:
     """The job with its layout and layers_per_ipu set to the split."""
-    ipu_of = [ipu for ipu, (start, end) in enumerate(zip((0,) + cut.ends[:-1], cut.ends)) for _ in range(start, end)]
+    ipu_of = [
+        ipu for ipu, (start, end) in enumerate(zip((0, ) + cut.ends[:-1], cut.ends))
+        for _ in range(start, end)]
     layout = Layout.from_blocks(ipu_of)
     layers = layout.layers_per_ipu(len(cut.ends))
-    return replace(job, layout=layout, config=replace(job.config, layers_per_ipu=layers, embedding_ipu=0, head_ipu=None))
+    return replace(
+        job, layout=layout, config=replace(job.config, layers_per_ipu=layers, embedding_ipu=0,
+                                           head_ipu=None))
 
 
 def _candidates(job: Job, ipus: int) -> Iterator[Job]:
-    """Every combination of what is searched besides the split. Accumulation follows from the rows of an update."""
+    """Every combination of what is searched besides the split. Accumulation follows from the rows
+    of an update.
+    """
     stages = 1
     while stages <= min(ipus, len(job.blocks)):
         replicas = ipus // stages
@@ -101,9 +119,11 @@ def _candidates(job: Job, ipus: int) -> Iterator[Job]:
                 blocks = tuple(job.count(micro_batch, factor))
                 for offchip in (False, True):
                     for checkpoints in (True, False):
-                        yield _candidate(job, blocks, micro_batch, ipus_per_replica=stages, replication_factor=replicas,
-                                         gradient_accumulation_steps=accumulation, embedding_serialization_factor=factor,
-                                         optimizer_state_offchip=offchip, recompute_checkpoint_every_layer=checkpoints)
+                        yield _candidate(
+                            job, blocks, micro_batch, ipus_per_replica=stages,
+                            replication_factor=replicas, gradient_accumulation_steps=accumulation,
+                            embedding_serialization_factor=factor, optimizer_state_offchip=offchip,
+                            recompute_checkpoint_every_layer=checkpoints)
         stages *= 2
 
 
@@ -114,18 +134,25 @@ def _candidate(job: Job, blocks: Tuple[CountedBlock, ...], micro_batch: int, **c
     return replace(job, blocks=blocks, micro_batch_size=micro_batch, config=config)
 
 
-def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int, stages: int) -> np.ndarray:
-    """Seconds of a step for every run of blocks [i, j) as stage `index`; infinite where it does not fit or is empty."""
-    memory = stage_memory(job, totals, job.config.matmul_shares()[index], index, stages, efficiencies.code_bytes)
+def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
+                 stages: int) -> np.ndarray:
+    """Seconds of a step for every run of blocks [i, j) as stage `index`; infinite where it does not
+    fit or is empty.
+    """
+    memory = stage_memory(job, totals,
+                          job.config.matmul_shares()[index], index, stages, efficiencies.code_bytes)
     forward, again, backward = stage_seconds(job, efficiencies, totals, last=index == stages - 1)
     fits = (sum(memory.values()) <= job.machine.memory_bytes) & (totals.parameters > 0)
     return np.where(fits, forward + again + backward, np.inf)
 
 
 def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
-    """The split with the least maximum of tables[s][start, end] over stages s; None if every one is infinite."""
+    """The split with the least maximum of tables[s][start, end] over stages s; None if every one is
+    infinite.
+    """
     blocks = tables[0].shape[0]
-    reached = np.full(blocks + 1, np.inf)  # slowest stage so far, by the block at which the next stage begins
+    reached = np.full(blocks + 1,
+                      np.inf)  # slowest stage so far, by the block at which the next stage begins
     reached[0] = 0.0
     origins = []
     for table in tables:
@@ -141,7 +168,9 @@ def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
 
 
 def _distinct(plans: Sequence[Plan]) -> List[Plan]:
-    """Leaves out a plan that differs from an earlier one only in a setting that changes nothing of note for the worse."""
+    """Leaves out a plan that differs from an earlier one only in a setting that changes nothing of
+    note for the worse.
+    """
     seen, kept = set(), []
     for plan in plans:
         key = (plan.job.layout, plan.job.micro_batch_size, plan.job.config.optimizer_state_offchip)

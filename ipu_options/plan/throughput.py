@@ -12,15 +12,20 @@ from ipu_options.plan.totals import Totals, stage_totals
 def stage_work(job: Job, efficiencies: Efficiencies) -> List[StageWork]:
     """The seconds of each forward stage and of its backward stage, for one micro-batch."""
     stages = job.stages()
-    return [StageWork(ipu, *stage_seconds(job, efficiencies, stage_totals(blocks), last=index == len(stages) - 1))
-            for index, (ipu, blocks) in enumerate(stages)]
+    return [
+        StageWork(
+            ipu,
+            *stage_seconds(job, efficiencies, stage_totals(blocks), last=index == len(stages) - 1))
+        for index, (ipu, blocks) in enumerate(stages)]
 
 
-def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, last: bool) -> Tuple[Any, Any, Any]:
+def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals,
+                  last: bool) -> Tuple[Any, Any, Any]:
     """(forward, recompute, backward) seconds of a stage, or of all possible stages.
 
-    Recomputation repeats the forward pass, but for what PopART sees no use in: the operations between the last checkpoint
-    and the loss (popart, transforms/pipeline.cpp, setFinalFwdStageRecomputation).
+    Recomputation repeats the forward pass, but for what PopART sees no use in: the operations
+    between the last checkpoint and the loss (popart, transforms/pipeline.cpp,
+    setFinalFwdStageRecomputation).
     """
     def seconds(flops: Any, matmuls: Any) -> Any:
         rate = job.machine.flops(job.precision) * efficiencies.peak_utilisation
@@ -36,7 +41,9 @@ def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, last: bo
 
 
 def copy_seconds(job: Job) -> float:
-    """The copies that end a step: each IPU sends its stages' outputs on, and gradients of their inputs back."""
+    """The copies that end a step: each IPU sends its stages' outputs on, and gradients of their
+    inputs back.
+    """
     stages = job.stages()
     sent: Dict[int, int] = dict.fromkeys((ipu for ipu, _ in stages), 0)
     for (ipu, blocks), (following, _) in zip(stages, stages[1:]):
@@ -46,7 +53,9 @@ def copy_seconds(job: Job) -> float:
 
 
 def update_seconds(job: Job) -> Tuple[float, float]:
-    """(seconds of the gradients' reduction between replicas, seconds of the weight update), on the slowest IPU."""
+    """(seconds of the gradients' reduction between replicas, seconds of the weight update), on the
+    slowest IPU.
+    """
     parameters: Dict[int, int] = {}
     for ipu, blocks in job.stages():
         parameters[ipu] = parameters.get(ipu, 0) + sum(block.parameters for block in blocks)
@@ -56,11 +65,13 @@ def update_seconds(job: Job) -> Tuple[float, float]:
 def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
     """The same for an IPU with so many parameters.
 
-    A ring all-reduce moves 2 (R - 1) / R of the gradients over each IPU's links (Patarasuk and Yuan 2009); state off chip is
-    read from and written back to streaming memory; state on chip passes the exchange, as weights and gradients do.
+    A ring all-reduce moves 2 (R - 1) / R of the gradients over each IPU's links (Patarasuk and Yuan
+    2009); state off chip is read from and written back to streaming memory; state on chip passes
+    the exchange, as weights and gradients do.
     """
     replicas, machine = job.config.replication_factor, job.machine
-    reduction = 2 * (replicas - 1) / replicas * parameters * job.element_bytes / (machine.link_bytes_per_second * LINK_SHARE)
+    reduction = 2 * (replicas - 1) / replicas * parameters * job.element_bytes / (
+        machine.link_bytes_per_second * LINK_SHARE)
     state = 2 * parameters * job.state_bytes_per_parameter()
     rate = machine.streaming_bytes_per_second if job.config.optimizer_state_offchip else machine.exchange_bytes_per_second
     return reduction, state / rate + 2 * parameters * job.element_bytes / machine.exchange_bytes_per_second

@@ -1,7 +1,8 @@
-"""What a run of consecutive blocks needs together: of one stage as numbers, of every possible stage as arrays.
+"""What a run of consecutive blocks needs together: of one stage as numbers, of every possible stage
+as arrays.
 
-memory.py and throughput.py are written over these fields, so that a plan (numbers) and the search (arrays over all stages
-that a split could have) share one formula.
+memory.py and throughput.py are written over these fields, so that a plan (numbers) and the search
+(arrays over all stages that a split could have) share one formula.
 """
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from ipu_options.plan.count import CountedBlock
 
 
 class Totals(NamedTuple):
-    """Sums and maxima over the blocks of a stage; each field is a number, or an array [first block, block after the last]."""
+    """Sums and maxima over the blocks of a stage; each field is a number, or an array [first block,
+    block after the last].
+    """
 
     parameters: Any
     largest_parameter: Any
@@ -38,25 +41,29 @@ def stage_totals(blocks: Sequence[CountedBlock]) -> Totals:
 
 
 def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
-    """The totals of every run blocks[i:j] as arrays [len(blocks), len(blocks) + 1], 0 where j <= i."""
+    """The totals of every run blocks[i:j] as arrays [len(blocks), len(blocks) + 1], 0 where j <= i.
+    """
     def of(value) -> np.ndarray:
         return np.array([value(block) for block in blocks], dtype=np.int64)
 
     heads = of(lambda b: b.kind == "head")
-    forward_matmuls = of(lambda b: max(b.forward_matmuls, 1))  # a block without any, the embedding, takes a call's time as well
+    forward_matmuls = of(lambda b: max(b.forward_matmuls, 1)
+                         )  # a block without any, the embedding, takes a call's time as well
     return Totals(
-        parameters=_sums(of(lambda b: b.parameters)),
-        largest_parameter=_maxima(of(lambda b: b.largest_parameter)),
-        embedding_parameter=_maxima(of(lambda b: b.largest_parameter if b.kind == "embedding" else 0)),
-        input_bytes=np.triu(np.tile(of(lambda b: b.input_bytes)[:, None], len(blocks) + 1), 1),
-        checkpoint_bytes=_sums(of(lambda b: b.input_bytes)),
-        saved_bytes=_sums(of(lambda b: b.saved_bytes)),
-        most_saved_bytes=_maxima(of(lambda b: b.saved_bytes)),
-        output_bytes=_maxima(of(lambda b: b.output_bytes)),
-        matmul_bytes=_maxima(of(lambda b: b.matmul_bytes)),
-        forward_flops=_sums(of(lambda b: b.forward_flops)), forward_matmuls=_sums(forward_matmuls),
-        backward_flops=_sums(of(lambda b: b.backward_flops)), backward_matmuls=_sums(of(lambda b: max(b.backward_matmuls, 1))),
-        head_flops=_sums(heads * of(lambda b: b.forward_flops)), head_matmuls=_sums(heads * forward_matmuls))
+        parameters=_sums(of(lambda b: b.parameters)), largest_parameter=_maxima(
+            of(lambda b: b.largest_parameter)), embedding_parameter=_maxima(
+                of(lambda b: b.largest_parameter if b.kind == "embedding" else 0)),
+        input_bytes=np.triu(np.tile(of(lambda b: b.input_bytes)[:, None],
+                                    len(blocks) + 1), 1), checkpoint_bytes=_sums(
+                                        of(lambda b: b.input_bytes)), saved_bytes=_sums(
+                                            of(lambda b: b.saved_bytes)), most_saved_bytes=_maxima(
+                                                of(lambda b: b.saved_bytes)), output_bytes=_maxima(
+                                                    of(lambda b: b.output_bytes)),
+        matmul_bytes=_maxima(of(lambda b: b.matmul_bytes)), forward_flops=_sums(
+            of(lambda b: b.forward_flops)), forward_matmuls=_sums(forward_matmuls),
+        backward_flops=_sums(of(lambda b: b.backward_flops)), backward_matmuls=_sums(
+            of(lambda b: max(b.backward_matmuls, 1))), head_flops=_sums(
+                heads * of(lambda b: b.forward_flops)), head_matmuls=_sums(heads * forward_matmuls))
 
 
 def _sums(values: np.ndarray) -> np.ndarray:

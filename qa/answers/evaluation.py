@@ -1,4 +1,6 @@
-"""Evaluation: answers to the validation questions, the files that they are written to, and their metrics."""
+"""Evaluation: answers to the validation questions, the files that they are written to, and their
+metrics.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -26,7 +28,8 @@ class Evaluation:
     questions: with the character offsets of their windows.
     """
 
-    def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline, questions: Questions):
+    def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline,
+                 questions: Questions):
         self.settings, self.questions = settings, questions
         self.pipeline = InferencePipeline(RobertaForSpans(model_config), pipeline, settings)
 
@@ -37,51 +40,61 @@ class Evaluation:
     def run(self, training: Training, step: int, epoch: float) -> List[dict]:
         """Answer all questions with the weights that the model has now.
 
-        Takes the IPUs from the training and gives them back. Writes the prediction files and metrics.json to the output folder,
-        and prints the metrics. Returns the predictions in order: [{id, prediction_text, ...}].
+        Takes the IPUs from the training and gives them back. Writes the prediction files and
+        metrics.json to the output folder, and prints the metrics. Returns the predictions in order:
+        [{id, prediction_text, ...}].
         """
         version_2, folder = self.settings.version_2_with_negative, Path(self.settings.output_dir)
         if training.training_model.isAttachedToDevice():
-            training.training_model.detachFromDevice()  # frees the IPUs and brings the weights to the host
+            training.training_model.detachFromDevice(
+            )  # frees the IPUs and brings the weights to the host
         set_weights(self.pipeline.model, weights_of(training.model))
         examples, windows = self.questions
         predictions = write_answers(self.pipeline.answers(windows, examples), folder, version_2)
         self.pipeline.detach()
-        references = [{"id": name, "answers": answers} for name, answers in zip(examples["id"], examples["answers"])]
+        references = [{"id": name, "answers": answers}
+                      for name, answers in zip(examples["id"], examples["answers"])]
         metrics = squad_metrics(references, predictions, version_2)
         write_json(folder / "metrics.json", {**metrics, "step": step, "epoch": epoch})
-        tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+        tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{name} {value:.2f}"
+                                                              for name, value in metrics.items()))
         return predictions
 
     def samples(self, predictions: List[dict], count: int, seed: int) -> str:
         """`count` random questions with their predicted and true answers, as text to print."""
         examples, lines = self.questions.examples, []
-        for i in sorted(random.Random(seed).sample(range(len(examples)), min(count, len(examples)))):
+        for i in sorted(
+                random.Random(seed).sample(range(len(examples)), min(count, len(examples)))):
             example = examples[i]
             true = " / ".join(sorted(set(example["answers"]["text"]))) or "(no answer)"
             predicted = predictions[i]["prediction_text"] or "(no answer)"
-            lines.append(f"  {example['question']}\n      predicted: {predicted}\n      true:      {true}")
+            lines.append(
+                f"  {example['question']}\n      predicted: {predicted}\n      true:      {true}")
         return "\n".join(lines)
 
 
 def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool) -> List[dict]:
-    """Write predictions.json, nbest_predictions.json and, with version 2, null_odds.json in run_qa's layouts.
+    """Write predictions.json, nbest_predictions.json and, with version 2, null_odds.json in
+    run_qa's layouts.
 
-    Each file maps a question's id to its text, its n-best list or its null odds, and appears whole or not at all.
-    Returns what `qa.answers.metrics.squad_metrics` takes: [{id, prediction_text, no_answer_probability (with version 2: the
-    null odds)}, ...].
+    Each file maps a question's id to its text, its n-best list or its null odds, and appears whole
+    or not at all. Returns what `qa.answers.metrics.squad_metrics` takes: [{id, prediction_text,
+    no_answer_probability (with version 2: the null odds)}, ...].
     """
     folder = Path(folder)
     predictions = []
     with contextlib.ExitStack() as files:
         put_text = files.enter_context(_json_object(folder / "predictions.json"))
         put_nbest = files.enter_context(_json_object(folder / "nbest_predictions.json"))
-        put_odds = files.enter_context(_json_object(folder / "null_odds.json")) if version_2_with_negative else None
+        put_odds = files.enter_context(_json_object(
+            folder / "null_odds.json")) if version_2_with_negative else None
         for found in answers:
             prediction = {"id": found["id"], "prediction_text": found["text"]}
             put_text(found["id"], found["text"])
-            put_nbest(found["id"], [{key: entry[key] for key in ("start_logit", "end_logit", "text", "probability")}
-                                    for entry in found["nbest"]])
+            put_nbest(
+                found["id"],
+                [{key: entry[key] for key in ("start_logit", "end_logit", "text", "probability")}
+                 for entry in found["nbest"]])
             if put_odds:
                 put_odds(found["id"], found["null_odds"])
                 prediction["no_answer_probability"] = found["null_odds"]
@@ -91,7 +104,9 @@ def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool
 
 @contextlib.contextmanager
 def _json_object(path: Path) -> Iterator[Callable]:
-    """Gives a function that writes an entry of a JSON object; the file takes its place when all are written."""
+    """Gives a function that writes an entry of a JSON object; the file takes its place when all are
+    written.
+    """
     separator = ""
     with written_whole(path) as file:
         def put(key: str, value) -> None:

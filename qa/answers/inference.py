@@ -1,4 +1,6 @@
-"""The inference pipeline that train.py evaluates with and infer.py answers with: one model, one layout, one way to answers."""
+"""The inference pipeline that train.py evaluates with and infer.py answers with: one model, one
+layout, one way to answers.
+"""
 from __future__ import annotations
 
 from typing import Iterator
@@ -14,14 +16,16 @@ from qa.data.rows import InferenceRows
 from qa.model.parallelize import parallelize
 from qa.model.roberta import RobertaForSpans
 
-_ROWS_WORTH_A_WORKER = 10_000  # fewer are made in less time than it takes to start a process that imports torch
+# fewer are made in less time than it takes to start a process that imports torch
+_ROWS_WORTH_A_WORKER = 10_000
 
 
 class InferencePipeline:
     """A model compiled once for inference, which answers the questions of any number of data sets.
 
-    model: becomes this pipeline's own (annotated, in the precision that the settings name, in evaluation mode).
-    settings: any object with the fields of qa.settings.ModelSettings and RunSettings, and eval_micro_batch_size.
+    model: becomes this pipeline's own (annotated, in the precision that the settings name, in
+    evaluation mode). settings: any object with the fields of qa.settings.ModelSettings and
+    RunSettings, and eval_micro_batch_size.
     """
 
     def __init__(self, model: RobertaForSpans, pipeline: Pipeline, settings):
@@ -37,7 +41,9 @@ class InferencePipeline:
         self.inference_model = poptorch.inferenceModel(model, self.options)
 
     def compile(self, windows) -> None:
-        """Compile for the shapes that every call has, without running. windows: qa.data.windows.Windows, any."""
+        """Compile for the shapes that every call has, without running. windows:
+        qa.data.windows.Windows, any.
+        """
         self.inference_model.compile(**self._rows(windows).__getitems__(range(self.rows_per_step)))
 
     def answers(self, windows, examples, progress: bool = True) -> Iterator[dict]:
@@ -46,10 +52,12 @@ class InferencePipeline:
         windows: qa.data.windows.Windows with offsets, made from `examples`.  progress: show a bar.
         """
         settings, rows = self.settings, self._rows(windows)
-        finder = AnswerFinder(windows, examples, n_best_size=settings.n_best_size, max_answer_length=settings.max_answer_length,
+        finder = AnswerFinder(windows, examples, n_best_size=settings.n_best_size,
+                              max_answer_length=settings.max_answer_length,
                               version_2_with_negative=settings.version_2_with_negative,
                               null_score_diff_threshold=settings.null_score_diff_threshold)
-        return predict(self.inference_model, self.options, rows, finder, settings.eval_micro_batch_size, progress)
+        return predict(self.inference_model, self.options, rows, finder,
+                       settings.eval_micro_batch_size, progress)
 
     def detach(self) -> None:
         """Give the IPUs back; the weights are uploaded anew when the pipeline is next used."""
@@ -57,19 +65,26 @@ class InferencePipeline:
             self.inference_model.detachFromDevice()
 
     def _rows(self, windows) -> InferenceRows:
-        return InferenceRows(windows, row_length=self.settings.max_seq_length, max_windows_per_row=self.settings.row_capacity(),
-                             pad_token_id=self.model.config.pad_token_id, rows_per_step=self.rows_per_step)
+        return InferenceRows(windows, row_length=self.settings.max_seq_length,
+                             max_windows_per_row=self.settings.row_capacity(),
+                             pad_token_id=self.model.config.pad_token_id,
+                             rows_per_step=self.rows_per_step)
 
 
-def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder, micro_batch_size: int, progress: bool = True,
+def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
+            micro_batch_size: int, progress: bool = True,
             ) -> Iterator[dict]:
-    """Run `rows` through the model and give the answers of `finder` in the order of the examples (keys: AnswerFinder.add).
+    """Run `rows` through the model and give the answers of `finder` in the order of the examples
+    (keys: AnswerFinder.add).
 
-    inference_model: a poptorch.inferenceModel made with `options`, whose output mode is All, so that each call returns start and
-    end logits [rows of the combined batch, tokens] in the order of the rows.  progress: show a bar.
+    inference_model: a poptorch.inferenceModel made with `options`, whose output mode is All, so
+    that each call returns start and end logits [rows of the combined batch, tokens] in the order of
+    the rows.  progress: show a bar.
     """
-    loader = open_loader(options, rows, micro_batch_size, asynchronous=len(rows) > _ROWS_WORTH_A_WORKER)
-    bar = tqdm(total=len(rows.windows), desc="Answers", unit="window", dynamic_ncols=True, disable=not progress)
+    loader = open_loader(options, rows, micro_batch_size, asynchronous=len(rows)
+                         > _ROWS_WORTH_A_WORKER)
+    bar = tqdm(total=len(rows.windows), desc="Answers", unit="window", dynamic_ncols=True,
+               disable=not progress)
     first = 0
     with loader as batches, bar:
         for batch in batches:

@@ -5,7 +5,8 @@ from typing import Any, Dict
 
 
 def printed_answer(question: str, answer: Dict[str, Any], n_best: int) -> Dict[str, Any]:
-    """An answer of `InferencePipeline.answers` as the dictionary that is printed or written to a file.
+    """An answer of `InferencePipeline.answers` as the dictionary that is printed or written to a
+    file.
 
     start and end are offsets in characters of the context, end not included.
     """
@@ -17,13 +18,16 @@ def printed_answer(question: str, answer: Dict[str, Any], n_best: int) -> Dict[s
 
 
 def as_text(answer: Dict[str, Any]) -> str:
-    """What `printed_answer` gave, for people: the best answer on a line, with more than one in nbest the others below it."""
+    """What `printed_answer` gave, for people: the best answer on a line, with more than one in
+    nbest the others below it.
+    """
     def line(text, score, start, end):
         where = f", characters {start}-{end}" if text else ""
         return f"{text or '(no answer)'}   ({score:.3f}{where})"
 
     lines = [line(answer["answer"], answer["score"], answer["start"], answer["end"])]
     if len(answer["nbest"]) > 1:
-        lines += [f"  {rank}. {line(entry['text'], entry['probability'], entry['start'], entry['end'])}"
-                  for rank, entry in enumerate(answer["nbest"], 1)]
+        lines += [
+            f"  {rank}. {line(entry['text'], entry['probability'], entry['start'], entry['end'])}"
+            for rank, entry in enumerate(answer["nbest"], 1)]
     return "\n".join(lines)

@@ -1,9 +1,11 @@
-"""The demo's data set and model: invented biographies from a seeded generator, a byte-level BPE tokenizer trained on them
-and a 4-layer RoBERTa with random weights, written as the ordinary files that the ordinary flags read. No network is needed.
+"""The demo's data set and model: invented biographies from a seeded generator, a byte-level BPE
+tokenizer trained on them and a 4-layer RoBERTa with random weights, written as the ordinary files
+that the ordinary flags read. No network is needed.
 
-What makes it learnable from scratch in two minutes: a context tells about one person, its facts come from closed lists, and
-the words around a fact tell which one it is (two cities, two years: only the sentence around them says which is asked for).
-Contexts about several people would need entity matching, which a model this small does not learn in this time.
+What makes it learnable from scratch in two minutes: a context tells about one person, its facts
+come from closed lists, and the words around a fact tell which one it is (two cities, two years:
+only the sentence around them says which is asked for). Contexts about several people would need
+entity matching, which a model this small does not learn in this time.
 """
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from string import Formatter
 from ipu_options.errors import RunError
 from ipu_options.files import system_error
 
-# A topic is one sentence about the person, in several wordings that state the same facts; {slots} are filled from FACTS.
+# A topic is one sentence about the person, in several wordings that state the same facts; {slots}
+# are filled from FACTS.
 OPENING = (
     "{name} was born in {birthplace} in {birth_year}.",
     "{name} was born in {birth_year} in the city of {birthplace}.",
@@ -25,33 +28,48 @@ OPENING = (
 TOPICS = {
     "work": ("{She} earned a living as a {profession}.", "By trade {she} was a {profession}.",
              "For years {she} worked as a {profession}."),
-    "home": ("Later {she} moved to {home}.", "{She} spent {her} last years in {home}.", "In old age {she} settled in {home}."),
-    "music": ("In the evenings {she} played the {instrument}.", "{She} played the {instrument} rather badly.",
+    "home": ("Later {she} moved to {home}.", "{She} spent {her} last years in {home}.",
+             "In old age {she} settled in {home}."),
+    "music": ("In the evenings {she} played the {instrument}.",
+              "{She} played the {instrument} rather badly.",
               "On Sundays {she} played the {instrument}."),
     "pet": ("{Her} {animal} was called {pet_name}.", "{She} kept a {animal} named {pet_name}.",
             "{She} shared {her} kitchen with a {animal} called {pet_name}."),
-    "prize": ("{She} won the {prize} in {prize_year}.", "In {prize_year} {she} received the {prize}.",
+    "prize": ("{She} won the {prize} in {prize_year}.",
+              "In {prize_year} {she} received the {prize}.",
               "To everyone's surprise {she} won the {prize} in {prize_year}."),
-    "collection": ("{She} collected {collection}.", "{Her} house was full of {collection}, which {she} collected.",
+    "collection": ("{She} collected {collection}.",
+                   "{Her} house was full of {collection}, which {she} collected.",
                    "All {her} life {she} collected {collection}."),
-    "fear": ("{She} was afraid of {fear}.", "Nothing frightened {her_object} but {fear}.", "{She} had a great fear of {fear}."),
-    "food": ("For breakfast {she} ate {food}.", "{She} ate {food} every day.", "{Her} favourite meal was {food}."),
-}
+    "fear": ("{She} was afraid of {fear}.", "Nothing frightened {her_object} but {fear}.",
+             "{She} had a great fear of {fear}."), "food": ("For breakfast {she} ate {food}.",
+                                                            "{She} ate {food} every day.",
+                                                            "{Her} favourite meal was {food}."), }
 
 QUESTIONS = {
-    "birthplace": ("Where was {name} born?", "In which city was {name} born?", "What was the birthplace of {name}?"),
-    "birth_year": ("When was {name} born?", "In what year was {name} born?", "What was the birth year of {name}?"),
-    "profession": ("What did {name} do for a living?", "What was the profession of {name}?", "What did {name} work as?"),
-    "home": ("Where did {name} move to?", "Where did {name} spend {her} last years?", "Where did {name} settle in old age?"),
-    "instrument": ("Which instrument did {name} play?", "What did {name} play?", "What instrument could {name} play?"),
-    "animal": ("What kind of animal did {name} keep?", "Which pet did {name} have?", "What sort of pet lived with {name}?"),
-    "pet_name": ("What was the name of {her} pet?", "What was the pet of {name} called?", "What did {name} call {her} pet?"),
-    "prize": ("Which prize did {name} win?", "What award did {name} receive?", "What did {name} win?"),
-    "prize_year": ("When did {name} win a prize?", "In what year did {name} win an award?", "When did {name} receive an award?"),
-    "collection": ("What did {name} collect?", "What was {her} house full of?", "What was in the collection of {name}?"),
+    "birthplace": ("Where was {name} born?", "In which city was {name} born?",
+                   "What was the birthplace of {name}?"),
+    "birth_year": ("When was {name} born?", "In what year was {name} born?",
+                   "What was the birth year of {name}?"),
+    "profession": ("What did {name} do for a living?", "What was the profession of {name}?",
+                   "What did {name} work as?"), "home": ("Where did {name} move to?",
+                                                         "Where did {name} spend {her} last years?",
+                                                         "Where did {name} settle in old age?"),
+    "instrument": ("Which instrument did {name} play?", "What did {name} play?",
+                   "What instrument could {name} play?"),
+    "animal": ("What kind of animal did {name} keep?", "Which pet did {name} have?",
+               "What sort of pet lived with {name}?"),
+    "pet_name": ("What was the name of {her} pet?", "What was the pet of {name} called?",
+                 "What did {name} call {her} pet?"),
+    "prize": ("Which prize did {name} win?", "What award did {name} receive?",
+              "What did {name} win?"), "prize_year": ("When did {name} win a prize?",
+                                                      "In what year did {name} win an award?",
+                                                      "When did {name} receive an award?"),
+    "collection": ("What did {name} collect?", "What was {her} house full of?",
+                   "What was in the collection of {name}?"),
     "fear": ("What was {name} afraid of?", "What did {name} fear?", "What frightened {name}?"),
-    "food": ("What did {name} eat?", "What was the favourite meal of {name}?", "What did {name} like to eat?"),
-}
+    "food": ("What did {name} eat?", "What was the favourite meal of {name}?",
+             "What did {name} like to eat?"), }
 
 
 def _listed(text):
@@ -59,35 +77,47 @@ def _listed(text):
     return tuple(" ".join(entry.split()) for entry in text.split(","))
 
 
-CITIES = _listed("""Lisbon, Oslo, Bergen, Prague, Vienna, Naples, Dublin, Bristol, Geneva, Seville, Porto, Tallinn, Riga, Krakow,
+CITIES = _listed(
+    """Lisbon, Oslo, Bergen, Prague, Vienna, Naples, Dublin, Bristol, Geneva, Seville, Porto, Tallinn, Riga, Krakow,
     Ghent, Lyon, Turin, Malmo, Aberdeen, Cork, Utrecht, Basel, Salzburg, Toledo, Verona, Uppsala, Leipzig, Bruges, Nantes,
     Zagreb""")
 FACTS = {
-    "birthplace": CITIES,
-    "home": CITIES,
-    "birth_year": tuple(str(year) for year in range(1860, 1900)),
-    "prize_year": tuple(str(year) for year in range(1910, 1950)),
-    "profession": _listed("""botanist, clockmaker, beekeeper, glassblower, cartographer, lighthouse keeper, bookbinder, baker,
-        sailmaker, piano tuner, photographer, gardener, shipwright, printer, mountain guide, schoolteacher, tailor, balloonist"""),
-    "instrument": _listed("""cello, violin, flute, trumpet, accordion, harp, clarinet, banjo, oboe, mandolin, bassoon, lute, tuba,
+    "birthplace": CITIES, "home": CITIES, "birth_year": tuple(
+        str(year) for year in range(1860, 1900)), "prize_year": tuple(
+            str(year) for year in range(1910, 1950)),
+    "profession": _listed(
+        """botanist, clockmaker, beekeeper, glassblower, cartographer, lighthouse keeper, bookbinder, baker,
+        sailmaker, piano tuner, photographer, gardener, shipwright, printer, mountain guide, schoolteacher, tailor, balloonist"""
+    ), "instrument": _listed(
+        """cello, violin, flute, trumpet, accordion, harp, clarinet, banjo, oboe, mandolin, bassoon, lute, tuba,
         harpsichord, trombone, viola"""),
-    "animal": _listed("cat, parrot, tortoise, goose, hedgehog, donkey, rabbit, raven, goat, dog, fox, squirrel, pony, ferret"),
-    "pet_name": _listed("""Biscuit, Pepper, Admiral, Marmalade, Button, Professor, Pudding, Thistle, Captain, Mustard, Pickle,
+    "animal": _listed(
+        "cat, parrot, tortoise, goose, hedgehog, donkey, rabbit, raven, goat, dog, fox, squirrel, pony, ferret"
+    ), "pet_name": _listed(
+        """Biscuit, Pepper, Admiral, Marmalade, Button, Professor, Pudding, Thistle, Captain, Mustard, Pickle,
         Duchess, Domino, Crumpet, Nutmeg, Sultan, Whistle, Juniper"""),
-    "prize": tuple(f"{name} {kind}" for name in _listed("Halley, Ashworth, Meridian, Linden, Falcon, Kepler, Orchard, Hawthorn")
-                   for kind in ("Medal", "Prize", "Cup")),
-    "collection": _listed("""sea shells, old maps, tea cups, postage stamps, door keys, music boxes, brass buttons, butterflies,
-        fossils, walking sticks, theatre tickets, marbles, pocket watches, paper fans, bird feathers, snow globes"""),
-    "fear": _listed("""thunder, spiders, deep water, heights, moths, geese, the dark, bats, ghosts, eels, escalators, horses,
+    "prize": tuple(
+        f"{name} {kind}"
+        for name in _listed("Halley, Ashworth, Meridian, Linden, Falcon, Kepler, Orchard, Hawthorn")
+        for kind in ("Medal", "Prize", "Cup")),
+    "collection": _listed(
+        """sea shells, old maps, tea cups, postage stamps, door keys, music boxes, brass buttons, butterflies,
+        fossils, walking sticks, theatre tickets, marbles, pocket watches, paper fans, bird feathers, snow globes"""
+    ), "fear": _listed(
+        """thunder, spiders, deep water, heights, moths, geese, the dark, bats, ghosts, eels, escalators, horses,
         clowns, wasps, telephones, mirrors"""),
-    "food": _listed("""plum dumplings, onion soup, smoked herring, porridge, pancakes, buttered toast, cherry pie, boiled eggs,
-        potato salad, fish stew, cheese omelette, barley bread, pea soup, roast chestnuts, apple fritters, cold rice"""),
-}
-WOMEN = _listed("""Ada, Clara, Edith, Greta, Hanna, Ingrid, Josephine, Leonora, Matilda, Nora, Ottilie, Rosalind, Selma, Theodora,
+    "food": _listed(
+        """plum dumplings, onion soup, smoked herring, porridge, pancakes, buttered toast, cherry pie, boiled eggs,
+        potato salad, fish stew, cheese omelette, barley bread, pea soup, roast chestnuts, apple fritters, cold rice"""
+    ), }
+WOMEN = _listed(
+    """Ada, Clara, Edith, Greta, Hanna, Ingrid, Josephine, Leonora, Matilda, Nora, Ottilie, Rosalind, Selma, Theodora,
     Ursula, Vera, Wilhelmina, Beatrice, Florence, Harriet""")
-MEN = _listed("""Albert, Bruno, Caspar, Edmund, Felix, Gustav, Hugo, Jasper, Konrad, Leopold, Magnus, Nathaniel, Oscar, Percival,
+MEN = _listed(
+    """Albert, Bruno, Caspar, Edmund, Felix, Gustav, Hugo, Jasper, Konrad, Leopold, Magnus, Nathaniel, Oscar, Percival,
     Rufus, Sebastian, Tobias, Victor, Walter, Barnaby""")
-SURNAMES = _listed("""Whitfield, Lindqvist, Marlowe, Ferrari, Novak, Okafor, Pemberton, Quist, Rossi, Svensson, Tanaka, Underhill,
+SURNAMES = _listed(
+    """Whitfield, Lindqvist, Marlowe, Ferrari, Novak, Okafor, Pemberton, Quist, Rossi, Svensson, Tanaka, Underhill,
     Vogel, Winter, Abara, Blackwood, Castellan, Drummond, Eriksen, Fairweather, Grimaldi, Hollis, Iversen, Jansen, Kestrel,
     Lombardi, Merriweather, Nightingale, Orlov, Partridge""")
 
@@ -95,35 +125,51 @@ TRAIN_QUESTIONS, VALIDATION_QUESTIONS, QUESTIONS_PER_CONTEXT, TOPICS_PER_CONTEXT
 VOCABULARY_SIZE = 2000
 MEAN_TOKENS = 62  # of a window, special tokens included
 # The model's sizes, as in its config.json.
-MODEL = {"vocab_size": VOCABULARY_SIZE, "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 192,
-         "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
-         # Wider than BERT's 0.02, near 1 / sqrt(hidden_size): at this width attention otherwise stays flat for hundreds of steps.
-         "initializer_range": 0.08, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+MODEL = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    # Wider than BERT's 0.02, near 1 / sqrt(hidden_size): at this width attention otherwise stays
+    # flat for hundreds of steps.
+    "initializer_range": 0.08,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0}
 
 
 def use_demo_data(settings):
-    """Write the demo below settings.output_dir and return the settings that read it like any other data and model.
+    """Write the demo below settings.output_dir and return the settings that read it like any other
+    data and model.
 
     Raises RunError where it cannot be written.
     """
     folder = Path(settings.output_dir) / "demo_data"
     try:
-        write_demo(folder, seed=settings.seed, version_2_with_negative=settings.version_2_with_negative)
+        write_demo(folder, seed=settings.seed,
+                   version_2_with_negative=settings.version_2_with_negative)
     except Exception as error:  # the tokenizer's and safetensors' writers have errors of their own
         reason = system_error(error)
         if reason is None:
             raise
-        raise RunError(f"{folder}: the demo's files cannot be written ({reason}); make room there or name another --output_dir") from error
-    return replace(settings, train_file=str(folder / "train.json"), validation_file=str(folder / "validation.json"),
-                   model_name_or_path=str(folder / "model"), dataset_name=None)
+        raise RunError(
+            f"{folder}: the demo's files cannot be written ({reason}); make room there or name another --output_dir"
+        ) from error
+    return replace(settings, train_file=str(folder / "train.json"), validation_file=str(
+        folder / "validation.json"), model_name_or_path=str(folder / "model"), dataset_name=None)
 
 
 def write_demo(folder, *, seed, version_2_with_negative=False):
-    """Write train.json, validation.json (SQuAD's nested layout) and model/ (tokenizer, config, random weights) into `folder`.
+    """Write train.json, validation.json (SQuAD's nested layout) and model/ (tokenizer, config,
+    random weights) into `folder`.
 
-    8,000 training and 500 validation questions, four to a context; no context is in both files. With
-    `version_2_with_negative` a third of the questions ask for a fact that their context does not tell. The same `seed` gives
-    the same data and weights; torch's global random state is left as it was.
+    8,000 training and 500 validation questions, four to a context; no context is in both files.
+    With `version_2_with_negative` a third of the questions ask for a fact that their context does
+    not tell. The same `seed` gives the same data and weights; torch's global random state is left
+    as it was.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +195,8 @@ def _paragraph(rng, version_2_with_negative):
     """One person's context and its questions, in SQuAD's layout (without ids)."""
     person = _person(rng)
     topics = rng.sample(sorted(TOPICS), TOPICS_PER_CONTEXT)
-    context, starts = _fill([rng.choice(OPENING)] + [rng.choice(TOPICS[topic]) for topic in topics], person)
+    context, starts = _fill([rng.choice(OPENING)] + [rng.choice(TOPICS[topic]) for topic in topics],
+                            person)
     told = sorted(starts)
     absent = sorted(set(QUESTIONS) - set(told))
     qas = []
@@ -157,8 +204,9 @@ def _paragraph(rng, version_2_with_negative):
         impossible = version_2_with_negative and rng.random() < 1 / 3
         if impossible:
             fact = absent.pop(rng.randrange(len(absent)))
-        qa = {"question": rng.choice(QUESTIONS[fact]).format(**person),
-              "answers": [] if impossible else [{"text": person[fact], "answer_start": starts[fact]}]}
+        qa = {
+            "question": rng.choice(QUESTIONS[fact]).format(**person),
+            "answers": [] if impossible else [{"text": person[fact], "answer_start": starts[fact]}]}
         if version_2_with_negative:
             qa["is_impossible"] = impossible
         qas.append(qa)
@@ -171,13 +219,15 @@ def _person(rng):
     person = {fact: rng.choice(values) for fact, values in FACTS.items()}
     person["home"] = rng.choice([city for city in CITIES if city != person["birthplace"]])
     person["name"] = f"{rng.choice(WOMEN if woman else MEN)} {rng.choice(SURNAMES)}"
-    pronouns = {"she": "she", "her": "her", "her_object": "her"} if woman else {"she": "he", "her": "his", "her_object": "him"}
+    pronouns = {"she": "she", "her": "her", "her_object": "her"} if woman else {
+        "she": "he", "her": "his", "her_object": "him"}
     person.update(pronouns, She=pronouns["she"].capitalize(), Her=pronouns["her"].capitalize())
     return person
 
 
 def _fill(sentences, person):
-    """Fill the sentences' slots -> (text, {fact: index of the character where its value starts})."""
+    """Fill the sentences' slots -> (text, {fact: index of the character where its value starts}).
+    """
     text, starts = "", {}
     for literal, slot, _, _ in Formatter().parse(" ".join(sentences)):
         text += literal
@@ -189,21 +239,26 @@ def _fill(sentences, person):
 
 
 def _write_model(folder, paragraphs, seed):
-    """A byte-level BPE tokenizer trained on the paragraphs, and a RoBERTa with random weights for it."""
+    """A byte-level BPE tokenizer trained on the paragraphs, and a RoBERTa with random weights for
+    it.
+    """
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaConfig, RobertaForQuestionAnswering, RobertaTokenizerFast
 
-    texts = [text for paragraph in paragraphs for text in [paragraph["context"]] + [qa["question"] for qa in paragraph["qas"]]]
+    texts = [
+        text for paragraph in paragraphs
+        for text in [paragraph["context"]] + [qa["question"] for qa in paragraph["qas"]]]
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY_SIZE, min_frequency=2, show_progress=False,
                             special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     folder.mkdir(exist_ok=True)
     bpe.save_model(str(folder))
-    tokenizer = RobertaTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=512)
+    tokenizer = RobertaTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                                     model_max_length=512)
     tokenizer.save_pretrained(str(folder))
-    config = RobertaConfig(**MODEL, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-                           eos_token_id=tokenizer.eos_token_id)
+    config = RobertaConfig(**MODEL, pad_token_id=tokenizer.pad_token_id,
+                           bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         RobertaForQuestionAnswering(config).save_pretrained(str(folder), safe_serialization=True)

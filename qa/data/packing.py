@@ -12,7 +12,9 @@ from qa.settings import TrainSettings
 
 
 class Packing(NamedTuple):
-    """Which lengths share a row. Row r has the slots row_slots[r] up to, not including, row_slots[r + 1]."""
+    """Which lengths share a row. Row r has the slots row_slots[r] up to, not including, row_slots[r
+    + 1].
+    """
 
     row_slots: numpy.ndarray  # int32 [rows + 1]
     slot_length: numpy.ndarray  # int32 [windows]: tokens of the window that goes there
@@ -22,18 +24,21 @@ class Packing(NamedTuple):
 def pack(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> Packing:
     """Pack windows into rows by best-fit decreasing on the histogram of their lengths.
 
-    Windows are placed from the longest to the shortest, each in the row with the least room that is left for it (Krell
-    et al. 2021, "Efficient Sequence Packing without Cross-contamination", arXiv:2107.02027). Equal rows are kept as one
-    entry with a count, so that the time depends on `row_length` and hardly on the number of windows.
+    Windows are placed from the longest to the shortest, each in the row with the least room that is
+    left for it (Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination",
+    arXiv:2107.02027). Equal rows are kept as one entry with a count, so that the time depends on
+    `row_length` and hardly on the number of windows.
 
-    lengths: int [N], tokens of each window. Raises ValueError if there is none, an empty one or one that fits no row.
+    lengths: int [N], tokens of each window. Raises ValueError if there is none, an empty one or one
+    that fits no row.
     """
     if not len(lengths) or lengths.min() < 1 or lengths.max() > row_length:
         raise ValueError(f"window lengths must lie in 1..{row_length}, got {len(lengths)} windows"
                          + (f" of {lengths.min()}..{lengths.max()} tokens" if len(lengths) else ""))
     histogram = numpy.bincount(lengths, minlength=row_length + 1)
     open_rows = {}  # (room left, windows in it) -> [(lengths in the row, number of such rows), ...]
-    places = []  # the keys of open_rows, ascending: of equal room the row with fewer windows is taken first
+    places = [
+    ]  # the keys of open_rows, ascending: of equal room the row with fewer windows is taken first
     done = []
     for length in range(row_length, 0, -1):
         left = int(histogram[length])
@@ -43,7 +48,8 @@ def pack(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> P
                 room, row, count = _take_open(open_rows, places, best)
             else:
                 room, row, count = row_length, (), left
-            # A row that has taken a window has less room than any other that fits: it stays the best fit until it is full.
+            # A row that has taken a window has less room than any other that fits: it stays the
+            # best fit until it is full.
             take = min(room // length, max_windows_per_row - len(row), left)
             used = min(count, left // take)
             if row and used < count:
@@ -62,7 +68,8 @@ def _flatten(rows: list) -> Packing:
     """The packing of [(lengths in the row, number of such rows), ...]."""
     windows_in_row = numpy.repeat([len(row) for row, _ in rows], [count for _, count in rows])
     row_slots = numpy.concatenate([[0], numpy.cumsum(windows_in_row)]).astype(numpy.int32)
-    slot_length = numpy.concatenate([numpy.tile(numpy.array(row, numpy.int32), count) for row, count in rows])
+    slot_length = numpy.concatenate([
+        numpy.tile(numpy.array(row, numpy.int32), count) for row, count in rows])
     tokens_before = numpy.cumsum(slot_length) - slot_length
     slot_start = tokens_before - numpy.repeat(tokens_before[row_slots[:-1]], windows_in_row)
     return Packing(row_slots, slot_length, slot_start.astype(numpy.int32))
@@ -90,16 +97,21 @@ def windows_per_row(lengths: numpy.ndarray, row_length: int, max_windows_per_row
 
 
 def packed_accumulation(accumulation: int, windows_per_row: float, minimum: int = 1) -> int:
-    """The gradient accumulation that gives packed updates, on average, the windows of `accumulation` unpacked ones.
+    """The gradient accumulation that gives packed updates, on average, the windows of
+    `accumulation` unpacked ones.
 
     minimum: the micro-batches that fill the pipeline, 2 S - 1 for S stages.
     """
     return max(minimum, round(accumulation / windows_per_row))
 
 
-def for_packed_rows(pipeline: Pipeline, lengths: numpy.ndarray, settings: TrainSettings) -> Pipeline:
-    """The training pipeline with the gradient accumulation for rows that windows of these lengths [N] are packed into."""
+def for_packed_rows(pipeline: Pipeline, lengths: numpy.ndarray,
+                    settings: TrainSettings) -> Pipeline:
+    """The training pipeline with the gradient accumulation for rows that windows of these lengths
+    [N] are packed into.
+    """
     factor = windows_per_row(lengths, settings.max_seq_length, settings.row_capacity())
     least = pipeline.layout.min_gradient_accumulation()
     accumulation = packed_accumulation(pipeline.config.gradient_accumulation_steps, factor, least)
-    return replace(pipeline, config=replace(pipeline.config, gradient_accumulation_steps=accumulation))
+    return replace(pipeline, config=replace(pipeline.config,
+                                            gradient_accumulation_steps=accumulation))

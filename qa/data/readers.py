@@ -1,12 +1,15 @@
-"""Files of questions -> rows as they stand in the file, one at a time, so that a file may be larger than memory.
+"""Files of questions -> rows as they stand in the file, one at a time, so that a file may be larger
+than memory.
 
     .json           SQuAD's nested layout {"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}, or a
-                    list of flat rows {"id", "context", "question", "answers"}, or {"data": [flat rows]}
+                    list of flat rows {"id", "context", "question", "answers"}, or {"data": [flat
+                    rows]}
     .jsonl .ndjson  JSON Lines, one flat row a line (a .json file of such lines is read as well)
     .csv            with a header; answers as JSON or as Python or pandas print a dictionary
     .parquet
 
-Bytes that are not UTF-8 become lone surrogates (PEP 383), which the check of a row recognises: so they cost a row, not a file.
+Bytes that are not UTF-8 become lone surrogates (PEP 383), which the check of a row recognises: so
+they cost a row, not a file.
 """
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ from typing import Iterator, Union
 from ipu_options.errors import UsageError
 
 COLUMNS = ("id", "context", "question", "answers")
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class BadRow(ValueError):
@@ -26,16 +31,20 @@ class BadRow(ValueError):
 
 
 def read_rows(path, need_answers: bool = True) -> Iterator[Union[dict, BadRow]]:
-    """Give the file's rows in order: dictionaries with any of COLUMNS, not checked, or a BadRow for one that cannot be read.
+    """Give the file's rows in order: dictionaries with any of COLUMNS, not checked, or a BadRow for
+    one that cannot be read.
 
-    Raises UsageError, with the file's name, if the file as a whole cannot be read: not there, empty, compressed, broken, or in a
-    table without one of the columns (answers only if they are needed).
+    Raises UsageError, with the file's name, if the file as a whole cannot be read: not there,
+    empty, compressed, broken, or in a table without one of the columns (answers only if they are
+    needed).
     """
     path = Path(path)
-    readers = {".json": _read_json, ".jsonl": _read_json_lines, ".ndjson": _read_json_lines, ".csv": _read_csv,
-               ".parquet": _read_parquet}
+    readers = {
+        ".json": _read_json, ".jsonl": _read_json_lines, ".ndjson": _read_json_lines,
+        ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix.lower() not in readers:
-        raise UsageError(f"{path}: unknown kind of file; name one that ends in {', '.join(readers)}")
+        raise UsageError(
+            f"{path}: unknown kind of file; name one that ends in {', '.join(readers)}")
     try:
         with open(path, "rb") as file:
             head = file.read(8)
@@ -67,7 +76,8 @@ def _read_json(path, columns):
 def _flatten(value):
     """The rows of one element: an article of the nested layout has many, a flat row is itself."""
     if not isinstance(value, dict) or "paragraphs" not in value:
-        yield value if isinstance(value, dict) else BadRow(f"is not an object with {', '.join(COLUMNS)}")
+        yield value if isinstance(value,
+                                  dict) else BadRow(f"is not an object with {', '.join(COLUMNS)}")
         return
     paragraphs = value["paragraphs"] if isinstance(value["paragraphs"], list) else [None]
     for paragraph in paragraphs:
@@ -113,12 +123,16 @@ class _JsonText:
         """Step over the next character, one of `characters`, and return it."""
         found = self.peek()
         if not found or found not in characters:
-            self._fail(f"expected {' or '.join(characters)}, found {found or 'the end of the file'}", self._place)
+            self._fail(
+                f"expected {' or '.join(characters)}, found {found or 'the end of the file'}",
+                self._place)
         self._place += 1
         return found
 
     def value(self):
-        """Decode the next value, reading on as long as it is not whole; what is read doubles, so the work stays linear."""
+        """Decode the next value, reading on as long as it is not whole; what is read doubles, so
+        the work stays linear.
+        """
         self.peek()
         while True:
             begin = self._place
@@ -129,8 +143,10 @@ class _JsonText:
                 self._place += end - begin
                 return value
             except json.JSONDecodeError as error:
-                # A value cut off by the buffer's end fails there, or at the start of the string that is not closed yet.
-                cut_off = error.pos + 16 > len(self._buffer) or error.msg.startswith("Unterminated string")
+                # A value cut off by the buffer's end fails there, or at the start of the string
+                # that is not closed yet.
+                cut_off = error.pos + 16 > len(
+                    self._buffer) or error.msg.startswith("Unterminated string")
                 if not cut_off or not self._read(max(1 << 16, len(self._buffer) - self._place)):
                     self._fail(error.msg, self._place + error.pos - begin)
             except ValueError:  # Python refuses integers of more than 4,300 digits
@@ -179,11 +195,13 @@ def _read_json_lines(path, columns):
                     row = BadRow(f"is not valid JSON: {error.msg}")
                 except ValueError:
                     row = BadRow("is not valid JSON: a number of too many digits")
-                yield row if isinstance(row, (dict, BadRow)) else BadRow(f"is not an object with {', '.join(COLUMNS)}")
+                yield row if isinstance(
+                    row, (dict, BadRow)) else BadRow(f"is not an object with {', '.join(COLUMNS)}")
 
 
 def _read_csv(path, columns):
-    csv.field_size_limit((1 << 31) - 1)  # a context may be longer than the 131,072 characters that the module allows
+    csv.field_size_limit(
+        (1 << 31) - 1)  # a context may be longer than the 131,072 characters that the module allows
     with _open(path) as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -191,7 +209,8 @@ def _read_csv(path, columns):
             for row in reader:
                 yield BadRow("has more fields than the header") if None in row else row
         except csv.Error as error:
-            raise UsageError(f"{path}: is not valid CSV in line {reader.line_num}: {error}") from error
+            raise UsageError(
+                f"{path}: is not valid CSV in line {reader.line_num}: {error}") from error
 
 
 def _read_parquet(path, columns):
@@ -210,4 +229,6 @@ def _read_parquet(path, columns):
 def _check_columns(path, names, columns):
     missing = [name for name in columns if name not in names]
     if missing:
-        raise UsageError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(map(str, names)) or 'none'}")
+        raise UsageError(
+            f"{path}: has no column {', '.join(missing)}; it has {', '.join(map(str, names)) or 'none'}"
+        )

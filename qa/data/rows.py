@@ -1,6 +1,8 @@
-"""Rows of tokens for the model: windows packed into rows of one fixed length, as map-style data sets.
+"""Rows of tokens for the model: windows packed into rows of one fixed length, as map-style data
+sets.
 
-One format for packed and unpacked rows. A row of S tokens with room for K windows is a dictionary of
+One format for packed and unpacked rows. A row of S tokens with room for K windows is a dictionary
+of
     input_ids        int32 [S]    the windows' tokens one after the other, then padding
     position_ids     int32 [S]    from padding_idx + 1 on in every window, as RoBERTa counts; padding_idx on padding
     window_ids       int32 [S]    which of the row's windows a token belongs to, 1..K; 0 on padding
@@ -23,11 +25,14 @@ from ipu_options.config import IPUConfig
 from qa.data.packing import pack
 from qa.settings import TrainSettings
 
-_BLOCK = 4096  # windows packed together for inference: enough to fill rows well, few enough for answers to stream
+# windows packed together for inference: enough to fill rows well, few enough for answers to stream
+_BLOCK = 4096
 
 
 def _by_length(lengths: numpy.ndarray) -> numpy.ndarray:
-    """Indices in ascending order of length, equal lengths in their order (radix sort for int16: linear time)."""
+    """Indices in ascending order of length, equal lengths in their order (radix sort for int16:
+    linear time).
+    """
     return numpy.argsort(lengths.astype(numpy.int16), kind="stable")
 
 
@@ -36,14 +41,16 @@ class _RowWriter:
 
     def __init__(self, windows, rows: int, row_length: int, pad_token_id: int):
         self.windows = windows
-        self.positions = numpy.arange(pad_token_id + 1, pad_token_id + 1 + row_length, dtype=numpy.int32)
+        self.positions = numpy.arange(pad_token_id + 1, pad_token_id + 1 + row_length,
+                                      dtype=numpy.int32)
         self.input_ids = numpy.full((rows, row_length), pad_token_id, numpy.int32)
         self.position_ids = numpy.full((rows, row_length), pad_token_id, numpy.int32)
         self.window_ids = numpy.zeros((rows, row_length), numpy.int32)
 
     def write(self, row: int, chosen: numpy.ndarray, starts: numpy.ndarray) -> None:
         """Put the chosen windows into row `row`, each at its start, numbered 1, 2, ..."""
-        input_ids, position_ids, window_ids = self.input_ids[row], self.position_ids[row], self.window_ids[row]
+        input_ids, position_ids, window_ids = self.input_ids[row], self.position_ids[
+            row], self.window_ids[row]
         for number, (window, start) in enumerate(zip(chosen.tolist(), starts.tolist()), 1):
             tokens = self.windows.input_ids(window)
             end = start + len(tokens)
@@ -52,7 +59,9 @@ class _RowWriter:
             window_ids[start:end] = number
 
     def tensors(self) -> dict:
-        return {name: torch.from_numpy(getattr(self, name)) for name in ("input_ids", "position_ids", "window_ids")}
+        return {
+            name: torch.from_numpy(getattr(self, name))
+            for name in ("input_ids", "position_ids", "window_ids")}
 
 
 class _EpochOrder(NamedTuple):
@@ -74,28 +83,33 @@ class _Rows(torch.utils.data.Dataset):
 
 
 class TrainingRows(_Rows):
-    """All rows of a whole run, epoch after epoch: one loader runs through it, and a resumed run starts at any step.
+    """All rows of a whole run, epoch after epoch: one loader runs through it, and a resumed run
+    starts at any step.
 
-    A step (one combined batch) is `updates_per_step` (poptorch's deviceIterations) weight updates of
-    `micro_batches_per_update` (gradient accumulation x replication factor) micro-batches of `micro_batch_size` rows.
-    PopTorch deals a combined batch out in this order, device iterations outermost, so an update takes consecutive rows.
-    An epoch is a whole number of steps: its last one is filled up with empty rows, spread evenly over its updates.
+    A step (one combined batch) is `updates_per_step` (poptorch's deviceIterations) weight updates
+    of `micro_batches_per_update` (gradient accumulation x replication factor) micro-batches of
+    `micro_batch_size` rows. PopTorch deals a combined batch out in this order, device iterations
+    outermost, so an update takes consecutive rows. An epoch is a whole number of steps: its last
+    one is filled up with empty rows, spread evenly over its updates.
 
-    The loss weight of each window is micro_batches_per_update / (windows in the update). With a micro-batch loss of
-    sum_k weight_k * loss_k, PopTorch's Mean reduction over accumulation and replicas gives the mean loss over the
-    windows of the update, wherever they stand.
+    The loss weight of each window is micro_batches_per_update / (windows in the update). With a
+    micro-batch loss of sum_k weight_k * loss_k, PopTorch's Mean reduction over accumulation and
+    replicas gives the mean loss over the windows of the update, wherever they stand.
 
-    Each epoch is shuffled by (seed, epoch) alone: windows of equal length swap places, so that others share a row and
-    yet the number of rows stays the same, and the rows change their order.
+    Each epoch is shuffled by (seed, epoch) alone: windows of equal length swap places, so that
+    others share a row and yet the number of rows stays the same, and the rows change their order.
 
-    windows: qa.data.windows.Windows with labels. epochs may be fractional; max_steps > 0 overrides it. first_step: steps of
-    the run that are done. A pickle holds the arguments alone: a loader's worker packs and shuffles for itself.
+    windows: qa.data.windows.Windows with labels. epochs may be fractional; max_steps > 0 overrides
+    it. first_step: steps of the run that are done. A pickle holds the arguments alone: a loader's
+    worker packs and shuffles for itself.
     """
 
-    def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int, micro_batch_size: int,
-                 micro_batches_per_update: int, updates_per_step: int = 1, epochs: float = 1.0, max_steps: int = -1,
-                 seed: int = 0, first_step: int = 0):
-        self.arguments = {name: value for name, value in locals().items() if name not in ("self", "windows", "first_step")}
+    def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int,
+                 micro_batch_size: int, micro_batches_per_update: int, updates_per_step: int = 1,
+                 epochs: float = 1.0, max_steps: int = -1, seed: int = 0, first_step: int = 0):
+        self.arguments = {
+            name: value for name, value in locals().items()
+            if name not in ("self", "windows", "first_step")}
         self.windows = windows
         self._row_length, self._room = row_length, max_windows_per_row
         self._pad_token_id, self._seed = pad_token_id, seed
@@ -105,20 +119,27 @@ class TrainingRows(_Rows):
         self._packing = pack(windows.lengths, row_length, max_windows_per_row)
         rows = len(self._packing.row_slots) - 1
         self.windows_per_row = len(windows) / rows
-        self.fill = float(windows.lengths.sum()) / (rows * row_length)  # share of the rows' tokens that is not padding
+        self.fill = float(windows.lengths.sum()) / (
+            rows * row_length)  # share of the rows' tokens that is not padding
         self.steps_per_epoch = math.ceil(rows / self.rows_per_step)
         self.total_steps = max_steps if max_steps > 0 else math.ceil(epochs * self.steps_per_epoch)
         self._first_step = first_step
         self._order = self._shuffle(first_step // self.steps_per_epoch)
 
     @classmethod
-    def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, model_config, windows) -> "TrainingRows":
-        """The rows of a run with these settings. ipu_config: of its training pipeline, with the values of the pod."""
-        return cls(windows, row_length=settings.max_seq_length, max_windows_per_row=settings.row_capacity(),
-                   pad_token_id=model_config.pad_token_id, micro_batch_size=settings.micro_batch_size,
-                   micro_batches_per_update=ipu_config.gradient_accumulation_steps * ipu_config.replication_factor,
-                   updates_per_step=ipu_config.device_iterations, epochs=settings.num_train_epochs,
-                   max_steps=settings.max_steps or -1, seed=settings.seed)
+    def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, model_config,
+               windows) -> "TrainingRows":
+        """The rows of a run with these settings. ipu_config: of its training pipeline, with the
+        values of the pod.
+        """
+        return cls(
+            windows, row_length=settings.max_seq_length,
+            max_windows_per_row=settings.row_capacity(), pad_token_id=model_config.pad_token_id,
+            micro_batch_size=settings.micro_batch_size,
+            micro_batches_per_update=ipu_config.gradient_accumulation_steps *
+            ipu_config.replication_factor, updates_per_step=ipu_config.device_iterations,
+            epochs=settings.num_train_epochs, max_steps=settings.max_steps or -1,
+            seed=settings.seed)
 
     def starting_at(self, step: int) -> "TrainingRows":
         """The rows of the rest of the run, of which `step` steps are done."""
@@ -135,7 +156,9 @@ class TrainingRows(_Rows):
         return (self.total_steps - self._first_step) * self.rows_per_step
 
     def __getitems__(self, indices) -> dict:
-        """The rows as one batch: what torch's DataLoader asks for (torch >= 2.0), to be passed on by `collate`."""
+        """The rows as one batch: what torch's DataLoader asks for (torch >= 2.0), to be passed on
+        by `collate`.
+        """
         writer = _RowWriter(self.windows, len(indices), self._row_length, self._pad_token_id)
         start_positions = numpy.zeros((len(indices), self._room), numpy.int32)
         end_positions = numpy.zeros((len(indices), self._room), numpy.int32)
@@ -154,8 +177,10 @@ class TrainingRows(_Rows):
             end_positions[place, :len(chosen)] = self.windows.end_position[chosen] + starts
             loss_weights[place, :len(chosen)] = (
                 self._micro_batches / order.windows_in_update[position // self._rows_per_update])
-        return {**writer.tensors(), "start_positions": torch.from_numpy(start_positions),
-                "end_positions": torch.from_numpy(end_positions), "loss_weights": torch.from_numpy(loss_weights)}
+        return {
+            **writer.tensors(), "start_positions": torch.from_numpy(start_positions),
+            "end_positions": torch.from_numpy(end_positions),
+            "loss_weights": torch.from_numpy(loss_weights)}
 
     def windows_in_step(self, step: int) -> int:
         """Windows in step `step`, counted from the beginning of the run."""
@@ -172,26 +197,32 @@ class TrainingRows(_Rows):
         generator = numpy.random.Generator(numpy.random.PCG64([self._seed, epoch]))
         shuffled = generator.permutation(len(self.windows)).astype(numpy.int32)
         window_of_slot = numpy.empty_like(shuffled)
-        window_of_slot[_by_length(self._packing.slot_length)] = shuffled[_by_length(self.windows.lengths[shuffled])]
+        window_of_slot[_by_length(self._packing.slot_length)] = shuffled[_by_length(
+            self.windows.lengths[shuffled])]
         rows = generator.permutation(len(self._packing.row_slots) - 1)
-        row_at = numpy.full((self.steps_per_epoch, self._updates_per_step, self._rows_per_update), -1, numpy.int32)
+        row_at = numpy.full((self.steps_per_epoch, self._updates_per_step, self._rows_per_update),
+                            -1, numpy.int32)
         full = (self.steps_per_epoch - 1) * self.rows_per_step
         row_at[:-1] = rows[:full].reshape(row_at[:-1].shape)
         for update, part in zip(row_at[-1], numpy.array_split(rows[full:], self._updates_per_step)):
             update[:len(part)] = part
-        windows_in_row = numpy.append(numpy.diff(self._packing.row_slots), 0)  # the last one, [-1], is the empty row
-        return _EpochOrder(epoch, row_at.reshape(-1), window_of_slot, windows_in_row[row_at].sum(axis=-1).reshape(-1))
+        windows_in_row = numpy.append(numpy.diff(self._packing.row_slots),
+                                      0)  # the last one, [-1], is the empty row
+        return _EpochOrder(epoch, row_at.reshape(-1), window_of_slot,
+                           windows_in_row[row_at].sum(axis=-1).reshape(-1))
 
 
 class InferenceRows(_Rows):
     """Every window once, packed within blocks of consecutive windows, so that answers can stream.
 
-    windows: qa.data.windows.Windows. rows_per_step: rows of a combined batch; the last one is filled up with empty rows.
-    A pickle holds the arguments alone.
+    windows: qa.data.windows.Windows. rows_per_step: rows of a combined batch; the last one is
+    filled up with empty rows. A pickle holds the arguments alone.
     """
 
-    def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int, rows_per_step: int):
-        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "windows")}
+    def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int,
+                 rows_per_step: int):
+        self._arguments = {
+            name: value for name, value in locals().items() if name not in ("self", "windows")}
         self.windows = windows
         self._row_length, self._pad_token_id = row_length, pad_token_id
         row_slots, slot_start, window_of_slot = [numpy.zeros(1, numpy.int32)], [], []
@@ -214,17 +245,22 @@ class InferenceRows(_Rows):
         return self._length
 
     def __getitems__(self, indices) -> dict:
-        """The rows as one batch: what torch's DataLoader asks for (torch >= 2.0), to be passed on by `collate`."""
+        """The rows as one batch: what torch's DataLoader asks for (torch >= 2.0), to be passed on
+        by `collate`.
+        """
         writer = _RowWriter(self.windows, len(indices), self._row_length, self._pad_token_id)
         for place, index in enumerate(indices):
             writer.write(place, *self._windows_of(index))
         return writer.tensors()
 
     def slices(self, index: int) -> list:
-        """[(window, its first token in the row, number of tokens), ...] of row `index`; empty for an empty row."""
+        """[(window, its first token in the row, number of tokens), ...] of row `index`; empty for
+        an empty row.
+        """
         chosen, starts = self._windows_of(index)
         return list(zip(chosen.tolist(), starts.tolist(), self.windows.lengths[chosen].tolist()))
 
     def _windows_of(self, index: int) -> tuple:
-        first, last = self._row_slots[min(index, self._rows)], self._row_slots[min(index + 1, self._rows)]
+        first, last = self._row_slots[min(index, self._rows)], self._row_slots[min(
+            index + 1, self._rows)]
         return self._window_of_slot[first:last], self._slot_start[first:last]

@@ -11,32 +11,41 @@ from ipu_options.config import IPUConfig
 from qa.settings import TrainSettings
 
 
-def make_optimizer(model: torch.nn.Module, settings: TrainSettings, ipu_config: IPUConfig) -> torch.optim.Optimizer:
-    """poptorch.optim.AdamW or LAMB, with weight decay on the matrices alone, not on biases and LayerNorm.
+def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
+                   ipu_config: IPUConfig) -> torch.optim.Optimizer:
+    """poptorch.optim.AdamW or LAMB, with weight decay on the matrices alone, not on biases and
+    LayerNorm.
 
-    Gradients are accumulated in the model's own type (float16 for a half model). Moments are float32, but for the first one
-    with enable_half_first_order_momentum. Weight decay is marked as a constant, so that PopART can compile it in.
+    Gradients are accumulated in the model's own type (float16 for a half model). Moments are
+    float32, but for the first one with enable_half_first_order_momentum. Weight decay is marked as
+    a constant, so that PopART can compile it in.
     """
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {
+        "params": others, "weight_decay": 0.0}]
     kind = {"adamw": poptorch.optim.AdamW, "lamb": poptorch.optim.LAMB}[settings.optimizer]
     half_first_moment = ipu_config.enable_half_first_order_momentum
-    optimizer = kind(groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon,
-                     loss_scaling=settings.loss_scaling, accum_type=decayed[0].dtype,
-                     first_order_momentum_accum_type=torch.float16 if half_first_moment else torch.float32,
-                     second_order_momentum_accum_type=torch.float32)
+    optimizer = kind(
+        groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon, loss_scaling=settings.loss_scaling, accum_type=decayed[0].dtype,
+        first_order_momentum_accum_type=torch.float16 if half_first_moment else torch.float32,
+        second_order_momentum_accum_type=torch.float32)
     optimizer.variable_attrs.markAsConstant("weight_decay")
     return optimizer
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, total_steps: int, steps_done: int = 0,
+def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, total_steps: int,
+                  steps_done: int = 0,
                   ) -> "torch.optim.lr_scheduler.LambdaLR":
-    """The learning rate by step, which is a call of the device (transformers' get_scheduler: linear, cosine, ...).
+    """The learning rate by step, which is a call of the device (transformers' get_scheduler:
+    linear, cosine, ...).
 
-    The loop calls `schedule.step()` and then `training_model.setOptimizer(optimizer)`: before that, the device sees no change.
+    The loop calls `schedule.step()` and then `training_model.setOptimizer(optimizer)`: before that,
+    the device sees no change.
     """
-    # It is the device that updates the weights: optimizer.step(), which torch misses, is never called.
+    # It is the device that updates the weights: optimizer.step(), which torch misses, is never
+    # called.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, num_training_steps=total_steps,
                              num_warmup_steps=int(settings.warmup_ratio * total_steps))

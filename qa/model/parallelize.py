@@ -1,4 +1,5 @@
-"""A model on the IPUs of one replica: which block runs on which IPU, and what PopTorch is told about each.
+"""A model on the IPUs of one replica: which block runs on which IPU, and what PopTorch is told
+about each.
 
 `parallelize` annotates a model for PopTorch, and `deparallelize` makes it plain PyTorch again.
 """
@@ -15,14 +16,17 @@ from ipu_options import poptorch
 from ipu_options.layout import Layout
 from qa.model.roberta import RobertaForSpans
 
-# The parameter whose gradient is computed last in a backward pass: whatever is not finite anywhere in it arrives here too.
+# The parameter whose gradient is computed last in a backward pass: whatever is not finite anywhere
+# in it arrives here too.
 LAST_GRADIENT = "roberta.embeddings.LayerNorm.bias"
 WORD_EMBEDDING = "roberta.embeddings.word_embeddings."
 
 
 @dataclass(frozen=True)
 class Block:
-    """One poptorch block: its name, its kind ("embedding", "layer" or "head"), its IPU, and the module whose call begins it."""
+    """One poptorch block: its name, its kind ("embedding", "layer" or "head"), its IPU, and the
+    module whose call begins it.
+    """
 
     name: str
     kind: str
@@ -30,26 +34,32 @@ class Block:
     module: nn.Module
 
 
-def parallelize(model: RobertaForSpans, layout: Layout, *, recompute_checkpoint_every_layer: bool = True,
+def parallelize(model: RobertaForSpans, layout: Layout, *,
+                recompute_checkpoint_every_layer: bool = True,
                 embedding_serialization_factor: int = 1) -> List[Block]:
-    """Put each block of `model` on the IPU that `layout` names, and return the blocks in the order of execution.
+    """Put each block of `model` on the IPU that `layout` names, and return the blocks in the order
+    of execution.
 
-    The word embedding is kept in `embedding_serialization_factor` parts (see SerializedEmbedding). With
-    `recompute_checkpoint_every_layer` each layer's output is kept for the backward pass, and what lies between is recomputed.
-    The embedding's LayerNorm gets an outlining attribute of its own: outlined together with the encoder's it would be laid out
-    for them, which spoils the tile mapping of the stashes. What an earlier call has added is taken off first.
-    Raises ValueError where `layout` is of a model with another number of layers.
+    The word embedding is kept in `embedding_serialization_factor` parts (see SerializedEmbedding).
+    With `recompute_checkpoint_every_layer` each layer's output is kept for the backward pass, and
+    what lies between is recomputed. The embedding's LayerNorm gets an outlining attribute of its
+    own: outlined together with the encoder's it would be laid out for them, which spoils the tile
+    mapping of the stashes. What an earlier call has added is taken off first. Raises ValueError
+    where `layout` is of a model with another number of layers.
     """
     deparallelize(model)
     embeddings = model.roberta.embeddings
     if embedding_serialization_factor > 1:
-        embeddings.word_embeddings = SerializedEmbedding(embeddings.word_embeddings, embedding_serialization_factor)
+        embeddings.word_embeddings = SerializedEmbedding(embeddings.word_embeddings,
+                                                         embedding_serialization_factor)
     parts, places = _parts(model), layout.blocks()
     if len(parts) != len(places):
         raise ValueError(f"the layout has {len(places)} blocks, the model has {len(parts)}")
     handles = _outline(embeddings.LayerNorm, "embedding")
     if recompute_checkpoint_every_layer:
-        handles += [module.register_forward_hook(_checkpoint_output) for kind, module in parts if kind == "layer"]
+        handles += [
+            module.register_forward_hook(_checkpoint_output) for kind, module in parts
+            if kind == "layer"]
     blocks = [Block(name, kind, ipu, module) for (name, ipu), (kind, module) in zip(places, parts)]
     for block in blocks:
         poptorch.BeginBlock(block.module, block.name, ipu_id=block.ipu)
@@ -70,43 +80,53 @@ def deparallelize(model: RobertaForSpans) -> None:
 class SerializedEmbedding(nn.Module):
     """An embedding kept and looked up in parts, so that the gradient of one part is live at a time.
 
-    `weights_of` and `set_weights` join and split it: checkpoints do not depend on the number of parts.
+    `weights_of` and `set_weights` join and split it: checkpoints do not depend on the number of
+    parts.
     """
 
     def __init__(self, embedding: nn.Embedding, parts: int):
         super().__init__()
         self.rows = math.ceil(embedding.num_embeddings / parts)
-        self.parts = nn.ParameterList(nn.Parameter(part.detach().clone()) for part in embedding.weight.split(self.rows))
+        self.parts = nn.ParameterList(
+            nn.Parameter(part.detach().clone()) for part in embedding.weight.split(self.rows))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int [B, S] -> [B, S, hidden]: each part contributes the rows it holds, and zeros for all others."""
+        """int [B, S] -> [B, S, hidden]: each part contributes the rows it holds, and zeros for all
+        others.
+        """
         total = None
         for i, part in enumerate(self.parts):
             local = input_ids - i * self.rows
             inside = torch.logical_and(local >= 0, local < part.shape[0])
-            found = nn.functional.embedding(local * inside.to(local.dtype), part) * inside.unsqueeze(-1).to(part.dtype)
+            found = nn.functional.embedding(local * inside.to(local.dtype),
+                                            part) * inside.unsqueeze(-1).to(part.dtype)
             total = found if total is None else total + found
         return total
 
     def to_embedding(self) -> nn.Embedding:
         """The whole embedding again."""
-        return nn.Embedding.from_pretrained(torch.cat([part.detach() for part in self.parts]), freeze=False)
+        return nn.Embedding.from_pretrained(torch.cat([part.detach() for part in self.parts]),
+                                            freeze=False)
 
 
 def weights_of(model: RobertaForSpans) -> Dict[str, torch.Tensor]:
-    """The model's state_dict under Hugging Face's names, a serialised word embedding joined to one tensor.
+    """The model's state_dict under Hugging Face's names, a serialised word embedding joined to one
+    tensor.
 
-    A function and no state_dict hook, because PopTorch reads state_dict while the parameters are on the device.
+    A function and no state_dict hook, because PopTorch reads state_dict while the parameters are on
+    the device.
     """
     weights = dict(model.state_dict())
-    parts = sorted((name for name in weights if name.startswith(WORD_EMBEDDING + "parts.")), key=lambda name: int(name.split(".")[-1]))
+    parts = sorted((name for name in weights if name.startswith(WORD_EMBEDDING + "parts.")),
+                   key=lambda name: int(name.split(".")[-1]))
     if parts:
         weights[WORD_EMBEDDING + "weight"] = torch.cat([weights.pop(name) for name in parts])
     return weights
 
 
 def set_weights(model: RobertaForSpans, weights: Dict[str, torch.Tensor]) -> None:
-    """Load what `weights_of` gave, whatever the number of parts of either model's word embedding."""
+    """Load what `weights_of` gave, whatever the number of parts of either model's word embedding.
+    """
     words = model.roberta.embeddings.word_embeddings
     if isinstance(words, SerializedEmbedding):
         weights = dict(weights)
@@ -117,7 +137,8 @@ def set_weights(model: RobertaForSpans, weights: Dict[str, torch.Tensor]) -> Non
 
 def _parts(model: RobertaForSpans) -> List[Tuple[str, nn.Module]]:
     """(kind, module) of each block in the order of execution, which is that of Layout.blocks()."""
-    return [("embedding", model.roberta.embeddings), *(("layer", layer) for layer in model.roberta.encoder.layer),
+    return [("embedding", model.roberta.embeddings),
+            *(("layer", layer) for layer in model.roberta.encoder.layer),
             ("head", model.qa_outputs)]
 
 

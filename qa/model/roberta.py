@@ -1,7 +1,9 @@
-"""RoBERTa for extractive question answering: the forward pass and the loss, in operations that an IPU can run.
+"""RoBERTa for extractive question answering: the forward pass and the loss, in operations that an
+IPU can run.
 
-The parameters, their names and the saved files are Hugging Face's own (RobertaForQuestionAnswering). The forward pass is
-written out here, because an IPU needs fixed shapes, masks made from the row format, and one callable module for each block.
+The parameters, their names and the saved files are Hugging Face's own
+(RobertaForQuestionAnswering). The forward pass is written out here, because an IPU needs fixed
+shapes, masks made from the row format, and one callable module for each block.
 """
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from ipu_options.ipu_kernels import MASKED, Kernels
 
 
 class Embeddings(nn.Module):
-    """Word + position + token type embedding. The position ids come from the row format, the token type is always 0."""
+    """Word + position + token type embedding. The position ids come from the row format, the token
+    type is always 0.
+    """
 
     def __init__(self, embeddings: nn.Module, kernels: Kernels):
         super().__init__()
@@ -27,17 +31,21 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = embeddings.token_type_embeddings
         self.LayerNorm = embeddings.LayerNorm
         self.dropout = embeddings.dropout
-        # PopTorch does not support padding_idx. No loss depends on a padding token, so its gradient is zero without it too.
+        # PopTorch does not support padding_idx. No loss depends on a padding token, so its gradient
+        # is zero without it too.
         self.word_embeddings.padding_idx = self.position_embeddings.padding_idx = None
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """input_ids, position_ids: int [B, S]. Returns [B, S, hidden]."""
         total = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-        return self.kernels.dropout(self.LayerNorm(total + self.token_type_embeddings.weight[0]), self.dropout.p, self.training)
+        return self.kernels.dropout(self.LayerNorm(total + self.token_type_embeddings.weight[0]),
+                                    self.dropout.p, self.training)
 
 
 class EncoderLayer(nn.Module):
-    """One post-norm transformer layer (Vaswani et al. 2017) with query, key and value in one matrix multiplication."""
+    """One post-norm transformer layer (Vaswani et al. 2017) with query, key and value in one matrix
+    multiplication.
+    """
 
     def __init__(self, layer: nn.Module, heads: int, kernels: Kernels):
         super().__init__()
@@ -47,30 +55,38 @@ class EncoderLayer(nn.Module):
     def forward(self, hidden: torch.Tensor, window_ids: torch.Tensor) -> torch.Tensor:
         """hidden: [B, S, hidden]; window_ids: int [B, S]. Returns [B, S, hidden].
 
-        The mask is made in every layer, because a [S, S] mask handed from stage to stage would be stashed on every IPU.
+        The mask is made in every layer, because a [S, S] mask handed from stage to stage would be
+        stashed on every IPU.
         """
         out = self.attention.output
         mixed = out.dense(self.self_attention(hidden, window_ids))
         hidden = out.LayerNorm(hidden + self.kernels.dropout(mixed, out.dropout.p, self.training))
         inner = self.intermediate.intermediate_act_fn(self.intermediate.dense(hidden))
-        return self.output.LayerNorm(hidden + self.kernels.dropout(self.output.dense(inner), self.output.dropout.p, self.training))
+        return self.output.LayerNorm(
+            hidden +
+            self.kernels.dropout(self.output.dense(inner), self.output.dropout.p, self.training))
 
     def self_attention(self, hidden: torch.Tensor, window_ids: torch.Tensor) -> torch.Tensor:
-        """Multi-head attention within windows; query, key and value by one fused projection. [B, S, hidden] -> the same."""
+        """Multi-head attention within windows; query, key and value by one fused projection. [B, S,
+        hidden] -> the same.
+        """
         own = self.attention.self
         weight = torch.cat((own.query.weight, own.key.weight, own.value.weight))
         bias = torch.cat((own.query.bias, own.key.bias, own.value.bias))
         batch, length, width = hidden.shape
-        fused = nn.functional.linear(hidden, weight, bias).view(batch, length, 3, self.heads, width // self.heads)
+        fused = nn.functional.linear(hidden, weight, bias).view(batch, length, 3, self.heads,
+                                                                width // self.heads)
         query, key, value = fused.permute(2, 0, 3, 1, 4)
         mixed = self.kernels.attention(query, key, value, window_ids, own.dropout.p, self.training)
         return mixed.transpose(1, 2).reshape(batch, length, width)
 
 
 class RobertaForSpans(RobertaForQuestionAnswering):
-    """RobertaForQuestionAnswering over rows of one or several windows (qa/data/rows.py describes the row format).
+    """RobertaForQuestionAnswering over rows of one or several windows (qa/data/rows.py describes
+    the row format).
 
-    kernels: the attention and the dropout that the model runs; by default those that suit this machine's PopTorch.
+    kernels: the attention and the dropout that the model runs; by default those that suit this
+    machine's PopTorch.
     """
 
     def __init__(self, config, kernels: Optional[Kernels] = None):
@@ -78,15 +94,20 @@ class RobertaForSpans(RobertaForQuestionAnswering):
         kernels = kernels or ipu_options.kernels
         encoder = self.roberta.encoder
         self.roberta.embeddings = Embeddings(self.roberta.embeddings, kernels)
-        encoder.layer = nn.ModuleList(EncoderLayer(layer, config.num_attention_heads, kernels) for layer in encoder.layer)
+        encoder.layer = nn.ModuleList(
+            EncoderLayer(layer, config.num_attention_heads, kernels) for layer in encoder.layer)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, window_ids: torch.Tensor,
-                start_positions: Optional[torch.Tensor] = None, end_positions: Optional[torch.Tensor] = None,
-                loss_weights: Optional[torch.Tensor] = None) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
-        """input_ids, position_ids, window_ids: int [B, S]; start_positions, end_positions: int [B, K]; loss_weights: [B, K].
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, window_ids: torch.Tensor,
+        start_positions: Optional[torch.Tensor] = None,
+        end_positions: Optional[torch.Tensor] = None, loss_weights: Optional[torch.Tensor] = None
+    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+        """input_ids, position_ids, window_ids: int [B, S]; start_positions, end_positions: int [B,
+        K]; loss_weights: [B, K].
 
-        Without labels returns (start_logits, end_logits), float32 [B, S] each. With labels returns the micro-batch's loss,
-        the sum over its windows of loss_weight x (start loss + end loss) / 2, marked for PopTorch by identity_loss.
+        Without labels returns (start_logits, end_logits), float32 [B, S] each. With labels returns
+        the micro-batch's loss, the sum over its windows of loss_weight x (start loss + end loss) /
+        2, marked for PopTorch by identity_loss.
         """
         hidden = self.roberta.embeddings(input_ids, position_ids)
         for layer in self.roberta.encoder.layer:
@@ -95,19 +116,23 @@ class RobertaForSpans(RobertaForQuestionAnswering):
         start_logits, end_logits = logits[:, :, 0], logits[:, :, 1]
         if start_positions is None:
             return start_logits, end_logits
-        losses = window_losses(start_logits, start_positions, window_ids) + window_losses(end_logits, end_positions, window_ids)
+        losses = window_losses(start_logits, start_positions, window_ids) + window_losses(
+            end_logits, end_positions, window_ids)
         return poptorch.identity_loss((loss_weights * losses).sum() / 2, reduction="none")
 
 
-def window_losses(logits: torch.Tensor, positions: torch.Tensor, window_ids: torch.Tensor) -> torch.Tensor:
+def window_losses(logits: torch.Tensor, positions: torch.Tensor,
+                  window_ids: torch.Tensor) -> torch.Tensor:
     """Cross entropy of each window's position over that window's own tokens.
 
-    logits: float [B, S]; positions: int [B, K], indices in the row; window_ids: int [B, S], 1..K. Returns [B, K]; an empty
-    slot gives a finite number that means nothing (its loss weight is 0).
+    logits: float [B, S]; positions: int [B, K], indices in the row; window_ids: int [B, S], 1..K.
+    Returns [B, K]; an empty slot gives a finite number that means nothing (its loss weight is 0).
     """
     length, slots = logits.shape[1], positions.shape[1]
-    slot = torch.arange(1, slots + 1, dtype=window_ids.dtype, device=window_ids.device).view(1, slots, 1)
+    slot = torch.arange(1, slots + 1, dtype=window_ids.dtype, device=window_ids.device).view(
+        1, slots, 1)
     own = (window_ids.unsqueeze(1) == slot).to(logits.dtype)
     masked = logits.unsqueeze(1) + (1.0 - own) * MASKED
-    losses = nn.functional.cross_entropy(masked.view(-1, length), positions.reshape(-1).long(), reduction="none")
+    losses = nn.functional.cross_entropy(masked.view(-1, length),
+                                         positions.reshape(-1).long(), reduction="none")
     return losses.view(-1, slots)

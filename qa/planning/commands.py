@@ -1,4 +1,6 @@
-"""python -m ipu_options plan | search | sweep | calibrate | report: choose how a job is mapped to IPUs. --help with each."""
+"""python -m ipu_options plan | search | sweep | calibrate | report: choose how a job is mapped to
+IPUs. --help with each.
+"""
 from __future__ import annotations
 
 import json
@@ -17,7 +19,8 @@ from qa.settings import TrainSettings, parse_train
 def main(argv: Optional[List[str]] = None) -> int:
     """Run one command; argv without the program's name."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"plan": plan, "search": search, "sweep": sweep, "calibrate": calibrate, "report": report}
+    commands = {
+        "plan": plan, "search": search, "sweep": sweep, "calibrate": calibrate, "report": report}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -32,12 +35,15 @@ def plan(argv: List[str]) -> int:
 
 
 def search(argv: List[str]) -> int:
-    """The best split and settings for a number of IPUs, under the memory limit and at the same batch size."""
+    """The best split and settings for a number of IPUs, under the memory limit and at the same
+    batch size.
+    """
     settings, ipu_config, planning, searching = _parse(argv, search, PlanSettings, SearchSettings)
     ipus = POD_IPUS[settings.pod_type] if searching.ipus is None else searching.ipus
     if ipus not in (1, 2, 4, 8, 16, 32, 64):
         near = min((1, 2, 4, 8, 16, 32, 64), key=lambda n: abs(n - ipus))
-        raise UsageError(f"--ipus {ipus}: IPUs are reserved in powers of two, at most 64; the nearest is {near}")
+        raise UsageError(
+            f"--ipus {ipus}: IPUs are reserved in powers of two, at most 64; the nearest is {near}")
     from ipu_options.plan.search import search as best_plans
     from ipu_options.plan.text import search_text
     from qa.planning.job import planned
@@ -54,8 +60,9 @@ def search(argv: List[str]) -> int:
         job = plans[0].job
         with writing(f"--write {searching.write}"):
             write_json(searching.write, dict(sorted(job.config.to_dict().items())))
-        print(f"wrote {searching.write}; train with it: your flags and --ipu_config {searching.write} "
-              f"--micro_batch_size {job.micro_batch_size}", file=sys.stderr)
+        print(
+            f"wrote {searching.write}; train with it: your flags and --ipu_config {searching.write} "
+            f"--micro_batch_size {job.micro_batch_size}", file=sys.stderr)
     return 0
 
 
@@ -67,7 +74,8 @@ def sweep(argv: List[str]) -> int:
 
 def calibrate(argv: List[str]) -> int:
     """Fit the efficiencies to your own run, or --show how far they are from the published ones."""
-    settings, ipu_config, planning, calibrating = _parse(argv, calibrate, PlanSettings, CalibrateSettings)
+    settings, ipu_config, planning, calibrating = _parse(argv, calibrate, PlanSettings,
+                                                         CalibrateSettings)
     from ipu_options.plan import calibrate as calibration
     from ipu_options.plan.text import fit_text
     from qa.planning.job import published
@@ -93,7 +101,9 @@ def report(argv: List[str]) -> int:
 
 
 def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings) -> int:
-    """Print the plan of train.py's run with these settings, and draw or write what the planner's flags ask for."""
+    """Print the plan of train.py's run with these settings, and draw or write what the planner's
+    flags ask for.
+    """
     from ipu_options.plan.calibrate import fit_table
     from ipu_options.plan.text import fit_text, plan_dict, plan_text
     from qa.planning.job import planned, planned_name, published
@@ -112,10 +122,12 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
 
 
 def _parse(argv: List[str], command, *groups: type):
-    return parse_train(argv, *groups, program=f"python -m ipu_options {command.__name__}", description=command.__doc__)
+    return parse_train(argv, *groups, program=f"python -m ipu_options {command.__name__}",
+                       description=command.__doc__)
 
 
-def _calibrate_own(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings, calibrating: CalibrateSettings) -> int:
+def _calibrate_own(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings,
+                   calibrating: CalibrateSettings) -> int:
     from ipu_options.plan import calibrate as calibration
     from ipu_options.plan.machine import Efficiencies
     from ipu_options.plan.planner import make_plan
@@ -127,7 +139,8 @@ def _calibrate_own(settings: TrainSettings, ipu_config: IPUConfig, planning: Pla
     except ValueError:
         measured = 0.0
     if name != "windows_per_second" or not measured > 0:
-        raise UsageError("--measured: give what the run reached, as --measured windows_per_second=1234")
+        raise UsageError(
+            "--measured: give what the run reached, as --measured windows_per_second=1234")
     job = make_job(settings, ipu_config, planning)
     before = make_plan(job, Efficiencies()).windows_per_second
     fitted = calibration.fit_own(job, measured, Efficiencies())
@@ -137,6 +150,8 @@ def _calibrate_own(settings: TrainSettings, ipu_config: IPUConfig, planning: Pla
     file = calibration.calibration_file(planning.calibration)
     calibration.save(fitted, file)
     now = make_plan(job, fitted).windows_per_second
-    print(f"measured {measured:,.0f} windows/s; planned {before:,.0f} before and {now:,.0f} now\n"
-          f"saved to {file}; plans use it from now on and say so; delete it to go back to the published runs")
+    print(
+        f"measured {measured:,.0f} windows/s; planned {before:,.0f} before and {now:,.0f} now\n"
+        f"saved to {file}; plans use it from now on and say so; delete it to go back to the published runs"
+    )
     return 0

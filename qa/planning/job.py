@@ -1,4 +1,6 @@
-"""From train.py's settings to the job that is planned: which model, counted how, on which pipeline, fed with what."""
+"""From train.py's settings to the job that is planned: which model, counted how, on which pipeline,
+fed with what.
+"""
 from __future__ import annotations
 
 import json
@@ -17,10 +19,11 @@ from qa.data import demo
 from qa.planning.flags import SHAPE, PlanSettings
 from qa.settings import TrainSettings, check_row_length
 
-# Sizes of well-known checkpoints (from their config.json on the hub), so that planning them needs no network.
+# Sizes of well-known checkpoints (from their config.json on the hub), so that planning them needs
+# no network.
 MODELS = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
-# Mean real tokens of a window, and windows of an epoch: SQuAD at length 384 and stride 128, v1 as in the published run of
-# roberta-base, v2 as in that of roberta-base-squad2.
+# Mean real tokens of a window, and windows of an epoch: SQuAD at length 384 and stride 128, v1 as
+# in the published run of roberta-base, v2 as in that of roberta-base-squad2.
 REAL_TOKENS = {"squad": 181, "squad_v2": 181}
 WINDOWS = {"squad": 88568, "squad_v2": 131823}
 PACKING_EFFICIENCY = 0.97  # share of a packed row's tokens that are real, by best-fit decreasing
@@ -29,8 +32,8 @@ PACKING_EFFICIENCY = 0.97  # share of a packed row's tokens that are real, by be
 def make_job(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings) -> Job:
     """The job that train.py would run with these settings.
 
-    Needs a model's configuration at most: --config_json, the shape flags, a checkpoint's folder, or a well-known name.
-    Raises UsageError for a model or a layout that cannot be.
+    Needs a model's configuration at most: --config_json, the shape flags, a checkpoint's folder, or
+    a well-known name. Raises UsageError for a model or a layout that cannot be.
     """
     from qa.data.packing import packed_accumulation
     from qa.planning.counting import make_counter
@@ -43,23 +46,29 @@ def make_job(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSetti
     config = pipeline.config
     if settings.pack:
         least = pipeline.layout.min_gradient_accumulation()
-        accumulation = packed_accumulation(config.gradient_accumulation_steps, windows_per_row, least)
+        accumulation = packed_accumulation(config.gradient_accumulation_steps, windows_per_row,
+                                           least)
         config = replace(config, gradient_accumulation_steps=accumulation)
-    count = make_counter(model_config, max_seq_length=settings.max_seq_length, windows_per_row=settings.row_capacity(),
-                         precision=settings.precision)
+    count = make_counter(model_config, max_seq_length=settings.max_seq_length,
+                         windows_per_row=settings.row_capacity(), precision=settings.precision)
     blocks = tuple(count(settings.micro_batch_size, config.embedding_serialization_factor))
-    return Job(blocks, pipeline.layout, config, MACHINES[planning.ipu], settings.micro_batch_size, settings.max_seq_length,
-               settings.precision, windows_per_row, packed_windows_per_row=packed, train_windows=_train_windows(settings, planning),
-               epochs=settings.num_train_epochs, count=count)
+    return Job(blocks, pipeline.layout, config, MACHINES[planning.ipu], settings.micro_batch_size,
+               settings.max_seq_length, settings.precision,
+               windows_per_row, packed_windows_per_row=packed, train_windows=_train_windows(
+                   settings, planning), epochs=settings.num_train_epochs, count=count)
 
 
 def planned(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings) -> Plan:
-    """The plan of train.py's run with these settings, with the user's calibration where there is one."""
+    """The plan of train.py's run with these settings, with the user's calibration where there is
+    one.
+    """
     return make_plan(make_job(settings, ipu_config, planning), calibrate.load(planning.calibration))
 
 
 def published() -> List[calibrate.PublishedRun]:
-    """The published runs, counted. A model that appears several times at one length is counted once."""
+    """The published runs, counted. A model that appears several times at one length is counted
+    once.
+    """
     from transformers import RobertaConfig
 
     from qa.planning.counting import make_counter
@@ -68,8 +77,8 @@ def published() -> List[calibrate.PublishedRun]:
     def counter(model: str, max_seq_length: int):
         return make_counter(RobertaConfig(**MODELS[model]), max_seq_length=max_seq_length)
 
-    return calibrate.published_runs(lambda model, config, length, micro_batch_size:
-                                    counter(model, length)(micro_batch_size, config.embedding_serialization_factor))
+    return calibrate.published_runs(lambda model, config, length, micro_batch_size: counter(
+        model, length)(micro_batch_size, config.embedding_serialization_factor))
 
 
 def planned_model(settings: TrainSettings, planning: PlanSettings) -> Any:
@@ -109,28 +118,40 @@ def _config_from_json(path: str, shape: dict) -> Any:
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"--config_json {path}: not a readable config.json ({error})") from error
     if missing:
-        raise UsageError(f"--config_json {path}: has no {missing[0]}; name the config.json of a RoBERTa checkpoint")
-    if "roberta" not in values.get("model_type", "roberta") and values.get("model_type") != "camembert":
-        values.update(pad_token_id=1, max_position_embeddings=values.get("max_position_embeddings", 512) + 2)  # BERT counts from 0
+        raise UsageError(
+            f"--config_json {path}: has no {missing[0]}; name the config.json of a RoBERTa checkpoint"
+        )
+    if "roberta" not in values.get("model_type",
+                                   "roberta") and values.get("model_type") != "camembert":
+        values.update(pad_token_id=1,
+                      max_position_embeddings=values.get("max_position_embeddings", 512) +
+                      2)  # BERT counts from 0
     return RobertaConfig(**{**values, **shape})
 
 
 def _derived(shape: dict) -> dict:
-    """The usual proportions for what is not given: 64 wide heads, an inner layer four times as wide."""
+    """The usual proportions for what is not given: 64 wide heads, an inner layer four times as
+    wide.
+    """
     width = shape.get("hidden_size", 768)
-    heads = shape.get("num_attention_heads") or next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
+    heads = shape.get("num_attention_heads") or next(
+        n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
     if width % heads:
-        raise UsageError(f"--hidden_size {width} is not a multiple of --num_attention_heads {heads}: the nearest is "
-                         f"{max(1, round(width / heads)) * heads}")
+        raise UsageError(
+            f"--hidden_size {width} is not a multiple of --num_attention_heads {heads}: the nearest is "
+            f"{max(1, round(width / heads)) * heads}")
     return {"num_attention_heads": heads, "intermediate_size": 4 * width}
 
 
 def _packed_windows_per_row(settings: TrainSettings, planning: PlanSettings) -> Optional[float]:
-    """Windows of a packed row: as given, or estimated from the mean real length where the data set is known."""
+    """Windows of a packed row: as given, or estimated from the mean real length where the data set
+    is known.
+    """
     if planning.windows_per_row is not None:
         if planning.windows_per_row > settings.max_windows_per_row:
-            raise UsageError(f"--windows_per_row {planning.windows_per_row:g}: it should be between 1 and --max_windows_per_row, "
-                             f"which is {settings.max_windows_per_row}")
+            raise UsageError(
+                f"--windows_per_row {planning.windows_per_row:g}: it should be between 1 and --max_windows_per_row, "
+                f"which is {settings.max_windows_per_row}")
         return planning.windows_per_row
     if settings.demo_data:
         tokens = demo.MEAN_TOKENS
@@ -138,7 +159,10 @@ def _packed_windows_per_row(settings: TrainSettings, planning: PlanSettings) -> 
         tokens = REAL_TOKENS.get(settings.dataset_name) if settings.train_file is None else None
     if tokens is None:
         return None
-    return max(1.0, min(PACKING_EFFICIENCY * settings.max_seq_length / tokens, float(settings.max_windows_per_row)))
+    return max(
+        1.0,
+        min(PACKING_EFFICIENCY * settings.max_seq_length / tokens,
+            float(settings.max_windows_per_row)))
 
 
 def _train_windows(settings: TrainSettings, planning: PlanSettings) -> Optional[int]:

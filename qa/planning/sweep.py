@@ -1,4 +1,6 @@
-"""Plans, and measures if asked to, every combination of some flags, into a CSV that a later call goes on from."""
+"""Plans, and measures if asked to, every combination of some flags, into a CSV that a later call
+goes on from.
+"""
 from __future__ import annotations
 
 import csv
@@ -17,27 +19,33 @@ from ipu_options.plan.text import table
 from qa.planning.flags import PlanSettings
 from qa.settings import parse_train
 
-USAGE = ('sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] [--timeout SECONDS] '
-         '[--output FILE] -- [train.py flags]')
-COLUMNS = ("setting", "fits", "planned_windows_per_second", "measured_windows_per_second", "bubble_percent", "fullest_mib",
-           "status")
+USAGE = (
+    'sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] [--timeout SECONDS] '
+    '[--output FILE] -- [train.py flags]')
+COLUMNS = ("setting", "fits", "planned_windows_per_second", "measured_windows_per_second",
+           "bubble_percent", "fullest_mib", "status")
 OWN = {"--run": 0, "--steps": 1, "--output": 1, "--timeout": 1, "--help": 0}
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 def run_sweep(argv: Sequence[str]) -> int:
-    """Sweep as USAGE says. A combination that cannot be, or a run that fails, is a row whose status says why.
+    """Sweep as USAGE says. A combination that cannot be, or a run that fails, is a row whose status
+    says why.
 
-    Rows are written as they come; a call with the same --output skips the combinations that it holds already.
+    Rows are written as they come; a call with the same --output skips the combinations that it
+    holds already.
     """
     swept, own, common = parse(argv)
     if "--help" in own:
         print(USAGE)
         return 0
     output = Path(own.get("--output", ["sweep.csv"])[0])
-    measure, steps, timeout = "--run" in own, _number(own, "--steps", 20), _number(own, "--timeout", 3600)
+    measure, steps, timeout = "--run" in own, _number(own, "--steps", 20), _number(
+        own, "--timeout", 3600)
     rows = read_rows(output)
-    done = {row["setting"] for row in rows if row["measured_windows_per_second"] or not measure or row["status"] != "planned"}
+    done = {
+        row["setting"] for row in rows
+        if row["measured_windows_per_second"] or not measure or row["status"] != "planned"}
     for flags in combinations(swept):
         setting = " ".join(flags)
         if setting in done:
@@ -53,7 +61,9 @@ def run_sweep(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], Dict[str, List[str]], List[str]]:
-    """Split the command line into swept flags with their values, sweep's own flags, and the flags common to all."""
+    """Split the command line into swept flags with their values, sweep's own flags, and the flags
+    common to all.
+    """
     argv, common = list(argv), []
     if "--" in argv:
         cut = argv.index("--")
@@ -71,15 +81,19 @@ def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], Dict[str, List[str
     swept = {name: values for name, values in flags.items() if name not in OWN}
     for name, values in own.items():
         if len(values) != OWN[name]:
-            raise UsageError(f"{name} takes {OWN[name]} value{'s' * (OWN[name] != 1)}; usage: {USAGE}")
+            raise UsageError(
+                f"{name} takes {OWN[name]} value{'s' * (OWN[name] != 1)}; usage: {USAGE}")
     empty = [name for name, values in swept.items() if not values]
     if empty or not (swept or "--help" in own):
-        raise UsageError(f"{empty[0] if empty else 'sweep'}: give the values to try; usage: {USAGE}")
+        raise UsageError(
+            f"{empty[0] if empty else 'sweep'}: give the values to try; usage: {USAGE}")
     return swept, own, common
 
 
 def combinations(swept: Dict[str, List[str]]) -> List[List[str]]:
-    """The flags of every combination: one value of each swept flag; "0 4 4 4" is one value of four words."""
+    """The flags of every combination: one value of each swept flag; "0 4 4 4" is one value of four
+    words.
+    """
     return [[word for name, value in zip(swept, values) for word in [name, *value.split()]]
             for values in itertools.product(*swept.values())]
 
@@ -93,17 +107,24 @@ def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
         plan = planned(*parse_train(list(flags), PlanSettings, program="sweep", description=USAGE))
     except (UsageError, RunError) as error:
         return {**row, "status": "refused: " + " ".join(str(error).split())}
-    return {**row, "fits": "yes" if plan.fits else "no", "planned_windows_per_second": f"{plan.windows_per_second:.1f}",
-            "bubble_percent": f"{100 * plan.bubble_fraction:.1f}",
-            "fullest_mib": f"{max(sum(parts.values()) for parts in plan.memory.values()) / 2**20:.0f}"}
+    return {
+        **row, "fits": "yes" if plan.fits else "no",
+        "planned_windows_per_second": f"{plan.windows_per_second:.1f}",
+        "bubble_percent": f"{100 * plan.bubble_fraction:.1f}",
+        "fullest_mib": f"{max(sum(parts.values()) for parts in plan.memory.values()) / 2**20:.0f}"}
 
 
 def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
-    """Run train.py for so many steps on synthetic data in a process of its own; windows/s of its last log line."""
+    """Run train.py for so many steps on synthetic data in a process of its own; windows/s of its
+    last log line.
+    """
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(TRAIN), *flags, "--synthetic_data", "--max_steps", str(steps), "--max_eval_samples", "1",
-                   "--logging_steps", str(max(1, steps // 2)), "--output_dir", folder + "/run"]
+        command = [
+            sys.executable,
+            str(TRAIN), *flags, "--synthetic_data", "--max_steps",
+            str(steps), "--max_eval_samples", "1", "--logging_steps",
+            str(max(1, steps // 2)), "--output_dir", folder + "/run"]
         try:
             done = subprocess.run(command, capture_output=True, timeout=timeout, text=True)
         except subprocess.TimeoutExpired:
@@ -112,22 +133,29 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
     if done.returncode or not speeds:
         lines = done.stderr.strip().splitlines() or ["no output"]
         return {"status": f"failed ({done.returncode}): {lines[-1]}"}
-    return {"measured_windows_per_second": speeds[-1], "status": f"measured in {time.perf_counter() - begin:.0f} s"}
+    return {
+        "measured_windows_per_second": speeds[-1],
+        "status": f"measured in {time.perf_counter() - begin:.0f} s"}
 
 
 def read_rows(path: Path) -> List[Dict[str, str]]:
-    """The rows of an earlier sweep; none if the file is not there. UsageError for a file that is not a sweep's."""
+    """The rows of an earlier sweep; none if the file is not there. UsageError for a file that is
+    not a sweep's.
+    """
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UsageError(f"--output {path} is not a CSV that sweep has written: name another file")
+            raise UsageError(
+                f"--output {path} is not a CSV that sweep has written: name another file")
         return list(reader)
 
 
 def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
-    """Write all rows to `path`, the whole file or nothing, so that an interrupted sweep leaves a whole one."""
+    """Write all rows to `path`, the whole file or nothing, so that an interrupted sweep leaves a
+    whole one.
+    """
     with writing(f"--output {path}"), written_whole(path) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -135,13 +163,19 @@ def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
 
 
 def sweep_table(rows: Sequence[Dict[str, Any]]) -> str:
-    """The rows as a table, the fastest first: measured before planned, what does not fit or was refused last."""
+    """The rows as a table, the fastest first: measured before planned, what does not fit or was
+    refused last.
+    """
     def key(row):
-        return (row["fits"] != "yes", -float(row["measured_windows_per_second"] or row["planned_windows_per_second"] or 0))
+        return (
+            row["fits"] != "yes",
+            -float(row["measured_windows_per_second"] or row["planned_windows_per_second"] or 0))
     head = ["setting", "fits", "planned", "measured", "bubbles", "fullest", "status"]
-    return table(head, [[row["setting"], row["fits"], row["planned_windows_per_second"], row["measured_windows_per_second"],
-                         row["bubble_percent"] and row["bubble_percent"] + " %", row["fullest_mib"] and row["fullest_mib"] + " MiB",
-                         row["status"]] for row in sorted(rows, key=key)], left=(0, 6))
+    return table(head, [[
+        row["setting"], row["fits"], row["planned_windows_per_second"],
+        row["measured_windows_per_second"], row["bubble_percent"] and row["bubble_percent"] + " %",
+        row["fullest_mib"] and row["fullest_mib"] + " MiB", row["status"]]
+                        for row in sorted(rows, key=key)], left=(0, 6))
 
 
 def _number(own: Dict[str, List[str]], name: str, default: int) -> int:

@@ -1,4 +1,6 @@
-"""What a person reads while a training run goes on: the make-up of the batches, the bar and the log lines."""
+"""What a person reads while a training run goes on: the make-up of the batches, the bar and the log
+lines.
+"""
 from __future__ import annotations
 
 import time
@@ -12,16 +14,20 @@ from qa.run.checkpoint import Checkpoint
 from qa.settings import TrainSettings
 
 
-def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings, ipu_config: IPUConfig) -> str:
-    """How questions become windows, rows and weight updates. The global batch is counted in windows."""
+def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
+                  ipu_config: IPUConfig) -> str:
+    """How questions become windows, rows and weight updates. The global batch is counted in
+    windows.
+    """
     micro_batch_size, replicas = settings.micro_batch_size, ipu_config.replication_factor
     accumulation = ipu_config.gradient_accumulation_steps
     update = rows.windows_per_row * micro_batch_size * accumulation * replicas
-    return (f"{questions} questions, {len(rows.windows)} windows, {rows.windows_per_row:.2f} in a row, "
-            f"{rows.fill:.1%} of the tokens are real\n"
-            f"weight update: micro-batch {micro_batch_size} x accumulation {accumulation} x replicas "
-            f"{replicas} rows, {update:.0f} windows on average; step: {ipu_config.device_iterations} update(s); "
-            f"{rows.steps_per_epoch} steps an epoch, {rows.total_steps} in all")
+    return (
+        f"{questions} questions, {len(rows.windows)} windows, {rows.windows_per_row:.2f} in a row, "
+        f"{rows.fill:.1%} of the tokens are real\n"
+        f"weight update: micro-batch {micro_batch_size} x accumulation {accumulation} x replicas "
+        f"{replicas} rows, {update:.0f} windows on average; step: {ipu_config.device_iterations} update(s); "
+        f"{rows.steps_per_epoch} steps an epoch, {rows.total_steps} in all")
 
 
 class Progress:
@@ -33,11 +39,14 @@ class Progress:
     def __init__(self, rows: TrainingRows, logging_steps: int, saved: Optional[Checkpoint]):
         self.rows, self.logging_steps = rows, logging_steps
         self.losses: List[float] = list(saved.progress["losses"]) if saved else []
-        self._windows, self._since = 0, time.perf_counter()  # windows since the last line, and when that was
-        self._bar = tqdm(total=rows.total_steps, initial=saved.step if saved else 0, desc="Training", unit="step", dynamic_ncols=True)
+        self._windows, self._since = 0, time.perf_counter(
+        )  # windows since the last line, and when that was
+        self._bar = tqdm(total=rows.total_steps, initial=saved.step if saved else 0,
+                         desc="Training", unit="step", dynamic_ncols=True)
 
     def update(self, step: int, loss: Optional[float], learning_rate: float) -> None:
-        """Step number `step`, counted from 1, is done. loss: None for a step that does not count."""
+        """Step number `step`, counted from 1, is done. loss: None for a step that does not count.
+        """
         self._windows += self.rows.windows_in_step(step - 1)
         if loss is not None:
             self.losses.append(loss)
@@ -48,9 +57,11 @@ class Progress:
         self._windows, self._since = 0, time.perf_counter()
         last = self.losses[-self.logging_steps:]
         mean = sum(last) / len(last) if last else float("nan")
-        tqdm.write(f"step {step}/{self.rows.total_steps}  epoch {step / self.rows.steps_per_epoch:.2f}  loss {mean:.4f}  "
-                   f"learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
-        self._bar.set_postfix_str(f"loss {mean:.3f}, learning rate {learning_rate:.3g}, {speed:.0f} windows/s")
+        tqdm.write(
+            f"step {step}/{self.rows.total_steps}  epoch {step / self.rows.steps_per_epoch:.2f}  loss {mean:.4f}  "
+            f"learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
+        self._bar.set_postfix_str(
+            f"loss {mean:.3f}, learning rate {learning_rate:.3g}, {speed:.0f} windows/s")
 
     def __enter__(self) -> "Progress":
         return self

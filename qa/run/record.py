@@ -21,38 +21,43 @@ from qa.run.checkpoint import Checkpoint
 from qa.settings import TrainSettings
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("torch", "poptorch", "transformers", "tokenizers", "datasets", "evaluate", "numpy", "safetensors", "pyarrow")
+_PACKAGES = ("torch", "poptorch", "transformers", "tokenizers", "datasets", "evaluate", "numpy",
+             "safetensors", "pyarrow")
 
 
-def write_run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows, saved: Optional[Checkpoint]) -> None:
+def write_run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
+                     saved: Optional[Checkpoint]) -> None:
     """Write OUTPUT_DIR/run.json.
 
-    ipu_config: of the training pipeline, all values resolved.  saved: the checkpoint that the run continues, if it does.
-    The hub's access token is left out, of the command line too. Raises OSError.
+    ipu_config: of the training pipeline, all values resolved.  saved: the checkpoint that the run
+    continues, if it does. The hub's access token is left out, of the command line too. Raises
+    OSError.
     """
     command, hide = [], False
     for word in sys.argv:
-        command.append("***" if hide else "--hub_token=***" if word.startswith("--hub_token=") else word)
+        command.append(
+            "***" if hide else "--hub_token=***" if word.startswith("--hub_token=") else word)
         hide = word == "--hub_token"
     record = {
         "command": " ".join(map(shlex.quote, command)),
         "settings": {**settings.values(), "hub_token": "***" if settings.hub_token else None},
-        "ipu_config": ipu_config.to_dict(),
-        "data_fingerprint": rows.windows.fingerprint,
-        "resumed_from": str(saved.folder) if saved else None,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_revision": git_revision(),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "machine": {"host": socket.gethostname(), "platform": platform.platform(), "cpus": os.cpu_count(),
-                    "threads": torch.get_num_threads()},
-    }
+        "ipu_config": ipu_config.to_dict(), "data_fingerprint": rows.windows.fingerprint,
+        "resumed_from": str(saved.folder) if saved else None, "time": datetime.now(
+            timezone.utc).isoformat(timespec="seconds"), "git_revision": git_revision(),
+        "versions": {"python": platform.python_version(), **_versions()}, "machine": {
+                         "host": socket.gethostname(), "platform": platform.platform(),
+                         "cpus": os.cpu_count(), "threads": torch.get_num_threads()}, }
     write_json(Path(settings.output_dir) / "run.json", record)
 
 
 def git_revision() -> Optional[str]:
-    """The project's commit, with "-dirty" where tracked files differ from it; None outside a git clone."""
+    """The project's commit, with "-dirty" where tracked files differ from it; None outside a git
+    clone.
+    """
     try:
-        revision = subprocess.run(["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        revision = subprocess.run([
+            "git", "-C",
+            str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                                   capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,5 +1,6 @@
-"""The inference loop, packed and unpacked, with and without a worker process, against Hugging Face's model on each
-window alone."""
+"""The inference loop, packed and unpacked, with and without a worker process, against Hugging
+Face's model on each window alone.
+"""
 import pytest
 import torch
 from datasets import Dataset
@@ -7,15 +8,16 @@ from transformers import RobertaConfig, RobertaForQuestionAnswering
 
 from ipu_options import poptorch
 from qa.answers import inference
-from qa.answers.spans import AnswerFinder
-from qa.model.roberta import RobertaForSpans
 from qa.answers.inference import predict
+from qa.answers.spans import AnswerFinder
 from qa.data.rows import InferenceRows
+from qa.model.roberta import RobertaForSpans
 from tests.reference.answers import plain_answers
 from tests.reference.synthetic_windows import SyntheticWindows
 
-CONFIG = RobertaConfig(vocab_size=1000, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
-                       max_position_embeddings=100, type_vocab_size=1, pad_token_id=1, initializer_range=0.5)
+CONFIG = RobertaConfig(vocab_size=1000, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                       intermediate_size=64, max_position_embeddings=100, type_vocab_size=1,
+                       pad_token_id=1, initializer_range=0.5)
 
 
 @pytest.mark.parametrize("most, rows_worth_a_worker", [(1, 10_000), (4, 10_000), (4, 0)])
@@ -24,21 +26,27 @@ def test_answers_are_those_of_each_window_alone(monkeypatch, most, rows_worth_a_
     torch.manual_seed(0)
     windows = SyntheticWindows(torch.randint(12, 64, (150,)), windows_per_example=2)
     count = int(windows.example[-1]) + 1
-    examples = Dataset.from_dict({"id": [str(i) for i in range(count)], "context": ["0123456789" * 30] * count})
+    examples = Dataset.from_dict({
+        "id": [str(i) for i in range(count)], "context": ["0123456789" * 30] * count})
     model = RobertaForSpans(CONFIG).eval()
     plain = RobertaForQuestionAnswering(CONFIG).eval()
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
-        outputs = [plain(torch.from_numpy(windows.input_ids(i).astype("int64")).unsqueeze(0)) for i in range(len(windows))]
+        outputs = [
+            plain(torch.from_numpy(windows.input_ids(i).astype("int64")).unsqueeze(0))
+            for i in range(len(windows))]
     logits = [torch.cat((output.start_logits, output.end_logits)).numpy() for output in outputs]
     expected = list(plain_answers(windows, examples, logits, 5, 30, True, 0.0))
 
     options = poptorch.Options()
     options.deviceIterations(3)
     options.replicationFactor(2)
-    rows = InferenceRows(windows, row_length=64, max_windows_per_row=most, pad_token_id=1, rows_per_step=12)
+    rows = InferenceRows(windows, row_length=64, max_windows_per_row=most, pad_token_id=1,
+                         rows_per_step=12)
     finder = AnswerFinder(windows, examples, n_best_size=5, version_2_with_negative=True)
-    answers = list(predict(poptorch.inferenceModel(model, options), options, rows, finder, micro_batch_size=2, progress=False))
+    answers = list(
+        predict(poptorch.inferenceModel(model, options), options, rows, finder, micro_batch_size=2,
+                progress=False))
     assert [answer["id"] for answer in answers] == [answer["id"] for answer in expected]
     assert [answer["text"] for answer in answers] == [answer["text"] for answer in expected]
     for answer, wanted in zip(answers, expected):

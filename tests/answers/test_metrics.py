@@ -1,4 +1,6 @@
-"""Metrics against the official definitions: v1.1 transcribed here, v2.0 as transformers carries it (squad_evaluate)."""
+"""Metrics against the official definitions: v1.1 transcribed here, v2.0 as transformers carries it
+(squad_evaluate).
+"""
 import collections
 import math
 import random
@@ -11,29 +13,35 @@ from transformers.data.metrics.squad_metrics import squad_evaluate
 
 from qa.answers.metrics import squad_metrics
 
-WORDS = ["a", "An", "the", "The", "cat", "Cat.", "cat's", "(dog)", "dog,", "42", "4-2", "é", "naïve", "theatre", "\u2014", "...", "\u00a0"]
+WORDS = [
+    "a", "An", "the", "The", "cat", "Cat.", "cat's", "(dog)", "dog,", "42", "4-2", "é", "naïve",
+    "theatre", "\u2014", "...", "\u00a0"]
 
 
 def official_v1(golds, prediction):
     """(exact match, F1) of one question as in evaluate-v1.1.py."""
     def normalize(text):
-        text = "".join(character for character in text.lower() if character not in set(string.punctuation))
+        text = "".join(
+            character for character in text.lower() if character not in set(string.punctuation))
         return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
     def f1(gold):
         prediction_tokens, gold_tokens = normalize(prediction).split(), normalize(gold).split()
-        same = sum((collections.Counter(prediction_tokens) & collections.Counter(gold_tokens)).values())
+        same = sum(
+            (collections.Counter(prediction_tokens) & collections.Counter(gold_tokens)).values())
         if same == 0:
             return 0
         precision, recall = 1.0 * same / len(prediction_tokens), 1.0 * same / len(gold_tokens)
         return (2 * precision * recall) / (precision + recall)
 
-    return max(normalize(prediction) == normalize(gold) for gold in golds), max(f1(gold) for gold in golds)
+    return max(normalize(prediction) == normalize(gold) for gold in golds), max(
+        f1(gold) for gold in golds)
 
 
 def made_up(count, seed, unanswerable):
-    """References and predictions of a few words, with what makes trouble: articles, punctuation, case, Unicode, empty
-    texts."""
+    """References and predictions of a few words, with what makes trouble: articles, punctuation,
+    case, Unicode, empty texts.
+    """
     chance = random.Random(seed)
 
     def text(least):
@@ -41,9 +49,11 @@ def made_up(count, seed, unanswerable):
 
     references, predictions = [], []
     for number in range(count):
-        golds = [] if unanswerable and chance.random() < 0.4 else [text(1) for _ in range(chance.randint(1, 3))]
+        golds = [] if unanswerable and chance.random() < 0.4 else [
+            text(1) for _ in range(chance.randint(1, 3))]
         answer = chance.choice(golds) if golds and chance.random() < 0.5 else text(0)
-        references.append({"id": str(number), "answers": {"text": golds, "answer_start": [0] * len(golds)}})
+        references.append({
+            "id": str(number), "answers": {"text": golds, "answer_start": [0] * len(golds)}})
         predictions.append({"id": str(number), "prediction_text": answer})
     return references, predictions
 
@@ -63,10 +73,15 @@ def test_version_2_is_the_official_definition(unanswerable):
     references, predictions = made_up(500, 1, unanswerable)
     chance = random.Random(2)
     for prediction in predictions:
-        prediction["no_answer_probability"] = float(chance.randint(-8, 8)) / 4  # with ties, exact in float32
-    examples = [SimpleNamespace(qas_id=reference["id"], answers=[{"text": text} for text in reference["answers"]["text"]])
-                for reference in references]
-    official = squad_evaluate(examples, {prediction["id"]: prediction["prediction_text"] for prediction in predictions},
-                              {prediction["id"]: prediction["no_answer_probability"] for prediction in predictions}, math.inf)
+        prediction["no_answer_probability"] = float(chance.randint(
+            -8, 8)) / 4  # with ties, exact in float32
+    examples = [
+        SimpleNamespace(qas_id=reference["id"], answers=[{"text": text}
+                                                         for text in reference["answers"]["text"]])
+        for reference in references]
+    official = squad_evaluate(
+        examples, {prediction["id"]: prediction["prediction_text"] for prediction in predictions},
+        {prediction["id"]: prediction["no_answer_probability"] for prediction in predictions},
+        math.inf)
     official["exact_match"] = official.pop("exact")
     assert squad_metrics(references, predictions, True) == pytest.approx(official, rel=1e-12)

@@ -1,4 +1,6 @@
-"""Answers: equal bit for bit to run_qa's definition written plainly, window by window and pair by pair."""
+"""Answers: equal bit for bit to run_qa's definition written plainly, window by window and pair by
+pair.
+"""
 import json
 
 import numpy
@@ -13,8 +15,9 @@ from tests.reference.synthetic_windows import SyntheticWindows
 
 
 def rows_of(windows, logits, seed, batch):
-    """Batches of (slices, start logits, end logits): the windows in a slightly shuffled order, two a row with noise
-    around them."""
+    """Batches of (slices, start logits, end logits): the windows in a slightly shuffled order, two
+    a row with noise around them.
+    """
     random = numpy.random.default_rng(seed)
     order = numpy.argsort(numpy.arange(len(windows)) + random.uniform(0, 60, len(windows))).tolist()
     longest = int(windows.lengths.max())
@@ -22,18 +25,21 @@ def rows_of(windows, logits, seed, batch):
         values = random.normal(50, 1, (2, batch, 2 * longest + 3)).astype(numpy.float32)
         slices = [[] for _ in range(batch)]
         for place, window in enumerate(order[first:first + 2 * batch]):
-            row, start, length = place // 2, (place % 2) * (longest + 3), int(windows.lengths[window])
+            row, start, length = place // 2, (place % 2) * (longest + 3), int(
+                windows.lengths[window])
             slices[row].append((window, start, length))
             values[:, row, start:start + length] = logits[window]
         yield slices, torch.from_numpy(values[0]), torch.from_numpy(values[1])
 
 
 def problem(lengths, seed=0, coarse=False):
-    """Windows with several windows a question, questions, and logits; coarse logits are full of ties, also of 0.0 with
-    -0.0."""
+    """Windows with several windows a question, questions, and logits; coarse logits are full of
+    ties, also of 0.0 with -0.0.
+    """
     windows = SyntheticWindows(lengths, seed, windows_per_example=3)
     count = int(windows.example[-1]) + 1
-    examples = Dataset.from_dict({"id": [f"q{i}" for i in range(count)], "context": ["0123456789" * 40] * count})
+    examples = Dataset.from_dict({
+        "id": [f"q{i}" for i in range(count)], "context": ["0123456789" * 40] * count})
     random = numpy.random.default_rng(seed)
     logits = [random.normal(0, 3, (2, length)).astype(numpy.float32) for length in windows.lengths]
     if coarse:
@@ -44,14 +50,20 @@ def problem(lengths, seed=0, coarse=False):
 @pytest.mark.parametrize("version_2", [False, True])
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("n_best_size, max_answer_length", [(20, 30), (1, 1), (3, 100), (200, 5)])
-def test_answers_are_those_of_the_plain_definition(version_2, coarse, n_best_size, max_answer_length):
-    windows, examples, logits = problem(numpy.random.default_rng(5).integers(3, 100, 300), coarse=coarse)
-    finder = AnswerFinder(windows, examples, n_best_size=n_best_size, max_answer_length=max_answer_length,
-                          version_2_with_negative=version_2, null_score_diff_threshold=-1.0)
-    answers = [answer for batch in rows_of(windows, logits, 1, batch=8) for answer in finder.add(*batch)]
+def test_answers_are_those_of_the_plain_definition(version_2, coarse, n_best_size,
+                                                   max_answer_length):
+    windows, examples, logits = problem(
+        numpy.random.default_rng(5).integers(3, 100, 300), coarse=coarse)
+    finder = AnswerFinder(windows, examples, n_best_size=n_best_size,
+                          max_answer_length=max_answer_length, version_2_with_negative=version_2,
+                          null_score_diff_threshold=-1.0)
+    answers = [
+        answer for batch in rows_of(windows, logits, 1, batch=8) for answer in finder.add(*batch)]
     assert len(answers) > len(examples) / 2  # they stream
     answers += finder.finish()
-    assert answers == list(plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold=-1.0))
+    assert answers == list(
+        plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2,
+                      threshold=-1.0))
 
 
 def test_a_missing_window_is_an_error_and_not_a_missing_answer():
@@ -71,14 +83,17 @@ def test_files_have_the_layouts_of_run_qa(tmp_path, version_2):
     answers = [answer for batch in batches for answer in finder.add(*batch)] + list(finder.finish())
     predictions = write_answers(answers, tmp_path, version_2)
     files = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
-    assert set(files) == {"predictions.json", "nbest_predictions.json"} | ({"null_odds.json"} if version_2 else set())
+    assert set(files) == {"predictions.json", "nbest_predictions.json"
+                          } | ({"null_odds.json"} if version_2 else set())
     assert files["predictions.json"] == {answer["id"]: answer["text"] for answer in answers}
     assert list(files["predictions.json"]) == examples["id"][:]
     assert all(set(entry) == {"text", "probability", "start_logit", "end_logit"}
                for nbest in files["nbest_predictions.json"].values() for entry in nbest)
-    assert [prediction["prediction_text"] for prediction in predictions] == list(files["predictions.json"].values())
+    assert [prediction["prediction_text"] for prediction in predictions] == list(
+        files["predictions.json"].values())
     if version_2:
-        assert [prediction["no_answer_probability"] for prediction in predictions] == list(files["null_odds.json"].values())
+        assert [prediction["no_answer_probability"] for prediction in predictions] == list(
+            files["null_odds.json"].values())
 
 
 def test_a_run_that_breaks_off_leaves_the_files_as_they_were(tmp_path):

@@ -1,4 +1,6 @@
-"""Every format gives the same questions; every malformed row and file is refused in one line, or skipped and counted."""
+"""Every format gives the same questions; every malformed row and file is refused in one line, or
+skipped and counted.
+"""
 import csv
 import json
 import logging
@@ -13,9 +15,14 @@ from qa.data.dataset import load_examples
 CONTEXT = "Zoë 😀 flew to Oslo,\nin 1921. \x07"
 ROWS = [{"id": str(number), "context": CONTEXT, "question": f'Who, "{number}"?',
          "answers": {"text": ["Zoë", "Oslo"], "answer_start": [0, 14]}} for number in range(3)]
-NESTED = {"version": "1.1", "data": [{"title": "Zoë", "paragraphs": [{"context": CONTEXT, "qas": [
-    {"id": row["id"], "question": row["question"], "answers": [
-        {"text": text, "answer_start": start} for text, start in zip(*row["answers"].values())]} for row in ROWS]}]}]}
+NESTED = {
+    "version": "1.1", "data": [{
+        "title": "Zoë", "paragraphs": [{
+            "context": CONTEXT, "qas": [{
+                "id": row["id"], "question": row["question"], "answers": [{
+                    "text": text,
+                    "answer_start": start} for text, start in zip(*row["answers"].values())]}
+                                        for row in ROWS]}]}]}
 
 
 def lines(rows):
@@ -37,14 +44,19 @@ def test_formats_give_the_same_questions(tmp_path):
     (tmp_path / "lines.jsonl").write_text(lines(ROWS) + "\n\n")
     write_csv(tmp_path / "json.csv", json.dumps)
     write_csv(tmp_path / "python.csv", repr)
-    write_csv(tmp_path / "pandas.csv", lambda answers: f"{{'text': array({answers['text']!r}, dtype=object), "
-                                                       f"'answer_start': array({answers['answer_start']!r}, dtype=int32)}}")
+    write_csv(
+        tmp_path / "pandas.csv",
+        lambda answers: f"{{'text': array({answers['text']!r}, dtype=object), "
+        f"'answer_start': array({answers['answer_start']!r}, dtype=int32)}}")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     files = [path for path in sorted(tmp_path.iterdir()) if path.is_file()]
     assert len(files) == 9
     for file in files:
-        assert list(load_examples(split="train", file=file, cache_dir=tmp_path / "cache")) == ROWS, file
-    assert list(load_examples(split="train", file=files[0], max_samples=2, cache_dir=tmp_path / "cache")) == ROWS[:2]
+        assert list(load_examples(split="train", file=file,
+                                  cache_dir=tmp_path / "cache")) == ROWS, file
+    assert list(
+        load_examples(split="train", file=files[0], max_samples=2,
+                      cache_dir=tmp_path / "cache")) == ROWS[:2]
 
 
 BAD = {
@@ -83,24 +95,34 @@ def test_malformed_rows(tmp_path, caplog, what):
     for _ in range(2):  # the second time too, though the file was read before
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            assert list(load_examples(split="train", file=file, on_bad_row="skip", cache_dir=tmp_path)) == [ROWS[0], ROWS[2]]
+            assert list(
+                load_examples(split="train", file=file, on_bad_row="skip", cache_dir=tmp_path)) == [
+                    ROWS[0], ROWS[2]]
         assert "skipped 1 of 3 rows" in caplog.text and what in caplog.text
 
 
 def test_rows_that_cannot_be_decoded(tmp_path):
     file = tmp_path / "rows.jsonl"
     good = lines(ROWS).encode().split(b"\n")
-    file.write_bytes(b"\n".join([good[0], good[1].replace(b"Who", b"Wh\xff"), b'{"id": "7", ', b"[1]", b'{"id": ' + b"7" * 5000 + b"}",
-                               good[2]]))
-    assert list(load_examples(split="train", file=file, on_bad_row="skip", cache_dir=tmp_path)) == [ROWS[0], ROWS[2]]
+    file.write_bytes(b"\n".join([
+        good[0], good[1].replace(b"Who", b"Wh\xff"), b'{"id": "7", ', b"[1]",
+        b'{"id": ' + b"7" * 5000 + b"}", good[2]]))
+    assert list(load_examples(split="train", file=file, on_bad_row="skip", cache_dir=tmp_path)) == [
+        ROWS[0], ROWS[2]]
 
 
-@pytest.mark.parametrize("name, content", [
-    ("empty.json", b""), ("blank.json", b" \n"), ("none.json", b"[]"), ("cut.json", json.dumps(NESTED).encode()[:-40]),
-    ("broken.json", b'[{"id": 1,}' + b" " * 99),
-    ("digits.json", b'[{"id": ' + b"7" * 5000 + b"}]"), ("deep.json", b"[" * 100_000), ("zipped.json", b"\x1f\x8b\x08abcdef"),
-    ("rows.xlsx", b"PK\x03\x04"), ("quote.csv", b'id,context,question,answers\n1,"a'), ("columns.csv", b"id,context\n1,a\n"),
-    ("broken.parquet", b"PAR1abcdefPAR1"), ("text.jsonl", b"hello")])
+@pytest.mark.parametrize("name, content", [("empty.json", b""), ("blank.json", b" \n"),
+                                           ("none.json", b"[]"),
+                                           ("cut.json", json.dumps(NESTED).encode()[:-40]),
+                                           ("broken.json", b'[{"id": 1,}' + b" " * 99),
+                                           ("digits.json", b'[{"id": ' + b"7" * 5000 + b"}]"),
+                                           ("deep.json", b"[" * 100_000),
+                                           ("zipped.json", b"\x1f\x8b\x08abcdef"),
+                                           ("rows.xlsx", b"PK\x03\x04"),
+                                           ("quote.csv", b'id,context,question,answers\n1,"a'),
+                                           ("columns.csv", b"id,context\n1,a\n"),
+                                           ("broken.parquet", b"PAR1abcdefPAR1"),
+                                           ("text.jsonl", b"hello")])
 def test_broken_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=name) as refusal:
@@ -123,13 +145,17 @@ def test_questions_without_answers(tmp_path):
     examples = load_examples(split="validation", file=file, need_answers=False, cache_dir=tmp_path)
     assert [row["answers"] for row in examples] == [{"text": [], "answer_start": []}] * 3
     file.write_text(lines({**row, "answers": {"text": [], "answer_start": []}} for row in bare))
-    assert len(load_examples(split="train", file=file, version_2_with_negative=True, cache_dir=tmp_path)) == 3
+    assert len(
+        load_examples(split="train", file=file, version_2_with_negative=True,
+                      cache_dir=tmp_path)) == 3
 
 
 def test_long_values_are_read_in_pieces(tmp_path):
     row = {**ROWS[0], "context": CONTEXT + "é\\\"" * 400_000}
-    (tmp_path / "long.json").write_text(json.dumps({"version": {"a": [1, 2]}, "data": [row]}, indent=2))
-    assert list(load_examples(split="train", file=tmp_path / "long.json", cache_dir=tmp_path)) == [row]
+    (tmp_path / "long.json").write_text(
+        json.dumps({"version": {"a": [1, 2]}, "data": [row]}, indent=2))
+    assert list(load_examples(split="train", file=tmp_path / "long.json", cache_dir=tmp_path)) == [
+        row]
 
 
 def test_hub_out_of_reach():

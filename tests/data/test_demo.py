@@ -18,16 +18,19 @@ def test_demo(tmp_path, version_2):
     for folder in ("demo", "again"):
         write_demo(tmp_path / folder, seed=3, version_2_with_negative=version_2)
     assert torch.equal(state, torch.random.get_rng_state())
-    for name in ("train.json", "validation.json", "model/tokenizer.json", "model/model.safetensors"):
+    for name in ("train.json", "validation.json", "model/tokenizer.json",
+                 "model/model.safetensors"):
         assert (tmp_path / "demo" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
     contexts = []
     for split, questions in (("train", 8000), ("validation", 500)):
         file = tmp_path / "demo" / f"{split}.json"
         assert set(json.loads(file.read_text())["data"][0]) == {"title", "paragraphs"}
-        examples = load_examples(split=split, file=file, version_2_with_negative=version_2, cache_dir=tmp_path)
+        examples = load_examples(split=split, file=file, version_2_with_negative=version_2,
+                                 cache_dir=tmp_path)
         unanswered = sum(not row["answers"]["text"] for row in examples)
-        assert len(examples) == questions and (0.28 < unanswered / questions < 0.39 if version_2 else unanswered == 0)
+        assert len(examples) == questions and (0.28 < unanswered / questions < 0.39
+                                               if version_2 else unanswered == 0)
         contexts.append(set(examples["context"]))
     assert not contexts[0] & contexts[1]
 
@@ -42,7 +45,11 @@ def test_a_disk_that_takes_no_more_is_named_in_one_line(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(RunError, match=f"^{tmp_path}/demo_data: the demo's files cannot be written \\(File too large\\); .* --output_dir$"):
-            use_demo_data(SimpleNamespace(output_dir=tmp_path, seed=1, version_2_with_negative=False))
+        with pytest.raises(
+                RunError, match=
+                f"^{tmp_path}/demo_data: the demo's files cannot be written \\(File too large\\); .* --output_dir$"
+        ):
+            use_demo_data(
+                SimpleNamespace(output_dir=tmp_path, seed=1, version_2_with_negative=False))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -39,12 +39,14 @@ if __name__ == "__main__":
 def test_an_interrupt_leaves_the_loaders_worker_alive(tmp_path):
     """In a file, since a spawned process imports the main module again."""
     (tmp_path / "main.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WORKER}")
-    assert subprocess.check_output([sys.executable, str(tmp_path / "main.py")], universal_newlines=True) == "worker ended with 0\n"
+    assert subprocess.check_output([sys.executable, str(tmp_path / "main.py")],
+                                   universal_newlines=True) == "worker ended with 0\n"
 
 
 def test_the_loaders_process_ends_with_the_block_however_it_ends():
     windows = SyntheticWindows([20] * 24)
-    rows = TrainingRows(windows, row_length=32, max_windows_per_row=1, pad_token_id=1, micro_batch_size=2, micro_batches_per_update=2)
+    rows = TrainingRows(windows, row_length=32, max_windows_per_row=1, pad_token_id=1,
+                        micro_batch_size=2, micro_batches_per_update=2)
     with pytest.raises(ValueError):  # which keeps the frames that failed, and what they hold
         with open_loader(poptorch.Options(), rows, 2) as batches:
             next(batches)

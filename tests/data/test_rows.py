@@ -1,4 +1,6 @@
-"""Rows: packing against a window-by-window best fit, and a run's rows, weights and resume against brute force."""
+"""Rows: packing against a window-by-window best fit, and a run's rows, weights and resume against
+brute force.
+"""
 import pickle
 
 import numpy
@@ -14,8 +16,9 @@ PAD = 1
 
 
 def best_fit_decreasing(lengths, row_length, most):
-    """The plain algorithm: each window, from long to short, into the row with the least room that takes it (of these,
-    the fewest windows)."""
+    """The plain algorithm: each window, from long to short, into the row with the least room that
+    takes it (of these, the fewest windows).
+    """
     rows = []
     for length in sorted(lengths, reverse=True):
         fitting = [row for row in rows if sum(row) + length <= row_length and len(row) < most]
@@ -35,11 +38,13 @@ def test_pack_is_best_fit_decreasing(most):
         rows = numpy.split(packing.slot_length, packing.row_slots[1:-1])
         assert sorted(packing.slot_length) == sorted(lengths)
         assert max(row.sum() for row in rows) <= 60 and max(map(len, rows)) <= most
-        assert sorted(row.sum() for row in rows) == sorted(sum(row) for row in best_fit_decreasing(lengths, 60, most))
+        assert sorted(row.sum() for row in rows) == sorted(
+            sum(row) for row in best_fit_decreasing(lengths, 60, most))
 
 
 def test_packed_rows_are_full():
-    lengths = numpy.random.default_rng(0).gamma(7.5, 24, 100_000).clip(20, 384).astype(int)  # mean 180, 95th percentile 300
+    lengths = numpy.random.default_rng(0).gamma(7.5, 24, 100_000).clip(20, 384).astype(
+        int)  # mean 180, 95th percentile 300
     packing = pack(lengths, 384, 8)
     assert lengths.sum() / (384 * (len(packing.row_slots) - 1)) >= 0.98
 
@@ -51,13 +56,15 @@ def test_pack_refuses_what_no_row_can_take(lengths):
 
 
 def training_rows(windows, **changes):
-    arguments = dict(row_length=64, max_windows_per_row=4, pad_token_id=PAD, micro_batch_size=2, micro_batches_per_update=4,
-                     updates_per_step=2, epochs=2.5, seed=3)
+    arguments = dict(row_length=64, max_windows_per_row=4, pad_token_id=PAD, micro_batch_size=2,
+                     micro_batches_per_update=4, updates_per_step=2, epochs=2.5, seed=3)
     return TrainingRows(windows, **{**arguments, **changes})
 
 
 def windows_of(row):
-    """(tokens, start label, end label, weight) of each window in a row, having checked the row's format."""
+    """(tokens, start label, end label, weight) of each window in a row, having checked the row's
+    format.
+    """
     found = []
     for number, weight in enumerate(row["loss_weights"].tolist(), 1):
         places = (row["window_ids"] == number).nonzero().flatten()
@@ -67,7 +74,8 @@ def windows_of(row):
         first = int(places[0])
         assert places.tolist() == list(range(first, first + len(places)))
         assert row["position_ids"][places].tolist() == list(range(PAD + 1, PAD + 1 + len(places)))
-        labels = int(row["start_positions"][number - 1]) - first, int(row["end_positions"][number - 1]) - first
+        labels = int(row["start_positions"][number - 1]) - first, int(
+            row["end_positions"][number - 1]) - first
         found.append((tuple(row["input_ids"][places].tolist()), *labels, weight))
     padding = row["window_ids"] == 0
     assert (row["input_ids"][padding] == PAD).all() and (row["position_ids"][padding] == PAD).all()
@@ -77,10 +85,11 @@ def windows_of(row):
 @pytest.mark.parametrize("most", [1, 4])
 def test_every_window_once_an_epoch_and_the_weighted_loss_is_the_mean(most):
     windows = SyntheticWindows(numpy.random.default_rng(1).integers(8, 40, 211))
-    expected = sorted((tuple(windows.input_ids(i).tolist()), int(windows.start_position[i]), int(windows.end_position[i]))
-                      for i in range(len(windows)))
+    expected = sorted((tuple(windows.input_ids(i).tolist()), int(windows.start_position[i]),
+                       int(windows.end_position[i])) for i in range(len(windows)))
     rows = training_rows(windows, max_windows_per_row=most)
-    assert len(rows) == rows.total_steps * 16 and rows.total_steps == int(numpy.ceil(2.5 * rows.steps_per_epoch))
+    assert len(rows) == rows.total_steps * 16 and rows.total_steps == int(
+        numpy.ceil(2.5 * rows.steps_per_epoch))
     epochs = []
     for epoch in range(2):
         seen = []
@@ -90,7 +99,8 @@ def test_every_window_once_an_epoch_and_the_weighted_loss_is_the_mean(most):
                 first = (2 * step + update) * 8
                 found = [windows_of(rows[index]) for index in range(first, first + 8)]
                 real += sum(map(len, found))
-                losses = [[sum(tokens) * weight for tokens, _, _, weight in row] for row in found]  # any loss of a window
+                losses = [[sum(tokens) * weight for tokens, _, _, weight in row]
+                          for row in found]  # any loss of a window
                 micro_batches = [sum(losses[2 * i]) + sum(losses[2 * i + 1]) for i in range(4)]
                 update_windows = [window for row in found for window in row]
                 assert update_windows
@@ -107,8 +117,9 @@ def test_epochs_pack_other_windows_together():
     windows = SyntheticWindows(numpy.full(200, 20))
     rows = training_rows(windows, max_windows_per_row=3, updates_per_step=1)
     epoch_rows = rows.steps_per_epoch * 8
-    together = [{frozenset(window[0] for window in windows_of(rows[i])) for i in range(first, first + epoch_rows)}
-                for first in (0, epoch_rows)]
+    together = [{
+        frozenset(window[0] for window in windows_of(rows[i]))
+        for i in range(first, first + epoch_rows)} for first in (0, epoch_rows)]
     assert len(together[0] & together[1]) < 5
 
 
@@ -133,7 +144,8 @@ def test_resume_and_workers_give_the_same_rows():
 @pytest.mark.parametrize("most", [1, 4])
 def test_inference_rows_hold_every_window_once(most):
     windows = SyntheticWindows(numpy.random.default_rng(2).integers(1, 60, 9001))
-    rows = InferenceRows(windows, row_length=64, max_windows_per_row=most, pad_token_id=PAD, rows_per_step=48)
+    rows = InferenceRows(windows, row_length=64, max_windows_per_row=most, pad_token_id=PAD,
+                         rows_per_step=48)
     assert len(rows) % 48 == 0
     seen = []
     for index in range(len(rows)):
@@ -141,14 +153,17 @@ def test_inference_rows_hold_every_window_once(most):
         assert int((row["window_ids"] > 0).sum()) == sum(length for _, _, length in slices)
         for number, (window, first, length) in enumerate(slices, 1):
             seen.append(window)
-            assert torch.equal(row["input_ids"][first:first + length], torch.from_numpy(windows.input_ids(window).astype("int32")))
+            assert torch.equal(row["input_ids"][first:first + length],
+                               torch.from_numpy(windows.input_ids(window).astype("int32")))
             assert (row["window_ids"][first:first + length] == number).all()
     assert sorted(seen) == list(range(len(windows)))
-    assert max(abs(window - place) for place, window in enumerate(seen)) <= 4096  # so answers can stream
+    assert max(abs(window - place)
+               for place, window in enumerate(seen)) <= 4096  # so answers can stream
     assert same(pickle.loads(pickle.dumps(rows))[7], rows[7])
 
 
 def test_packed_accumulation_keeps_the_windows_of_an_update():
     lengths = numpy.full(100, 90)
     factor = windows_per_row(lengths, 384, 8)
-    assert factor == 4 and packed_accumulation(32, factor) == 8 and packed_accumulation(32, factor, minimum=9) == 9
+    assert factor == 4 and packed_accumulation(32, factor) == 8 and packed_accumulation(
+        32, factor, minimum=9) == 9

@@ -7,35 +7,42 @@ import numpy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.reference.windows import plain_windows, tokenizer_of
 
 from ipu_options.errors import UsageError
 from qa.data.dataset import load_examples
 from qa.data.windows import FewQuestions, Windows, make_windows, windows_for_answers
 from qa.settings import InferSettings
+from tests.reference.windows import plain_windows, tokenizer_of
 
-FAMILIES = [("roberta", "right"), ("roberta", "left"), ("bert", "right"), ("xlm-roberta", "right"), ("xlnet", "left")]
+FAMILIES = [("roberta", "right"), ("roberta", "left"), ("bert", "right"), ("xlm-roberta", "right"),
+            ("xlnet", "left")]
 XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad-en" / "validation.json"
 
 
 def examples_of(rows):
     """rows: (question, context, (start, end) of the answer or None)."""
-    return datasets.Dataset.from_list([
-        {"id": str(number), "question": question, "context": context,
-         "answers": {"text": [context[slice(*span)]] if span else [], "answer_start": [span[0]] if span else []}}
-        for number, (question, context, span) in enumerate(rows)], features=datasets.Features({
-            "id": datasets.Value("string"), "question": datasets.Value("string"), "context": datasets.Value("string"),
-            "answers": {"text": datasets.Sequence(datasets.Value("string")),
-                        "answer_start": datasets.Sequence(datasets.Value("int32"))}}))
+    return datasets.Dataset.from_list(
+        [{
+            "id": str(number), "question": question, "context": context, "answers": {
+                "text": [context[slice(*span)]] if span else [],
+                "answer_start": [span[0]] if span else []}}
+         for number, (question, context, span) in enumerate(rows)], features=datasets.Features({
+             "id": datasets.Value("string"), "question": datasets.Value("string"),
+             "context": datasets.Value("string"), "answers": {
+                 "text": datasets.Sequence(datasets.Value("string")),
+                 "answer_start": datasets.Sequence(datasets.Value("int32"))}}))
 
 
 def windows_of(examples, tokenizer, max_seq_length, doc_stride, **options):
     options = {"labels": True, "offsets": True, **options}
-    return Windows(make_windows(examples, tokenizer, max_seq_length=max_seq_length, doc_stride=doc_stride, **options))
+    return Windows(
+        make_windows(examples, tokenizer, max_seq_length=max_seq_length, doc_stride=doc_stride,
+                     **options))
 
 
 def assert_plain(examples, tokenizer, max_seq_length, doc_stride):
-    """Every window and label is the plain definition's; where its two labels cross, ours are those two in order.
+    """Every window and label is the plain definition's; where its two labels cross, ours are those
+    two in order.
 
     Returns the number of windows whose labels cross.
     """
@@ -60,20 +67,26 @@ def assert_plain(examples, tokenizer, max_seq_length, doc_stride):
 def assert_same_in_memory(windows, examples, tokenizer, max_seq_length, doc_stride):
     """A few examples without a data set give the same windows, and pickle with them."""
     settings = InferSettings(max_seq_length=max_seq_length, doc_stride=doc_stride)
-    few = windows_for_answers(settings, tokenizer, FewQuestions({name: examples[name][:] for name in ("id", "question", "context")}))
+    few = windows_for_answers(
+        settings, tokenizer,
+        FewQuestions({name: examples[name][:] for name in ("id", "question", "context")}))
     few = pickle.loads(pickle.dumps(few))
     for name in ("lengths", "example", "cls_position", "context_start"):
         assert getattr(few, name).tolist() == getattr(windows, name).tolist()
     for i in range(len(windows)):
-        assert few.input_ids(i).tolist() == windows.input_ids(i).tolist() and few.offsets(i).tolist() == windows.offsets(i).tolist()
+        assert few.input_ids(i).tolist() == windows.input_ids(i).tolist() and few.offsets(
+            i).tolist() == windows.offsets(i).tolist()
 
 
 def edge_cases():
     long = "Ada flew to Oslo in 1921. " * 9 + "😀🛩 Zoë wrote 日本語 in the naïve café " + "and rested. " * 7 + "The end"
     spans = [(0, 3), (0, len(long)), (len(long) - 3, len(long)), (len(long) - 7, len(long)), None]
-    spans += [(start, start + size) for start in range(0, len(long) - 12, 7) for size in (1, 4, 12)]  # some across every stride
+    spans += [(start, start + size) for start in range(0,
+                                                       len(long) - 12, 7)
+              for size in (1, 4, 12)]  # some across every stride
     emoji = long.index("😀")
-    spans += [(emoji, emoji + 1), (emoji, emoji + 2), (emoji + 1, emoji + 7), (emoji - 5, emoji + 1)]
+    spans += [(emoji, emoji + 1), (emoji, emoji + 2), (emoji + 1, emoji + 7),
+              (emoji - 5, emoji + 1)]
     questions = ("Where to?", "  \n\t What is it", "Why? " * 5, "😀?")
     rows = [(questions[number % 4], long, span) for number, span in enumerate(spans)]
     return rows + [("When?", "1921", (0, 4)), ("What?", "😀", (0, 1)), ("Is it?", " a  b ", (4, 5)),
@@ -88,11 +101,13 @@ def test_edge_cases_are_the_plain_definition(family, side, max_seq_length, doc_s
 
 def test_labels_that_cross_in_the_plain_definition():
     tokenizer = tokenizer_of("roberta")
-    last_token, emoji = examples_of([("When?", "It was in 1921", (13, 14))]), examples_of([("What?", "a 😁 b", (2, 3))])
+    last_token, emoji = examples_of([("When?", "It was in 1921", (13, 14))]), examples_of(
+        [("What?", "a 😁 b", (2, 3))])
     for examples in (last_token, emoji):
         assert assert_plain(examples, tokenizer, 48, 16) == 1
         windows = windows_of(examples, tokenizer, 48, 16)
-        first, last = windows.start_position[0] - windows.context_start[0], windows.end_position[0] - windows.context_start[0]
+        first, last = windows.start_position[0] - windows.context_start[0], windows.end_position[
+            0] - windows.context_start[0]
         assert 0 <= first <= last < len(windows.offsets(0))
 
 
@@ -103,7 +118,8 @@ def test_xquad_is_the_plain_definition(tmp_path, family, side):
     assert_plain(examples, tokenizer_of(family, side), 384, 128)
 
 
-CHARACTERS = st.one_of(st.sampled_from("ab é日😀🛩\u0301 \n"), st.characters(blacklist_categories=("Cs",)))
+CHARACTERS = st.one_of(st.sampled_from("ab é日😀🛩\u0301 \n"),
+                       st.characters(blacklist_categories=("Cs", )))
 TEXT = st.text(CHARACTERS, min_size=1, max_size=60)
 
 
@@ -118,18 +134,22 @@ def answered(draw):
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(answered(), min_size=1, max_size=12))
 def test_labels_give_back_the_answer(rows):
-    """In byte-level BPE the characters of the labels' tokens are the answer's, but for where tokens cannot be cut.
+    """In byte-level BPE the characters of the labels' tokens are the answer's, but for where tokens
+    cannot be cut.
 
-    Exactly the answer if a token begins at its first character and one ends at its last. Else the fewest tokens that cover it: the
-    answer with the rest of its first and last token. White space at an answer's end may belong to no token's characters.
+    Exactly the answer if a token begins at its first character and one ends at its last. Else the
+    fewest tokens that cover it: the answer with the rest of its first and last token. White space
+    at an answer's end may belong to no token's characters.
     """
     windows = windows_of(examples_of(rows), tokenizer_of("roberta"), 512, 128)
     for i, (_, context, (start, end)) in enumerate(rows):
         offsets = windows.offsets(i)
-        if windows.start_position[i] == windows.cls_position[i]:  # the answer begins or ends with white space outside all tokens
+        if windows.start_position[i] == windows.cls_position[
+                i]:  # the answer begins or ends with white space outside all tokens
             assert offsets[0, 0] > start or offsets[-1, 1] < end
             continue
-        first, last = windows.start_position[i] - windows.context_start[i], windows.end_position[i] - windows.context_start[i]
+        first, last = windows.start_position[i] - windows.context_start[i], windows.end_position[
+            i] - windows.context_start[i]
         begin, after = offsets[first, 0], offsets[last, 1]
         assert first <= last
         if start in offsets[:, 0] and end in offsets[:, 1]:
@@ -139,7 +159,8 @@ def test_labels_give_back_the_answer(rows):
 
 
 def test_settings_and_questions_that_leave_no_room():
-    tokenizer, examples = tokenizer_of("roberta"), examples_of([("Who? " * 40, "Ada flew. " * 40, (0, 3)), ("Who?", "Ada", (0, 3))])
+    tokenizer, examples = tokenizer_of("roberta"), examples_of(
+        [("Who? " * 40, "Ada flew. " * 40, (0, 3)), ("Who?", "Ada", (0, 3))])
     for max_seq_length, doc_stride in ((48, 43), (4, 0), (48, -1)):
         with pytest.raises(UsageError, match="--doc_stride"):
             windows_of(examples, tokenizer, max_seq_length, doc_stride)
@@ -150,7 +171,9 @@ def test_settings_and_questions_that_leave_no_room():
 
 
 def test_longest_question_is_the_rust_tokenizers():
-    """The bound that refuses a question is the tokenizer's own: one token less and it cuts the context, one more and it fails."""
+    """The bound that refuses a question is the tokenizer's own: one token less and it cuts the
+    context, one more and it fails.
+    """
     tokenizer, words = tokenizer_of("roberta"), ["Ada flew. " * 40]
     for count in range(1, 48):
         question = "a" * 1 + " a" * (count - 1)
@@ -167,17 +190,21 @@ def test_longest_question_is_the_rust_tokenizers():
 def test_cache_pickle_and_columns(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join('{"id": "%d", "question": "Who?", "context": "Ada %d flew to Oslo", '
-                              '"answers": {"text": ["Ada"], "answer_start": [0]}}' % (i, i) for i in range(2500)))
+                              '"answers": {"text": ["Ada"], "answer_start": [0]}}' % (i, i)
+                              for i in range(2500)))
     examples = load_examples(split="train", file=file, cache_dir=tmp_path)
     options = dict(max_seq_length=48, doc_stride=16, labels=True, offsets=False)
     dataset = make_windows(examples, tokenizer_of("roberta"), **options)
     again = make_windows(examples, tokenizer_of("roberta"), **options)
     assert dataset.cache_files == again.cache_files != []
-    assert dataset.features["input_ids"].feature.dtype == "uint16" and "offsets" not in dataset.column_names
+    assert dataset.features[
+        "input_ids"].feature.dtype == "uint16" and "offsets" not in dataset.column_names
     windows = Windows(dataset)
     pickled = pickle.dumps(windows)
     assert len(pickled) < 10_000
     copy = pickle.loads(pickled)
     assert copy.example.tolist() == list(range(2500)) and copy.fingerprint == windows.fingerprint
-    assert copy.input_ids(2400).tolist() == dataset[2400]["input_ids"] and not copy.input_ids(2400).flags.owndata
-    assert make_windows(examples, tokenizer_of("roberta"), **{**options, "doc_stride": 8})._fingerprint != windows.fingerprint
+    assert copy.input_ids(
+        2400).tolist() == dataset[2400]["input_ids"] and not copy.input_ids(2400).flags.owndata
+    assert make_windows(examples, tokenizer_of("roberta"),
+                        **{**options, "doc_stride": 8})._fingerprint != windows.fingerprint

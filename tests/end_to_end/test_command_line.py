@@ -1,4 +1,6 @@
-"""Wrong command lines: each ends with exit status 2 and one line that names the flag and says what would be right."""
+"""Wrong command lines: each ends with exit status 2 and one line that names the flag and says what
+would be right.
+"""
 import json
 import shutil
 import subprocess
@@ -14,8 +16,9 @@ from qa.planning.flags import TrainPlanSettings
 from qa.settings import parse_infer, parse_train
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ["--model_name_or_path", "{tmp}/model", "--train_file", "{tmp}/train.json", "--validation_file", "{tmp}/train.json",
-         "--output_dir", "{tmp}/out"]
+MODEL = [
+    "--model_name_or_path", "{tmp}/model", "--train_file", "{tmp}/train.json", "--validation_file",
+    "{tmp}/train.json", "--output_dir", "{tmp}/out"]
 
 # (arguments, what the one line must say: the flag, and a piece of the remedy)
 TRAIN = [
@@ -30,17 +33,15 @@ TRAIN = [
     ("--config {tmp}/unknown.yaml", "learning_rat", "did you mean learning_rate"),
     ("--config {tmp}/wrong_type.yaml", "wrong_type.yaml: num_train_epochs 'three'", "a number"),
     ("--config {tmp}/python_object.yaml", "python_object.yaml", "not readable as YAML"),
-    ("--seed abc", "--seed abc", "a whole number"),
-    ("--seed -1", "--seed -1", "at least 0"),
-    ("--seed 1.5", "--seed 1.5", "a whole number"),
-    ("--seed", "--seed", "expected one argument"),
+    ("--seed abc", "--seed abc", "a whole number"), ("--seed -1", "--seed -1", "at least 0"),
+    ("--seed 1.5", "--seed 1.5", "a whole number"), ("--seed", "--seed", "expected one argument"),
     ("--micro_batch_size 0", "--micro_batch_size 0", "at least 1"),
     ("--eval_micro_batch_size -3", "--eval_micro_batch_size -3", "at least 1"),
     ("--micro_batch_size 1000000000", "--micro_batch_size 1000000000", "at most 4096"),
     ("--dataloader_num_workers 1000000", "--dataloader_num_workers 1000000", "at most 256"),
     ("--config {tmp}/aliases.yaml", "aliases.yaml: learning_rate is a list", "a number"),
-    ("--config {tmp}/aliases.yaml --learning_rate 1", "aliases.yaml: optimizer is a list", "adamw, lamb"),
-    ("--max_seq_length 8", "--max_seq_length 8", "at least 16"),
+    ("--config {tmp}/aliases.yaml --learning_rate 1", "aliases.yaml: optimizer is a list",
+     "adamw, lamb"), ("--max_seq_length 8", "--max_seq_length 8", "at least 16"),
     ("--max_seq_length 100000", "--max_seq_length 100000", "at most 4096"),
     ("--doc_stride 384", "--doc_stride 384", "at most 192"),
     ("--doc_stride -1", "--doc_stride -1", "at least 0"),
@@ -82,51 +83,59 @@ TRAIN = [
     ("--layers_per_ipu 0 -4 4", "--layers_per_ipu -4", "at least -1"),
     ("--replication_factor 0", "--replication_factor 0", "at least 1"),
     ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0", "at least 1"),
-    ("--gradient_accumulation_steps 1000000000000", "--gradient_accumulation_steps 1000000000000", "at most 65536"),
-    ("--device_iterations 0", "--device_iterations 0", "at least 1"),
+    ("--gradient_accumulation_steps 1000000000000", "--gradient_accumulation_steps 1000000000000",
+     "at most 65536"), ("--device_iterations 0", "--device_iterations 0", "at least 1"),
     ("--embedding_serialization_factor 0", "--embedding_serialization_factor 0", "at least 1"),
     ("--ipu_config {tmp}/none.json", "--ipu_config", "name a local ipu_config.json"),
     ("--ipu_config {tmp}/broken.json", "--ipu_config", "not a readable ipu_config.json"),
     ("--ipu_config {tmp}/list.json", "--ipu_config", "should be a JSON object"),
-    ("--train_file {tmp}/none.json --validation_file {tmp}/train.json", "--train_file", "does not exist"),
+    ("--train_file {tmp}/none.json --validation_file {tmp}/train.json", "--train_file",
+     "does not exist"),
     ("--train_file {tmp} --validation_file {tmp}/train.json", "--train_file", "is a folder"),
     ("--train_file {tmp}/train.json", "--train_file", "--validation_file"),
     ("--validation_file {tmp}/train.json", "--validation_file", "--train_file"),
-    ("--demo_data --train_file {tmp}/train.json --validation_file {tmp}/train.json", "--demo_data", "exclude each other"),
-    ("--output_dir {tmp}/train.json", "--output_dir", "name a folder"),
+    ("--demo_data --train_file {tmp}/train.json --validation_file {tmp}/train.json", "--demo_data",
+     "exclude each other"), ("--output_dir {tmp}/train.json", "--output_dir", "name a folder"),
     ("--resume_from_checkpoint {tmp}/none", "--resume_from_checkpoint", "no such folder"),
     ("--trace {tmp}/none/trace.json", "--trace", "make it"),
     ("--compile_only --synthetic_data", "--compile_only", "leave one out"),
-    ("--hub_model_id me/model", "--hub_model_id", "--push_to_hub"),
-]
-# The same where the model's number of layers must be known (3 layers, a folder with a config.json and a tokenizer).
+    ("--hub_model_id me/model", "--hub_model_id", "--push_to_hub"), ]
+# The same where the model's number of layers must be known (3 layers, a folder with a config.json
+# and a tokenizer).
 TRAIN_WITH_MODEL = [
     ("--layers_per_ipu 1 1 2", "--layers_per_ipu 1 1 2", "the sum must be 3"),
     ("--layers_per_ipu 3 --ipus_per_replica 2", "--ipus_per_replica is 2", "must agree"),
-    ("--layers_per_ipu 1 0 2 --embedding_ipu 0", "--layers_per_ipu 1 0 2", "IPU 1 without any block"),
-    ("--layers_per_ipu 1 1 1 --gradient_accumulation_steps 4", "--gradient_accumulation_steps 4", "at least 5"),
-    ("--layers_per_ipu 1 1 1 --inference_device_iterations 2", "--inference_device_iterations 2", "at least 3"),
+    ("--layers_per_ipu 1 0 2 --embedding_ipu 0", "--layers_per_ipu 1 0 2",
+     "IPU 1 without any block"),
+    ("--layers_per_ipu 1 1 1 --gradient_accumulation_steps 4", "--gradient_accumulation_steps 4",
+     "at least 5"),
+    ("--layers_per_ipu 1 1 1 --inference_device_iterations 2", "--inference_device_iterations 2",
+     "at least 3"),
     ("--layers_per_ipu 1 1 1 --replication_factor 2", "--replication_factor 2", "at most 1"),
     ("--layers_per_ipu 1 1 1 --head_ipu 3", "--head_ipu 3", "0 to 2"),
     ("--layers_per_ipu 1 1 1 --matmul_proportion 0.1 0.2", "--matmul_proportion 0.1 0.2", "3 IPUs"),
-    ("--layers_per_ipu 1 1 1 --inference_layers_per_ipu 2 2", "--inference_layers_per_ipu 2 2", "the sum must be 3"),
-    ("--layers_per_ipu 1 1 1 --max_seq_length 512", "--max_seq_length 512", "at most 64"),
-]
-INFER = [
-    ("--question Who?", "--checkpoint", "is missing"),
-    ("--checkpoint {tmp}/none --question Who? --context Me.", "--checkpoint", "config.json"),
-    ("--checkpoint {tmp}/model --question Who?", "--question", "--context"),
-    ("--checkpoint {tmp}/model --question Who? --context A --context_file {tmp}/train.json", "--context", "leave one out"),
-    ("--checkpoint {tmp}/model --question Who? --input_file {tmp}/train.json", "--question", "leave one out"),
-    ("--checkpoint {tmp}/model --input_file {tmp}/none.json", "--input_file", "no such file"),
-    ("--checkpoint {tmp}/model --output_file x.json --question Who? --context A", "--output_file", "--input_file"),
-    ("--checkpoint {tmp}/model --output_file {tmp} --input_file {tmp}/train.json", "--output_file", "name another"),
-    ("--checkpoint {tmp}/model --output_file {tmp}/none/x.json --input_file {tmp}/train.json", "--output_file", "make it"),
-    ("--checkpoint {tmp}/model --question Who? --context ' '", "--context", "give its text"),
-    ("--checkpoint {tmp}/model --question Who\udcff --context Ann", "--question", "give its text in that encoding"),
-    ("--checkpoint {tmp}/model --n_best 0", "--n_best 0", "at least 1"),
-    ("--checkpoint {tmp}/model --nbest 3", "--nbest", "did you mean --n_best"),
-]
+    ("--layers_per_ipu 1 1 1 --inference_layers_per_ipu 2 2", "--inference_layers_per_ipu 2 2",
+     "the sum must be 3"),
+    ("--layers_per_ipu 1 1 1 --max_seq_length 512", "--max_seq_length 512", "at most 64"), ]
+INFER = [("--question Who?", "--checkpoint", "is missing"),
+         ("--checkpoint {tmp}/none --question Who? --context Me.", "--checkpoint", "config.json"),
+         ("--checkpoint {tmp}/model --question Who?", "--question", "--context"),
+         ("--checkpoint {tmp}/model --question Who? --context A --context_file {tmp}/train.json",
+          "--context", "leave one out"),
+         ("--checkpoint {tmp}/model --question Who? --input_file {tmp}/train.json", "--question",
+          "leave one out"),
+         ("--checkpoint {tmp}/model --input_file {tmp}/none.json", "--input_file", "no such file"),
+         ("--checkpoint {tmp}/model --output_file x.json --question Who? --context A",
+          "--output_file", "--input_file"),
+         ("--checkpoint {tmp}/model --output_file {tmp} --input_file {tmp}/train.json",
+          "--output_file", "name another"),
+         ("--checkpoint {tmp}/model --output_file {tmp}/none/x.json --input_file {tmp}/train.json",
+          "--output_file", "make it"),
+         ("--checkpoint {tmp}/model --question Who? --context ' '", "--context", "give its text"),
+         ("--checkpoint {tmp}/model --question Who\udcff --context Ann", "--question",
+          "give its text in that encoding"),
+         ("--checkpoint {tmp}/model --n_best 0", "--n_best 0", "at least 1"),
+         ("--checkpoint {tmp}/model --nbest 3", "--nbest", "did you mean --n_best"), ]
 
 
 @pytest.fixture(scope="module")
@@ -139,25 +148,34 @@ def folder(tmp_path_factory):
     (tmp / "broken.yaml").write_text("a: [1\n")
     (tmp / "unknown.yaml").write_text("learning_rat: 1\n")
     (tmp / "wrong_type.yaml").write_text("num_train_epochs: three\n")
-    (tmp / "python_object.yaml").write_text("seed: !!python/object/apply:os.system ['touch owned']\n")
-    nested = ["&a0 [1, 1]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]  # written out: 2 x 9^11 numbers
+    (tmp /
+     "python_object.yaml").write_text("seed: !!python/object/apply:os.system ['touch owned']\n")
+    nested = ["&a0 [1, 1]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]"
+                              for i in range(1, 12))]  # written out: 2 x 9^11 numbers
     (tmp / "aliases.yaml").write_text(f"learning_rate: [{', '.join(nested)}]\noptimizer: *a11\n")
     (tmp / "broken.json").write_text("{")
     (tmp / "list.json").write_text("[1]")
     text = "Ann lives in Oslo."
-    qas = [{"id": "1", "question": "Where does Ann live?", "answers": [{"text": "Oslo", "answer_start": 13}]}]
-    (tmp / "train.json").write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": text, "qas": qas}]}]}))
+    qas = [{
+        "id": "1", "question": "Where does Ann live?", "answers": [{
+            "text": "Oslo", "answer_start": 13}]}]
+    (tmp / "train.json").write_text(
+        json.dumps({
+            "version": "1.1", "data": [{
+                "title": "t", "paragraphs": [{"context": text, "qas": qas}]}]}))
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([text], vocab_size=270, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    bpe.train_from_iterator([text], vocab_size=270, special_tokens=[
+        "<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     RobertaTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(tmp / "model")
-    RobertaConfig(vocab_size=270, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-                  max_position_embeddings=66).save_pretrained(tmp / "model")
+    RobertaConfig(vocab_size=270, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+                  intermediate_size=32, max_position_embeddings=66).save_pretrained(tmp / "model")
     return tmp
 
 
 def refusal(main, arguments, folder, monkeypatch, capsys):
     import shlex
-    monkeypatch.setattr(sys, "argv", ["script", *shlex.split(arguments.replace("{tmp}", str(folder)))])
+    monkeypatch.setattr(sys, "argv",
+                        ["script", *shlex.split(arguments.replace("{tmp}", str(folder)))])
     monkeypatch.delenv("NUM_AVAILABLE_IPU", raising=False)
     assert run_script(main) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -172,10 +190,13 @@ def test_train_refuses(arguments, names, remedy, folder, monkeypatch, capsys):
     assert names in message and remedy in message
 
 
-@pytest.mark.parametrize("arguments, names, remedy", TRAIN_WITH_MODEL, ids=[case[0] for case in TRAIN_WITH_MODEL])
-def test_train_refuses_once_it_knows_the_model(arguments, names, remedy, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("arguments, names, remedy", TRAIN_WITH_MODEL, ids=[
+    case[0] for case in TRAIN_WITH_MODEL])
+def test_train_refuses_once_it_knows_the_model(arguments, names, remedy, folder, monkeypatch,
+                                               capsys):
     short = "" if "--max_seq_length" in arguments else " --max_seq_length 64 --doc_stride 16"
-    message = refusal(train.main, " ".join(MODEL) + short + " " + arguments, folder, monkeypatch, capsys)
+    message = refusal(train.main, " ".join(MODEL) + short + " " + arguments, folder, monkeypatch,
+                      capsys)
     assert names in message and remedy in message
     assert not (folder / "out").exists()
 
@@ -188,28 +209,39 @@ def test_infer_refuses(arguments, names, remedy, folder, monkeypatch, capsys):
 
 def test_the_scripts_themselves_end_with_status_2_and_show_a_traceback_only_when_asked():
     def run(*arguments):
-        return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     refused = run("--seed", "-1")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and refused.stderr.count(
+        "\n") == 1 and "Traceback" not in refused.stderr
     assert "Traceback" in run("--seed", "-1", "--debug").stderr
 
 
-@pytest.mark.parametrize("cache, used", [("./exe_cache", "./exe_cache"), ("/etc/cron.d", None), ("exe/../../.ssh", None), (None, None)])
-def test_an_ipu_config_chooses_no_folder_outside_the_working_directory(folder, tmp_path, caplog, cache, used):
+@pytest.mark.parametrize("cache, used", [("./exe_cache", "./exe_cache"), ("/etc/cron.d", None),
+                                         ("exe/../../.ssh", None), (None, None)])
+def test_an_ipu_config_chooses_no_folder_outside_the_working_directory(
+        folder, tmp_path, caplog, cache, used):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "ipu_config.json").write_text(json.dumps({"executable_cache_dir": cache}))
     _, read_by_infer = parse_infer(["--checkpoint", str(tmp_path)])
-    assert read_by_infer.executable_cache_dir == used and ("is not used" in caplog.text) == (cache != used)
-    flags = ["--ipu_config", str(tmp_path), "--train_file", str(folder / "train.json"), "--validation_file", str(folder / "train.json")]
+    assert read_by_infer.executable_cache_dir == used and ("is not used"
+                                                           in caplog.text) == (cache != used)
+    flags = [
+        "--ipu_config",
+        str(tmp_path), "--train_file",
+        str(folder / "train.json"), "--validation_file",
+        str(folder / "train.json")]
     assert parse_train(flags)[1].executable_cache_dir == used
-    assert parse_train([*flags, "--executable_cache_dir", "/scratch"])[1].executable_cache_dir == "/scratch"
+    assert parse_train([*flags, "--executable_cache_dir",
+                        "/scratch"])[1].executable_cache_dir == "/scratch"
 
 
 def test_help_answers_without_importing_torch_or_transformers():
     code = ("import sys, train\ntry:\n    train.main()\nexcept SystemExit as end:\n"
             "    print(end.code, 'torch' in sys.modules, 'transformers' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, stdout=subprocess.PIPE,
+                          text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False False"
     assert "--layers_per_ipu" in done.stdout and "--max_seq_length" in done.stdout
 
@@ -217,34 +249,48 @@ def test_help_answers_without_importing_torch_or_transformers():
 def test_help_is_in_sections_of_which_the_planners_come_last(capsys):
     with pytest.raises(SystemExit):
         parse_train(["--help"], TrainPlanSettings)
-    sections = [line for line in capsys.readouterr().out.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert sections[1:] == ["Which questions to train on and to evaluate:", "Which model, and how its answers are read off:",
-                            "The fine-tuning run:", "How and where it runs:", "How the job is mapped to IPUs:", "Planning, with --plan:"]
+    sections = [
+        line for line in capsys.readouterr().out.splitlines()
+        if line.endswith(":") and not line.startswith(" ")]
+    assert sections[1:] == [
+        "Which questions to train on and to evaluate:",
+        "Which model, and how its answers are read off:", "The fine-tuning run:",
+        "How and where it runs:", "How the job is mapped to IPUs:", "Planning, with --plan:"]
 
 
 @pytest.mark.parametrize("file, content, message", [
-    ("qa_settings.json", {"max_seq_length": 8}, "error: {file}: max_seq_length 8 is too small: it should be at least 16"),
-    ("qa_settings.json", {"doc_stride": 100, "max_seq_length": 64}, "error: {file}: doc_stride 100 leaves a window of {file}: max_seq_length 64"),
-    ("ipu_config.json", {"device_iterations": "two"}, "error: {file}: device_iterations 'two': it should be a whole number"),
-    ("ipu_config.json", {"layers_per_ipu": [1, 1]}, "error: {file}: layers_per_ipu 1 1 adds up to 2 layers"),
+    ("qa_settings.json", {"max_seq_length": 8},
+     "error: {file}: max_seq_length 8 is too small: it should be at least 16"),
+    ("qa_settings.json", {"doc_stride": 100, "max_seq_length": 64},
+     "error: {file}: doc_stride 100 leaves a window of {file}: max_seq_length 64"),
+    ("ipu_config.json", {"device_iterations": "two"
+                         }, "error: {file}: device_iterations 'two': it should be a whole number"),
+    ("ipu_config.json", {"layers_per_ipu": [1, 1]
+                         }, "error: {file}: layers_per_ipu 1 1 adds up to 2 layers"),
     ("ipu_config.json", [], "error: {file}: holds a list, it should be a JSON object"),
-    ("config.json", {"model_type": "roberta", "hidden_size": 0}, "error: --checkpoint "),
-])
-def test_a_value_from_a_checkpoints_file_is_refused_by_that_file(folder, tmp_path, monkeypatch, capsys, file, content, message):
+    ("config.json", {"model_type": "roberta", "hidden_size": 0}, "error: --checkpoint "), ])
+def test_a_value_from_a_checkpoints_file_is_refused_by_that_file(folder, tmp_path, monkeypatch,
+                                                                 capsys, file, content, message):
     shutil.copytree(folder / "model", tmp_path / "model")
     (tmp_path / "model" / file).write_text(json.dumps(content))
     row = "" if file == "qa_settings.json" else "--max_seq_length 64 --doc_stride 16"
-    said = refusal(infer.main, f"--checkpoint {tmp_path}/model --question Who? --context Ann {row}", folder, monkeypatch, capsys)
+    said = refusal(infer.main, f"--checkpoint {tmp_path}/model --question Who? --context Ann {row}",
+                   folder, monkeypatch, capsys)
     assert said.startswith(message.format(file=tmp_path / "model" / file))
 
 
-def test_a_value_from_a_configuration_is_refused_by_its_file_and_key(folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine.yaml").write_text("layers_per_ipu: [1, 1, 1]\ngradient_accumulation_steps: 4\nreplication_factor: 2\n")
+def test_a_value_from_a_configuration_is_refused_by_its_file_and_key(folder, tmp_path, monkeypatch,
+                                                                     capsys):
+    (tmp_path / "mine.yaml").write_text(
+        "layers_per_ipu: [1, 1, 1]\ngradient_accumulation_steps: 4\nreplication_factor: 2\n")
     (tmp_path / "other.json").write_text(json.dumps({"layers_per_ipu": [2, 2]}))
     model = " ".join(MODEL) + f" --max_seq_length 64 --doc_stride 16 --config {tmp_path}/mine.yaml"
     for flags, message in (
-            ("", f"error: {tmp_path}/mine.yaml: gradient_accumulation_steps 4 is too small"),
-            ("--gradient_accumulation_steps 8", f"error: {tmp_path}/mine.yaml: replication_factor 2 takes 8 IPUs"),
-            ("--gradient_accumulation_steps 3", "error: --gradient_accumulation_steps 3 is too small"),
-            (f"--ipu_config {tmp_path}/other.json", f"error: --ipu_config {tmp_path}/other.json: layers_per_ipu 2 2 adds up to 4 layers")):
-        assert refusal(train.main, f"{model} {flags}", folder, monkeypatch, capsys).startswith(message)
+        ("", f"error: {tmp_path}/mine.yaml: gradient_accumulation_steps 4 is too small"),
+        ("--gradient_accumulation_steps 8",
+         f"error: {tmp_path}/mine.yaml: replication_factor 2 takes 8 IPUs"),
+        ("--gradient_accumulation_steps 3", "error: --gradient_accumulation_steps 3 is too small"),
+        (f"--ipu_config {tmp_path}/other.json",
+         f"error: --ipu_config {tmp_path}/other.json: layers_per_ipu 2 2 adds up to 4 layers")):
+        assert refusal(train.main, f"{model} {flags}", folder, monkeypatch,
+                       capsys).startswith(message)

@@ -1,4 +1,6 @@
-"""train.py and infer.py from end to end, on a small part of the demo's data: files, formats, resume, answers."""
+"""train.py and infer.py from end to end, on a small part of the demo's data: files, formats,
+resume, answers.
+"""
 import csv
 import json
 import re
@@ -15,13 +17,15 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 import infer
 import train
 from ipu_options.errors import run_script
-from tests.tools.kill_and_resume import differences
 from qa.data.demo import write_demo
 from tests.run.test_checkpoint import forge
+from tests.tools.kill_and_resume import differences
 
-SMALL = ["--layers_per_ipu", "1", "1", "1", "1", "--max_seq_length", "128", "--doc_stride", "32", "--micro_batch_size", "4",
-         "--eval_micro_batch_size", "4", "--gradient_accumulation_steps", "7", "--learning_rate", "1e-3", "--precision", "float32",
-         "--loss_scaling", "1", "--logging_steps", "2", "--show_predictions", "2"]
+SMALL = [
+    "--layers_per_ipu", "1", "1", "1", "1", "--max_seq_length", "128", "--doc_stride", "32",
+    "--micro_batch_size", "4", "--eval_micro_batch_size", "4", "--gradient_accumulation_steps", "7",
+    "--learning_rate", "1e-3", "--precision", "float32", "--loss_scaling", "1", "--logging_steps",
+    "2", "--show_predictions", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,8 @@ def demo(tmp_path_factory):
         for name, paragraphs in (("train", 40), ("validation", 12)):
             path = folder / kind / f"{name}.json"
             data = json.loads(path.read_text(encoding="utf-8"))
-            data["data"] = [{**article, "paragraphs": article["paragraphs"][:paragraphs]} for article in data["data"]][:1]
+            data["data"] = [{**article, "paragraphs": article["paragraphs"][:paragraphs]}
+                            for article in data["data"]][:1]
             path.write_text(json.dumps(data), encoding="utf-8")
     return folder
 
@@ -48,20 +53,24 @@ def run(script, *arguments):
 
 
 def fit(folder, out, *more, train_file="train.json"):
-    return run(train, *SMALL, "--model_name_or_path", folder / "model", "--train_file", folder / train_file, "--validation_file",
-               folder / "validation.json", "--output_dir", out, *more)
+    return run(train, *SMALL, "--model_name_or_path", folder / "model", "--train_file",
+               folder / train_file, "--validation_file", folder / "validation.json", "--output_dir",
+               out, *more)
 
 
 def flat(path):
-    return [{"id": qa["id"], "context": paragraph["context"], "question": qa["question"],
-             "answers": {"text": [a["text"] for a in qa["answers"]], "answer_start": [a["answer_start"] for a in qa["answers"]]}}
-            for article in json.loads(path.read_text(encoding="utf-8"))["data"] for paragraph in article["paragraphs"]
-            for qa in paragraph["qas"]]
+    return [{
+        "id": qa["id"], "context": paragraph["context"], "question": qa["question"], "answers": {
+            "text": [a["text"] for a in qa["answers"]], "answer_start": [
+                a["answer_start"] for a in qa["answers"]]}}
+            for article in json.loads(path.read_text(encoding="utf-8"))["data"]
+            for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
 
 
 def test_every_format_trains_the_same_model_and_the_files_are_run_qas(demo, tmp_path, capsys):
     rows = flat(demo / "v1" / "train.json")
-    (demo / "v1" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (demo / "v1" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows),
+                                             encoding="utf-8")
     with open(demo / "v1" / "train.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -70,7 +79,8 @@ def test_every_format_trains_the_same_model_and_the_files_are_run_qas(demo, tmp_
     weights = []
     for name in ("train.json", "train.jsonl", "train.csv", "train.parquet"):
         out = tmp_path / name
-        assert fit(demo / "v1", out, "--max_steps", "2", "--show_examples", "1", train_file=name) == 0, capsys.readouterr().err
+        assert fit(demo / "v1", out, "--max_steps", "2", "--show_examples", "1",
+                   train_file=name) == 0, capsys.readouterr().err
         weights.append((out / "model.safetensors").read_bytes())
     assert all(one == weights[0] for one in weights)
 
@@ -82,67 +92,84 @@ def test_every_format_trains_the_same_model_and_the_files_are_run_qas(demo, tmp_
     metrics = json.loads((out / "metrics.json").read_text())
     assert list(predictions) == list(nbest) == [question["id"] for question in questions]
     for name, entries in nbest.items():
-        assert set(entries[0]) == {"text", "probability", "start_logit", "end_logit"} and len(entries) <= 20
+        assert set(entries[0]) == {"text", "probability", "start_logit", "end_logit"
+                                   } and len(entries) <= 20
         assert entries[0]["text"] == predictions[name]
     assert 0 <= metrics["exact_match"] <= metrics["f1"] <= 100
     assert json.loads((out / "ipu_config.json").read_text())["layers_per_ipu"] == [1, 1, 1, 1]
     record = json.loads((out / "run.json").read_text())
-    assert record["settings"]["seed"] == 42 and torch.__version__.startswith(record["versions"]["torch"]) and record["data_fingerprint"]
+    assert record["settings"]["seed"] == 42 and torch.__version__.startswith(
+        record["versions"]["torch"]) and record["data_fingerprint"]
 
 
 def test_a_float16_model_loads_with_transformers_and_answers_as_infer_does(demo, tmp_path, capsys):
     out = tmp_path / "out"
-    assert fit(demo / "v1", out, "--num_train_epochs", "2", "--precision", "float16", "--loss_scaling", "64", "--pack") == 0
+    assert fit(demo / "v1", out, "--num_train_epochs", "2", "--precision", "float16",
+               "--loss_scaling", "64", "--pack") == 0
     capsys.readouterr()
-    model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(out).float().eval(), AutoTokenizer.from_pretrained(out)
+    model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(
+        out).float().eval(), AutoTokenizer.from_pretrained(out)
     question = flat(demo / "v1" / "validation.json")[0]
-    assert run(infer, "--checkpoint", out, "--question", question["question"], "--context", question["context"], "--json", "--n_best", "3",
-               "--precision", "float32") == 0
+    assert run(infer, "--checkpoint", out, "--question", question["question"], "--context",
+               question["context"], "--json", "--n_best", "3", "--precision", "float32") == 0
     answer = json.loads(capsys.readouterr().out)
-    encoded = tokenizer(question["question"], question["context"], return_tensors="pt", return_offsets_mapping=True)
+    encoded = tokenizer(question["question"], question["context"], return_tensors="pt",
+                        return_offsets_mapping=True)
     offsets, sequence = encoded.pop("offset_mapping")[0], encoded.sequence_ids(0)
     with torch.no_grad():
         logits = model(**encoded)
     context = [i for i, which in enumerate(sequence) if which == 1]
-    best = max(((s, e) for s in context for e in context if s <= e < s + 30),
-               key=lambda span: float(logits.start_logits[0, span[0]] + logits.end_logits[0, span[1]]))
+    best = max(
+        ((s, e) for s in context for e in context if s <= e < s + 30),
+        key=lambda span: float(logits.start_logits[0, span[0]] + logits.end_logits[0, span[1]]))
     assert (answer["start"], answer["end"]) == (int(offsets[best[0]][0]), int(offsets[best[1]][1]))
-    assert answer["answer"] == question["context"][answer["start"]:answer["end"]] and len(answer["nbest"]) == 3
+    assert answer["answer"] == question["context"][answer["start"]:answer["end"]] and len(
+        answer["nbest"]) == 3
     assert set(answer) == {"id", "question", "answer", "score", "start", "end", "nbest"}
 
-    # A file of questions without answers gives, question by question, what the evaluation predicted.
+    # A file of questions without answers gives, question by question, what the evaluation
+    # predicted.
     predictions = json.loads((out / "predictions.json").read_text())
     (tmp_path / "questions.jsonl").write_text("".join(
-        json.dumps({key: row[key] for key in ("id", "context", "question")}) + "\n" for row in flat(demo / "v1" / "validation.json")))
-    assert run(infer, "--checkpoint", out, "--input_file", tmp_path / "questions.jsonl", "--output_file", tmp_path / "answers.jsonl",
-               "--eval_micro_batch_size", "4") == 0
+        json.dumps({key: row[key] for key in ("id", "context", "question")}) + "\n"
+        for row in flat(demo / "v1" / "validation.json")))
+    assert run(infer, "--checkpoint", out, "--input_file", tmp_path / "questions.jsonl",
+               "--output_file", tmp_path / "answers.jsonl", "--eval_micro_batch_size", "4") == 0
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert {answer["id"]: answer["answer"] for answer in answers} == predictions
 
 
 def test_version_2_has_no_answer_figures(demo, tmp_path, capsys):
     out = tmp_path / "out"
-    assert fit(demo / "v2", out, "--max_steps", "2", "--version_2_with_negative", "--null_score_diff_threshold", "-1000") == 0
+    assert fit(demo / "v2", out, "--max_steps", "2", "--version_2_with_negative",
+               "--null_score_diff_threshold", "-1000") == 0
     questions = flat(demo / "v2" / "validation.json")
     unanswerable = sum(not question["answers"]["text"] for question in questions)
     metrics = json.loads((out / "metrics.json").read_text())
     assert 0 < unanswerable < len(questions)
-    # Under this threshold every prediction is "no answer": right for the unanswerable questions alone.
+    # Under this threshold every prediction is "no answer": right for the unanswerable questions
+    # alone.
     assert set(json.loads((out / "predictions.json").read_text()).values()) == {""}
-    assert metrics["NoAns_exact"] == 100 and metrics["HasAns_exact"] == 0 and metrics["NoAns_total"] == unanswerable
+    assert metrics["NoAns_exact"] == 100 and metrics["HasAns_exact"] == 0 and metrics[
+        "NoAns_total"] == unanswerable
     assert metrics["exact_match"] == pytest.approx(100 * unanswerable / len(questions))
-    assert set(json.loads((out / "null_odds.json").read_text())) == {question["id"] for question in questions}
+    assert set(json.loads((out / "null_odds.json").read_text())) == {
+        question["id"] for question in questions}
 
 
 def test_a_resumed_run_ends_as_one_never_stopped(demo, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = ("--max_steps", "4", "--save_steps", "2", "--pack", "--precision", "float16")  # into the second epoch
+    more = ("--max_steps", "4", "--save_steps", "2", "--pack", "--precision", "float16"
+            )  # into the second epoch
     assert fit(demo / "v1", whole, *more) == 0
     assert fit(demo / "v1", parts, *more) == 0
     (parts / "model.safetensors").unlink()
-    assert fit(demo / "v1", parts, *more) == 2  # checkpoints are there: neither resumed nor overwritten without being told
+    assert fit(
+        demo / "v1", parts, *
+        more) == 2  # checkpoints are there: neither resumed nor overwritten without being told
     assert "--resume_from_checkpoint auto" in capsys.readouterr().err
-    for where in (parts / "checkpoint-2", "auto"):  # auto: checkpoint-4, after which only the evaluation is left
+    for where in (parts / "checkpoint-2",
+                  "auto"):  # auto: checkpoint-4, after which only the evaluation is left
         assert fit(demo / "v1", parts, *more, "--resume_from_checkpoint", where) == 0
         for name in ("model.safetensors", "nbest_predictions.json", "metrics.json"):
             assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
@@ -153,7 +180,9 @@ def test_a_resumed_run_ends_as_one_never_stopped(demo, tmp_path, capsys):
 
 @pytest.mark.parametrize("pack", [["--pack"], []], ids=["packed", "unpacked"])
 def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(demo, tmp_path, pack):
-    """Weights, optimizer, random states, losses, predictions. The runs share a process: what one leaves must not reach the next."""
+    """Weights, optimizer, random states, losses, predictions. The runs share a process: what one
+    leaves must not reach the next.
+    """
     more = ("--max_steps", "3", "--save_steps", "3", "--precision", "float16", *pack)
     for workers in ("0", "2"):
         assert fit(demo / "v1", tmp_path / workers, *more, "--dataloader_num_workers", workers) == 0
@@ -163,8 +192,10 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(demo, tmp_
 
 
 def spoil_backward(folder):
-    """Change a checkpoint's weights so that the forward pass is sound and the backward pass overflows: between the two matrices
-    of the first layer's feed-forward part hidden values are tiny, and their gradients, of a loss made steep, huge."""
+    """Change a checkpoint's weights so that the forward pass is sound and the backward pass
+    overflows: between the two matrices of the first layer's feed-forward part hidden values are
+    tiny, and their gradients, of a loss made steep, huge.
+    """
     weights = load_file(folder / "model.safetensors")
     for kind in ("weight", "bias"):
         weights[f"roberta.encoder.layer.0.intermediate.dense.{kind}"] *= 1e-34
@@ -180,15 +211,23 @@ def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(demo, tmp_path, c
     spoil_backward(spoilt)
     assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: step 3: the gradient of roberta\.embeddings\.LayerNorm\.bias is not finite \(the loss was \d", error), error
+    assert re.match(
+        r"error: step 3: the gradient of roberta\.embeddings\.LayerNorm\.bias is not finite \(the loss was \d",
+        error), error
     assert "learning rate 0.0" in error and "loss scaling 1," in error and "try --learning_rate" in error
 
-    # Skipped, it costs the steps since the last whole checkpoint of the folder. Unwatched, what it did to the weights shows later.
-    assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt, "--on_nonfinite", "skip") == 0
-    assert "not finite" in (said := capsys.readouterr().out) and "going on from the weights of step 2" in said
-    assert (healthy / "model.safetensors").read_bytes() == (healthy / "checkpoint-2" / "model.safetensors").read_bytes()
-    assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt, "--watch_gradients", "false") == 1
-    assert re.search(r"error: step 3: roberta\.\S+ is not finite after the update", capsys.readouterr().err)
+    # Skipped, it costs the steps since the last whole checkpoint of the folder. Unwatched, what it
+    # did to the weights shows later.
+    assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt, "--on_nonfinite",
+               "skip") == 0
+    assert "not finite" in (
+        said := capsys.readouterr().out) and "going on from the weights of step 2" in said
+    assert (healthy / "model.safetensors").read_bytes() == (healthy / "checkpoint-2" /
+                                                            "model.safetensors").read_bytes()
+    assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt, "--watch_gradients",
+               "false") == 1
+    assert re.search(r"error: step 3: roberta\.\S+ is not finite after the update",
+                     capsys.readouterr().err)
 
 
 def test_compile_only_runs_nothing(demo, tmp_path, capsys):
@@ -197,8 +236,10 @@ def test_compile_only_runs_nothing(demo, tmp_path, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_out_of_reach_the_hub_ends_in_one_line_that_names_the_ways_out(tmp_path, capsys, monkeypatch):
+def test_out_of_reach_the_hub_ends_in_one_line_that_names_the_ways_out(
+        tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert run(train, "--output_dir", tmp_path / "out") == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and "roberta-base" in error and "--config demo" in error and "local" in error
+    assert error.startswith(
+        "error: ") and "roberta-base" in error and "--config demo" in error and "local" in error

@@ -21,10 +21,12 @@ def test_environment_keeps_what_the_user_set_and_notes_the_configuration(tmp_pat
     settings = DeviceSettings(profile_dir=str(tmp_path / "profile"), pod_type="pod16")
     profiling_environment(settings, IPUConfig(layers_per_ipu=[0, 4, 4, 4]), "training", "inference")
     options = json.loads(os.environ["PVTI_OPTIONS"])
-    assert options == {"enable": "true", "directory": str(tmp_path / "profile" / "host"), "channels": "train"}
+    assert options == {
+        "enable": "true", "directory": str(tmp_path / "profile" / "host"), "channels": "train"}
     for phase in ("training", "inference"):
         note = json.loads((tmp_path / "profile" / phase / "framework.json").read_text())
-        assert note["layers_per_ipu"] == [0, 4, 4, 4] and note["pod_type"] == "pod16" and "sources" not in note
+        assert note["layers_per_ipu"] == [
+            0, 4, 4, 4] and note["pod_type"] == "pod16" and "sources" not in note
 
 
 def test_nothing_happens_without_a_folder():
@@ -35,10 +37,12 @@ def test_nothing_happens_without_a_folder():
 def test_environment_that_is_not_json_and_folders_that_cannot_be_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):
-        profiling_environment(DeviceSettings(profile_dir=str(tmp_path / "file")), IPUConfig(), "training")
+        profiling_environment(DeviceSettings(profile_dir=str(tmp_path / "file")), IPUConfig(),
+                              "training")
     monkeypatch.setenv("PVTI_OPTIONS", "{enable")
     with pytest.raises(UsageError, match="should be a JSON object"):
-        profiling_environment(DeviceSettings(profile_dir=str(tmp_path / "profile")), IPUConfig(), "training")
+        profiling_environment(DeviceSettings(profile_dir=str(tmp_path / "profile")), IPUConfig(),
+                              "training")
 
 
 def test_spans_nest_and_are_written_even_when_the_loop_fails(tmp_path):

@@ -10,9 +10,10 @@ from ipu_options.plan.schedule import StageWork, bubble_fraction, simulate, stas
 
 
 def brute_force(stages, micro_batches):
-    """Step by step: each stage takes the next micro-batch whose input was ready before the step began (the last backward
-    stage: within the step). Returns the number of steps, seconds, and most micro-batches each stage kept at the end of a
-    step's forward work."""
+    """Step by step: each stage takes the next micro-batch whose input was ready before the step
+    began (the last backward stage: within the step). Returns the number of steps, seconds, and most
+    micro-batches each stage kept at the end of a step's forward work.
+    """
     count = len(stages)
     forward, backward = [0] * count, [0] * count  # micro-batches done by each stage
     kept = [0] * count
@@ -45,7 +46,9 @@ def test_unbalanced_and_interleaved_stages_agree_with_brute_force():
     choose = random.Random(0)
     for _ in range(60):
         count = choose.randint(1, 16)
-        ipus = [choose.randrange(max(1, count // 2)) if choose.random() < 0.5 else i for i in range(count)]
+        ipus = [
+            choose.randrange(max(1, count // 2)) if choose.random() < 0.5 else i
+            for i in range(count)]
         stages = [StageWork(ipu, *(choose.randint(1, 9) for _ in range(3))) for ipu in ipus]
         batches = choose.randint(2 * count - 1, 60)
         steps, seconds, kept = brute_force(stages, batches)
@@ -55,12 +58,18 @@ def test_unbalanced_and_interleaved_stages_agree_with_brute_force():
 
 
 def test_events_respect_dependencies_and_never_overlap_on_an_ipu():
-    stages = [StageWork(0, 2.0, 1.0, 3.0), StageWork(1, 1.0, 1.0, 2.0), StageWork(0, 1.0, 0.5, 2.0), StageWork(2, 4.0, 0.0, 5.0)]
+    stages = [
+        StageWork(0, 2.0, 1.0, 3.0),
+        StageWork(1, 1.0, 1.0, 2.0),
+        StageWork(0, 1.0, 0.5, 2.0),
+        StageWork(2, 4.0, 0.0, 5.0)]
     schedule = simulate(stages, 9, copy_seconds=0.25)
     start = {(e.kind, e.stage): e for e in schedule.events}
     for s in range(1, 4):
-        assert (start["forward", s].start >= start["forward", s - 1].start + stages[s - 1].forward).all()
-        assert (start["backward", s - 1].start >= start["backward", s].start + stages[s].backward).all()
+        assert (start["forward", s].start
+                >= start["forward", s - 1].start + stages[s - 1].forward).all()
+        assert (start["backward", s - 1].start
+                >= start["backward", s].start + stages[s].backward).all()
     assert (start["backward", 3].start >= start["forward", 3].start + stages[3].forward).all()
     for ipu in range(3):
         spans = sorted((t, t + e.seconds) for e in schedule.events if e.ipu == ipu for t in e.start)

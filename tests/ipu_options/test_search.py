@@ -1,4 +1,6 @@
-"""The search against trying every contiguous split, on small models where memory and both maxima bind."""
+"""The search against trying every contiguous split, on small models where memory and both maxima
+bind.
+"""
 from __future__ import annotations
 
 import itertools
@@ -15,19 +17,28 @@ from ipu_options.plan.search import Cut, best_split, with_cut
 
 
 def random_job(choose: random.Random) -> Job:
-    """A model of up to 9 uneven blocks on up to 4 IPUs whose memory is about what is needed, so that some splits fit."""
+    """A model of up to 9 uneven blocks on up to 4 IPUs whose memory is about what is needed, so
+    that some splits fit.
+    """
     layers, stages = choose.randint(2, 7), choose.randint(1, 4)
-    names = [("Embedding", "embedding")] + [(f"Encoder {i}", "layer") for i in range(layers)] + [("QA head", "head")]
-    blocks = tuple(CountedBlock(
-        name, kind, parameters=choose.randint(1, 60) * 10 ** 6, largest_parameter=10 ** 6,
-        forward_flops=choose.randint(1, 40) * 10 ** 9, backward_flops=choose.randint(2, 80) * 10 ** 9, forward_matmuls=6,
-        backward_matmuls=12, saved_bytes=choose.randint(1, 40) * 2 ** 20, input_bytes=choose.randint(1, 8) * 2 ** 20,
-        output_bytes=2 ** 20, matmul_bytes=choose.randint(1, 12) * 2 ** 20) for name, kind in names)
-    config = IPUConfig(layers_per_ipu=[0] * stages, gradient_accumulation_steps=choose.randint(7, 40), replication_factor=2,
-                       optimizer_state_offchip=choose.random() < 0.5, replicated_tensor_sharding=choose.random() < 0.5,
+    names = [("Embedding", "embedding")] + [(f"Encoder {i}", "layer") for i in range(layers)] + [
+        ("QA head", "head")]
+    blocks = tuple(
+        CountedBlock(name, kind, parameters=choose.randint(1, 60) *
+                     10 ** 6, largest_parameter=10 ** 6, forward_flops=choose.randint(1, 40) *
+                     10 ** 9, backward_flops=choose.randint(2, 80) * 10 ** 9, forward_matmuls=6,
+                     backward_matmuls=12, saved_bytes=choose.randint(1, 40) *
+                     2 ** 20, input_bytes=choose.randint(1, 8) *
+                     2 ** 20, output_bytes=2 ** 20, matmul_bytes=choose.randint(1, 12) * 2 ** 20)
+        for name, kind in names)
+    config = IPUConfig(layers_per_ipu=[0] * stages, gradient_accumulation_steps=choose.randint(
+        7, 40), replication_factor=2, optimizer_state_offchip=choose.random() < 0.5,
+                       replicated_tensor_sharding=choose.random() < 0.5,
                        recompute_checkpoint_every_layer=choose.random() < 0.5)
-    slow_links = replace(MACHINES["mk2"], link_bytes_per_second=choose.choice([1e9, 320e9]))  # so that parameters count too
-    return Job(blocks, Layout(0, (0,) * layers, 0), config, slow_links, micro_batch_size=1, max_seq_length=384)
+    slow_links = replace(MACHINES["mk2"], link_bytes_per_second=choose.choice([
+        1e9, 320e9]))  # so that parameters count too
+    return Job(blocks, Layout(0, (0, ) * layers, 0), config, slow_links, micro_batch_size=1,
+               max_seq_length=384)
 
 
 def test_best_split_is_the_best_of_all_splits():

@@ -1,18 +1,20 @@
-"""A training step's gradient against plain PyTorch's: Hugging Face's model on each window by itself, the mean of its
-losses."""
+"""A training step's gradient against plain PyTorch's: Hugging Face's model on each window by
+itself, the mean of its losses.
+"""
 import pytest
 import torch
 from transformers import RobertaConfig, RobertaForQuestionAnswering
 
 from ipu_options import poptorch
-from qa.model.roberta import RobertaForSpans
 from qa.data.loader import collate
 from qa.data.rows import InferenceRows, TrainingRows
+from qa.model.roberta import RobertaForSpans
 from tests.reference.synthetic_windows import SyntheticWindows
 
-CONFIG = RobertaConfig(vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                       max_position_embeddings=100, type_vocab_size=1, pad_token_id=1, hidden_dropout_prob=0.0,
-                       attention_probs_dropout_prob=0.0, initializer_range=0.2)
+CONFIG = RobertaConfig(vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                       intermediate_size=64, max_position_embeddings=100, type_vocab_size=1,
+                       pad_token_id=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                       initializer_range=0.2)
 LENGTHS = [9, 40, 17, 25, 33, 12, 60, 8, 29, 31, 14, 22, 45, 38, 11, 19, 27, 50, 16, 35, 21, 13]
 RATE = 1e4  # of SGD: so great that a weight's change holds the gradient to full precision
 
@@ -39,14 +41,18 @@ def plain_gradient(model, windows, chosen):
     plain = plain_model(model)
     for window in chosen:
         tokens = torch.from_numpy(windows.input_ids(window).astype("int64")).unsqueeze(0)
-        labels = [torch.tensor([int(positions[window])]) for positions in (windows.start_position, windows.end_position)]
-        (plain(tokens, start_positions=labels[0], end_positions=labels[1]).loss / len(chosen)).backward()
+        labels = [
+            torch.tensor([int(positions[window])])
+            for positions in (windows.start_position, windows.end_position)]
+        (plain(tokens, start_positions=labels[0], end_positions=labels[1]).loss /
+         len(chosen)).backward()
     return {name: parameter.grad for name, parameter in plain.named_parameters()}
 
 
 def windows_in(rows, indices, windows):
     """Which windows the rows hold, found by their tokens."""
-    by_tokens = {tuple(windows.input_ids(window).tolist()): window for window in range(len(windows))}
+    by_tokens = {
+        tuple(windows.input_ids(window).tolist()): window for window in range(len(windows))}
     found = []
     for index in indices:
         row = rows[index]
@@ -56,12 +62,16 @@ def windows_in(rows, indices, windows):
 
 
 @pytest.mark.parametrize("most", [1, 4])
-@pytest.mark.parametrize("micro_batch_size, accumulation, replicas", [(1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1), (1, 2, 4)])
-def test_gradient_of_a_step_is_that_of_the_mean_loss(model, windows, most, micro_batch_size, accumulation, replicas):
-    plan = dict(row_length=64, max_windows_per_row=most, pad_token_id=1, micro_batch_size=micro_batch_size,
-                micro_batches_per_update=accumulation * replicas, seed=1)
+@pytest.mark.parametrize("micro_batch_size, accumulation, replicas",
+                         [(1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1), (1, 2, 4)])
+def test_gradient_of_a_step_is_that_of_the_mean_loss(model, windows, most, micro_batch_size,
+                                                     accumulation, replicas):
+    plan = dict(row_length=64, max_windows_per_row=most, pad_token_id=1,
+                micro_batch_size=micro_batch_size, micro_batches_per_update=accumulation * replicas,
+                seed=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for step in range(TrainingRows(windows, **plan).steps_per_epoch):  # the last one is partly empty
+    for step in range(TrainingRows(windows,
+                                   **plan).steps_per_epoch):  # the last one is partly empty
         rows = TrainingRows(windows, **plan, first_step=step)
         options = poptorch.Options()
         options.replicationFactor(replicas)
@@ -69,14 +79,18 @@ def test_gradient_of_a_step_is_that_of_the_mean_loss(model, windows, most, micro
         options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
         trained = RobertaForSpans(CONFIG).train()
         trained.load_state_dict(before)
-        training_model = poptorch.trainingModel(trained, options, poptorch.optim.SGD(trained.parameters(), lr=RATE))
-        batch = next(iter(poptorch.DataLoader(options, rows, batch_size=micro_batch_size, collate_fn=collate)))
+        training_model = poptorch.trainingModel(trained, options,
+                                                poptorch.optim.SGD(trained.parameters(), lr=RATE))
+        batch = next(
+            iter(poptorch.DataLoader(options, rows, batch_size=micro_batch_size,
+                                     collate_fn=collate)))
         training_model(**batch)
         training_model.copyWeightsToHost()
         chosen = windows_in(rows, range(rows.rows_per_step), windows)
         assert len(chosen) == rows.windows_in_step(step)
         expected = plain_gradient(model, windows, chosen)
-        # Some gradients are 0 but for rounding, since a constant added to all of a softmax's inputs changes nothing.
+        # Some gradients are 0 but for rounding, since a constant added to all of a softmax's inputs
+        # changes nothing.
         least = 1e-2 * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
         for name, parameter in trained.named_parameters():
             difference = (before[name] - parameter.detach()) / RATE - expected[name]
@@ -85,7 +99,8 @@ def test_gradient_of_a_step_is_that_of_the_mean_loss(model, windows, most, micro
 
 
 def test_packing_leaves_a_windows_logits_as_they_are(model, windows):
-    rows = InferenceRows(windows, row_length=64, max_windows_per_row=4, pad_token_id=1, rows_per_step=4)
+    rows = InferenceRows(windows, row_length=64, max_windows_per_row=4, pad_token_id=1,
+                         rows_per_step=4)
     plain = plain_model(model).eval()
     with torch.no_grad():
         batch = rows.__getitems__(range(len(rows)))
@@ -94,6 +109,7 @@ def test_packing_leaves_a_windows_logits_as_they_are(model, windows):
             for window, first, length in rows.slices(row):
                 tokens = torch.from_numpy(windows.input_ids(window).astype("int64")).unsqueeze(0)
                 alone = plain(tokens)
-                for packed, expected in zip(logits[:, row, first:first + length], (alone.start_logits[0], alone.end_logits[0])):
+                for packed, expected in zip(logits[:, row, first:first + length],
+                                            (alone.start_logits[0], alone.end_logits[0])):
                     torch.testing.assert_close(packed, expected, rtol=0, atol=1e-5)
     assert logits.isfinite().all()

@@ -1,7 +1,9 @@
-"""The graph of our model is one that PopTorch 3.4 compiles: its operations are supported, no shape and no branch depends on data.
+"""The graph of our model is one that PopTorch 3.4 compiles: its operations are supported, no shape
+and no branch depends on data.
 
-The model runs on torch's meta device, whose tensors have a shape and no values: whatever reads a value, or needs one to know a
-shape, raises. Every operation that reaches the dispatcher is compared with the user guide's "IPU supported operations".
+The model runs on torch's meta device, whose tensors have a shape and no values: whatever reads a
+value, or needs one to know a shape, raises. Every operation that reaches the dispatcher is compared
+with the user guide's "IPU supported operations".
 """
 from __future__ import annotations
 
@@ -17,15 +19,21 @@ from qa.model.roberta import RobertaForSpans
 
 # aten operation: its name in the user guide's list
 LISTED = {
-    "_log_softmax": "torch.nn.LogSoftmax", "_softmax": "torch.nn.Softmax", "add": "torch.add", "addmm": "torch.addmm", "arange": "torch.arange",
-    "bernoulli_": "torch.bernoulli", "bmm": "torch.bmm", "cat": "torch.cat", "div": "torch.div", "div_": "torch.div",
-    "embedding": "torch.nn.Embedding", "eq": "torch.eq", "expand": "tensor.expand", "ge": "torch.ge", "gelu": "torch.nn.GELU",
-    "logical_and": "torch.logical_and", "lt": "torch.lt", "mm": "torch.matmul", "mul": "torch.mul", "native_dropout": "torch.nn.dropout",
-    "native_layer_norm": "torch.nn.LayerNorm", "nll_loss_forward": "torch.nn.NLLLoss", "rsub": "torch.sub", "split": "torch.split",
-    "sub": "torch.sub", "sum": "torch.sum", "t": "torch.t", "transpose": "torch.transpose", "unbind": "torch.unbind",
+    "_log_softmax": "torch.nn.LogSoftmax", "_softmax": "torch.nn.Softmax", "add": "torch.add",
+    "addmm": "torch.addmm", "arange": "torch.arange", "bernoulli_": "torch.bernoulli",
+    "bmm": "torch.bmm", "cat": "torch.cat", "div": "torch.div", "div_": "torch.div",
+    "embedding": "torch.nn.Embedding", "eq": "torch.eq", "expand": "tensor.expand",
+    "ge": "torch.ge", "gelu": "torch.nn.GELU", "logical_and": "torch.logical_and", "lt": "torch.lt",
+    "mm": "torch.matmul", "mul": "torch.mul", "native_dropout": "torch.nn.dropout",
+    "native_layer_norm": "torch.nn.LayerNorm", "nll_loss_forward": "torch.nn.NLLLoss",
+    "rsub": "torch.sub", "split": "torch.split", "sub": "torch.sub", "sum": "torch.sum",
+    "t": "torch.t", "transpose": "torch.transpose", "unbind": "torch.unbind",
     "unsqueeze": "torch.unsqueeze"}
-# Views, casts and copies, of which the guide says that they are supported without being listed (handlers: ReshapeOps.cpp and others)
-UNLISTED = {"_reshape_alias", "_to_copy", "_unsafe_view", "clone", "detach", "empty_like", "permute", "select", "slice", "view"}
+# Views, casts and copies, of which the guide says that they are supported without being listed
+# (handlers: ReshapeOps.cpp and others)
+UNLISTED = {
+    "_reshape_alias", "_to_copy", "_unsafe_view", "clone", "detach", "empty_like", "permute",
+    "select", "slice", "view"}
 SUPPORTED = set(LISTED) | UNLISTED
 
 
@@ -43,13 +51,16 @@ class Operations(TorchDispatchMode):
 
 def graph(windows, training, parts, kernels=IPU_KERNELS, batch=2, length=24):
     """Names of the operations of a forward pass over rows of `windows` windows."""
-    config = RobertaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=60,
-                           max_position_embeddings=length + 2, type_vocab_size=1)
+    config = RobertaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                           intermediate_size=32, vocab_size=60, max_position_embeddings=length + 2,
+                           type_vocab_size=1)
     model = RobertaForSpans(config, kernels).half().train(training)
     parallelize(model, make_layout([1, 1], 2), embedding_serialization_factor=parts)
     model = model.to("meta")
     tokens = [torch.zeros(batch, length, dtype=torch.int32, device="meta") for _ in range(3)]
-    labels = [torch.zeros(batch, windows, dtype=kind, device="meta") for kind in (torch.int32, torch.int32, torch.float32)]
+    labels = [
+        torch.zeros(batch, windows, dtype=kind, device="meta")
+        for kind in (torch.int32, torch.int32, torch.float32)]
     operations = Operations()
     with torch.device("meta"), operations:
         model(*tokens, *(labels if training else []))

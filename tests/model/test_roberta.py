@@ -1,22 +1,40 @@
-"""The annotated model against transformers' own RobertaForQuestionAnswering: logits, gradients, packing, files."""
+"""The annotated model against transformers' own RobertaForQuestionAnswering: logits, gradients,
+packing, files.
+"""
 import pytest
 import torch
-from transformers import (AutoModelForQuestionAnswering, CamembertConfig, CamembertForQuestionAnswering, RobertaConfig,
-                          RobertaForQuestionAnswering, XLMRobertaConfig, XLMRobertaForQuestionAnswering)
+from transformers import (
+    AutoModelForQuestionAnswering,
+    CamembertConfig,
+    CamembertForQuestionAnswering,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+    XLMRobertaConfig,
+    XLMRobertaForQuestionAnswering,
+)
 
 from ipu_options.errors import UsageError
 from ipu_options.host_kernels import HOST_KERNELS
 from ipu_options.ipu_kernels import IPU_KERNELS
 from ipu_options.layout import make_layout
-from qa.model.parallelize import SerializedEmbedding, deparallelize, parallelize, set_weights, weights_of
+from qa.model.parallelize import (
+    SerializedEmbedding,
+    deparallelize,
+    parallelize,
+    set_weights,
+    weights_of,
+)
 from qa.model.pretrained import load_config, load_model, save_model
 from qa.model.roberta import RobertaForSpans
 
-SMALL = dict(vocab_size=203, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_position_embeddings=66,
-             type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+SMALL = dict(vocab_size=203, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
+             intermediate_size=96, max_position_embeddings=66, type_vocab_size=1, pad_token_id=1,
+             bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.0,
+             attention_probs_dropout_prob=0.0,
              initializer_range=0.2)  # large enough weights that attention is far from uniform
 LENGTHS = (40, 17, 33)
-FAMILY = [(RobertaConfig, RobertaForQuestionAnswering), (XLMRobertaConfig, XLMRobertaForQuestionAnswering),
+FAMILY = [(RobertaConfig, RobertaForQuestionAnswering),
+          (XLMRobertaConfig, XLMRobertaForQuestionAnswering),
           (CamembertConfig, CamembertForQuestionAnswering)]
 
 
@@ -31,12 +49,15 @@ def saved(request, tmp_path):
 
 def windows():
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, SMALL["vocab_size"], (length,), generator=generator) for length in LENGTHS]
+    return [
+        torch.randint(3, SMALL["vocab_size"], (length, ), generator=generator)
+        for length in LENGTHS]
 
 
 def one_window_a_row(length=48):
     batch, ids = len(LENGTHS), torch.ones(len(LENGTHS), length, dtype=torch.int32)
-    positions, window_ids = torch.ones(batch, length, dtype=torch.int32), torch.zeros(batch, length, dtype=torch.int32)
+    positions, window_ids = torch.ones(batch, length, dtype=torch.int32), torch.zeros(
+        batch, length, dtype=torch.int32)
     for i, window in enumerate(windows()):
         ids[i, :len(window)], window_ids[i, :len(window)] = window.int(), 1
         positions[i, :len(window)] = torch.arange(2, len(window) + 2).int()
@@ -46,13 +67,16 @@ def one_window_a_row(length=48):
 def all_windows_in_one_row():
     ids = torch.cat(windows()).int().unsqueeze(0)
     positions = torch.cat([torch.arange(2, n + 2) for n in LENGTHS]).int().unsqueeze(0)
-    window_ids = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(LENGTHS)]).int().unsqueeze(0)
+    window_ids = torch.cat([
+        torch.full((n, ), i + 1) for i, n in enumerate(LENGTHS)]).int().unsqueeze(0)
     return ids, positions, window_ids
 
 
 def reference_logits(model):
     outputs = [model(window.unsqueeze(0)) for window in windows()]
-    return torch.stack([torch.cat([o.start_logits[0] for o in outputs]), torch.cat([o.end_logits[0] for o in outputs])])
+    return torch.stack([
+        torch.cat([o.start_logits[0] for o in outputs]),
+        torch.cat([o.end_logits[0] for o in outputs])])
 
 
 def real_tokens(logits, window_ids):
@@ -79,9 +103,11 @@ def test_logits_equal_transformers_packed_and_unpacked(saved, rows, kernels):
         assert torch.allclose(ours, reference_logits(reference), atol=1e-5, rtol=0)
         padded = torch.nn.functional.pad(ids, (0, 0))
         mask = (window_ids > 0).long()
-        if rows is one_window_a_row:  # transformers with padding and an attention mask gives the same once more
+        # transformers with padding and an attention mask gives the same once more
+        if rows is one_window_a_row:
             out = reference(padded.long(), attention_mask=mask)
-            assert torch.allclose(ours, real_tokens((out.start_logits, out.end_logits), window_ids), atol=1e-5, rtol=0)
+            assert torch.allclose(ours, real_tokens((out.start_logits, out.end_logits), window_ids),
+                                  atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [one_window_a_row, all_windows_in_one_row])
@@ -89,8 +115,10 @@ def test_loss_and_gradients_equal_the_mean_of_transformers_losses(saved, rows, k
     reference, folder = saved
     reference.train()
     starts, ends = (3, 0, 12), (5, 0, 30)
-    losses = [reference(window.unsqueeze(0), start_positions=torch.tensor([s]), end_positions=torch.tensor([e])).loss
-              for window, s, e in zip(windows(), starts, ends)]
+    losses = [
+        reference(window.unsqueeze(0), start_positions=torch.tensor([s]),
+                  end_positions=torch.tensor([e])).loss
+        for window, s, e in zip(windows(), starts, ends)]
     (sum(losses) / len(losses)).backward()
 
     model = load(folder, kernels).train()
@@ -101,16 +129,21 @@ def test_loss_and_gradients_equal_the_mean_of_transformers_losses(saved, rows, k
     shape = (1, 4) if packed else (3, 1)  # packed: a fourth slot stays empty
     start_positions, end_positions, weights = (torch.zeros(4 if packed else 3) for _ in range(3))
     for i in range(3):
-        start_positions[i], end_positions[i], weights[i] = begin[i] + starts[i], begin[i] + ends[i], 1 / 3
-    loss = model(ids, positions, window_ids, start_positions.int().view(shape), end_positions.int().view(shape), weights.view(shape))
+        start_positions[i], end_positions[i], weights[
+            i] = begin[i] + starts[i], begin[i] + ends[i], 1 / 3
+    loss = model(ids, positions, window_ids,
+                 start_positions.int().view(shape),
+                 end_positions.int().view(shape), weights.view(shape))
     assert torch.allclose(loss, sum(losses) / 3, rtol=1e-5)
     loss.backward()
-    ours, scale = dict(model.named_parameters()), max(p.grad.norm() for p in reference.parameters() if p.grad is not None)
+    ours, scale = dict(model.named_parameters()), max(
+        p.grad.norm() for p in reference.parameters() if p.grad is not None)
     for name, parameter in reference.named_parameters():
         if parameter.grad is None:
             assert ours[name].grad is None
             continue
-        if parameter.grad.norm() < 1e-6 * scale:  # zero but for rounding: a softmax does not see a constant, as key biases add
+        if parameter.grad.norm(
+        ) < 1e-6 * scale:  # zero but for rounding: a softmax does not see a constant, as key biases add
             assert ours[name].grad.norm() < 1e-6 * scale
             continue
         error = (ours[name].grad - parameter.grad).norm() / parameter.grad.norm()
@@ -123,16 +156,19 @@ def test_an_empty_row_has_a_finite_loss_and_no_gradient():
     empty = torch.zeros(2, 16, dtype=torch.int32)
     loss = model(empty + 1, empty + 1, empty, empty[:, :3], empty[:, :3], torch.zeros(2, 3))
     loss.backward()
-    assert loss == 0 and all(torch.all(p.grad == 0) for p in model.parameters() if p.grad is not None)
+    assert loss == 0 and all(
+        torch.all(p.grad == 0) for p in model.parameters() if p.grad is not None)
 
 
 def test_a_saved_checkpoint_is_transformers_own(saved, tmp_path):
     reference, folder = saved
     model = load_model(folder, load_config(folder)).eval()
-    parallelize(model, make_layout([1, 1, 1], 3), embedding_serialization_factor=5)  # 203 rows: the last part is smaller
+    parallelize(model, make_layout([1, 1, 1], 3),
+                embedding_serialization_factor=5)  # 203 rows: the last part is smaller
     save_model(model, tmp_path / "ours")
     again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "ours").eval()
-    assert type(again) is type(reference) and again.config.architectures == [type(reference).__name__]
+    assert type(again) is type(reference) and again.config.architectures == [
+        type(reference).__name__]
     assert sorted(again.state_dict()) == sorted(reference.state_dict())
     with torch.no_grad():
         assert torch.equal(reference_logits(again), reference_logits(reference))

@@ -1,4 +1,6 @@
-"""Counts of the real annotated model against closed forms and against what a real backward pass holds on to."""
+"""Counts of the real annotated model against closed forms and against what a real backward pass
+holds on to.
+"""
 from __future__ import annotations
 
 import pytest
@@ -16,19 +18,23 @@ WIDTH, HEADS, LENGTH, VOCABULARY, LAYERS = 64, 4, 48, 500, 3
 
 
 def small_config(**changes):
-    shape = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                 intermediate_size=4 * WIDTH, max_position_embeddings=LENGTH + 2, type_vocab_size=1,
-                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    shape = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
+                 num_attention_heads=HEADS, intermediate_size=4 * WIDTH,
+                 max_position_embeddings=LENGTH + 2, type_vocab_size=1, hidden_dropout_prob=0.0,
+                 attention_probs_dropout_prob=0.0)
     return RobertaConfig(**{**shape, **changes})
 
 
 def real_rows(rows, windows):
     torch.manual_seed(0)
-    return {"input_ids": torch.randint(0, VOCABULARY, (rows, LENGTH), dtype=torch.int32),
-            "position_ids": torch.arange(2, LENGTH + 2, dtype=torch.int32).repeat(rows, 1),
-            "window_ids": torch.ones(rows, LENGTH, dtype=torch.int32),
-            "start_positions": torch.zeros(rows, windows, dtype=torch.int32),
-            "end_positions": torch.ones(rows, windows, dtype=torch.int32), "loss_weights": torch.ones(rows, windows)}
+    return {
+        "input_ids": torch.randint(
+            0, VOCABULARY, (rows, LENGTH), dtype=torch.int32), "position_ids": torch.arange(
+                2, LENGTH + 2, dtype=torch.int32).repeat(rows, 1), "window_ids": torch.ones(
+                    rows, LENGTH, dtype=torch.int32), "start_positions": torch.zeros(
+                        rows, windows, dtype=torch.int32), "end_positions": torch.ones(
+                            rows, windows, dtype=torch.int32), "loss_weights": torch.ones(
+                                rows, windows)}
 
 
 def held_by_graph(loss, parameters):
@@ -66,7 +72,8 @@ def test_saved_bytes_are_what_a_real_backward_pass_holds(model):
         batch = real_rows(rows, windows=2)
         counted = counted_on_cpu(model, batch)
         held = held_by_graph(model(**batch), model.parameters())
-        scalars = 2 * 4 + LAYERS * 8  # the cross entropies' sums of weights and the attentions' scale pass by the hooks
+        # the cross entropies' sums of weights and the attentions' scale pass by the hooks
+        scalars = 2 * 4 + LAYERS * 8
         assert sum(block.saved_bytes for block in counted) == held - scalars
 
 
@@ -78,9 +85,11 @@ def test_meta_device_counts_what_real_tensors_count(model):
             b.parameters, b.forward_flops, b.backward_flops, b.saved_bytes, b.output_bytes)
 
 
-@pytest.mark.parametrize("width, heads, length, rows", [(64, 4, 48, 1), (96, 3, 32, 4), (768, 12, 384, 2)])
+@pytest.mark.parametrize("width, heads, length, rows", [(64, 4, 48, 1), (96, 3, 32, 4),
+                                                        (768, 12, 384, 2)])
 def test_closed_forms(width, heads, length, rows):
-    config = small_config(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, max_position_embeddings=514)
+    config = small_config(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width,
+                          max_position_embeddings=514)
     embedding, *layers, head = make_counter(config, max_seq_length=length)(rows, 1)
     tokens = rows * length
     for layer in layers:
@@ -98,7 +107,8 @@ def test_flops_agree_with_torchs_own_counter(model):
     with flop_counter.FlopCounterMode(display=False) as mode:
         model(**batch).backward()
     counted = counted_on_cpu(model, batch)
-    assert sum(block.forward_flops + block.backward_flops for block in counted) == mode.get_total_flops()
+    assert sum(
+        block.forward_flops + block.backward_flops for block in counted) == mode.get_total_flops()
 
 
 def test_any_micro_batch_follows_from_one_and_two_rows(model):
@@ -126,4 +136,5 @@ def test_the_counts_do_not_depend_on_where_blocks_are(model):
     named = [(block.name, "layer", block.module) for block in blocks]
     annotated = count_blocks(model, named, real_rows(1, 1))
     deparallelize(model)
-    assert [b.saved_bytes for b in annotated] == [b.saved_bytes for b in counted_on_cpu(model, real_rows(1, 1))]
+    assert [b.saved_bytes for b in annotated] == [
+        b.saved_bytes for b in counted_on_cpu(model, real_rows(1, 1))]

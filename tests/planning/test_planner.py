@@ -11,19 +11,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from qa.planning.commands import main
 from ipu_options.errors import UsageError
 from ipu_options.plan import calibrate
 from ipu_options.plan.machine import MACHINES, PUBLISHED_ERRORS_PERCENT, Efficiencies
 from ipu_options.plan.memory import ipu_memory
 from ipu_options.plan.planner import make_plan
 from ipu_options.plan.profile import profile_text, read_profile
-from qa.planning.sweep import read_rows, run_sweep
+from qa.planning.commands import main
 from qa.planning.job import published
+from qa.planning.sweep import read_rows, run_sweep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SMALL = ["--hidden_size", "64", "--num_hidden_layers", "4", "--vocab_size", "500", "--layers_per_ipu", "1", "1", "1", "1",
-         "--max_seq_length", "64", "--doc_stride", "16"]
+SMALL = [
+    "--hidden_size", "64", "--num_hidden_layers", "4", "--vocab_size", "500", "--layers_per_ipu",
+    "1", "1", "1", "1", "--max_seq_length", "64", "--doc_stride", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -59,29 +60,39 @@ def test_the_default_efficiencies_are_the_fit_to_published_runs(runs):
 
 
 def test_twice_the_micro_batch_of_the_published_pretraining_does_not_fit(runs):
-    """Graphcore's micro-batches are as large as memory allows: a planner that let twice as much through would be of no use."""
-    for name in ("pretrain_large_128", "pretrain_large_512", "bert-base pretraining phase 2, 16 Mk2"):
+    """Graphcore's micro-batches are as large as memory allows: a planner that let twice as much
+    through would be of no use.
+    """
+    for name in ("pretrain_large_128", "pretrain_large_512",
+                 "bert-base pretraining phase 2, 16 Mk2"):
         job = job_named(runs, name)
         by_row = ("saved_bytes", "input_bytes", "output_bytes", "matmul_bytes")
-        blocks = tuple(replace(b, **{field: 2 * getattr(b, field) for field in by_row}) for b in job.blocks)
+        blocks = tuple(
+            replace(b, **{field: 2 * getattr(b, field) for field in by_row}) for b in job.blocks)
         assert not make_plan(replace(job, blocks=blocks)).fits
 
 
 def test_memory_by_hand(runs):
-    """roberta-base at micro-batch 4, 4 replicas: IPU 1 holds layers 0 to 3 in the second of four stages."""
+    """roberta-base at micro-batch 4, 4 replicas: IPU 1 holds layers 0 to 3 in the second of four
+    stages.
+    """
     memory = ipu_memory(job_named(runs, "roberta-base SQuAD v1, 16 Mk2"), code_bytes=0)
     parameters = 4 * (12 * 768 ** 2 + 13 * 768)
     assert memory[1]["weights"] == memory[1]["gradients"] == 2 * parameters
-    assert memory[1]["optimizer_state"] == 8 * parameters // 4  # two float32 moments, shared out over four replicas
+    assert memory[1][
+        "optimizer_state"] == 8 * parameters // 4  # two float32 moments, shared out over four replicas
     layer_input = 4 * 384 * 768 * 2 + 4 * 384 * 4  # hidden states in float16 and window ids
-    assert memory[1]["stash"] == 5 * 4 * layer_input  # 2 (S - 1 - i) + 1 micro-batches, four checkpoints each
-    assert memory[3]["stash"] == 4 * layer_input + 4 * 384 * 768 * 2  # at once, with the head's input
+    assert memory[1][
+        "stash"] == 5 * 4 * layer_input  # 2 (S - 1 - i) + 1 micro-batches, four checkpoints each
+    assert memory[3][
+        "stash"] == 4 * layer_input + 4 * 384 * 768 * 2  # at once, with the head's input
     assert memory[0]["embedding_gradient"] == 2 * 50265 * 768
 
 
 def test_offchip_state_leaves_memory_and_takes_time(runs):
     job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
-    onchip, offchip = make_plan(job), make_plan(replace(job, config=replace(job.config, optimizer_state_offchip=True)))
+    onchip, offchip = make_plan(job), make_plan(
+        replace(job, config=replace(job.config, optimizer_state_offchip=True)))
     assert all(offchip.memory[ipu]["optimizer_state"] == 0 for ipu in offchip.memory)
     assert offchip.weight_update_seconds == pytest.approx(2 * 39000576 * 8 / 4 / 20e9, rel=0.01)
     assert onchip.windows_per_second > offchip.windows_per_second
@@ -129,17 +140,23 @@ def test_search_writes_a_configuration_that_plans_as_found(tmp_path, capsys):
                  "--micro_batch_size", str(found[0]["micro_batch_size"])]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["windows_per_second"] == pytest.approx(found[0]["windows_per_second"])
-    assert [plan["windows_per_second"] for plan in found] == sorted((plan["windows_per_second"] for plan in found), reverse=True)
+    assert [plan["windows_per_second"] for plan in found] == sorted(
+        (plan["windows_per_second"] for plan in found), reverse=True)
 
 
 def test_pictures_and_trace_are_written(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
-        assert main(["plan", *SMALL, "--plot", str(tmp_path / ("plan" + kind)), "--trace", str(tmp_path / "plan.json")]) == 0
+        assert main([
+            "plan", *SMALL, "--plot",
+            str(tmp_path / ("plan" + kind)), "--trace",
+            str(tmp_path / "plan.json")]) == 0
         assert (tmp_path / ("plan" + kind)).read_bytes().startswith(start)
     events = json.loads((tmp_path / "plan.json").read_text())["traceEvents"]
-    assert len([e for e in events if e["name"].startswith("forward")]) == 4 * 32  # stages x micro-batches
-    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == [f"IPU {i}" for i in range(4)]
+    assert len([
+        e for e in events if e["name"].startswith("forward")]) == 4 * 32  # stages x micro-batches
+    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == [
+        f"IPU {i}" for i in range(4)]
 
 
 def test_sweep_has_a_row_for_everything_and_goes_on_where_it_was(tmp_path, capsys):
@@ -160,19 +177,25 @@ def test_sweep_has_a_row_for_everything_and_goes_on_where_it_was(tmp_path, capsy
 def recorded_profile(slow_ipu):
     """A profile as pva gives it: 4 IPUs of 4 tiles, one of which computes for longer."""
     def tile(size, code):
-        return SimpleNamespace(memory=SimpleNamespace(total=SimpleNamespace(excludingGaps=size),
-                                                      category=SimpleNamespace(vertexCode=SimpleNamespace(total=code))))
+        return SimpleNamespace(
+            memory=SimpleNamespace(total=SimpleNamespace(
+                excludingGaps=size), category=SimpleNamespace(vertexCode=SimpleNamespace(
+                    total=code))))
 
     def step(kind, *cycles):
-        return SimpleNamespace(program=SimpleNamespace(type=f"Type.{kind}"), ipus=[SimpleNamespace(cycles=c) for c in cycles])
+        return SimpleNamespace(program=SimpleNamespace(type=f"Type.{kind}"), ipus=[
+            SimpleNamespace(cycles=c) for c in cycles])
 
     compute = [1000, 1000, 1000, 1000]
     compute[slow_ipu] = 4000
     return SimpleNamespace(
-        compilation=SimpleNamespace(target=SimpleNamespace(numIPUs=4, bytesPerTile=638976, clockFrequency=1.33e9),
-                                    tiles=[tile(1000 * (1 + i // 4), 100) for i in range(16)]),
-        execution=SimpleNamespace(steps=[step("OnTileExecute", *compute), step("DoExchange", 100, 100, 100, 100),
-                                         step("Sync", *(5000 - c for c in compute))]))
+        compilation=SimpleNamespace(
+            target=SimpleNamespace(numIPUs=4, bytesPerTile=638976, clockFrequency=1.33e9), tiles=[
+                tile(1000 * (1 + i // 4), 100) for i in range(16)]),
+        execution=SimpleNamespace(steps=[
+            step("OnTileExecute", *compute),
+            step("DoExchange", 100, 100, 100, 100),
+            step("Sync", *(5000 - c for c in compute))]))
 
 
 def test_a_profile_is_read_and_compared(runs):
@@ -186,15 +209,18 @@ def test_a_profile_is_read_and_compared(runs):
 
 def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, monkeypatch, capsys):
     opened = []
-    pva = SimpleNamespace(openReport=lambda path: opened.append(Path(path)) or recorded_profile(slow_ipu=2))
+    pva = SimpleNamespace(
+        openReport=lambda path: opened.append(Path(path)) or recorded_profile(slow_ipu=2))
     monkeypatch.setitem(sys.modules, "pva", pva)
     for phase in ("training", "inference"):
         (tmp_path / phase).mkdir()
         (tmp_path / phase / "profile.pop").write_bytes(b"")
     assert main(["report", str(tmp_path), "--config", "squad_base_384"]) == 0
     assert "--layers_per_ipu 1 4 3 4" in capsys.readouterr().out
-    assert main(["calibrate", "--measured", "windows_per_second=250", "--profile", str(tmp_path), "--calibration",
-                 str(tmp_path / "mine.json"), "--config", "squad_base_384"]) == 0
+    assert main([
+        "calibrate", "--measured", "windows_per_second=250", "--profile",
+        str(tmp_path), "--calibration",
+        str(tmp_path / "mine.json"), "--config", "squad_base_384"]) == 0
     assert json.loads((tmp_path / "mine.json").read_text())["code_bytes"] == 400
     assert opened == [tmp_path / "training" / "profile.pop"] * 2
 
@@ -207,7 +233,8 @@ def test_report_says_in_one_line_that_pva_is_missing(tmp_path):
 
 def test_bow_is_faster_by_less_than_its_clock(runs):
     job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
-    ratio = make_plan(replace(job, machine=MACHINES["bow"])).windows_per_second / make_plan(job).windows_per_second
+    ratio = make_plan(replace(
+        job, machine=MACHINES["bow"])).windows_per_second / make_plan(job).windows_per_second
     assert 1.1 < ratio < 1.85 / 1.33 * 1.01
 
 
@@ -222,5 +249,6 @@ def test_the_demo_is_planned_as_it_is_trained(tmp_path):
     write_demo(tmp_path, seed=1)
     trained = AutoConfig.from_pretrained(tmp_path / "model")
     planned = planned_model(TrainSettings(demo_data=True), PlanSettings())
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                 "intermediate_size"):
         assert getattr(planned, name) == getattr(trained, name), name

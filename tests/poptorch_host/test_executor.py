@@ -1,4 +1,6 @@
-"""poptorch_host's executor against plain PyTorch: batching, reduction, output modes, weights, state, refusals."""
+"""poptorch_host's executor against plain PyTorch: batching, reduction, output modes, weights,
+state, refusals.
+"""
 from __future__ import annotations
 
 import copy
@@ -26,7 +28,8 @@ class Net(torch.nn.Module):
         out = self.second(self.dropout(torch.relu(self.first(x))))
         if target is None:
             return out
-        return out, poptorch.identity_loss(torch.nn.functional.cross_entropy(out.float(), target), reduction="none")
+        return out, poptorch.identity_loss(torch.nn.functional.cross_entropy(out.float(), target),
+                                           reduction="none")
 
 
 def options(iterations=1, accumulation=1, replicas=1, mode=None, period=None, reduction=None):
@@ -41,11 +44,14 @@ def options(iterations=1, accumulation=1, replicas=1, mode=None, period=None, re
 
 def data(rows, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 6, generator=generator), torch.randint(0, 3, (rows,), generator=generator)
+    return torch.randn(rows, 6, generator=generator), torch.randint(0, 3, (rows, ),
+                                                                    generator=generator)
 
 
 def train_plainly(model, optimizer, x, y, iterations, accumulation, replicas, mean=True):
-    """The same updates in plain PyTorch; returns every micro-batch's output and loss in PopTorch's order."""
+    """The same updates in plain PyTorch; returns every micro-batch's output and loss in PopTorch's
+    order.
+    """
     count = accumulation * replicas
     seen = []
     for update in zip(x.chunk(iterations), y.chunk(iterations)):
@@ -59,16 +65,20 @@ def train_plainly(model, optimizer, x, y, iterations, accumulation, replicas, me
 
 
 @pytest.mark.parametrize("reduction", [poptorch.ReductionType.Mean, poptorch.ReductionType.Sum])
-@pytest.mark.parametrize("iterations, accumulation, replicas", [(1, 1, 1), (3, 1, 1), (1, 4, 1), (1, 1, 4), (2, 3, 2)])
+@pytest.mark.parametrize("iterations, accumulation, replicas", [(1, 1, 1), (3, 1, 1), (1, 4, 1),
+                                                                (1, 1, 4), (2, 3, 2)])
 def test_updates_and_outputs_equal_plain_pytorch(iterations, accumulation, replicas, reduction):
     model = Net()
     reference = copy.deepcopy(model)
-    executor = poptorch.trainingModel(model, options(iterations, accumulation, replicas, poptorch.OutputMode.All, reduction=reduction),
-                                      torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    executor = poptorch.trainingModel(
+        model,
+        options(iterations, accumulation, replicas, poptorch.OutputMode.All, reduction=reduction),
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     plain = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
     for seed in range(2):
         x, y = data(2 * iterations * accumulation * replicas, seed)
-        seen = train_plainly(reference, plain, x, y, iterations, accumulation, replicas, reduction == poptorch.ReductionType.Mean)
+        seen = train_plainly(reference, plain, x, y, iterations, accumulation, replicas,
+                             reduction == poptorch.ReductionType.Mean)
         out, loss = executor(x, y)
         torch.testing.assert_close(out, torch.cat([o for o, _ in seen]))
         losses = torch.stack([l for _, l in seen])
@@ -88,13 +98,16 @@ def test_output_modes(mode, training):
         every = torch.stack([model(part) for part in x.chunk(iterations * accumulation * replicas)])
     every = every.view(iterations, accumulation, replicas, 2, 3)
     if training:
-        out, loss = poptorch.trainingModel(model, opts, torch.optim.SGD(model.parameters(), lr=0.0))(x, y)
+        out, loss = poptorch.trainingModel(model, opts, torch.optim.SGD(model.parameters(),
+                                                                        lr=0.0))(x, y)
     else:
         out = poptorch.inferenceModel(model, opts)(x)
     if mode == poptorch.OutputMode.Default:
         mode = poptorch.OutputMode.Final if training else poptorch.OutputMode.All
-    expected = {poptorch.OutputMode.All: every, poptorch.OutputMode.Final: every[-1, -1], poptorch.OutputMode.Sum: every.sum((0, 1)),
-                poptorch.OutputMode.EveryN: every[1::2]}[mode].reshape(-1, 3)
+    expected = {
+        poptorch.OutputMode.All: every, poptorch.OutputMode.Final: every[-1, -1],
+        poptorch.OutputMode.Sum: every.sum(
+            (0, 1)), poptorch.OutputMode.EveryN: every[1::2]}[mode].reshape(-1, 3)
     torch.testing.assert_close(out, expected)
     if training:
         assert loss.shape == (len(expected) // 2,)
@@ -102,27 +115,35 @@ def test_output_modes(mode, training):
 
 def gradients_plainly(model, parameter, x, y, count):
     """The gradient of each micro-batch's own loss, in PopTorch's order."""
-    return torch.stack([torch.autograd.grad(model(*part)[1], parameter)[0] for part in zip(x.chunk(count), y.chunk(count))])
+    return torch.stack([
+        torch.autograd.grad(model(*part)[1], parameter)[0]
+        for part in zip(x.chunk(count), y.chunk(count))])
 
 
 @pytest.mark.parametrize("mode", [None, *poptorch.OutputMode])
 def test_an_anchored_gradient_is_each_micro_batchs_own(mode):
-    """Of the scaled loss, not divided by the number of micro-batches; an anchor without a mode has that of the outputs."""
+    """Of the scaled loss, not divided by the number of micro-batches; an anchor without a mode has
+    that of the outputs.
+    """
     iterations, accumulation, replicas = 4, 3, 2
     model = Net()
     opts = options(iterations, accumulation, replicas, poptorch.OutputMode.Sum)
     opts.anchorTensor("weight", "Gradient___first.weight", mode, 2)
     opts.anchorTensor("bias", "Gradient___second.bias", poptorch.OutputMode.Final)
     x, y = data(2 * iterations * accumulation * replicas)
-    every = gradients_plainly(model, model.first.weight, x, y, 24).view(iterations, accumulation, replicas, 5, 6) * 16
+    every = gradients_plainly(model, model.first.weight, x, y, 24).view(
+        iterations, accumulation, replicas, 5, 6) * 16
     last = gradients_plainly(model, model.second.bias, x, y, 24)[-replicas:] * 16
-    executor = poptorch.trainingModel(model, opts, poptorch.optim.SGD(model.parameters(), lr=0.0, loss_scaling=16.0))
+    executor = poptorch.trainingModel(
+        model, opts, poptorch.optim.SGD(model.parameters(), lr=0.0, loss_scaling=16.0))
     for _ in range(2):
         executor(x, y)
         if mode in (None, poptorch.OutputMode.Default):
             mode = poptorch.OutputMode.Sum
-        expected = {poptorch.OutputMode.All: every, poptorch.OutputMode.Final: every[-1, -1], poptorch.OutputMode.Sum: every.sum((0, 1)),
-                    poptorch.OutputMode.EveryN: every[1::2]}[mode].reshape(-1, 6)
+        expected = {
+            poptorch.OutputMode.All: every, poptorch.OutputMode.Final: every[-1, -1],
+            poptorch.OutputMode.Sum: every.sum(
+                (0, 1)), poptorch.OutputMode.EveryN: every[1::2]}[mode].reshape(-1, 6)
         torch.testing.assert_close(executor.getAnchoredTensor("weight"), expected)
         torch.testing.assert_close(executor.getAnchoredTensor("bias"), last.reshape(-1))
 
@@ -139,14 +160,16 @@ class Lookup(torch.nn.Module):
 
     def forward(self, x, target):
         scores = self.out(self.embedding(x))
-        return scores, poptorch.identity_loss(torch.nn.functional.cross_entropy(scores.float(), target), reduction="none")
+        return scores, poptorch.identity_loss(
+            torch.nn.functional.cross_entropy(scores.float(), target), reduction="none")
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_embeddings_gradient_is_that_of_plain_pytorch(tied, half):
     torch.manual_seed(0)
-    x, y = torch.randint(0, 5, (48,)), torch.randint(0, 11, (48,))  # tokens come again; those from 5 on never come
+    x, y = torch.randint(0, 5, (48, )), torch.randint(
+        0, 11, (48, ))  # tokens come again; those from 5 on never come
     model = Lookup(tied)
     if half:
         model.half()
@@ -158,9 +181,11 @@ def test_an_embeddings_gradient_is_that_of_plain_pytorch(tied, half):
     executor = poptorch.trainingModel(model, opts, poptorch.optim.SGD(model.parameters(), lr=0.5))
     executor(x[:24], y[:24])
     close = dict(rtol=0.02, atol=0.005) if half else {}
-    torch.testing.assert_close(executor.getAnchoredTensor("embedding").view_as(first), first, **close)
+    torch.testing.assert_close(
+        executor.getAnchoredTensor("embedding").view_as(first), first, **close)
     executor(x[24:], y[24:])
-    torch.testing.assert_close(model.embedding.weight.detach().float(), plain.embedding.weight.detach(), **close)
+    torch.testing.assert_close(model.embedding.weight.detach().float(),
+                               plain.embedding.weight.detach(), **close)
     assert not model.embedding.sparse
 
 
@@ -172,7 +197,8 @@ def test_an_anchor_shows_the_update_whose_gradient_is_not_finite_and_changes_not
         opts = options(2, 2)
         if anchored:
             opts.anchorTensor("bias", "Gradient___second.bias", poptorch.OutputMode.Sum)
-        executor = poptorch.trainingModel(model, opts, poptorch.optim.AdamW(model.parameters(), lr=0.1))
+        executor = poptorch.trainingModel(model, opts,
+                                          poptorch.optim.AdamW(model.parameters(), lr=0.1))
         x, y = data(8)
         x = x.half() if half else x
         executor(x, y)
@@ -188,17 +214,20 @@ def test_an_anchor_shows_the_update_whose_gradient_is_not_finite_and_changes_not
     assert all(torch.equal(a, b) for a, b in zip(train(False), train(True)))
 
 
-@pytest.mark.parametrize("name, train, message", [
-    ("loss", True, "tensor of PopART's graph"), ("UpdatedVar___first.weight", True, "tensor of PopART's graph"),
-    ("Gradient___third.weight", True, "not a trained parameter"), ("Gradient___first.bias", True, "not a trained parameter"),
-    ("Gradient___first.weight", False, "no gradients")])
+@pytest.mark.parametrize("name, train, message",
+                         [("loss", True, "tensor of PopART's graph"),
+                          ("UpdatedVar___first.weight", True, "tensor of PopART's graph"),
+                          ("Gradient___third.weight", True, "not a trained parameter"),
+                          ("Gradient___first.bias", True, "not a trained parameter"),
+                          ("Gradient___first.weight", False, "no gradients")])
 def test_an_anchor_that_is_no_gradient_is_refused_when_compiling(name, train, message):
     model = Net()
     model.first.bias.requires_grad = False
     opts = options()
     opts.anchorTensor("anchor", name)
     x, y = data(2)
-    executor = poptorch.trainingModel(model, opts) if train else poptorch.inferenceModel(model, opts)
+    executor = poptorch.trainingModel(model, opts) if train else poptorch.inferenceModel(
+        model, opts)
     with pytest.raises(AssertionError, match="No tensor with name anchor found"):
         executor.getAnchoredTensor("anchor")
     with pytest.raises(poptorch.Error, match=message):
@@ -269,7 +298,9 @@ def test_a_loss_scaling_not_given_is_constant_unless_it_is_automatic(automatic):
 
 @pytest.mark.parametrize("dropout, half", [(0.5, False), (0.5, True)])
 def test_saved_state_continues_exactly(dropout, half):
-    """Weights, moments, float32 masters and random numbers come back bit by bit in a model made anew."""
+    """Weights, moments, float32 masters and random numbers come back bit by bit in a model made
+    anew.
+    """
     x, y = data(8)
     x = x.half() if half else x
 
@@ -291,19 +322,25 @@ def test_saved_state_continues_exactly(dropout, half):
     model, optimizer, executor = start()
     executor(x, y)
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": executor.rng_state}, file)
+    torch.save(
+        {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "rng": executor.rng_state}, file)
     file.seek(0)
     executor(x, y)
     other_model, _, other = start(torch.load(file))
     other(x, y)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other_model.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(),
+                                          other_model.state_dict().values()))
     assert torch.equal(executor(x, y)[1], other(x, y)[1])
 
 
 def test_half_model_keeps_half_tensors_and_trains_in_float32():
     model = Net().half()
     reference = copy.deepcopy(model).float()
-    executor = poptorch.trainingModel(model, options(1, 2), poptorch.optim.SGD(model.parameters(), lr=1e-4))
+    executor = poptorch.trainingModel(model, options(1, 2),
+                                      poptorch.optim.SGD(model.parameters(), lr=1e-4))
     plain = torch.optim.SGD(reference.parameters(), lr=1e-4)
     x, y = data(4)
     for _ in range(20):
@@ -311,7 +348,8 @@ def test_half_model_keeps_half_tensors_and_trains_in_float32():
         out, loss = executor(x.half(), y)
     assert out.dtype == HALF_OUTPUT and model.first.weight.dtype == torch.float16 and loss.dtype == torch.float32
     # 20 updates of a rate so small that float16 alone would not have moved
-    torch.testing.assert_close(model.second.bias.float(), reference.second.bias, atol=2e-4, rtol=1e-2)
+    torch.testing.assert_close(model.second.bias.float(), reference.second.bias, atol=2e-4,
+                               rtol=1e-2)
 
 
 def test_weights_are_shared_by_training_inference_and_the_users_model():
@@ -351,7 +389,8 @@ def test_attach_detach_compile_destroy():
         executor.detachFromDevice()
     executor(x, y)  # attaches
     executor.destroy()
-    assert not executor.isCompiled() and type(model) is Net and type(model.first.weight) is torch.nn.Parameter
+    assert not executor.isCompiled() and type(model) is Net and type(
+        model.first.weight) is torch.nn.Parameter
     poptorch.trainingModel(model, options())(x, y)
 
 
@@ -391,19 +430,26 @@ def outside_all_blocks(self, x):
 
 
 def two_losses(self, x):
-    return poptorch.identity_loss(self.layer(x).sum(), "none"), poptorch.identity_loss(self.layer(x).mean(), "none")
+    return poptorch.identity_loss(self.layer(x).sum(), "none"), poptorch.identity_loss(
+        self.layer(x).mean(), "none")
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: poptorch.inferenceModel(Wrong(outside_all_blocks))(torch.zeros(2, 6)), "No active Block"),
-    (lambda: poptorch.trainingModel(Wrong(lambda self, x: self.layer(x)))(torch.zeros(2, 6)), "Couldn't find a loss"),
-    (lambda: poptorch.trainingModel(Wrong(two_losses))(torch.zeros(2, 6)), "Multiple independent losses"),
+    (lambda: poptorch.inferenceModel(Wrong(outside_all_blocks))
+     (torch.zeros(2, 6)), "No active Block"),
+    (lambda: poptorch.trainingModel(Wrong(lambda self, x: self.layer(x)))
+     (torch.zeros(2, 6)), "Couldn't find a loss"),
+    (lambda: poptorch.trainingModel(Wrong(two_losses))
+     (torch.zeros(2, 6)), "Multiple independent losses"),
     (lambda: poptorch.inferenceModel(Net(), options(accumulation=2)), "gradientAccumulation to 1"),
-    (lambda: poptorch.trainingModel(Net(ipus=(0, 1)), options(accumulation=2))(*data(2)), r"number of pipeline stages \(3\)"),
-    (lambda: poptorch.inferenceModel(Net(ipus=(0, 1)))(data(2)[0]), r"number of pipeline stages \(2\)"),
-    (lambda: poptorch.inferenceModel(Net(ipus=(0, 2)), options(3))(data(3)[0]), r"autoRoundNumIPUs\(True\)"),
-    (lambda: poptorch.inferenceModel(Net(), options(replicas=128))(data(128)[0]), r"Too many IPUs requested \(128\)"),
-])
+    (lambda: poptorch.trainingModel(Net(ipus=(0, 1)), options(accumulation=2))
+     (*data(2)), r"number of pipeline stages \(3\)"),
+    (lambda: poptorch.inferenceModel(Net(ipus=(0, 1)))
+     (data(2)[0]), r"number of pipeline stages \(2\)"),
+    (lambda: poptorch.inferenceModel(Net(ipus=(0, 2)), options(3))
+     (data(3)[0]), r"autoRoundNumIPUs\(True\)"),
+    (lambda: poptorch.inferenceModel(Net(), options(replicas=128))
+     (data(128)[0]), r"Too many IPUs requested \(128\)"), ])
 def test_refusals(make, message):
     with pytest.raises(poptorch.Error, match=message):
         make()
@@ -417,7 +463,8 @@ def test_sharded_execution_needs_no_accumulation():
 def test_an_interrupted_call_leaves_no_gradient_behind():
     model = Net()
     reference = copy.deepcopy(model)
-    executor = poptorch.trainingModel(model, options(1, 2), torch.optim.SGD(model.parameters(), lr=0.1))
+    executor = poptorch.trainingModel(model, options(1, 2),
+                                      torch.optim.SGD(model.parameters(), lr=0.1))
     x, y = data(4)
     executor.compile(x, y)
     calls = []
@@ -493,7 +540,8 @@ def test_every_replica_keeps_the_buffers_it_changes():
         run(separate=False)
 
 
-@pytest.mark.parametrize("weights, inputs, expected", [("float32", "float16", HALF_OUTPUT), ("float16", "float32", torch.float32)])
+@pytest.mark.parametrize("weights, inputs, expected", [("float32", "float16", HALF_OUTPUT),
+                                                       ("float16", "float32", torch.float32)])
 def test_mixed_types_have_the_type_that_poptorch_gives_them(weights, inputs, expected):
     model = torch.nn.Linear(3, 3).to(getattr(torch, weights))
     out = poptorch.inferenceModel(model)(torch.randn(2, 3, dtype=getattr(torch, inputs)))
@@ -504,7 +552,9 @@ def test_mixed_types_have_the_type_that_poptorch_gives_them(weights, inputs, exp
 
 def test_serialized_matmul_is_matmul():
     a, b = torch.randn(4, 6), torch.randn(6, 8)
-    for mode, factor in (("InputChannels", 2), ("ReducingDim", 3), ("OutputChannels", 4), ("Disabled", 0)):
-        assert torch.equal(poptorch.serializedMatMul(a, b, poptorch.MatMulSerializationMode[mode], factor), a @ b)
+    for mode, factor in (("InputChannels", 2), ("ReducingDim", 3), ("OutputChannels", 4),
+                         ("Disabled", 0)):
+        assert torch.equal(
+            poptorch.serializedMatMul(a, b, poptorch.MatMulSerializationMode[mode], factor), a @ b)
     with pytest.raises(poptorch.Error, match="positive divisor"):
         poptorch.serializedMatMul(a, b, poptorch.MatMulSerializationMode.OutputChannels, 3)

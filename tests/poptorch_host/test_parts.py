@@ -1,4 +1,6 @@
-"""poptorch_host's optimizers, data loader, blocks and attention kernel, against PyTorch's own or the definition."""
+"""poptorch_host's optimizers, data loader, blocks and attention kernel, against PyTorch's own or
+the definition.
+"""
 from __future__ import annotations
 
 import copy
@@ -40,15 +42,18 @@ def lamb_plainly(weight, gradient, state, lr, decay, correct=True):
 
 
 TORCH = torch.optim
-PAIRS = [
-    (lambda p: poptorch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), lambda p: TORCH.SGD(p, lr=0.1, momentum=0.9, nesterov=True)),
-    (lambda p: poptorch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, use_combined_accum=True, loss_scaling=8.0),
-     lambda p: TORCH.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1)),
-    (lambda p: poptorch.optim.Adam(p, lr=0.1, weight_decay=0.1), lambda p: TORCH.Adam(p, lr=0.1, weight_decay=0.1)),
-    (lambda p: poptorch.optim.AdamW(p, lr=0.1, loss_scaling=64.0), lambda p: TORCH.AdamW(p, lr=0.1)),
-    (lambda p: TORCH.AdamW(p, lr=0.1, eps=1e-3), lambda p: TORCH.AdamW(p, lr=0.1, eps=1e-3)),
-    (lambda p: poptorch.optim.RMSprop(p, lr=0.1, momentum=0.5, centered=True), lambda p: TORCH.RMSprop(p, lr=0.1, momentum=0.5, centered=True)),
-]
+PAIRS = [(lambda p: poptorch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+          lambda p: TORCH.SGD(p, lr=0.1, momentum=0.9, nesterov=True)),
+         (lambda p: poptorch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, use_combined_accum
+                                       =True, loss_scaling=8.0),
+          lambda p: TORCH.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1)),
+         (lambda p: poptorch.optim.Adam(p, lr=0.1, weight_decay=0.1),
+          lambda p: TORCH.Adam(p, lr=0.1, weight_decay=0.1)),
+         (lambda p: poptorch.optim.AdamW(p, lr=0.1, loss_scaling=64.0),
+          lambda p: TORCH.AdamW(p, lr=0.1)),
+         (lambda p: TORCH.AdamW(p, lr=0.1, eps=1e-3), lambda p: TORCH.AdamW(p, lr=0.1, eps=1e-3)),
+         (lambda p: poptorch.optim.RMSprop(p, lr=0.1, momentum=0.5, centered=True),
+          lambda p: TORCH.RMSprop(p, lr=0.1, momentum=0.5, centered=True)), ]
 
 
 @pytest.mark.parametrize("ours, theirs", PAIRS)
@@ -67,12 +72,14 @@ def test_optimizers_equal_torchs(ours, theirs):
 
 
 @pytest.mark.parametrize("correct", [True, False])
-@pytest.mark.parametrize("kind, formula", [(poptorch.optim.AdamW, adam_plainly), (poptorch.optim.LAMB, lamb_plainly)])
+@pytest.mark.parametrize("kind, formula", [(poptorch.optim.AdamW, adam_plainly),
+                                           (poptorch.optim.LAMB, lamb_plainly)])
 def test_adamw_and_lamb_with_and_without_bias_correction(kind, formula, correct):
     model = Regression()
-    decayed, other = [model.layer.weight], [model.layer.bias]  # two groups with learning rates and decay of their own
-    optimizer = kind([{"params": decayed, "weight_decay": 0.1}, {"params": other, "lr": 0.02, "weight_decay": 0.0}], lr=0.05,
-                     bias_correction=correct)
+    decayed, other = [model.layer.weight], [
+        model.layer.bias]  # two groups with learning rates and decay of their own
+    optimizer = kind([{"params": decayed, "weight_decay": 0.1}, {
+        "params": other, "lr": 0.02, "weight_decay": 0.0}], lr=0.05, bias_correction=correct)
     reference = copy.deepcopy(model)
     executor = poptorch.trainingModel(model, poptorch.Options(), optimizer)
     states = {}
@@ -80,7 +87,8 @@ def test_adamw_and_lamb_with_and_without_bias_correction(kind, formula, correct)
         x = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
         executor(x)
         gradients = torch.autograd.grad(reference(x), list(reference.parameters()))
-        for (name, p), gradient, lr, decay in zip(reference.named_parameters(), gradients, (0.05, 0.02), (0.1, 0.0)):
+        for (name, p), gradient, lr, decay in zip(reference.named_parameters(), gradients,
+                                                  (0.05, 0.02), (0.1, 0.0)):
             with torch.no_grad():
                 p -= lr * formula(p, gradient, states.setdefault(name, {}), lr, decay, correct)
     torch.testing.assert_close(model.layer.weight.data, reference.layer.weight.data)
@@ -91,12 +99,15 @@ def test_gradient_clipping_is_by_the_joint_norm():
     model = Regression()
     reference = copy.deepcopy(model)
     x = torch.randn(3, 4) * 10
-    executor = poptorch.trainingModel(model, poptorch.Options(), poptorch.optim.SGD(model.parameters(), lr=1.0, max_grad_norm=0.5))
+    executor = poptorch.trainingModel(
+        model, poptorch.Options(), poptorch.optim.SGD(model.parameters(), lr=1.0,
+                                                      max_grad_norm=0.5))
     executor(x)
     reference(x).backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
     TORCH.SGD(reference.parameters(), lr=1.0).step()
-    torch.testing.assert_close(model.layer.weight.data, reference.layer.weight.data, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.layer.weight.data, reference.layer.weight.data, rtol=1e-4,
+                               atol=1e-5)
 
 
 def test_an_attribute_that_an_optimizer_gets_later_is_reported_once(caplog):
@@ -124,14 +135,16 @@ def test_transfers_are_logged_where_they_happen(capfd):
         model.layer.weight.sum()
         optimizer.state_dict()
         log = capfd.readouterr().err
-        assert log.index("[debug] Writing weights from IPU to host") < log.index("Writing optimiser state tensors from IPU to host.")
+        assert log.index("[debug] Writing weights from IPU to host") < log.index(
+            "Writing optimiser state tensors from IPU to host.")
     finally:
         poptorch.setLogLevel("WARN")
     with pytest.raises(ValueError, match="Unknown log level"):
         poptorch.setLogLevel("LOUD")
 
 
-# ---- data loader -------------------------------------------------------------------------------------------------------
+# ---- data loader
+# -------------------------------------------------------------------------------------------------------
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -154,7 +167,8 @@ def loader(size=50, mode=poptorch.DataLoaderMode.Sync, **kwargs):
 def test_combined_batches():
     loading = loader()
     assert loading.combinedBatchSize == 12 and len(loading) == 4
-    assert [batch["y"].tolist() for batch in loading] == [list(range(i, i + 12)) for i in range(0, 48, 12)]
+    assert [batch["y"].tolist() for batch in loading] == [
+        list(range(i, i + 12)) for i in range(0, 48, 12)]
     assert [len(batch["y"]) for batch in loader(drop_last=False)] == [12, 12, 12, 12, 2]
     shuffled = loader(shuffle=True, generator=torch.Generator().manual_seed(1))
     first, second = ([i for batch in shuffled for i in batch["y"].tolist()] for _ in range(2))
@@ -162,8 +176,10 @@ def test_combined_batches():
 
 
 def test_asynchronous_loader_gives_the_same_batches_in_memory_that_it_writes_again():
-    loading = loader(mode=poptorch.DataLoaderMode.Async, async_options={"buffer_size": 2, "load_indefinitely": False})
-    kept = [batch["y"] for batch in loading]  # a mistake: the ring has two places, so each is written twice
+    loading = loader(mode=poptorch.DataLoaderMode.Async, async_options={
+        "buffer_size": 2, "load_indefinitely": False})
+    kept = [batch["y"]
+            for batch in loading]  # a mistake: the ring has two places, so each is written twice
     copies = [batch["y"].clone() for batch in loading]
     assert [c.tolist() for c in copies] == [list(range(i, i + 12)) for i in range(0, 48, 12)]
     assert kept[0].is_shared() and kept[0].tolist() == copies[2].tolist()
@@ -199,7 +215,8 @@ def test_processes_read_parts_that_make_up_the_whole():
     assert sorted(seen) == list(range(8)) and seen != list(range(8))
 
 
-# ---- blocks ------------------------------------------------------------------------------------------------------------
+# ---- blocks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def recorded(strategy, function):
@@ -220,7 +237,8 @@ def test_stages_and_ipus_of_blocks():
 
     increment = poptorch.PipelinedExecution(poptorch.AutoStage.AutoIncrement)
     assert recorded(increment, auto_ids) == [("0", 1, 0), ("1", 2, 1), ("2", 3, 0)]
-    assert recorded(poptorch.PipelinedExecution(), auto_ids) == [("0", 0, 0), ("1", 1, 1), ("2", 0, 0)]
+    assert recorded(poptorch.PipelinedExecution(), auto_ids) == [("0", 0, 0), ("1", 1, 1),
+                                                                 ("2", 0, 0)]
 
     def named():
         for name in "ABC":
@@ -244,7 +262,8 @@ def test_begin_block_is_put_on_once_and_taken_off():
     assert recorded(poptorch.PipelinedExecution(), lambda: model(torch.zeros(1, 2))) == []
 
 
-# ---- attention ---------------------------------------------------------------------------------------------------------
+# ---- attention
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loop_cost", [-1e12, 1e12])  # window by window, and all at once
@@ -252,14 +271,17 @@ def test_attention_equals_its_definition(loop_cost, monkeypatch):
     monkeypatch.setattr(kernels, "LOOP_COST", loop_cost)
     window_ids = torch.tensor([[1] * 5 + [2] * 9 + [0] * 6, [1] * 20, [0] * 20])
     torch.manual_seed(0)
-    query, key, value = (torch.randn(3, 2, 20, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    query, key, value = (torch.randn(3, 2, 20, 8, dtype=torch.float64, requires_grad=True)
+                         for _ in range(3))
     same = (window_ids.unsqueeze(2) == window_ids.unsqueeze(1)).unsqueeze(1)
     scores = (query @ key.transpose(-1, -2) / 8 ** 0.5).masked_fill(~same, -math.inf)
     real = (window_ids > 0)[:, None, :, None]
-    expected, ours = torch.softmax(scores, -1) @ value * real, kernels.attention(query, key, value, window_ids) * real
+    expected, ours = torch.softmax(scores, -1) @ value * real, kernels.attention(
+        query, key, value, window_ids) * real
     torch.testing.assert_close(ours, expected)
     gradient = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, (query, key, value), gradient), torch.autograd.grad(expected, (query, key, value), gradient)):
+    for a, b in zip(torch.autograd.grad(ours, (query, key, value), gradient),
+                    torch.autograd.grad(expected, (query, key, value), gradient)):
         torch.testing.assert_close(a, b)
 
 
@@ -267,7 +289,8 @@ def test_dropout_mask_keeps_the_right_share_and_the_mean():
     torch.manual_seed(0)
     mask = kernels.keep_mask(torch.empty(1001, 999), 0.1)
     assert abs(float((mask == 0).float().mean()) - 0.1) < 1e-3
-    assert abs(float(mask.mean()) - 1) < 1e-3 and torch.equal(mask.unique(), torch.tensor([0.0, 1 / 0.9]))
+    assert abs(float(mask.mean()) - 1) < 1e-3 and torch.equal(mask.unique(),
+                                                              torch.tensor([0.0, 1 / 0.9]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -281,8 +304,11 @@ def test_dropout_keeps_as_many_as_it_says_and_scales_them(dtype, p):
     assert set(first.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - p), dtype=dtype))}
     five_sigma = 5 * (p * (1 - p) / like.numel()) ** 0.5
     kept = [(mask > 0).double() for mask in (first, second)]
-    assert abs(float(kept[0].mean()) - (1 - p)) < five_sigma and abs(float(kept[1].mean()) - (1 - p)) < five_sigma
-    together = float((kept[0] * kept[1]).mean())  # independent of each other, and of their neighbours
+    assert abs(float(kept[0].mean()) -
+               (1 - p)) < five_sigma and abs(float(kept[1].mean()) - (1 - p)) < five_sigma
+    together = float(
+        (kept[0] * kept[1]).mean())  # independent of each other, and of their neighbours
     neighbours = float((kept[0][:, 1:] * kept[0][:, :-1]).mean())
-    assert abs(together - (1 - p) ** 2) < 2 * five_sigma and abs(neighbours - (1 - p) ** 2) < 2 * five_sigma
+    assert abs(together - (1 - p) ** 2) < 2 * five_sigma and abs(neighbours -
+                                                                 (1 - p) ** 2) < 2 * five_sigma
     assert kernels.dropout(like, p, training=False) is like

@@ -1,12 +1,15 @@
-"""run_qa's definition of answers written plainly: what qa.answers must equal bit for bit and is measured against."""
+"""run_qa's definition of answers written plainly: what qa.answers must equal bit for bit and is
+measured against.
+"""
 import collections
 
 import numpy
 
 
 def plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold):
-    """run_qa's postprocess_qa_predictions (see qa/answers.py) over lists of float32 logits, a (start, end) pair a
-    window; answers in turn."""
+    """run_qa's postprocess_qa_predictions (see qa/answers.py) over lists of float32 logits, a
+    (start, end) pair a window; answers in turn.
+    """
     windows_of = collections.defaultdict(list)
     for window, number in enumerate(windows.example.tolist()):
         windows_of[number].append(window)
@@ -14,11 +17,14 @@ def plain_answers(windows, examples, logits, n_best_size, max_answer_length, ver
         candidates, null = [], None
         for window in windows_of[number]:
             starts, ends = logits[window]
-            cls, first, offsets = windows.cls_position[window], int(windows.context_start[window]), windows.offsets(window).tolist()
+            cls, first, offsets = windows.cls_position[window], int(
+                windows.context_start[window]), windows.offsets(window).tolist()
             after = first + len(offsets)
             score = starts[cls] + ends[cls]
             if null is None or score < null["score"]:
-                null = {"score": score, "start_logit": starts[cls], "end_logit": ends[cls], "start": 0, "end": 0}
+                null = {
+                    "score": score, "start_logit": starts[cls], "end_logit": ends[cls], "start": 0,
+                    "end": 0}
             best_ends = numpy.argsort(-ends, kind="stable")[:n_best_size].tolist()
             for start in numpy.argsort(-starts, kind="stable")[:n_best_size].tolist():
                 for end in best_ends:
@@ -26,11 +32,14 @@ def plain_answers(windows, examples, logits, n_best_size, max_answer_length, ver
                         continue
                     if end < start or end - start + 1 > max_answer_length:
                         continue
-                    candidates.append({"score": starts[start] + ends[end], "start_logit": starts[start], "end_logit": ends[end],
-                                       "start": offsets[start - first][0], "end": offsets[end - first][1]})
+                    candidates.append({
+                        "score": starts[start] + ends[end], "start_logit": starts[start],
+                        "end_logit": ends[end], "start": offsets[start - first][0],
+                        "end": offsets[end - first][1]})
         if version_2:
             candidates.append(null)
-        best = sorted(candidates, key=lambda candidate: candidate["score"], reverse=True)[:n_best_size]
+        best = sorted(candidates, key=lambda candidate: candidate["score"],
+                      reverse=True)[:n_best_size]
         if version_2 and not any(candidate is null for candidate in best):
             best.append(null)
         if not best:
@@ -38,17 +47,21 @@ def plain_answers(windows, examples, logits, n_best_size, max_answer_length, ver
         scores = numpy.array([candidate["score"] for candidate in best], numpy.float32)
         probabilities = numpy.exp(scores - numpy.max(scores))
         probabilities = probabilities / probabilities.sum()
-        nbest = [{"text": example["context"][candidate["start"]:candidate["end"]],
-                  "start_logit": float(candidate["start_logit"]), "end_logit": float(candidate["end_logit"]),
-                  "probability": float(probability), "start": candidate["start"], "end": candidate["end"]}
+        nbest = [{
+            "text": example["context"][candidate["start"]:candidate["end"]], "start_logit": float(
+                candidate["start_logit"]), "end_logit": float(candidate["end_logit"]),
+            "probability": float(probability), "start": candidate["start"], "end": candidate["end"]}
                  for candidate, probability in zip(best, probabilities)]
         chosen, odds = nbest[0], {}
         if version_2:
             with_text = [place for place, entry in enumerate(nbest) if entry["text"]]
-            logits_of_best = [best[with_text[0]][name] for name in ("start_logit", "end_logit")] if with_text else [0, 0]
-            difference = null["score"] - numpy.float32(logits_of_best[0]) - numpy.float32(logits_of_best[1])
+            logits_of_best = [best[with_text[0]][name]
+                              for name in ("start_logit", "end_logit")] if with_text else [0, 0]
+            difference = null["score"] - numpy.float32(logits_of_best[0]) - numpy.float32(
+                logits_of_best[1])
             no_answer = next(entry for entry, candidate in zip(nbest, best) if candidate is null)
             chosen = no_answer if not with_text or difference > threshold else nbest[with_text[0]]
             odds = {"null_odds": float(difference)}
-        yield {"id": example["id"], "text": chosen["text"], "score": chosen["probability"], "start": chosen["start"],
-               "end": chosen["end"], "nbest": nbest, **odds}
+        yield {
+            "id": example["id"], "text": chosen["text"], "score": chosen["probability"],
+            "start": chosen["start"], "end": chosen["end"], "nbest": nbest, **odds}

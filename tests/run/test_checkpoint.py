@@ -1,4 +1,6 @@
-"""Checkpoints: read back bit for bit, whole after a kill at any line, intact when the disk is not, harmless when not ours."""
+"""Checkpoints: read back bit for bit, whole after a kill at any line, intact when the disk is not,
+harmless when not ours.
+"""
 from __future__ import annotations
 
 import hashlib
@@ -21,11 +23,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from ipu_options import poptorch
+from ipu_options import files, poptorch
 from ipu_options.errors import RunError, UsageError
-from ipu_options import files
 from qa.run import checkpoint, state
-from qa.run.checkpoint import Checkpoints, Training, find_checkpoint, list_checkpoints, load_checkpoint
+from qa.run.checkpoint import (
+    Checkpoints,
+    Training,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
 from qa.run.state import set_random_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +43,14 @@ def write_model(folder):
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 64)
 
 
-def save(output_dir, step, write_model=write_model, optimizer=None, rng_state=(42,), losses=(0.5,), must_match=None, save_total_limit=None):
-    state = optimizer if optimizer is not None else {"ipu_state": {"Accl1___w": torch.full((5,), step)}}
+def save(output_dir, step, write_model=write_model, optimizer=None, rng_state=(42, ),
+         losses=(0.5, ), must_match=None, save_total_limit=None):
+    state = optimizer if optimizer is not None else {
+        "ipu_state": {"Accl1___w": torch.full((5, ), step)}}
     device = SimpleNamespace(copyWeightsToHost=lambda: None, rng_state=list(rng_state))
     training = Training(None, SimpleNamespace(state_dict=lambda: state), device, write_model)
-    return Checkpoints(output_dir, must_match or {}, save_total_limit).save(training, step, list(losses))
+    return Checkpoints(output_dir, must_match or {}, save_total_limit).save(
+        training, step, list(losses))
 
 
 def save_final(output_dir, write_model):
@@ -61,7 +71,8 @@ def assert_same(one, other):
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.shape == other.shape
-        assert one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(torch.uint8))
+        assert one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(
+            torch.uint8))
     elif isinstance(one, dict):
         assert list(one) == list(other)
         for key in one:
@@ -78,24 +89,21 @@ def test_every_kind_of_state_is_read_back_bit_for_bit(tmp_path):
     shared = torch.arange(12.0).reshape(3, 4)
     optimizer = {
         "ipu_state": {
-            "half": torch.tensor([1.5, float("inf"), float("nan"), 6e-8]).half(),
-            "bfloat16": torch.randn(3, 2).bfloat16(),
-            "scalar": torch.tensor(7),
-            "empty": torch.zeros(0, 3),
-            "a view": shared.t(),
-            "a part": shared[1:],
-            "the same memory": shared,
-            "odd / name.\u00e9": torch.tensor([True, False]),
-        },
-        "ipu_param": None,
-        "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
-        "param_groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 0.999), "eps": float("inf"), "foreach": None, "params": [0, 1]}],
-    }
+            "half": torch.tensor([1.5, float("inf"), float("nan"),
+                                  6e-8]).half(), "bfloat16": torch.randn(3, 2).bfloat16(),
+            "scalar": torch.tensor(7), "empty": torch.zeros(0, 3), "a view": shared.t(),
+            "a part": shared[1:], "the same memory": shared, "odd / name.\u00e9": torch.tensor([
+                True, False]), }, "ipu_param": None, "state": {
+                    0: {"step": torch.tensor(3.0)}, 1: {}}, "param_groups": [{
+                        "lr": 0.1 + 0.2, "betas": (0.9, 0.999), "eps": float("inf"),
+                        "foreach": None, "params": [0, 1]}], }
     rng_state = [2 ** 64 - 1, 0, 2 ** 32 - 1]
-    folder = save(tmp_path, 7, optimizer=optimizer, rng_state=rng_state, losses=[1 / 3, 5e-324], must_match={"seed": 3})
+    folder = save(tmp_path, 7, optimizer=optimizer, rng_state=rng_state, losses=[1 / 3, 5e-324],
+                  must_match={"seed": 3})
     loaded = load_checkpoint(folder)
     assert_same(loaded.optimizer, optimizer)
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # all as readable as any file of the user's
+    assert len({path.stat().st_mode
+                for path in folder.iterdir()}) == 1  # all as readable as any file of the user's
     assert (loaded.step, loaded.rng_state, loaded.progress) == (
         7, rng_state, {"losses": [1 / 3, 5e-324], "must_match": {"seed": 3}})
 
@@ -142,7 +150,9 @@ class Loss(torch.nn.Module):
 
 
 def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path):
-    """Two steps, a checkpoint, a batch of infinities; then the next batches give what they give with that batch left out."""
+    """Two steps, a checkpoint, a batch of infinities; then the next batches give what they give
+    with that batch left out.
+    """
 
     def run(batches):
         torch.manual_seed(0)
@@ -157,12 +167,15 @@ def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path
             if number == 2:
                 checkpoints.save(training, 2, [])
         training_model.copyWeightsToHost()
-        return {name: tensor.clone() for name, tensor in model.state_dict().items()}, optimizer.state_dict()
+        return {name: tensor.clone()
+                for name, tensor in model.state_dict().items()}, optimizer.state_dict()
 
     good = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)))
     assert_same(run([*good[:2], torch.full((4, 3), float("inf")), *good[2:]]), run(good))
     truncate(tmp_path / "checkpoint-2")
-    with pytest.raises(RunError, match="there is no whole checkpoint in .* to go back to; save some with --save_steps"):
+    with pytest.raises(
+            RunError,
+            match="there is no whole checkpoint in .* to go back to; save some with --save_steps"):
         Checkpoints(tmp_path, {}).go_back(None, None)
 
 
@@ -177,13 +190,16 @@ def test_a_state_that_json_cannot_hold_is_an_error_not_a_pickle(tmp_path):
 
 @pytest.mark.parametrize("step", [3, 2], ids=["a new step", "a step saved before"])
 def test_killed_before_any_line_of_saving_leaves_whole_checkpoints(tmp_path, step):
-    """What SIGKILL leaves is what the folder holds at that moment: it is copied before every line that saving executes."""
+    """What SIGKILL leaves is what the folder holds at that moment: it is copied before every line
+    that saving executes.
+    """
     output_dir, copies = tmp_path / "output", []
     output_dir.mkdir()
 
     def trace(frame, event, argument):
         code = frame.f_code
-        if code.co_filename not in (checkpoint.__file__, state.__file__, files.__file__, shutil.__file__) or code is state._encode.__code__:
+        if code.co_filename not in (checkpoint.__file__, state.__file__, files.__file__,
+                                    shutil.__file__) or code is state._encode.__code__:
             return None  # not our line, or one of thousands that touch no file
         if event == "line" and code.co_name != "<listcomp>":
             copies.append(tmp_path / str(len(copies)))
@@ -247,32 +263,37 @@ def put_fifo(folder):
     os.mkfifo(folder / "model.safetensors")
 
 
-DAMAGE = [
-    (truncate, "model.safetensors has 1000 bytes instead of 16384"),
-    (flip_a_bit, "training_state.safetensors is damaged"),
-    (lambda folder: (folder / "config.json").unlink(), "config.json: No such file"),
-    (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file"),
-    (lambda folder: (folder / "manifest.json").write_text('{"step": 2, "fil'), "manifest.json is damaged"),
-    (lambda folder: (folder / "manifest.json").write_bytes(b"\x80\xff"), "manifest.json is damaged"),
-    (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
-    (lambda folder: (folder / "manifest.json").write_text('{"files": 3}'), "manifest.json is damaged"),
-    (lambda folder: (folder / "manifest.json").write_text('{"files": {}}'), "does not name training_state.safetensors"),
-    (link_outside, "model.safetensors is not a regular file"),
-    (put_fifo, "model.safetensors is not a regular file"),
-    (name_outside, "'../secret', which is not a file of this folder"),
-    (link_folder, "it is a symbolic link"),
-]
+DAMAGE = [(truncate, "model.safetensors has 1000 bytes instead of 16384"),
+          (flip_a_bit, "training_state.safetensors is damaged"),
+          (lambda folder: (folder / "config.json").unlink(), "config.json: No such file"),
+          (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file"),
+          (lambda folder:
+           (folder / "manifest.json").write_text('{"step": 2, "fil'), "manifest.json is damaged"),
+          (lambda folder:
+           (folder / "manifest.json").write_bytes(b"\x80\xff"), "manifest.json is damaged"),
+          (lambda folder:
+           (folder / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
+          (lambda folder:
+           (folder / "manifest.json").write_text('{"files": 3}'), "manifest.json is damaged"),
+          (lambda folder: (folder / "manifest.json").write_text('{"files": {}}'),
+           "does not name training_state.safetensors"),
+          (link_outside, "model.safetensors is not a regular file"),
+          (put_fifo, "model.safetensors is not a regular file"),
+          (name_outside, "'../secret', which is not a file of this folder"),
+          (link_folder, "it is a symbolic link"), ]
 
 
 @pytest.mark.parametrize("damage, reason", DAMAGE, ids=[reason for _, reason in DAMAGE])
-def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(tmp_path, caplog, damage, reason):
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(tmp_path, caplog, damage,
+                                                                      reason):
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
     assert open_run(tmp_path, "auto", False, {}).step == 1
     (message,) = caplog.messages
     assert "checkpoint-2" in message and reason in message and "\n" not in message
     if damage is not link_folder:  # whoever names a link means what it points to
-        with pytest.raises(UsageError, match="--resume_from_checkpoint .*checkpoint-2: ") as refusal:
+        with pytest.raises(UsageError,
+                           match="--resume_from_checkpoint .*checkpoint-2: ") as refusal:
             find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"))
         assert reason in str(refusal.value)
 
@@ -288,18 +309,23 @@ def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(
         save(tmp_path, step, save_total_limit=2)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-15"]
     truncate(tmp_path / "checkpoint-15")
-    save(tmp_path, 12, save_total_limit=1)  # the resumed run; 15 is still there, but is not counted as one to keep
+    save(
+        tmp_path, 12,
+        save_total_limit=1)  # the resumed run; 15 is still there, but is not counted as one to keep
     assert find_checkpoint(tmp_path, "auto").name == "checkpoint-12"
     save(tmp_path, 15, save_total_limit=1)
-    assert names(tmp_path) == ["checkpoint-15"] and find_checkpoint(tmp_path, "auto").name == "checkpoint-15"
+    assert names(tmp_path) == ["checkpoint-15"] and find_checkpoint(tmp_path,
+                                                                    "auto").name == "checkpoint-15"
 
 
 def test_a_step_that_is_saved_is_not_saved_again_when_a_signal_comes_in_it(tmp_path):
     written = []
     device = SimpleNamespace(copyWeightsToHost=lambda: None, rng_state=[1])
-    training = Training(None, SimpleNamespace(state_dict=dict), device, lambda folder: (written.append(folder), write_model(folder)))
+    training = Training(None, SimpleNamespace(state_dict=dict), device, lambda folder:
+                        (written.append(folder), write_model(folder)))
     checkpoints = Checkpoints(tmp_path, {})
-    assert checkpoints.save(training, 2, []) == checkpoints.save(training, 2, []) == tmp_path / "checkpoint-2"
+    assert checkpoints.save(training, 2, []) == checkpoints.save(training, 2,
+                                                                 []) == tmp_path / "checkpoint-2"
     assert len(written) == 1
     checkpoints.save(training, 3, [])
     assert len(written) == 2
@@ -328,18 +354,21 @@ def test_links_in_the_output_folder_are_replaced_or_removed_and_never_followed(t
         (output_dir / name).symlink_to(target)
 
     save(output_dir, 1)
-    for name in (".checkpoint-3.tmp", ".checkpoint-4.removed", ".checkpoint-2.replaced", ".final-model.tmp", "checkpoint-2"):
+    for name in (".checkpoint-3.tmp", ".checkpoint-4.removed", ".checkpoint-2.replaced",
+                 ".final-model.tmp", "checkpoint-2"):
         link(name, outside / "checkpoint-1")
     link("checkpoint-3", tmp_path / "nowhere")
     for name in ("model.safetensors", "metrics.json", ".metrics.json.0123abcd.tmp"):
         link(name, outside / "metrics.json")
     assert open_run(output_dir, "auto", False, {}).step == 1
-    assert names(output_dir) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "metrics.json", "model.safetensors"]
+    assert names(output_dir) == [
+        "checkpoint-1", "checkpoint-2", "checkpoint-3", "metrics.json", "model.safetensors"]
     for step in (2, 3, 4):
         save(output_dir, step, save_total_limit=2)
     save_final(output_dir, write_model)
     files.write_json(output_dir / "metrics.json", {})
-    assert names(output_dir) == ["checkpoint-3", "checkpoint-4", "config.json", "metrics.json", "model.safetensors"]
+    assert names(output_dir) == [
+        "checkpoint-3", "checkpoint-4", "config.json", "metrics.json", "model.safetensors"]
     assert not any(path.is_symlink() for path in output_dir.iterdir())
     link("checkpoint-7", outside / "checkpoint-1")
     assert open_run(output_dir, None, True, {}) is None
@@ -367,7 +396,8 @@ def test_a_file_appears_whole_or_not_at_all_and_several_writers_do_not_meet(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_text("utf-8") == "\u00e9" and names(tmp_path) == ["answers"]
     (tmp_path / "other").touch()
-    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it, as any file of the user's
+    assert path.stat().st_mode == (
+        tmp_path / "other").stat().st_mode  # others may read it, as any file of the user's
 
 
 def test_going_on_with_something_else_is_refused_by_name(tmp_path):
@@ -405,26 +435,29 @@ FULL_DISK = """
 
 def test_full_and_read_only_disks_are_one_line_and_lose_nothing(tmp_path):
     script = textwrap.dedent(FULL_DISK).format(root=str(ROOT))
-    run = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", script, str(tmp_path)],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    run = subprocess.run([
+        "unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", script,
+        str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     if "unshare" in run.stderr or "mount" in run.stderr:
         pytest.skip("no user namespaces here: " + run.stderr.strip().splitlines()[-1])
     assert run.stderr == "" and run.stdout.replace(str(tmp_path), "DISK").splitlines() == [
         "could not save DISK/checkpoint-2: No space left on device; the newest checkpoint in DISK is checkpoint-1",
         "['checkpoint-1']",
         "could not save DISK/checkpoint-4: Read-only file system; the newest checkpoint in DISK is checkpoint-3",
-        "['checkpoint-1', 'checkpoint-3'] checkpoint-3",
-    ]
+        "['checkpoint-1', 'checkpoint-3'] checkpoint-3", ]
 
 
 @pytest.mark.parametrize("limit", [10, 1500, 20_000])
 def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path, limit):
-    """10 and 1500 bytes strike our own writers or safetensors', 20,000 only the optimizer's state, written in Rust."""
+    """10 and 1500 bytes strike our own writers or safetensors', 20,000 only the optimizer's state,
+    written in Rust.
+    """
     save(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(RunError, match="could not save .*checkpoint-2: File too large; .* checkpoint-1"):
+        with pytest.raises(RunError,
+                           match="could not save .*checkpoint-2: File too large; .* checkpoint-1"):
             save(tmp_path, 2, optimizer={"state": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -440,15 +473,23 @@ def test_the_final_model_is_put_in_place_whole_or_not_at_all(tmp_path):
 
     save(tmp_path, 1)
     (tmp_path / "config.json").write_text("old")
-    with pytest.raises(RunError, match="could not save .*final-model: No space left on device; the newest .* checkpoint-1"):
+    with pytest.raises(
+            RunError,
+            match="could not save .*final-model: No space left on device; the newest .* checkpoint-1"
+    ):
         save_final(tmp_path, broken)
-    assert (tmp_path / "config.json").read_text() == "old" and names(tmp_path) == ["checkpoint-1", "config.json"]
+    assert (tmp_path / "config.json").read_text() == "old" and names(tmp_path) == [
+        "checkpoint-1", "config.json"]
     save_final(tmp_path, write_model)
-    assert (tmp_path / "config.json").read_text() == "{}" and names(tmp_path) == ["checkpoint-1", "config.json", "model.safetensors"]
+    assert (tmp_path / "config.json").read_text() == "{}" and names(tmp_path) == [
+        "checkpoint-1", "config.json", "model.safetensors"]
 
 
 def test_a_removed_output_folder_is_one_line(tmp_path):
-    with pytest.raises(RunError, match="could not save .*checkpoint-2: No such file or directory; there is no checkpoint in .*/gone"):
+    with pytest.raises(
+            RunError, match=
+            "could not save .*checkpoint-2: No such file or directory; there is no checkpoint in .*/gone"
+    ):
         save(tmp_path / "gone", 2)
 
 
@@ -506,7 +547,8 @@ FORGED = [
 
 
 @pytest.mark.parametrize("name, content", FORGED)
-def test_a_forged_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, monkeypatch, name, content):
+def test_a_forged_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, monkeypatch, name,
+                                                                     content):
     monkeypatch.chdir(tmp_path)
     folder = save(tmp_path, 1)
     forge(folder, name, content)
@@ -515,10 +557,11 @@ def test_a_forged_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, m
     assert names(tmp_path) == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("key, value", [
-    ("numpy", ("MT19937", [0] * 624, 10 ** 6, 0, 0.0)), ("numpy", ("MT19937", [0] * 3, 0, 0, 0.0)), ("numpy", 1), ("torch", "AAAA"),
-    ("torch", "?"), ("python", (3, (1, 2), None)), ("python", (3, (0,) * 624 + (-5,), None)),
-])
+@pytest.mark.parametrize("key, value", [("numpy", ("MT19937", [0] * 624, 10 ** 6, 0, 0.0)),
+                                        ("numpy", ("MT19937", [0] * 3, 0, 0, 0.0)), ("numpy", 1),
+                                        ("torch", "AAAA"), ("torch", "?"),
+                                        ("python", (3, (1, 2), None)),
+                                        ("python", (3, (0, ) * 624 + (-5, ), None)), ])
 def test_a_forged_random_state_is_refused(tmp_path, key, value):
     state = load_checkpoint(save(tmp_path, 1)).random_state
     with pytest.raises(UsageError, match="random state cannot be used"):
@@ -534,28 +577,31 @@ def test_a_model_folder_of_someone_else_runs_no_code(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "model"
-    config = RobertaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    config = RobertaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                           intermediate_size=8)
     config.auto_map = {"AutoConfig": "trap.Config", "AutoModelForQuestionAnswering": "trap.Model"}
     config.save_pretrained(folder)
     (folder / "trap.py").write_text("import os\nos.mkdir('TRAPPED')\n")
     assert load_config(str(folder)).model_type == "roberta"
     for content in (pickle.dumps(Trap(), 2), legacy_torch_file(), b"not a pickle"):
         (folder / "pytorch_model.bin").write_bytes(content)
-        with pytest.raises((RunError, UsageError), match="--model_name_or_path .*model: ") as refusal:
+        with pytest.raises((RunError, UsageError),
+                           match="--model_name_or_path .*model: ") as refusal:
             load_model(str(folder), config)
         assert "\n" not in str(refusal.value)
     assert names(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("name, value", [
-    ("hidden_size", "abc"), ("num_attention_heads", 0), ("num_hidden_layers", -1), ("pad_token_id", None), ("vocab_size", True),
-    ("max_position_embeddings", 1e9),
-])
+@pytest.mark.parametrize("name, value", [("hidden_size", "abc"), ("num_attention_heads", 0),
+                                         ("num_hidden_layers", -1), ("pad_token_id", None),
+                                         ("vocab_size", True), ("max_position_embeddings", 1e9), ])
 def test_a_model_of_impossible_size_is_refused_by_name(tmp_path, name, value):
     from qa.model.pretrained import load_config
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta", name: value}))
-    with pytest.raises((RunError, UsageError), match=f"--model_name_or_path .*: .*{name}"):  # transformers 5 checks some itself
+    with pytest.raises(
+        (RunError, UsageError),
+            match=f"--model_name_or_path .*: .*{name}"):  # transformers 5 checks some itself
         load_config(str(tmp_path))
 
 
@@ -564,12 +610,15 @@ def test_damaged_files_of_a_model_are_one_line(tmp_path):
 
     from qa.model.pretrained import load_config, load_model, load_tokenizer
 
-    RobertaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
+    RobertaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                  intermediate_size=8).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
-    for content in (b"", b"\xff" * 100, (2 ** 40).to_bytes(8, "little") + b"{}", safetensors.torch.save({"a": torch.ones(9)})[:-4]):
+    for content in (b"", b"\xff" * 100, (2 ** 40).to_bytes(8, "little") + b"{}",
+                    safetensors.torch.save({"a": torch.ones(9)})[:-4]):
         (tmp_path / "model.safetensors").write_bytes(content)
         for load in (lambda folder: load_model(folder, load_config(folder)), load_tokenizer):
-            with pytest.raises(RunError, match="--model_name_or_path .*: its files cannot be read") as refusal:
+            with pytest.raises(
+                    RunError, match="--model_name_or_path .*: its files cannot be read") as refusal:
                 load(str(tmp_path))
             assert "\n" not in str(refusal.value)
 

@@ -1,4 +1,6 @@
-"""Pushing to the hub, spoken to by huggingface_hub itself: a server on the loopback interface stands for the hub."""
+"""Pushing to the hub, spoken to by huggingface_hub itself: a server on the loopback interface
+stands for the hub.
+"""
 from __future__ import annotations
 
 import base64
@@ -19,13 +21,13 @@ from qa.run.hub import model_card
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
-    "model_name_or_path": "roberta-base", "dataset_name": "squad", "train_file": None, "validation_file": None,
-    "version_2_with_negative": False, "max_seq_length": 384, "learning_rate": 2e-5, "seed": 42, "hub_token": "***",
-}
+    "model_name_or_path": "roberta-base", "dataset_name": "squad", "train_file": None,
+    "validation_file": None, "version_2_with_negative": False, "max_seq_length": 384,
+    "learning_rate": 2e-5, "seed": 42, "hub_token": "***", }
 RUN = {
-    "command": "train.py", "settings": SETTINGS, "ipu_config": {"layers_per_ipu": [0, 4, 4, 4], "replication_factor": 4},
-    "data_fingerprint": "ab12cd", "versions": {"python": "3.8.10", "torch": "2.0.1"}, "machine": {"host": "secret-host"},
-}
+    "command": "train.py", "settings": SETTINGS, "ipu_config": {
+        "layers_per_ipu": [0, 4, 4, 4], "replication_factor": 4}, "data_fingerprint": "ab12cd",
+    "versions": {"python": "3.8.10", "torch": "2.0.1"}, "machine": {"host": "secret-host"}, }
 METRICS = {"exact_match": 85.266, "f1": 91.747, "step": 692, "epoch": 2.0}
 
 
@@ -34,7 +36,9 @@ def mode(path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The endpoints that an upload uses: who am I, create, pre-upload, large-file batch and content, commit."""
+    """The endpoints that an upload uses: who am I, create, pre-upload, large-file batch and
+    content, commit.
+    """
 
     def do_GET(self):
         if self.require_token():  # whoami, the one GET
@@ -55,14 +59,19 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply({"url": f"{self.server.url}/ada/{self.server.created['name']}"})
         if "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
-            return self.reply({"files": [{"path": path, "shouldIgnore": False, "uploadMode": mode(path)} for path in paths]})
+            return self.reply({
+                "files": [{"path": path, "shouldIgnore": False, "uploadMode": mode(path)}
+                          for path in paths]})
         if self.path.endswith("/info/lfs/objects/batch"):
-            objects = [{**each, "actions": {"upload": {"href": f"{self.server.url}/large/{each['oid']}"}}}
-                       for each in json.loads(body)["objects"]]
+            objects = [
+                {**each, "actions": {"upload": {"href": f"{self.server.url}/large/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]]
             return self.reply({"transfer": "basic", "objects": objects})
         if "/commit/" in self.path and not self.server.read_only:
             self.server.commits.append([json.loads(line) for line in body.splitlines()])
-            return self.reply({"commitUrl": f"{self.server.url}/ada/m/commit/0123", "commitOid": "0123", "success": True})
+            return self.reply({
+                "commitUrl": f"{self.server.url}/ada/m/commit/0123", "commitOid": "0123",
+                "success": True})
         return self.reply({"error": "You don't have the rights to write here"}, 403)
 
     def require_token(self):
@@ -108,7 +117,8 @@ def trained(tmp_path):
     (folder / "config.json").write_text('{"model_type": "roberta"}')
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    for private in ("predictions.json", ".lock", "checkpoint-5/config.json", "demo_data/train.json", "pytorch_model.bin"):
+    for private in ("predictions.json", ".lock", "checkpoint-5/config.json", "demo_data/train.json",
+                    "pytorch_model.bin"):
         (folder / private).parent.mkdir(exist_ok=True)
         (folder / private).write_text("private")
     return folder
@@ -127,35 +137,51 @@ sys.exit(run_script(lambda: print(getattr(hub, name)(argument))))
 
 
 def call(url, name, argument):
-    """qa.run.hub's function in a process of its own, as huggingface_hub reads its environment when imported."""
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": "",
-                   "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN_PATH": "/nonexistent", "no_proxy": "127.0.0.1"}
-    return subprocess.run([sys.executable, "-c", CALL.format(root=str(ROOT)), json.dumps([name, argument], default=str)],
-                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    """qa.run.hub's function in a process of its own, as huggingface_hub reads its environment when
+    imported.
+    """
+    environment = {
+        **os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": "", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN_PATH": "/nonexistent", "no_proxy": "127.0.0.1"}
+    return subprocess.run([
+        sys.executable, "-c",
+        CALL.format(root=str(ROOT)),
+        json.dumps([name, argument], default=str)], env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True)
 
 
 def test_the_model_and_its_card_are_committed_and_nothing_private(hub, trained):
-    done = call(hub.url, "push", {"output_dir": trained, "hub_token": "hf_good", "hub_private_repo": True})
+    done = call(hub.url, "push",
+                {"output_dir": trained, "hub_token": "hf_good", "hub_private_repo": True})
     assert (done.stdout, done.stderr, done.returncode) == (f"{hub.url}/ada/m/commit/0123\n", "", 0)
     assert hub.created["name"] == "my-model" and hub.created["private"] is True
     (commit,) = hub.commits
-    small = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in commit if line["key"] == "file"}
-    large = {line["value"]["path"]: line["value"]["oid"] for line in commit if line["key"] == "lfsFile"}
+    small = {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in commit
+        if line["key"] == "file"}
+    large = {
+        line["value"]["path"]: line["value"]["oid"] for line in commit if line["key"] == "lfsFile"}
     assert set(small) == {"README.md", "config.json", "tokenizer.json", "metrics.json"}
     assert large == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
     assert hub.large == {large["model.safetensors"]: b"weights"}
-    assert small["README.md"].decode() == (trained / "README.md").read_text() == model_card(trained, "ada/my-model")
+    assert small["README.md"].decode() == (trained / "README.md").read_text() == model_card(
+        trained, "ada/my-model")
 
 
-@pytest.mark.parametrize("token, repo_id, read_only, status, message", [
-    ("hf_bad", "ada/m", False, 1, "error: could not push .*my-model to the hub: .*401.*huggingface-cli upload ada/m"),
-    ("hf_good", "ada/m", True, 1, "error: could not push .*my-model to the hub: .*403.*the model is whole in"),
-    ("hf_good", "a/b/c", False, 2, "error: --hub_model_id a/b/c: Repo id must be"),
-    ("hf_good", "-.-", False, 2, "error: --hub_model_id -.-: "),
-], ids=["a refused token", "no right to write", "too many slashes", "no name at all"])
+@pytest.mark.parametrize(
+    "token, repo_id, read_only, status, message",
+    [("hf_bad", "ada/m", False, 1,
+      "error: could not push .*my-model to the hub: .*401.*huggingface-cli upload ada/m"),
+     ("hf_good", "ada/m", True, 1,
+      "error: could not push .*my-model to the hub: .*403.*the model is whole in"),
+     ("hf_good", "a/b/c", False, 2, "error: --hub_model_id a/b/c: Repo id must be"),
+     ("hf_good", "-.-", False, 2, "error: --hub_model_id -.-: "), ], ids=[
+         "a refused token", "no right to write", "too many slashes", "no name at all"])
 def test_what_goes_wrong_is_one_line(hub, trained, token, repo_id, read_only, status, message):
     hub.read_only = read_only
-    done = call(hub.url, "push", {"output_dir": trained, "hub_model_id": repo_id, "hub_token": token})
+    done = call(hub.url, "push",
+                {"output_dir": trained, "hub_model_id": repo_id, "hub_token": token})
     assert done.returncode == status and len(done.stderr.splitlines()) == 1
     assert re.match(message, done.stderr), done.stderr
 
@@ -165,28 +191,38 @@ def test_a_login_is_checked_before_the_run(hub):
     for token in ("hf_bad", None):
         refused = call(hub.url, "check_login", token)
         assert refused.returncode == 2
-        assert refused.stderr.startswith("error: --push_to_hub: no valid access token; give --hub_token")
+        assert refused.stderr.startswith(
+            "error: --push_to_hub: no valid access token; give --hub_token")
     gone = call("http://127.0.0.1:1", "check_login", "hf_good")
-    assert gone.returncode == 1 and gone.stderr.startswith("error: --push_to_hub: the hub cannot be reached (")
+    assert gone.returncode == 1 and gone.stderr.startswith(
+        "error: --push_to_hub: the hub cannot be reached (")
     assert len(gone.stderr.splitlines()) == 1
 
 
 def test_the_card_says_what_was_done(trained):
     card = model_card(trained, "ada/my-model")
     head = yaml.safe_load(card.split("---\n")[1])
-    assert head["base_model"] == "roberta-base" and head["datasets"] == "squad" and head["pipeline_tag"] == "question-answering"
+    assert head["base_model"] == "roberta-base" and head["datasets"] == "squad" and head[
+        "pipeline_tag"] == "question-answering"
     (entry,) = head["model-index"]
-    results = {metric["type"]: metric["value"] for result in entry["results"] for metric in result["metrics"]}
+    results = {
+        metric["type"]: metric["value"] for result in entry["results"]
+        for metric in result["metrics"]}
     assert results == {"exact_match": 85.266, "f1": 91.747}
-    for words in ("| exact_match | 85.27 |", "| layers_per_ipu | [0, 4, 4, 4] |", "| learning_rate | 2e-05 |", "`ab12cd`",
-                  'model="ada/my-model"', "| torch | 2.0.1 |"):
+    for words in ("| exact_match | 85.27 |", "| layers_per_ipu | [0, 4, 4, 4] |",
+                  "| learning_rate | 2e-05 |", "`ab12cd`", 'model="ada/my-model"',
+                  "| torch | 2.0.1 |"):
         assert words in card
     assert "secret-host" not in card and "hub_token" not in card
 
-    local = {**RUN, "settings": {**SETTINGS, "model_name_or_path": str(trained), "train_file": "/home/ada/data/train.json",
-                                 "validation_file": "/home/ada/data/dev.json", "version_2_with_negative": True}}
+    local = {
+        **RUN, "settings": {
+            **SETTINGS, "model_name_or_path": str(trained),
+            "train_file": "/home/ada/data/train.json", "validation_file": "/home/ada/data/dev.json",
+            "version_2_with_negative": True}}
     (trained / "run.json").write_text(json.dumps(local))
     card = model_card(trained, "ada/my-model")
     head = yaml.safe_load(card.split("---\n")[1])
-    assert "base_model" not in head and "datasets" not in head and "/home" not in card and str(trained) not in card
+    assert "base_model" not in head and "datasets" not in head and "/home" not in card and str(
+        trained) not in card
     assert "on train.json, evaluated on dev.json" in card and "SQuAD v2" in card

@@ -9,7 +9,9 @@ from qa.run.nonfinite import explain_nonfinite, find_nonfinite
 
 
 def fit(*, learning_rate, loss_scaling=1.0, half_gradients=False, growth=1.0, steps=200):
-    """Losses up to the first that is not finite. Gradients are scaled, held in float16 as an IPU holds them, and unscaled."""
+    """Losses up to the first that is not finite. Gradients are scaled, held in float16 as an IPU
+    holds them, and unscaled.
+    """
     torch.manual_seed(0)
     weight, losses = torch.zeros(8), []
     inputs = torch.randn(64, 8)
@@ -20,7 +22,8 @@ def fit(*, learning_rate, loss_scaling=1.0, half_gradients=False, growth=1.0, st
         if not math.isfinite(losses[-1]):
             return losses
         gradient = inputs.t() @ error / 32 * loss_scaling * growth ** step
-        weight = weight - learning_rate * (gradient.half().float() if half_gradients else gradient) / loss_scaling
+        weight = weight - learning_rate * (gradient.half().float()
+                                           if half_gradients else gradient) / loss_scaling
     return losses
 
 
@@ -38,24 +41,32 @@ def test_divergence_and_overflow_are_told_apart():
     message = explained(overflowed, learning_rate=0.01, loss_scaling=1024.0, precision="float16")
     assert "float16 overflowed" in message and "--loss_scaling 128" in message and "diverged" not in message
     assert "\n" not in message
-    steady = explained([2.0] * 8 + [math.nan], learning_rate=0.3, loss_scaling=1.0, precision="float32")
+    steady = explained([2.0] * 8 + [math.nan], learning_rate=0.3, loss_scaling=1.0,
+                       precision="float32")
     assert "--learning_rate 0.1" in steady and "overflow" not in steady
-    assert all(map(math.isfinite, fit(learning_rate=0.01, loss_scaling=1024.0 / 8, half_gradients=True)))  # the advice is good
+    assert all(
+        map(math.isfinite, fit(learning_rate=0.01, loss_scaling=1024.0 / 8,
+                               half_gradients=True)))  # the advice is good
 
 
 def test_the_first_step_and_weights_found_bad_before_a_save_are_explained_too():
     known = dict(learning_rate=2e-5, loss_scaling=64.0, precision="float16")
-    assert "step 1: the loss is nan" in explain_nonfinite(step=1, loss=math.nan, earlier_losses=[], **known)
-    tensors = {"count": torch.tensor(3), "good": torch.ones(2), "half": torch.tensor([1.0, 70000.0]).half()}
+    assert "step 1: the loss is nan" in explain_nonfinite(step=1, loss=math.nan, earlier_losses=[],
+                                                          **known)
+    tensors = {
+        "count": torch.tensor(3), "good": torch.ones(2), "half": torch.tensor([1.0,
+                                                                               70000.0]).half()}
     bad = find_nonfinite(tensors.items())
     message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad, **known)
     assert bad == "half" and "half is not finite after the update (the loss was 1.5)" in message and "--loss_scaling 8" in message
     bad = "Gradient___embeddings.bias"
     message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad, **known)
-    assert "the gradient of embeddings.bias is not finite (the loss was 1.5)" in message and message.endswith("try --loss_scaling 8")
+    assert "the gradient of embeddings.bias is not finite (the loss was 1.5)" in message and message.endswith(
+        "try --loss_scaling 8")
     unscaled = dict(known, loss_scaling=1.0)
     for precision, remedy in (("float16", "--precision float32"), ("float32", "--learning_rate")):
-        message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad, **{**unscaled, "precision": precision})
+        message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad,
+                                    **{**unscaled, "precision": precision})
         assert remedy in message and "--loss_scaling" not in message
     del tensors["half"]
     assert find_nonfinite(tensors.items()) is None

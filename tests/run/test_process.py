@@ -17,8 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def start(script, *arguments):
     """A Python process with the project on its path, that talks to the test line by line."""
-    return subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}", *map(str, arguments)],
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    return subprocess.Popen([
+        sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}",
+        *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, universal_newlines=True)
 
 
 HOLD = """
@@ -37,7 +39,8 @@ with output_lock(sys.argv[1]):
 def test_a_second_run_is_refused_while_the_first_is_alive_and_only_then(tmp_path, end):
     first = start(HOLD, tmp_path / "output")
     holder, forked = first.stdout.readline().split()
-    with pytest.raises(UsageError, match=f"--output_dir .*/output: process {holder} on .* is writing there"):
+    with pytest.raises(UsageError,
+                       match=f"--output_dir .*/output: process {holder} on .* is writing there"):
         with output_lock(tmp_path / "output"):
             pass
     if end == "killed":
@@ -52,7 +55,10 @@ def test_a_second_run_is_refused_while_the_first_is_alive_and_only_then(tmp_path
 
 def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="--output_dir .*file/output: cannot be written .Not a directory.; name a folder that can"):
+    with pytest.raises(
+            UsageError, match=
+            "--output_dir .*file/output: cannot be written .Not a directory.; name a folder that can"
+    ):
         with output_lock(tmp_path / "file" / "output"):
             pass
 
@@ -75,7 +81,8 @@ def test_the_first_signal_lets_the_step_finish_and_the_second_kills(number, stat
     assert loop.stdout.readline() == "begun\n"
     loop.send_signal(number)
     assert loop.stderr.readline() == "\n"
-    assert loop.stderr.readline() == f"{number.name}: saving after this step; once more to stop at once\n"
+    assert loop.stderr.readline(
+    ) == f"{number.name}: saving after this step; once more to stop at once\n"
     out, err = loop.communicate("1\n")
     assert (out, err, loop.returncode) == ("step 1\nsaved\n", "", status)
 

@@ -17,7 +17,8 @@ from qa.settings import TrainSettings
 def test_the_record_of_a_run_repeats_it_and_keeps_no_token(tmp_path, monkeypatch, flag):
     monkeypatch.setattr(sys, "argv", ["train.py", *flag, "--output_dir", "a folder"])
     rows = SimpleNamespace(windows=SimpleNamespace(fingerprint="ab12"))
-    write_run_record(TrainSettings(output_dir=str(tmp_path), seed=43, hub_token="hf_secret"), IPUConfig(), rows, saved=None)
+    write_run_record(TrainSettings(output_dir=str(tmp_path), seed=43, hub_token="hf_secret"),
+                     IPUConfig(), rows, saved=None)
     text = (tmp_path / "run.json").read_text()
     record = json.loads(text)
     assert "hf_secret" not in text and record["command"].endswith("--output_dir 'a folder'")

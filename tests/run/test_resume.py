@@ -10,18 +10,23 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from tests.tools.kill_and_resume import ROOT, differences
 from qa.run.checkpoint import find_checkpoint
 from qa.run.nonfinite import find_nonfinite
+from tests.tools.kill_and_resume import ROOT, differences
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Data, configurations and uninterrupted runs, left by the command that kills and compares; its output is in `said`."""
+    """Data, configurations and uninterrupted runs, left by the command that kills and compares; its
+    output is in `said`.
+    """
     work = tmp_path_factory.mktemp("work")
-    command = [sys.executable, "-m", "tests.tools.kill_and_resume", "--kills", "2", "--seed", "3", "--work", str(work)]
+    command = [
+        sys.executable, "-m", "tests.tools.kill_and_resume", "--kills", "2", "--seed", "3",
+        "--work",
+        str(work)]
     with open(work / "said", "w") as said:
         subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=ROOT)
     return work
@@ -29,9 +34,14 @@ def work(tmp_path_factory):
 
 def start(work, name, output_dir, *flags):
     """train.py in a process group of its own; what it prints, line by line, in .stdout."""
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(work / f"{name}.yaml"), "--output_dir", str(output_dir)]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"), "--config",
+        str(work / f"{name}.yaml"), "--output_dir",
+        str(output_dir)]
     environment = {**ENVIRONMENT, "HF_DATASETS_CACHE": str(work / "cache")}
-    return subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
+    return subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, universal_newlines=True,
                             start_new_session=True)
 
 
@@ -48,7 +58,9 @@ def test_killed_runs_end_bit_for_bit_as_if_never_interrupted(work):
 
 
 def test_a_signal_stops_after_the_step_with_a_checkpoint_from_which_the_run_goes_on_exactly(work):
-    """SIGINT as a terminal sends it, to the loader's worker too; then SIGTERM; then the rest of the run."""
+    """SIGINT as a terminal sends it, to the loader's worker too; then SIGTERM; then the rest of the
+    run.
+    """
     for number, status, after in ((signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 5)):
         run = start(work, "packed", work / "stopped", "--resume_from_checkpoint", "auto")
         while f"| {after}/12 " not in run.stdout.readline():
@@ -56,15 +68,20 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint_from_which_the_run_goes
         os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
         found, said = end(run)
         assert found == status and "Traceback" not in said, said
-        assert re.search(f"(?m)^stopped by {number.name} after step .*; the same command with --resume_from_checkpoint auto", said)
+        assert re.search(
+            f"(?m)^stopped by {number.name} after step .*; the same command with --resume_from_checkpoint auto",
+            said)
     found, said = end(start(work, "packed", work / "stopped", "--resume_from_checkpoint", "auto"))
     assert found == 0, said
     # Python's own generator is seeded from the system in each process. Nothing draws from it.
-    assert set(differences(work / "packed-reference", work / "stopped")) <= {"checkpoint-12/training_state.json"}
+    assert set(differences(work / "packed-reference", work / "stopped")) <= {
+        "checkpoint-12/training_state.json"}
 
 
 def test_going_on_with_another_seed_is_refused(work):
-    found, said = end(start(work, "packed", work / "packed-reference", "--resume_from_checkpoint", "auto", "--seed", "7"))
+    found, said = end(
+        start(work, "packed", work / "packed-reference", "--resume_from_checkpoint", "auto",
+              "--seed", "7"))
     assert found == 2 and "Traceback" not in said, said
     assert re.search("(?m)^error: .*checkpoint-12: seed was 42, is 7. Go on", said)
 
@@ -73,6 +90,7 @@ def test_a_run_that_diverges_stops_with_what_to_try_and_keeps_the_last_good_chec
     flags = ["--learning_rate", "1e30", "--save_steps", "1", "--warmup_ratio", "0.5"]
     found, said = end(start(work, "unpacked", work / "diverged", *flags))
     assert found == 1 and "Traceback" not in said, said
-    assert re.search(r"error: step \d+: the loss is nan, with learning rate .*; try --learning_rate", said), said
+    assert re.search(
+        r"error: step \d+: the loss is nan, with learning rate .*; try --learning_rate", said), said
     weights = load_file(find_checkpoint(work / "diverged", "auto") / "model.safetensors")
     assert find_nonfinite(weights.items()) is None

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Kill training runs at random moments, resume them, and compare the end with a run that was never interrupted, bit for bit.
+"""Kill training runs at random moments, resume them, and compare the end with a run that was never
+interrupted, bit for bit.
 
     python -m tests.tools.kill_and_resume --kills 100
 
-A tiny model learns some of the demo's questions for several epochs, packed in float16 and unpacked in float32 in turn, with
-a checkpoint every second step. Half of the kills (SIGKILL) strike at any time from the start of a process to its end, half
-of them while a checkpoint is written. Every process is this one, forked after the imports: that saves five seconds a kill.
+A tiny model learns some of the demo's questions for several epochs, packed in float16 and unpacked
+in float32 in turn, with a checkpoint every second step. Half of the kills (SIGKILL) strike at any
+time from the start of a process to its end, half of them while a checkpoint is written. Every
+process is this one, forked after the imports: that saves five seconds a kill.
 """
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork must not find the threads of its parent gone
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1",
+                  TOKENIZERS_PARALLELISM="false")
 
 CONFIG = """
 model_name_or_path: {work}/demo/model
@@ -49,7 +52,9 @@ RESULTS = ("model.safetensors", "metrics.json", "predictions.json", "nbest_predi
 
 
 def prepare(work: Path) -> None:
-    """Write the data, the model and a configuration for packed and for unpacked runs; import all that a run needs."""
+    """Write the data, the model and a configuration for packed and for unpacked runs; import all
+    that a run needs.
+    """
     os.environ["HF_DATASETS_CACHE"] = str(work / "cache")
     import train  # noqa: F401
     from ipu_options import poptorch  # noqa: F401
@@ -59,12 +64,16 @@ def prepare(work: Path) -> None:
     from qa.data import demo
 
     demo.write_demo(work / "demo", seed=0)
-    for name, pack, precision, epochs in (("packed", "true", "float16", 3), ("unpacked", "false", "float32", 2)):
-        (work / f"{name}.yaml").write_text(CONFIG.format(work=work, pack=pack, precision=precision, epochs=epochs))
+    for name, pack, precision, epochs in (("packed", "true", "float16", 3), ("unpacked", "false",
+                                                                             "float32", 2)):
+        (work / f"{name}.yaml").write_text(
+            CONFIG.format(work=work, pack=pack, precision=precision, epochs=epochs))
 
 
 def start(work: Path, name: str, output_dir: Path) -> int:
-    """The process id of `train.py --config NAME.yaml --resume_from_checkpoint auto`; what it prints is added to NAME.log."""
+    """The process id of `train.py --config NAME.yaml --resume_from_checkpoint auto`; what it prints
+    is added to NAME.log.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -77,8 +86,10 @@ def start(work: Path, name: str, output_dir: Path) -> int:
         from ipu_options.errors import run_script
 
         random.seed(0)  # a fork seeds it from the system, and its state is compared too
-        sys.argv = ["train.py", "--config", str(work / f"{name}.yaml"), "--output_dir", str(output_dir),
-                    "--resume_from_checkpoint", "auto"]
+        sys.argv = [
+            "train.py", "--config",
+            str(work / f"{name}.yaml"), "--output_dir",
+            str(output_dir), "--resume_from_checkpoint", "auto"]
         status = run_script(train.main)
         sys.stdout.flush()
     finally:
@@ -92,9 +103,12 @@ def end_of(pid: int) -> int:
 
 
 def killed(pid: int, output_dir: Path, seconds: float, while_saving: bool, delay: float) -> bool:
-    """Kill the process after `seconds`, or `delay` seconds into a save after that; False if it has ended before."""
+    """Kill the process after `seconds`, or `delay` seconds into a save after that; False if it has
+    ended before.
+    """
     begin = time.monotonic()
-    while time.monotonic() < begin + seconds or (while_saving and not any(output_dir.glob(".checkpoint-*"))):
+    while time.monotonic() < begin + seconds or (while_saving and
+                                                 not any(output_dir.glob(".checkpoint-*"))):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return False
         time.sleep(0.0005)
@@ -107,20 +121,27 @@ def killed(pid: int, output_dir: Path, seconds: float, while_saving: bool, delay
 def differences(reference: Path, output_dir: Path) -> list:
     """The files of the results and of the last checkpoint that are not the same, byte by byte."""
     last = sorted(reference.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
-    files = [*RESULTS, *(path.relative_to(reference) for path in last.iterdir() if path.name != "manifest.json")]
+    files = [
+        *RESULTS,
+        *(path.relative_to(reference) for path in last.iterdir() if path.name != "manifest.json")]
     return [str(file) for file in files if content(reference / file) != content(output_dir / file)]
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file; of config.json without the folder the model was read from, which transformers 4.46 writes there."""
+    """The bytes of a file; of config.json without the folder the model was read from, which
+    transformers 4.46 writes there.
+    """
     lines = path.read_bytes().splitlines(keepends=True)
-    return b"".join(line for line in lines if path.name != "config.json" or b'"_name_or_path"' not in line)
+    return b"".join(
+        line for line in lines if path.name != "config.json" or b'"_name_or_path"' not in line)
 
 
 def kill_and_resume(work: Path, name: str, kills: int, rng: random.Random) -> int:
-    """One run of configuration `name`, killed up to `kills` times before it ends. Returns the kills it survived.
+    """One run of configuration `name`, killed up to `kills` times before it ends. Returns the kills
+    it survived.
 
-    Raises RuntimeError if a process fails or the end is not, bit for bit, that of the run that was never interrupted.
+    Raises RuntimeError if a process fails or the end is not, bit for bit, that of the run that was
+    never interrupted.
     """
     reference, output_dir = work / f"{name}-reference", work / f"{name}-killed"
     if not reference.exists():
@@ -135,7 +156,8 @@ def kill_and_resume(work: Path, name: str, kills: int, rng: random.Random) -> in
         pid = start(work, name, output_dir)
         if survived == kills:
             status = end_of(pid)
-        elif killed(pid, output_dir, rng.uniform(0, seconds), rng.random() < 0.5, rng.expovariate(1 / 0.02)):
+        elif killed(pid, output_dir, rng.uniform(0, seconds),
+                    rng.random() < 0.5, rng.expovariate(1 / 0.02)):
             survived += 1
             continue
         else:
@@ -143,15 +165,18 @@ def kill_and_resume(work: Path, name: str, kills: int, rng: random.Random) -> in
         found = differences(reference, output_dir) if status == 0 else [f"exit status {status}"]
         if found:
             log = (work / f"{name}.log").read_text()
-            raise RuntimeError(f"after {survived} kills ({work}): {', '.join(found)}\n{log[-3000:]}")
+            raise RuntimeError(
+                f"after {survived} kills ({work}): {', '.join(found)}\n{log[-3000:]}")
         return survived
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--work", type=Path, help="folder of data and runs, kept (default: a temporary one)")
+    parser.add_argument("--work", type=Path,
+                        help="folder of data and runs, kept (default: a temporary one)")
     arguments = parser.parse_args()
     rng, total, runs = random.Random(arguments.seed), 0, 0
     with tempfile.TemporaryDirectory(prefix="kill_and_resume_") as temporary:
@@ -161,7 +186,9 @@ def main() -> None:
             kills = min(rng.randint(1, 3), arguments.kills - total)
             total += kill_and_resume(work, ("packed", "unpacked")[runs % 2], kills, rng)
             runs += 1
-            print(f"{total} kills survived in {runs} runs, each ending bit for bit as if never interrupted", flush=True)
+            print(
+                f"{total} kills survived in {runs} runs, each ending bit for bit as if never interrupted",
+                flush=True)
 
 
 if __name__ == "__main__":

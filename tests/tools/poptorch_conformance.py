@@ -1,10 +1,12 @@
-"""PopTorch's own tests, run against poptorch_host:  python -m tests.tools.poptorch_conformance PATH_TO_POPTORCH [--only FILE ...]
+"""PopTorch's own tests, run against poptorch_host:  python -m tests.tools.poptorch_conformance
+PATH_TO_POPTORCH [--only FILE ...]
 
-PATH_TO_POPTORCH is a checkout of graphcore/poptorch; FILE a name like "batching" (default: FILES). Each test file runs in a process
-of its own. Prints the failed tests, how many tests each reason excludes, and a table with passed, failed and out of scope by file.
-Exit status 1 if fewer than 90 % of the tests in scope pass. A test is out of scope if it looks at something that cannot exist on a
-host: see OUT_OF_SCOPE. It needs what those tests need: Python 3.8, torch 2.0.1, and for fine_tuning torchvision
-(`pip install --no-deps torchvision==0.15.2`).
+PATH_TO_POPTORCH is a checkout of graphcore/poptorch; FILE a name like "batching" (default: FILES).
+Each test file runs in a process of its own. Prints the failed tests, how many tests each reason
+excludes, and a table with passed, failed and out of scope by file. Exit status 1 if fewer than 90 %
+of the tests in scope pass. A test is out of scope if it looks at something that cannot exist on a
+host: see OUT_OF_SCOPE. It needs what those tests need: Python 3.8, torch 2.0.1, and for fine_tuning
+torchvision (`pip install --no-deps torchvision==0.15.2`).
 """
 from __future__ import annotations
 
@@ -23,30 +25,35 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("batching dataloader options optimizers outputs inputs replicated_graph custom_loss losses pipelining sharding precompilation "
-         "requires_grad fine_tuning hooks buffers attach_detach attach_detach_wait_for_ipu ops half_float poplar_executor "
-         "weights_writing").split()
+FILES = (
+    "batching dataloader options optimizers outputs inputs replicated_graph custom_loss losses pipelining sharding precompilation "
+    "requires_grad fine_tuning hooks buffers attach_detach attach_detach_wait_for_ipu ops half_float poplar_executor "
+    "weights_writing").split()
 EXCLUDED = "out of scope: "
 TEST_SECONDS = 300  # a test that takes longer has failed
 
 # (what the test's source says, why it is out of scope)
-OUT_OF_SCOPE = (
-    (r"_debugGetPopartIR|getTensorNames", "reads PopART's graph"),
-    (r"Graph before lowering|mode\(Pipelined\)|graph optimizer|MatMulPartialsType|strides=\[1\]|\"lossScaling=2\"",
-     "reads the graph or optimizer that PopTorch's compiled core logs when it makes them for PopART"),
-    (r"poptorch\.Options (set|added)|set enableEngineCaching|user configuration: Ipu model|IPU cycles: |Acquired 1 IPU",
-     "reads what PopTorch's compiled core logs of its options, devices and executable cache"),
-    (r"finalLossScale", "reads the loss scaling that a device chooses from the range of its float16 gradients"),
-    (r"custom_op|customCodelets", "runs an operation compiled for an IPU"),
-    (r"import pva|pva\.|profile\.pop", "reads the Poplar compiler's profile"),
-    (r"saveInitializersToFile|\.onnx|export_proto", "reads a file that PopART writes"),
-    (r"compileAndExport|loadExecutable|poptorch\.load\(|test_precompile_then_load",
-     "keeps an executable compiled for an IPU in a file"),
-    (r"Failed to acquire|waitForIpu|wait_for_ipu", "waits for an IPU that another process holds"),
-    (r"_accessor\._worker|_data_buffers|_restoreWrapperIfNecessary", "looks into private parts of PopTorch"),
-    (r"def test_get_compilation_time|timedelta\(seconds=1\)", "expects a compilation to take longer than a second"),
-    (r"cycleCount\(\) > 0", "counts IPU cycles"),
-)
+OUT_OF_SCOPE = ((r"_debugGetPopartIR|getTensorNames", "reads PopART's graph"), (
+    r"Graph before lowering|mode\(Pipelined\)|graph optimizer|MatMulPartialsType|strides=\[1\]|\"lossScaling=2\"",
+    "reads the graph or optimizer that PopTorch's compiled core logs when it makes them for PopART"
+), (r"poptorch\.Options (set|added)|set enableEngineCaching|user configuration: Ipu model|IPU cycles: |Acquired 1 IPU",
+    "reads what PopTorch's compiled core logs of its options, devices and executable cache"), (
+        r"finalLossScale",
+        "reads the loss scaling that a device chooses from the range of its float16 gradients"),
+                (r"custom_op|customCodelets",
+                 "runs an operation compiled for an IPU"), (r"import pva|pva\.|profile\.pop",
+                                                            "reads the Poplar compiler's profile"),
+                (r"saveInitializersToFile|\.onnx|export_proto", "reads a file that PopART writes"),
+                (r"compileAndExport|loadExecutable|poptorch\.load\(|test_precompile_then_load",
+                 "keeps an executable compiled for an IPU in a file"),
+                (r"Failed to acquire|waitForIpu|wait_for_ipu",
+                 "waits for an IPU that another process holds"),
+                (r"_accessor\._worker|_data_buffers|_restoreWrapperIfNecessary",
+                 "looks into private parts of PopTorch"),
+                (r"def test_get_compilation_time|timedelta\(seconds=1\)",
+                 "expects a compilation to take longer than a second"), (r"cycleCount\(\) > 0",
+                                                                         "counts IPU cycles"),
+                )
 
 SHIM = """
 import importlib, pkgutil, sys, types
@@ -85,25 +92,37 @@ def pytest_runtest_call(item):
 def run(checkout: Path, name: str, folder: Path) -> dict:
     """{(outcome, reason): [test names]} of one test file."""
     report = folder / f"{name}.xml"
-    ours = [str(folder), str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "poptorch_conformance", f"--junitxml={report}", f"--rootdir={folder}",
-               "-p", "no:cacheprovider", str(checkout / "tests" / f"{name}_test.py")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*ours, os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1",
-           "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-    done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ours = [
+        str(folder),
+        str(Path(__file__).resolve().parents[2]),
+        str(Path(__file__).resolve().parent)]
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "poptorch_conformance", f"--junitxml={report}",
+        f"--rootdir={folder}", "-p", "no:cacheprovider",
+        str(checkout / "tests" / f"{name}_test.py")]
+    env = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([*ours, os.environ.get(
+            "PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+        "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
     if not report.exists():
         raise SystemExit(f"{name}: pytest did not run\n{done.stdout}")
     outcomes = collections.defaultdict(list)
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-        result = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        outcome = {"failure": "failed", "error": "failed"}.get(result.tag, result.tag) if result is not None else "passed"
-        outcomes[outcome, "" if result is None else result.get("message", "")].append(case.get("name"))
+        result = next((child for child in case if child.tag in ("failure", "error", "skipped")),
+                      None)
+        outcome = {"failure": "failed", "error": "failed"}.get(
+            result.tag, result.tag) if result is not None else "passed"
+        outcomes[outcome, "" if result is None else result.get("message", "")].append(
+            case.get("name"))
     return outcomes
 
 
 def main() -> int:
     """Run and report; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", metavar="PATH_TO_POPTORCH", type=Path)
     parser.add_argument("--only", metavar="FILE", nargs="+", default=FILES)
     arguments = parser.parse_args()
@@ -114,11 +133,13 @@ def main() -> int:
         (Path(folder) / "poptorch" / "__init__.py").write_text(SHIM)
         for name in arguments.only:
             began, count = time.monotonic(), collections.Counter()
-            for (outcome, message), tests in run(arguments.checkout.resolve(), name, Path(folder)).items():
+            for (outcome, message), tests in run(arguments.checkout.resolve(), name,
+                                                 Path(folder)).items():
                 count[outcome] += len(tests)
                 if outcome == "skipped":
                     ours = message.startswith(EXCLUDED)
-                    reasons[message[len(EXCLUDED):] if ours else f"skipped by PopTorch itself: {message}"] += len(tests)
+                    reasons[message[len(EXCLUDED):]
+                            if ours else f"skipped by PopTorch itself: {message}"] += len(tests)
                 elif outcome == "failed":
                     failures += [(name, test, message) for test in tests]
             table.append((name, count, time.monotonic() - began))
@@ -132,7 +153,9 @@ def main() -> int:
         print(f"  {number:>4}  {reason}")
     print(f"\n{'file':<28}{'passed':>8}{'failed':>8}{'out of scope':>14}{'seconds':>9}")
     for name, count, seconds in [*table, ("total", total, time.monotonic() - begin)]:
-        print(f"{name:<28}{count['passed']:>8}{count['failed']:>8}{count['skipped']:>14}{seconds:>9.0f}")
+        print(
+            f"{name:<28}{count['passed']:>8}{count['failed']:>8}{count['skipped']:>14}{seconds:>9.0f}"
+        )
     passed, in_scope = total["passed"], total["passed"] + total["failed"]
     print(f"\n{passed} of {in_scope} tests in scope pass ({100 * passed / max(1, in_scope):.1f} %)")
     return 0 if passed >= 0.9 * in_scope else 1

@@ -2,8 +2,9 @@
 
     python -m tests.tools.poptorch_signatures PATH_TO_POPTORCH
 
-PATH_TO_POPTORCH is a checkout of graphcore/poptorch; nothing of it is run. Names of parameters, their order, kind and defaults
-have to agree. Prints every difference with the reason for it, and exits with 1 if one has no reason.
+PATH_TO_POPTORCH is a checkout of graphcore/poptorch; nothing of it is run. Names of parameters,
+their order, kind and defaults have to agree. Prints every difference with the reason for it, and
+exits with 1 if one has no reason.
 """
 from __future__ import annotations
 
@@ -18,27 +19,35 @@ import poptorch_host
 from poptorch_host._poplar_executor import NOT_OFFERED_METHODS
 
 FILES = ("__init__", "enums", "ops", "options", "optim", "profiling", "_poplar_executor", "_impl")
-PRIVATE_CLASSES = ("_DistributedOptions", "_JitOptions", "_PopartOptions", "_PrecisionOptions", "_TensorLocationOptions", "_TrainingOptions")
-NOT_EXPORTED = {"poptorchAtExit", "OptimizerWrapper", "NameScopeHook", "WeakPtr", "WeakKeyPtrDict", "NoExecutable"}
+PRIVATE_CLASSES = ("_DistributedOptions", "_JitOptions", "_PopartOptions", "_PrecisionOptions",
+                   "_TensorLocationOptions", "_TrainingOptions")
+NOT_EXPORTED = {
+    "poptorchAtExit", "OptimizerWrapper", "NameScopeHook", "WeakPtr", "WeakKeyPtrDict",
+    "NoExecutable"}
 
 # Differences that are meant: name -> why
 REASONS = {
     "registerGeometricCustomArgParsers": "registers PyTorch Geometric's types when poptorch_geometric is installed",
     "ConfigFileError": "what Options.loadFromFile raises, which runs code from a file and is not offered",
-    **{f"PoplarExecutor.{name}": why for name, why in NOT_OFFERED_METHODS.items()},
-}
+    **{f"PoplarExecutor.{name}": why for name, why in NOT_OFFERED_METHODS.items()}, }
 
 
 def public_signatures(path: Path) -> Iterator[Tuple[str, ast.FunctionDef]]:
-    """(name or Class.name, definition) of every public function, class constructor and method in a source file."""
+    """(name or Class.name, definition) of every public function, class constructor and method in a
+    source file.
+    """
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield node.name, node
-        elif isinstance(node, ast.ClassDef) and (not node.name.startswith("_") or node.name in PRIVATE_CLASSES):
+        elif isinstance(node, ast.ClassDef) and (not node.name.startswith("_") or
+                                                 node.name in PRIVATE_CLASSES):
             yield node.name, None
             for item in node.body:
-                setter = any(getattr(d, "attr", "") == "setter" for d in getattr(item, "decorator_list", []))
-                if isinstance(item, ast.FunctionDef) and not setter and (item.name == "__init__" or not item.name.startswith("_")):
+                setter = any(
+                    getattr(d, "attr", "") == "setter" for d in getattr(item, "decorator_list", []))
+                if isinstance(item,
+                              ast.FunctionDef) and not setter and (item.name == "__init__" or
+                                                                   not item.name.startswith("_")):
                     yield f"{node.name}.{item.name}", item
 
 
@@ -49,14 +58,16 @@ def parameters_of(node: ast.FunctionDef) -> list:
     defaults = [None] * (len(plain) - len(args.defaults)) + [ast.dump(d) for d in args.defaults]
     out = list(zip(plain, defaults))
     out += [("*" + args.vararg.arg, None)] if args.vararg else []
-    out += [("=" + a.arg, ast.dump(d) if d else None) for a, d in zip(args.kwonlyargs, args.kw_defaults)]
+    out += [("=" + a.arg, ast.dump(d) if d else None)
+            for a, d in zip(args.kwonlyargs, args.kw_defaults)]
     return out + ([("**" + args.kwarg.arg, None)] if args.kwarg else [])
 
 
 def our_definition(name: str):
     """Our object called `name` and its definition, or (None, None) if there is none."""
     owner, _, method = name.rpartition(".")
-    for place in (poptorch_host, poptorch_host.options, poptorch_host.optim, poptorch_host.profiling, poptorch_host.ops):
+    for place in (poptorch_host, poptorch_host.options, poptorch_host.optim,
+                  poptorch_host.profiling, poptorch_host.ops):
         found = getattr(place, owner or method, None)
         if found is not None:
             break
@@ -72,7 +83,8 @@ def our_definition(name: str):
 
 def normal(parameters: list) -> list:
     """The same with defaults that mean the same written the same way."""
-    return [(name, default and default.replace("enums", "").replace("poptorch", "")) for name, default in parameters]
+    return [(name, default and default.replace("enums", "").replace("poptorch", ""))
+            for name, default in parameters]
 
 
 def differences(checkout: Path) -> Dict[str, str]:
@@ -80,7 +92,8 @@ def differences(checkout: Path) -> Dict[str, str]:
     found = {}
     for file in FILES:
         for name, definition in public_signatures(checkout / "python" / f"{file}.py"):
-            if name.split(".")[0] in NOT_EXPORTED or file == "_impl" and name not in ("isRunningOnIpu",):
+            if name.split(".")[0] in NOT_EXPORTED or file == "_impl" and name not in (
+                    "isRunningOnIpu", ):
                 continue
             owner = name.split(".")[0]
             if owner in poptorch_host.NOT_OFFERED:
