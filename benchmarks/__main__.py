@@ -1,8 +1,9 @@
-"""All benchmarks, one after the other, each a process of its own, which prints its ratios, their
-spread and the limit.
+"""Run all benchmarks, one after the other, each in a process of its own.
+
+Each benchmark prints its ratios, their spread and the limits that the ratios have to reach.
 
     python -m benchmarks                       about an hour on 2 cores; needs `accelerate`
-    python -m benchmarks startup features      only those
+    python -m benchmarks startup features      only these two
 """
 from __future__ import annotations
 

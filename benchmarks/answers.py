@@ -1,12 +1,15 @@
-"""Logits to answers: qa.answers against run_qa's way, for as many windows as SQuAD v1's validation
-set has.
+"""Measure how fast qa.answers turns logits into answers, compared with run_qa's implementation.
 
     python -m benchmarks.answers
 
-Two sides to compare with, both checked to give the same answers, scores and n-best lists bit for
-bit: - run_qa and the question-answering notebook: Python loops over pairs, the windows being rows
-of a `datasets` table; - the same loops with the offsets at hand as arrays (tests/plain_answers.py),
-so that the loops alone are compared.
+There are as many windows as in SQuAD v1's validation set. qa.answers is compared with two other
+implementations, and all three are checked to give the same answers, scores and n-best lists bit
+for bit:
+
+- run_qa and the question-answering notebook: Python loops over pairs of tokens, where the windows
+  are rows of a `datasets` table;
+- the same loops with the offsets already in arrays (tests/reference/answers.py), so that the loops
+  alone are compared.
 """
 from __future__ import annotations
 
@@ -29,8 +32,9 @@ LENGTH, N_BEST, MAX_ANSWER, BATCH = 384, 20, 30, 16
 
 
 def trained_logits(random: numpy.random.Generator, windows: SyntheticWindows) -> numpy.ndarray:
-    """float32 [windows, 2, tokens]: low everywhere but around a few places, where end follows
-    start, as a trained model gives.
+    """Logits as a trained model gives them, float32 [windows, 2, tokens].
+
+    They are low everywhere except around a few places, where a high end follows a high start.
     """
     logits = random.normal(-6, 1.5, (len(windows), 2, LENGTH)).astype(numpy.float32)
     for window, first in enumerate(windows.context_start.tolist()):
@@ -42,9 +46,10 @@ def trained_logits(random: numpy.random.Generator, windows: SyntheticWindows) ->
 
 
 class TableWindows:
-    """The windows as rows of a `datasets` table, as run_qa and the notebook keep and read them: one
-    walk over all rows to learn which belong to which question, then a row at a time, all columns
-    becoming Python lists.
+    """The windows as rows of a `datasets` table, as run_qa and the notebook keep and read them.
+
+    One pass over all rows finds out which windows belong to which question. Then one row at a time
+    is read, with all its columns converted to Python lists.
     """
 
     def __init__(self, windows: SyntheticWindows):
@@ -85,17 +90,16 @@ def main() -> None:
     torch.set_num_threads(1)
     random = numpy.random.default_rng(0)
     windows = SyntheticWindows(numpy.full(given.windows, LENGTH))
-    windows.example = numpy.arange(
-        given.windows, dtype=numpy.int32) * 100 // 102  # SQuAD has 1.02 windows a question
+    # SQuAD has 1.02 windows per question.
+    windows.example = numpy.arange(given.windows, dtype=numpy.int32) * 100 // 102
     windows.context_start = random.integers(8, 30, given.windows).astype(numpy.int32)
     count = int(windows.example[-1]) + 1
     examples = Dataset.from_dict({
         "id": [str(i) for i in range(count)], "context": ["0123456789" * 120] * count})
     logits = trained_logits(random, windows)
     tensor = torch.from_numpy(logits)
-    print(
-        f"answers from the logits of {given.windows} windows of {LENGTH} tokens, n_best_size {N_BEST}; {machine()}"
-    )
+    print(f"answers from the logits of {given.windows} windows of {LENGTH} tokens, "
+          f"n_best_size {N_BEST}; {machine()}")
     table = TableWindows(windows)
     for version_2 in (False, True):
         loops = (examples, logits, N_BEST, MAX_ANSWER, version_2, 0.0)
@@ -105,21 +109,17 @@ def main() -> None:
         for name, side in sides.items():
             assert all(map(operator.eq, side(),
                            sides["qa.answers"]())), f"the answers differ from {name}"
-        print(
-            f" version {2 if version_2 else 1}: answers, scores and n-best lists are equal bit for bit"
-        )
-        seconds = alternate(
-            {
-                name: lambda side=side: collections.deque(side(), maxlen=0)
-                for name, side in sides.items()}, given.runs)
+        print(f" version {2 if version_2 else 1}: "
+              "answers, scores and n-best lists are equal bit for bit")
+        seconds = alternate({name: lambda side=side: collections.deque(side(), maxlen=0)
+                             for name, side in sides.items()}, given.runs)
         for name, values in seconds.items():
             describe(name, values, given.windows, "windows")
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         compare(medians["run_qa's way"] / medians["qa.answers"], 10,
                 "times as fast as run_qa's way")
-        print(
-            f"  times as fast as its loops alone: {medians['its loops alone'] / medians['qa.answers']:.2f}"
-        )
+        print("  times as fast as its loops alone: "
+              f"{medians['its loops alone'] / medians['qa.answers']:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Features: examples -> windows with labels, against the Rust tokenizer alone and against the way
-of run_qa.
+"""Measure how fast examples become windows with labels, compared with the Rust tokenizer alone.
 
     python -m benchmarks.features [--file train.json] [--examples 10000] [--tokenizer FOLDER]
-    [--runs 5]
+                                  [--runs 5] [--run_qa]
 
-Without --file the text is made up (benchmarks/questions.py), each context shared by five questions
-as in SQuAD, or with one of its own (--questions_per_context 1). All sides use the same text,
-tokenizer and threads (RAYON_NUM_THREADS). Peak memory is this process's.
+--run_qa measures run_qa's implementation as well. Without --file the text is made up
+(benchmarks/questions.py); five questions share a context, as in SQuAD, unless
+--questions_per_context 1 gives each question a context of its own. All sides use the same text,
+tokenizer and number of threads (RAYON_NUM_THREADS). The peak memory is that of this process.
 """
 import argparse
 import os
@@ -33,9 +33,10 @@ def main():
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        examples = (load_examples(split="train", file=given.file, version_2_with_negative=True,
-                                  cache_dir=folder) if given.file else as_dataset(
-                                      given.examples, given.questions_per_context, folder))
+        examples = (
+            load_examples(split="train", file=given.file, version_2_with_negative=True,
+                          cache_dir=folder)
+            if given.file else as_dataset(given.examples, given.questions_per_context, folder))
         tokenizer = AutoTokenizer.from_pretrained(
             given.tokenizer) if given.tokenizer else train_tokenizer(examples[:2000]["context"])
         pairs = [(question.lstrip(), context)
@@ -54,8 +55,8 @@ def main():
         sides = {"the Rust tokenizer alone": rust, "make_windows": ours}
         if given.run_qa:
             sides["run_qa's way"] = lambda: examples.map(
-                partial(run_qa.features, tokenizer=tokenizer), batched=True, remove_columns=examples
-                .column_names, load_from_cache_file=False)
+                partial(run_qa.features, tokenizer=tokenizer), batched=True,
+                remove_columns=examples.column_names, load_from_cache_file=False)
         seconds = alternate(sides, given.runs)
     print(f"{len(examples)} examples, {len(set(examples['context']))} contexts; {machine()}")
     for name, times in seconds.items():
@@ -69,9 +70,8 @@ def main():
             f"({min(ratios):.2f} .. {max(ratios):.2f})")
     compare(1.3 * tokenizer_time / statistics.median(seconds["make_windows"]), 1,
             "1.3 times the tokenizer's time over ours")
-    print(
-        f"  peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
-    )
+    print("  peak memory of the process: "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 
 def arguments():

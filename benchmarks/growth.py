@@ -1,12 +1,14 @@
-"""How time and memory grow with the number of examples: features, packing, loading, answers. Linear
-time; flat memory beyond the indices.
+"""Measure how time and memory grow with the number of examples.
 
-    python -m benchmarks.growth                    1,000 to 1,000,000 examples (ten minutes, and 4 GB of disk for the last)
+    python -m benchmarks.growth        ten minutes, 4 GB of disk for the largest size
 
-The examples are made up (benchmarks/questions.py), the windows of the last three stages too, one an
-example (benchmarks/input_pipeline.py). Each figure comes from a process of its own. Memory is the
-peak of what the process holds for itself beyond what it held at the start of the stage; examples
-and windows are in a memory-mapped file, whose pages belong to the system's cache.
+The sizes are 1,000 to 1,000,000 examples; the stages are features, packing, loading and answers.
+Time should grow linearly; memory should stay flat apart from the indices.
+
+The examples are made up (benchmarks/questions.py), and so are the windows of the last three
+stages, one per example (benchmarks/input_pipeline.py). Each figure comes from a process of its own.
+Memory is the peak of the process's own (anonymous) memory, less what it held at the start of the
+stage; examples and windows are in a memory-mapped file, whose pages belong to the system's cache.
 """
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def loading(windows: Windows) -> None:
 
 
 def answers(windows: Windows) -> None:
-    """Find the answers of one question a window from the (random) logits of packed rows."""
+    """Find the answers from the (random) logits of packed rows, with one question per window."""
     examples = datasets.Dataset.from_dict({"id": ["question"], "context": [
         "0123456789" * 160]}).select([0] * len(windows))
     rows = InferenceRows(windows, rows_per_step=16, **ROW)
@@ -75,7 +77,7 @@ def own_memory() -> float:
 
 
 def measure(stage: str, folder: str) -> Tuple[float, float]:
-    """(seconds, peak MB beyond the start) of a stage on what is in `folder`."""
+    """Run a stage on the data in `folder`; returns (seconds, peak MB beyond the start)."""
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     source = datasets.load_from_disk(folder)
@@ -102,7 +104,7 @@ def measure(stage: str, folder: str) -> Tuple[float, float]:
 
 
 def prepare(stage: str, folder: str, count: int) -> None:
-    """Write what a stage starts from to `folder`: examples and a tokenizer, or windows."""
+    """Write the input of a stage to `folder`: examples and a tokenizer, or windows."""
     if stage != "features":
         write_windows(folder, count, offsets=stage == "answers")
         return
@@ -118,9 +120,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[
         1_000, 10_000, 100_000, 1_000_000])
     given = parser.parse_args()
-    print(
-        f"growth with the number of examples, rows of 384 tokens, packed; one thread (the tokenizer has as many as there are cores); {machine()}"
-    )
+    print("growth with the number of examples, rows of 384 tokens, packed; one thread "
+          f"(the tokenizer has as many as there are cores); {machine()}")
     print(f"{'examples':>12}" + "".join(f"{stage:>16}: s us/example     MB" for stage in STAGES))
     for count in given.examples:
         figures = []

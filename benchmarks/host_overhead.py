@@ -1,12 +1,11 @@
-"""What poptorch_host costs: a training step through it, and the same step as a hand-written PyTorch
-loop, side by side.
+"""Measure what poptorch_host adds to a training step, compared with a hand-written PyTorch loop.
 
     python -m benchmarks.host_overhead [--seconds 20]
 
-Models: the demo's size, and two layers of roberta-base. Both loops run the same micro-batches at
-the same precision; they take turns step by step in random order, so that whatever else the machine
-does hits both. Prints the median time of a step and their ratio, and as the noise of that ratio the
-same of two plain loops.
+The models have the demo's size and the size of two layers of roberta-base. Both loops run the same
+micro-batches at the same precision. They take turns step by step in random order, so that whatever
+else the machine does affects both. Prints the median time of a step in each loop and their ratio,
+and the ratio of two plain loops as a measure of the noise.
 """
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ SHAPES = {
 
 
 def make(width, layers, heads, vocabulary, length, *unused):
-    """A model on one IPU, dropout as roberta-base has it."""
+    """A model on one IPU, with roberta-base's dropout."""
     torch.manual_seed(0)
     config = RobertaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
                            intermediate_size=4 * width, vocab_size=vocabulary,
@@ -42,7 +41,7 @@ def make(width, layers, heads, vocabulary, length, *unused):
 
 
 def batch(rows, length, vocabulary):
-    """Rows of one window each, a tenth of them padding."""
+    """Rows of one window each, where the last tenth of each row is padding."""
     ids = torch.randint(3, vocabulary, (rows, length), dtype=torch.int32)
     positions = torch.arange(2, length + 2, dtype=torch.int32).repeat(rows, 1)
     windows = torch.ones(rows, length, dtype=torch.int32)
@@ -52,10 +51,10 @@ def batch(rows, length, vocabulary):
 
 
 def plain_step(model, micro_batch, accumulation, half):
-    """A hand-written step; half precision is autocast to bfloat16, as one would write it."""
+    """A hand-written training step; half precision is autocast to bfloat16, as is customary."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, fused=hasattr(torch, "_fused_adamw_") and
-        torch.__version__ >= "2.4")
+        model.parameters(), lr=1e-4,
+        fused=hasattr(torch, "_fused_adamw_") and torch.__version__ >= "2.4")
 
     def step(tensors):
         optimizer.zero_grad(set_to_none=True)
@@ -67,7 +66,7 @@ def plain_step(model, micro_batch, accumulation, half):
 
 
 def host_step(model, accumulation, half):
-    """The same through poptorch_host."""
+    """The same training step through poptorch_host."""
     options = poptorch.Options()
     options.Training.gradientAccumulation(accumulation)
     model = model.half() if half else model
@@ -77,12 +76,12 @@ def host_step(model, accumulation, half):
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure every shape and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20, help="how long to measure each shape")
     seconds = parser.parse_args().seconds
     random.seed(0)
-    torch.set_num_threads(1)  # threads that wait for each other count as processor time
+    torch.set_num_threads(1)  # with more, waiting for another thread counts as processor time
     print(f"poptorch_host against a plain PyTorch loop, one thread; {machine()}")
     for name, shape in SHAPES.items():
         _, _, _, vocabulary, length, micro_batch, accumulation, precision = shape
@@ -100,13 +99,11 @@ def main() -> None:
                 steps[kind](tensors)
                 times[kind].append(time.process_time() - began)
         plain, again, host = (statistics.median(times[kind][1:]) for kind in steps)
-        print(
-            f"{name}: plain {1e3 * plain:.1f} ms, poptorch_host {1e3 * host:.1f} ms of processor time a step ({len(times['host'])} steps each)"
-        )
-        compare(
-            1.03 * (plain + again) / 2 / host, 1,
-            f"ratio {2 * host / (plain + again):.3f} (two plain loops: {again / plain:.3f}), 1.03 over it"
-        )
+        print(f"{name}: plain {1e3 * plain:.1f} ms, poptorch_host {1e3 * host:.1f} ms "
+              f"of processor time a step ({len(times['host'])} steps each)")
+        compare(1.03 * (plain + again) / 2 / host, 1,
+                f"ratio {2 * host / (plain + again):.3f} "
+                f"(two plain loops: {again / plain:.3f}), 1.03 over it")
 
 
 if __name__ == "__main__":

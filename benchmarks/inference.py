@@ -1,11 +1,10 @@
-"""Answering a file of questions: infer.py with packed rows against transformers' question-answering
-pipeline.
+"""Measure how fast infer.py answers a file of questions, compared with transformers' pipeline.
 
     python -m benchmarks.inference [--questions 10000] [--width 256] [--layers 4] [--runs 1]
 
-Whole commands on the same untrained model and the same made-up questions as long as SQuAD's. The
-pipeline runs as it is (float32, a window at a time), and at its best on a processor (bfloat16, 16
-windows at a time).
+Whole commands are timed, on the same untrained model and the same made-up questions, which are as
+long as SQuAD's. infer.py packs its rows. The question-answering pipeline runs with its defaults
+(float32, one window at a time) and at its best on a processor (bfloat16, 16 windows at a time).
 """
 from __future__ import annotations
 
@@ -26,9 +25,7 @@ PIPELINE, BEST, OURS = "pipeline", "pipeline, bfloat16, batches of 16", "infer.p
 
 
 def run_pipeline(folder: Path, best: bool) -> None:
-    """Answer the questions in `folder` by transformers' pipeline: the other side, run as a command
-    of its own.
-    """
+    """Answer the questions in `folder` with transformers' pipeline, as a command of its own."""
     import torch
     from transformers import pipeline
 
@@ -37,15 +34,16 @@ def run_pipeline(folder: Path, best: bool) -> None:
     questions = [
         json.loads(line)
         for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    answers = answering(question=[each["question"] for each in questions], context=[
-        each["context"] for each in questions], max_seq_len=384, doc_stride=128, max_answer_len=30,
-                        batch_size=16 if best else 1)
+    answers = answering(
+        question=[each["question"] for each in questions],
+        context=[each["context"] for each in questions],
+        max_seq_len=384, doc_stride=128, max_answer_len=30, batch_size=16 if best else 1)
     with open(folder / "pipeline.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(answer) + "\n" for answer in answers)
 
 
 def commands(folder: Path) -> Dict[str, List[str]]:
-    """The command of each side."""
+    """The arguments to Python of each side's command."""
     other = ["-m", "benchmarks.inference", "--folder", str(folder)]
     ours = [
         "infer.py", "--checkpoint",
@@ -83,9 +81,8 @@ def main() -> None:
                 seconds.setdefault(side, []).append(time.perf_counter() - begin)
                 if done.returncode:
                     sys.exit(f"{side} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    print(
-        f"{given.questions:,} questions, a model of {given.layers} layers of width {given.width}, whole commands; {machine()}"
-    )
+    print(f"{given.questions:,} questions, a model of {given.layers} layers of width "
+          f"{given.width}, whole commands; {machine()}")
     medians = {side: statistics.median(runs) for side, runs in seconds.items()}
     for side, runs in seconds.items():
         describe(side, runs, given.questions, "questions")

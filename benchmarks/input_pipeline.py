@@ -1,11 +1,11 @@
-"""From cached windows to the training loop: packing, collation, poptorch.DataLoader; where the time
-goes, and how far ahead it is.
+"""Measure each stage between the cached windows and the training loop.
 
     python -m benchmarks.input_pipeline            length 384, unpacked and packed
 
-The limit is 10 times the published rate of this job on 16 Mk2 IPUs, 1,317 windows/s
-(Graphcore/roberta-base-squad). The windows are made up, with lengths distributed as SQuAD's are,
-and stored and read as qa.windows does.
+The stages are packing, collation and poptorch.DataLoader. The loader has to deliver 10 times the
+published rate of this job on 16 Mk2 IPUs, which is 1,317 windows/s (Graphcore/roberta-base-squad).
+The windows are made up, with SQuAD's distribution of lengths, and are stored and read as
+qa.data.windows stores and reads them.
 """
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ MICRO_BATCHES, REPLICAS = 16, 4  # the published run's accumulation and replicat
 
 
 def write_windows(folder: str, count: int, offsets: bool = False) -> Windows:
-    """Windows with labels or offsets, as qa.windows.make_windows writes them, in a memory-mapped
-    Arrow file.
+    """Write windows with labels or offsets to a memory-mapped Arrow file, and open it.
+
+    The columns are those that qa.data.windows.make_windows writes.
     """
     disable_progress_bars()
     random = numpy.random.default_rng(0)
-    lengths = random.gamma(7.5, 24, count).clip(20, 384).astype(
-        numpy.int32)  # mean 180, 95th percentile 300
+    # The mean is 180 tokens, the 95th percentile 300.
+    lengths = random.gamma(7.5, 24, count).clip(20, 384).astype(numpy.int32)
     begins = numpy.concatenate([[0], numpy.cumsum(lengths)]).astype(numpy.int32)
     starts = random.integers(10, lengths).astype(numpy.int16)
     columns = {
         "input_ids": pyarrow.ListArray.from_arrays(
-            begins,
-            random.integers(4, 50_000, begins[-1]).astype(numpy.uint16)), "example": numpy.arange(
-                count, dtype=numpy.int32), "cls_position": numpy.zeros(count, numpy.int16),
+            begins, random.integers(4, 50_000, begins[-1]).astype(numpy.uint16)),
+        "example": numpy.arange(count, dtype=numpy.int32),
+        "cls_position": numpy.zeros(count, numpy.int16),
         "context_start": numpy.full(count, 12, numpy.int16)}
     if offsets:
-        characters = 4 * numpy.arange(begins[-1] - 13 * count,
-                                      dtype=numpy.int32)  # a context is all but 13 tokens
+        # All but 13 tokens of a window are context.
+        characters = 4 * numpy.arange(begins[-1] - 13 * count, dtype=numpy.int32)
         begins -= 13 * numpy.arange(count + 1, dtype=numpy.int32)
         characters -= 4 * numpy.repeat(begins[:-1], numpy.diff(begins))
         columns["offsets"] = pyarrow.ListArray.from_arrays(
-            2 * begins,
-            numpy.stack((characters, characters + 4), 1).ravel())
+            2 * begins, numpy.stack((characters, characters + 4), 1).ravel())
     else:
         columns.update(start_position=starts, end_position=starts)
     Dataset(pyarrow.table(columns)).save_to_disk(folder)
@@ -59,8 +59,9 @@ def write_windows(folder: str, count: int, offsets: bool = False) -> Windows:
 
 
 def one_pass(windows: Windows, plan: dict, options) -> dict:
-    """Seconds of one pass over all windows for each stage by itself; the loaders contain the stages
-    above them.
+    """Run each stage once over all windows; returns {stage: seconds}.
+
+    The time of a loader includes the reading and collating that it does itself.
     """
     seconds, clock = {}, time.perf_counter()
 
@@ -118,9 +119,9 @@ def main() -> None:
         print(f" {name}")
         for stage in runs[0]:
             values = [run[stage] for run in runs]
-            print(
-                f"  {stage:28} {statistics.median(values):8.3f} s  {given.windows / statistics.median(values):12,.0f} windows/s"
-                f"   (runs {min(values):.3f} .. {max(values):.3f} s)")
+            print(f"  {stage:28} {statistics.median(values):8.3f} s  "
+                  f"{given.windows / statistics.median(values):12,.0f} windows/s"
+                  f"   (runs {min(values):.3f} .. {max(values):.3f} s)")
         rate = given.windows / statistics.median([run["DataLoader, async"] for run in runs])
         compare(rate / PUBLISHED, 10, f"times the published {PUBLISHED:,} windows/s on 16 IPUs")
 

@@ -1,6 +1,4 @@
-"""How the benchmarks measure: both sides in turn on the same machine, medians, spread, and the
-ratio against its limit.
-"""
+"""What all benchmarks share: running the sides in turn, and printing times and ratios."""
 from __future__ import annotations
 
 import os
@@ -11,9 +9,7 @@ from typing import Callable, Dict, List
 
 
 def alternate(sides: Dict[str, Callable], runs: int) -> Dict[str, List[float]]:
-    """Run the sides in turn, `runs` times each after one round to warm up; returns each side's
-    seconds.
-    """
+    """Run the sides in turn, `runs` times each after a warm-up round; returns {side: [seconds]}."""
     seconds = {name: [] for name in sides}
     for run in range(runs + 1):
         for name, side in sides.items():
@@ -32,13 +28,13 @@ def describe(name: str, seconds: List[float], amount: int, unit: str) -> None:
 
 
 def compare(ratio: float, least: float, what: str) -> None:
-    """Print a ratio that has to be at least `least`."""
+    """Print a ratio and whether it reaches its limit `least`."""
     print(
         f"  {what}: {ratio:.2f} (at least {least:g}: {'reached' if ratio >= least else 'MISSED'})")
 
 
 def machine() -> str:
-    """The machine and the versions a figure belongs to."""
+    """The processor and the versions of Python and torch that the figures were measured on."""
     import torch
 
     model = platform.processor() or platform.machine()
@@ -46,12 +42,14 @@ def machine() -> str:
         model = next(
             (line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")),
             model)
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}, torch {torch.__version__}"
+    return (f"{len(os.sched_getaffinity(0))} cores of {model}, "
+            f"Python {platform.python_version()}, torch {torch.__version__}")
 
 
 def matmul_rate(dtype) -> float:
-    """FLOP/s of a matrix multiplication of roberta-base's size (1,536 tokens, 768 -> 3,072),
-    fastest of ten.
+    """FLOP/s of a matrix multiplication of roberta-base's size, the fastest of ten.
+
+    It multiplies 1,536 tokens of width 768 by a weight that maps 768 to 3,072.
     """
     import torch
 

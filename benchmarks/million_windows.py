@@ -1,12 +1,12 @@
-"""A million windows through poptorch.DataLoader in one epoch: the time, and that memory does not
-grow on the way.
+"""Measure time and memory of one epoch of a million windows through poptorch.DataLoader.
 
     python -m benchmarks.million_windows           packed and unpacked; one minute, 0.4 GB of disk
 
-Memory is what the training process and its loader's worker hold for themselves (proc(5), RssAnon +
-RssShmem; what they share counts twice), read after every tenth of the epoch; the windows are in a
-memory-mapped file, whose pages belong to the system's cache. The peak is the largest resident size
-of the training process, with the pages of that file that it has read.
+Memory should not grow during the epoch. It is read after every tenth of the epoch, and is what the
+training process and its loader's worker hold themselves (proc(5), RssAnon + RssShmem; what they
+share counts twice). The windows are in a memory-mapped file, whose pages belong to the system's
+cache. The peak is the largest resident size of the training process, which includes the pages of
+that file that it has read.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qa.data.windows import Windows
 
 
 def held_memory() -> float:
-    """MB that this process and its children hold for themselves."""
+    """MB that this process and its children hold themselves, without pages of mapped files."""
     kilobytes = 0
     for process in ("self", *(child.pid for child in multiprocessing.active_children())):
         with open(f"/proc/{process}/status", encoding="ascii") as status:
@@ -40,19 +40,19 @@ def held_memory() -> float:
 
 
 def epoch(folder: str, room: int) -> Dict[str, float]:
-    """One epoch over the windows in `folder`, up to `room` of them in a row, as train.py loads it.
+    """Load one epoch of the windows in `folder` as train.py does, up to `room` windows in a row.
 
-    Returns the windows counted in the batches, seconds, peak MB, and the MB held after the first
-    and after the last tenth.
+    Returns the number of windows in the batches, the seconds, the peak MB, and the MB held after
+    the first and after the last tenth of the epoch.
     """
     torch.set_num_threads(1)
     options = poptorch.Options()
     options.Training.gradientAccumulation(MICRO_BATCHES)
     options.replicationFactor(REPLICAS)
     begin = time.perf_counter()
-    rows = TrainingRows(Windows(
-        datasets.load_from_disk(folder)), row_length=384, max_windows_per_row=room, pad_token_id=1,
-                        micro_batch_size=1, micro_batches_per_update=MICRO_BATCHES * REPLICAS)
+    rows = TrainingRows(
+        Windows(datasets.load_from_disk(folder)), row_length=384, max_windows_per_row=room,
+        pad_token_id=1, micro_batch_size=1, micro_batches_per_update=MICRO_BATCHES * REPLICAS)
     loader = poptorch.DataLoader(options, rows, batch_size=1, collate_fn=collate,
                                  mode=poptorch.DataLoaderMode.Async)
     windows, held = 0, []
@@ -78,13 +78,15 @@ def main() -> None:
         for name, room in (("packed", 8), ("unpacked", 1)):
             seen = in_a_process_of_its_own(epoch, folder, room)
             print(
-                f"{name:>9}: {seen['windows']:,} windows in {seen['seconds']:.1f} s, {seen['windows'] / seen['seconds']:,.0f} windows/s; "
-                f"peak {seen['peak']:.0f} MB; held after the first tenth {seen['first']:.0f} MB, after the last {seen['last']:.0f} MB: "
+                f"{name:>9}: {seen['windows']:,} windows in {seen['seconds']:.1f} s, "
+                f"{seen['windows'] / seen['seconds']:,.0f} windows/s; "
+                f"peak {seen['peak']:.0f} MB; held after the first tenth {seen['first']:.0f} MB, "
+                f"after the last {seen['last']:.0f} MB: "
                 f"growth {seen['last'] - seen['first']:+.1f} MB", flush=True)
 
 
 def in_a_process_of_its_own(function, *arguments):
-    """The function's result; what it has allocated on the way goes with its process."""
+    """Call the function in a new process, which takes all it has allocated along when it ends."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 

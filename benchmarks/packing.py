@@ -1,11 +1,13 @@
-"""Packing: how full the rows are and how long it takes; and that a model trained packed answers as
-well as one trained unpacked.
+"""Measure how full packed rows are, how long packing takes, and how well the trained model answers.
 
-    python -m benchmarks.packing [--file FILE --tokenizer FOLDER] [--seeds 3]         quarter of an hour on 2 cores
+    python -m benchmarks.packing [--file FILE --tokenizer FOLDER] [--seeds 3]
 
-Fullness: 100,000 window lengths distributed as SQuAD's are (181 tokens on average, 300 at the 95th
-percentile, rows of 384, up to 8 windows in a row), and with --file the windows of those questions.
-Quality: the demo, with each seed packed and unpacked.
+It takes a quarter of an hour on 2 cores.
+
+Fullness: 100,000 window lengths with SQuAD's distribution (181 tokens on average, 300 at the 95th
+percentile) are packed into rows of 384 tokens with up to 8 windows; with --file also the windows of
+those questions.
+Quality: the demo is trained packed and unpacked with each seed; both should answer equally well.
 """
 from __future__ import annotations
 
@@ -28,13 +30,12 @@ ROW_LENGTH, MOST = 384, 8
 
 
 def fullness(what: str, lengths: numpy.ndarray, least: float) -> None:
-    """Pack windows of these lengths and print the share of the rows' tokens that is real."""
+    """Pack windows of these lengths and print which share of the rows' tokens is not padding."""
     begin = time.perf_counter()
     rows = len(pack(lengths, ROW_LENGTH, MOST).row_slots) - 1
     seconds = time.perf_counter() - begin
-    print(
-        f"{what}: {len(lengths):,} windows of {lengths.mean():.0f} tokens on average, {len(lengths) / rows:.2f} in a row; "
-        f"packed in {seconds:.3f} s on one core")
+    print(f"{what}: {len(lengths):,} windows of {lengths.mean():.0f} tokens on average, "
+          f"{len(lengths) / rows:.2f} in a row; packed in {seconds:.3f} s on one core")
     compare(100 * lengths.sum() / (rows * ROW_LENGTH), least,
             "per cent of the rows' tokens that are real")
 
@@ -53,8 +54,10 @@ def lengths_of(file: str, tokenizer: str) -> numpy.ndarray:
 
 
 def demo(seed: int, packed: bool) -> Tuple[float, float, float]:
-    """(exact match, F1, seconds) of the demo; unpacked in rows that its longest window fits, so as
-    not to compute padding alone.
+    """Train and evaluate the demo; returns (exact match, F1, seconds).
+
+    Unpacked rows are only as long as the longest window requires, so that the time is not spent on
+    padding.
     """
     with tempfile.TemporaryDirectory() as folder:
         rows = [] if packed else [
@@ -87,13 +90,12 @@ def main() -> None:
             found[packed].append(demo(seed, packed))
             exact_match, f1, seconds = found[packed][-1]
             print(
-                f"demo, seed {seed}, {'packed' if packed else 'unpacked'}: exact match {exact_match:.2f}, F1 {f1:.2f}, {seconds:.0f} s",
-                flush=True)
+                f"demo, seed {seed}, {'packed' if packed else 'unpacked'}: "
+                f"exact match {exact_match:.2f}, F1 {f1:.2f}, {seconds:.0f} s", flush=True)
     if given.seeds:
         means = {packed: statistics.mean(f1 for _, f1, _ in runs) for packed, runs in found.items()}
-        print(
-            f"  mean F1 of {given.seeds} seeds: packed {means[True]:.2f}, unpacked {means[False]:.2f}"
-        )
+        print(f"  mean F1 of {given.seeds} seeds: "
+              f"packed {means[True]:.2f}, unpacked {means[False]:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What the benchmarks run on: made-up questions in SQuAD's proportions, a tokenizer trained on
-them, and untrained models.
-"""
+"""The data of the benchmarks: made-up questions, a tokenizer trained on them, untrained models."""
 from __future__ import annotations
 
 import json
@@ -13,12 +11,11 @@ ROBERTA_BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_siz
 
 
 def made_up(count: int, questions_per_context: int = 5, seed: int = 0) -> Iterator[dict]:
-    """`count` questions with SQuAD's columns, `questions_per_context` to a context as in SQuAD; one
-    after the other, in flat memory.
+    """Yield `count` made-up questions with SQuAD's columns, one at a time, in constant memory.
 
-    Random words, of which `train_tokenizer` makes one token each. The number of words is drawn so
-    that a window has the length that SQuAD's have: 181 tokens on average, 300 at the 95th
-    percentile.
+    `questions_per_context` consecutive questions share a context. The texts are random words, each
+    of which becomes one token of `train_tokenizer`. The number of words is drawn so that windows
+    are as long as SQuAD's: 181 tokens on average, 300 at the 95th percentile.
     """
     rng = random.Random(seed)
     words = [
@@ -35,14 +32,15 @@ def made_up(count: int, questions_per_context: int = 5, seed: int = 0) -> Iterat
 
 
 def as_dataset(count: int, questions_per_context: int, folder: str):
-    """Made-up questions as a memory-mapped data set: written row by row, so memory does not grow
-    with `count`.
+    """Made-up questions as a memory-mapped data set.
+
+    It is written row by row, so memory does not grow with `count`.
     """
     import datasets
 
     answers = {
-        "text": datasets.Sequence(datasets.Value("string")), "answer_start": datasets.Sequence(
-            datasets.Value("int32"))}
+        "text": datasets.Sequence(datasets.Value("string")),
+        "answer_start": datasets.Sequence(datasets.Value("int32"))}
     columns = {name: datasets.Value("string") for name in ("id", "question", "context")}
     return datasets.Dataset.from_generator(
         made_up, gen_kwargs=dict(count=count, questions_per_context=questions_per_context),
@@ -56,9 +54,7 @@ def write_questions(path: Path, questions: Iterable[dict]) -> None:
 
 
 def train_tokenizer(texts: Iterable[str]):
-    """RoBERTa's kind of tokenizer, a byte-level BPE with at most 20,000 entries, trained on
-    `texts`.
-    """
+    """Train RoBERTa's kind of tokenizer, a byte-level BPE, with at most 20,000 entries."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from tokenizers.processors import RobertaProcessing
     from transformers import RobertaTokenizerFast
@@ -71,8 +67,9 @@ def train_tokenizer(texts: Iterable[str]):
 
 
 def write_model(folder: Path, tokenizer, layers: int, **shape) -> None:
-    """Write a RoBERTa with random weights for `tokenizer`, and the tokenizer, in Hugging Face's
-    layout; shape: as ROBERTA_BASE.
+    """Write a RoBERTa with random weights, and its tokenizer, in Hugging Face's layout.
+
+    `shape` has the keys of ROBERTA_BASE.
     """
     import torch
     from transformers import RobertaConfig, RobertaForQuestionAnswering

@@ -1,6 +1,4 @@
-"""Windows with labels made as transformers' run_qa makes them, padded, each label found token by
-token.
-"""
+"""Windows with labels as transformers' run_qa makes them: padded, labels found token by token."""
 from __future__ import annotations
 
 from typing import Union
@@ -8,7 +6,7 @@ from typing import Union
 
 def features(batch: dict, tokenizer, max_seq_length: int = 384, doc_stride: int = 128,
              padding: Union[str, bool] = "max_length"):
-    """The windows of a batch of examples, for `datasets.Dataset.map`."""
+    """Turn a batch of examples into windows, for `datasets.Dataset.map`."""
     encoded = tokenizer([question.lstrip() for question in batch["question"]], batch["context"],
                         truncation="only_second", max_length=max_seq_length, stride=doc_stride,
                         return_overflowing_tokens=True, return_offsets_mapping=True,

@@ -1,10 +1,10 @@
-"""Start-up: `train.py --help`, and infer.py from its start to the answer of one question.
+"""Measure start-up: `train.py --help`, and infer.py until it has answered one question.
 
     python -m benchmarks.startup [--runs 5] [--layers 12]
 
-The limits: --help in 1.5 seconds and 1.3 times the import of transformers' argument parser; the
-answer in 1.3 times what it takes to import torch and transformers and to load the same model
-(roberta-base's size, untrained) with its tokenizer.
+The limits: --help may take 1.5 seconds, and 1.3 times as long as importing transformers' argument
+parser. The answer may take 1.3 times as long as importing torch and transformers and loading the
+same model (roberta-base's size, untrained) with its tokenizer.
 """
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ def main() -> None:
     given = parser.parse_args()
 
     def command(*words):
-        return lambda: subprocess.run([sys.executable, *map(str, words)], check=True, capture_output
-                                      =True)
+        return lambda: subprocess.run([sys.executable, *map(str, words)], check=True,
+                                      capture_output=True)
 
     with tempfile.TemporaryDirectory() as name:
         question = next(made_up(1))
         write_model(Path(name), train_tokenizer(each["context"] for each in made_up(2000, 1)),
                     given.layers, **ROBERTA_BASE)
-        seconds = alternate(
-            {
-                "import HfArgumentParser": command(
-                    "-c", "from transformers import HfArgumentParser"), "train.py --help": command(
-                        "train.py", "--help"), "import and load the model": command(
-                            "-c", LOAD.format(folder=name)), "infer.py, one question": command(
-                                "infer.py", "--checkpoint", name, "--question",
-                                question["question"], "--context", question["context"],
-                                "--ipus_per_replica", 1, "--layers_per_ipu", -1), }, given.runs)
+        seconds = alternate({
+            "import HfArgumentParser": command(
+                "-c", "from transformers import HfArgumentParser"),
+            "train.py --help": command("train.py", "--help"),
+            "import and load the model": command("-c", LOAD.format(folder=name)),
+            "infer.py, one question": command(
+                "infer.py", "--checkpoint", name, "--question", question["question"],
+                "--context", question["context"],
+                "--ipus_per_replica", 1, "--layers_per_ipu", -1),
+        }, given.runs)
     print(f"start-up; the model has {given.layers} layers of roberta-base; {machine()}")
     for side, runs in seconds.items():
         describe(side, runs, 1, "runs")

@@ -1,11 +1,11 @@
-"""Fine-tuning as people do it: Hugging Face's Trainer with run_qa's preprocessing. The other side
-of benchmarks/training.py.
+"""Fine-tune with Hugging Face's Trainer and run_qa's preprocessing.
 
     python -m benchmarks.trainer --model FOLDER --train_file FILE --output_dir FOLDER [--best]
 
-As people run it, every window is padded to max_seq_length and computed in float32. --best is what
-Trainer does best on a processor: bfloat16, batches padded to their longest window, windows of like
-length together, no clipping. Needs `accelerate`.
+benchmarks/training.py compares train.py with this command. By default every window is padded to
+max_seq_length and computed in float32, as is usual. --best selects what is fastest for Trainer on a
+processor: bfloat16, batches padded to their longest window, windows of similar length together, no
+gradient clipping. Needs `accelerate`.
 """
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     examples = load_examples(split="train", file=given.train_file, version_2_with_negative=True)
     windows = examples.map(
-        features, batched=True,
-        remove_columns=examples.column_names, load_from_cache_file=False, fn_kwargs=dict(
+        features, batched=True, remove_columns=examples.column_names, load_from_cache_file=False,
+        fn_kwargs=dict(
             tokenizer=tokenizer, max_seq_length=given.max_seq_length, doc_stride=given.doc_stride,
             padding=False if given.best else "max_length"))
     arguments = TrainingArguments(
@@ -52,8 +52,8 @@ def main() -> None:
         learning_rate=given.learning_rate, weight_decay=0.01, warmup_ratio=0.1,
         max_grad_norm=0.0 if given.best else 1.0, save_strategy="no", report_to=[], seed=42)
     trainer = Trainer(
-        AutoModelForQuestionAnswering.from_pretrained(
-            given.model), arguments, train_dataset=windows, processing_class=tokenizer,
+        AutoModelForQuestionAnswering.from_pretrained(given.model), arguments,
+        train_dataset=windows, processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer) if given.best else default_data_collator)
     print(f"{len(windows)} windows")
     trainer.train()

@@ -1,13 +1,16 @@
-"""Whole fine-tunings, from the start of the command to the saved model: train.py against Hugging
-Face's Trainer.
+"""Measure whole fine-tunings with train.py and with Hugging Face's Trainer.
 
-    python -m benchmarks.training [--jobs shape demo] [--runs 1]          needs `accelerate`; 12 minutes a run on 2 cores
+    python -m benchmarks.training [--jobs shape demo] [--runs 1]
 
-Same model, questions, epochs, windows in an update and schedule on each side; Trainer runs run_qa's
-preprocessing (benchmarks/trainer.py).
-    shape   layers of roberta-base on made-up questions as long as SQuAD's, one epoch: the time
-    demo    the demo's questions and model, three epochs from other seeds each run: exact match and F1 as well
-The saved models answer the validation questions through the same infer.py.
+Needs `accelerate`, and 12 minutes per run on 2 cores. The time is that from the start of the
+command to the saved model. Both sides have the same model, questions, epochs, number of windows in
+an update, and schedule; Trainer runs run_qa's preprocessing (benchmarks/trainer.py). The jobs:
+
+    shape   layers of roberta-base on made-up questions as long as SQuAD's, one epoch; time only
+    demo    the demo's questions and model, three epochs, other seeds in each run; time, exact
+            match and F1
+
+The saved models of both sides answer the validation questions through the same infer.py.
 """
 from __future__ import annotations
 
@@ -32,14 +35,12 @@ from benchmarks.questions import (
 )
 
 PADDED, BEST, OURS = "Trainer, padded, float32", "Trainer, bfloat16, by length", "train.py, packed"
-ONE_IPU = ["--ipus_per_replica", "1", "--layers_per_ipu",
-           "-1"]  # no pipeline, whose least accumulation makes small micro-batches
+# Without a pipeline, which requires more accumulation and so makes micro-batches smaller.
+ONE_IPU = ["--ipus_per_replica", "1", "--layers_per_ipu", "-1"]
 
 
 class Result(NamedTuple):
-    """One run: seconds from the command's start to its saved model, windows seen, exact match and
-    F1.
-    """
+    """One run: seconds until the model is saved, number of windows trained on, exact match, F1."""
 
     seconds: float
     windows: int
@@ -48,9 +49,7 @@ class Result(NamedTuple):
 
 
 def run(command: List[str], folder: Path, validation_file: Path, epochs: int) -> Result:
-    """Run a fine-tuning that saves its model in `folder`, then ask that model the validation
-    questions.
-    """
+    """Run a fine-tuning that saves its model in `folder`, then answer the validation questions."""
     begin = time.time()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
@@ -97,8 +96,9 @@ def shape_job(folder: Path, seed: int, layers: int, questions: int) -> Dict[str,
 
 
 def demo_job(folder: Path, seed: int) -> Dict[str, List[str]]:
-    """The commands of the job `demo`. No window of its is longer than 64 tokens: that is what
-    Trainer pads to.
+    """The commands of the job `demo`.
+
+    Trainer pads to 64 tokens, since no window of the demo is longer.
     """
     from qa.data.demo import write_demo
 
@@ -110,25 +110,12 @@ def demo_job(folder: Path, seed: int) -> Dict[str, List[str]]:
     return {
         PADDED: trainer,
         BEST: [*trainer, "--best"],
+        # 7 packed rows hold 31 windows.
         OURS: [
-            "train.py",
-            "--config",
-            "demo",
-            "--demo_data",
-            "false",
-            "--model_name_or_path",
-            folder / "model",
-            "--seed",
-            seed,
-            *ONE_IPU,
-            "--micro_batch_size",
-            "7",
-            "--gradient_accumulation_steps",
-            "4",  # 7 packed rows hold 31 windows
-            "--train_file",
-            folder / "train.json",
-            "--validation_file",
-            folder / "validation.json"], }
+            "train.py", "--config", "demo", "--demo_data", "false", "--model_name_or_path",
+            folder / "model", "--seed", seed, *ONE_IPU, "--micro_batch_size", "7",
+            "--gradient_accumulation_steps", "4", "--train_file", folder / "train.json",
+            "--validation_file", folder / "validation.json"], }
 
 
 def main() -> None:
@@ -157,8 +144,9 @@ def main() -> None:
 
 
 def report(job: str, results: Dict[str, List[Result]], layers: int) -> None:
-    """Print each side, and for the job `shape` the ratios asked for and the distance to the matrix
-    multiplications alone.
+    """Print the figures of each side and, for the job `shape`, the ratios against their limits.
+
+    For `shape` it also prints the rate that the matrix multiplications alone would allow.
     """
     print(f"{job}" + (f": {layers} layers of roberta-base" if job == "shape" else ""))
     medians = {}
@@ -167,27 +155,26 @@ def report(job: str, results: Dict[str, List[Result]], layers: int) -> None:
         medians[side] = runs[0].windows / statistics.median(seconds)
         quality = "".join(f"   {result.exact_match:.2f} / {result.f1:.2f}"
                           for result in runs) if job == "demo" else ""
-        print(
-            f"  {side:32} {statistics.median(seconds):7.1f} s ({min(seconds):.1f} .. {max(seconds):.1f})   "
-            f"{runs[0].windows:,} windows   {medians[side]:7.2f} windows/s{'   exact match / F1 by seed:' if quality else ''}{quality}"
-        )
+        print(f"  {side:32} {statistics.median(seconds):7.1f} s "
+              f"({min(seconds):.1f} .. {max(seconds):.1f})   "
+              f"{runs[0].windows:,} windows   {medians[side]:7.2f} windows/s"
+              f"{'   exact match / F1 by seed:' if quality else ''}{quality}")
     if job == "demo":
-        print(
-            f"  train.py over Trainer padded: {medians[OURS] / medians[PADDED]:.2f}, over Trainer at its best: {medians[OURS] / medians[BEST]:.2f}"
-        )
+        print(f"  train.py over Trainer padded: {medians[OURS] / medians[PADDED]:.2f}, "
+              f"over Trainer at its best: {medians[OURS] / medians[BEST]:.2f}")
         return
     compare(medians[OURS] / medians[PADDED], 4.4, "windows/s of train.py over Trainer padded")
     compare(medians[OURS] / medians[BEST], 1.2, "windows/s of train.py over Trainer at its best")
     import torch
 
     parameters = layers * 12 * ROBERTA_BASE["hidden_size"] ** 2
-    # a window's tokens on average; forward 2, backward 4 for each parameter (Kaplan et al. 2020)
+    # 181 tokens per window on average; for each parameter and token 2 operations in the forward
+    # and 4 in the backward pass (Kaplan et al. 2020).
     operations = 6 * parameters * 181
     rate = matmul_rate(torch.bfloat16)
-    print(
-        f"  the matrix multiplications alone, at this machine's {rate / 1e9:.0f} GFLOP/s in bfloat16: {rate / operations:.2f} windows/s "
-        f"(train.py reaches {100 * medians[OURS] * operations / rate:.0f} % of it, start-up and all)"
-    )
+    print(f"  the matrix multiplications alone, at this machine's {rate / 1e9:.0f} GFLOP/s in "
+          f"bfloat16: {rate / operations:.2f} windows/s (train.py reaches "
+          f"{100 * medians[OURS] * operations / rate:.0f} % of it, start-up and all)")
 
 
 if __name__ == "__main__":

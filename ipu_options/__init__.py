@@ -1,9 +1,9 @@
-"""How the job is mapped to IPUs. This is the one place that decides which PopTorch runs.
+"""Maps the job to IPUs, and decides which PopTorch runs; no other module makes that decision.
 
-`from ipu_options import poptorch, kernels` gives PopTorch and the kernels (attention, dropout) that
-suit it: operations from PopTorch's list of supported operations on an IPU, the host's own kernels
-on poptorch_host. Both are resolved on first use (PEP 562), so that `--help` and the checks of the
-command line need no torch.
+`from ipu_options import poptorch, kernels` gives PopTorch and the matching kernels for attention
+and dropout. With Graphcore's PopTorch, the kernels use only operations from PopTorch's list of
+supported operations; with poptorch_host, they are the host's own. Both names are resolved on first
+use (PEP 562), so that `--help` and the checks of the command line do not import torch.
 """
 
 
@@ -15,7 +15,7 @@ def __getattr__(name):
 
         from ipu_options.ipu_kernels import IPU_KERNELS as kernels
     except ModuleNotFoundError as error:
-        # PopTorch is installed, but something it needs is not: that must be seen
+        # If PopTorch is installed but lacks a dependency, fail instead of using poptorch_host.
         if error.name != "poptorch":
             raise
         import poptorch_host as poptorch

@@ -1,5 +1,7 @@
-"""python -m ipu_options plan | search | sweep | calibrate | report: see qa/planning/commands.py,
-the one import upwards.
+"""Runs `python -m ipu_options plan | search | sweep | calibrate | report`.
+
+The commands are in qa/planning/commands.py. Importing them here is the only import from a lower
+layer (ipu_options) to a higher one (qa).
 """
 import sys
 

@@ -1,9 +1,8 @@
-"""The IPU configuration: ipu_config.json's fields, read and written in the format published with
-Graphcore's models.
+"""The IPU configuration: ipu_config.json in the format published with Graphcore's models.
 
-Every field is also a command-line flag of the same name. Some values may be dictionaries by pod
-type ({"pod4": 1, "pod16": 4, "default": 1}); `for_pod` resolves them. Torch-free, so that flags are
-checked before torch is imported.
+Every field is also a command-line flag of the same name. Some values may be dictionaries keyed by
+pod type ({"pod4": 1, "pod16": 4, "default": 1}); `IPUConfig.for_pod` resolves them. This module
+does not import torch, so that flags are checked before torch is loaded.
 """
 from __future__ import annotations
 
@@ -25,76 +24,77 @@ OUTPUT_MODES = ("final", "all", "sum", "default")
 
 @dataclass
 class DeviceSettings(Settings):
-    """The device: what it runs on, and what it is to show."""
+    """The device to run on, and what to record about the run."""
 
     pod_type: Optional[str] = flag(
-        None, "IPUs available: chooses the replication (default: NUM_AVAILABLE_IPU, else pod4)",
+        None, "size of the pod; selects the replication (default: NUM_AVAILABLE_IPU, else pod4)",
         choices=tuple(POD_IPUS))
-    compile_only: bool = flag(False, "compile the pipelines for an offline IPU target, run nothing")
+    compile_only: bool = flag(False, "compile for an offline IPU target and run nothing")
     synthetic_data: bool = flag(
-        False, "let the IPU make up its input: the device's speed without the host's")
-    ipu_model: bool = flag(False, "use the IPU Model, a simulator, in place of hardware")
-    profile_dir: Optional[str] = flag(None,
-                                      "write PopVision reports of training and inference there")
-    trace: Optional[str] = flag(None, "write the host's spans as a Chrome trace to this file")
+        False, "generate the input on the IPU, to measure its speed without the host's")
+    ipu_model: bool = flag(False, "use the IPU Model, a simulator, instead of hardware")
+    profile_dir: Optional[str] = flag(
+        None, "folder for PopVision reports of training and inference")
+    trace: Optional[str] = flag(
+        None, "write a Chrome trace of the host's phases (or of the plan) to this file")
 
 
 @dataclass
 class IPUConfig(Settings):
     """How the job is mapped to IPUs.
 
-    A field `inference_X` left at None takes the value of its training twin X.
+    A field `inference_X` that is None takes the value of the training field X.
     """
 
     layers_per_ipu: List[int] = flag(
         [0, -1, -1, -1],
-        "encoder layers on each IPU of a replica; -1: an equal share of what is left", type=int,
-        nargs="+", min=-1)
+        "encoder layers on each IPU of a replica; -1: an equal share of the remaining layers",
+        type=int, nargs="+", min=-1)
     ipus_per_replica: Optional[int] = flag(
-        None, "IPUs of one pipeline (default: as many as layers_per_ipu names)", type=int, min=1)
+        None, "IPUs of one replica (default: the length of layers_per_ipu)", type=int, min=1)
     embedding_ipu: int = flag(0, "IPU of the embedding", type=int, min=0)
     head_ipu: Optional[int] = flag(None, "IPU of the QA head (default: the last)", type=int, min=0)
     replication_factor: Union[int, Dict[str, int]] = flag(
         {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "default": 1},
-        "pipelines trained in parallel", type=int, min=1)
+        "replicas of the pipeline that train in parallel", type=int, min=1)
     gradient_accumulation_steps: Union[int, Dict[str, int]] = flag(
-        32, "micro-batches of a weight update on each replica", type=int, min=1, max=65_536)
-    device_iterations: int = flag(1, "weight updates in one call of the device", type=int, min=1,
+        32, "micro-batches per weight update on each replica", type=int, min=1, max=65_536)
+    device_iterations: int = flag(1, "weight updates per call of the device", type=int, min=1,
                                   max=65_536)
     matmul_proportion: Union[float, List[float]] = flag(
         0.25,
-        "share of an IPU's memory offered to matrix multiplications as temporary, one number or one for each IPU",
-        type=float, nargs="+", min=0.0, max=1.0)
+        "share of an IPU's memory for temporaries of matrix multiplications: one number, or one "
+        "for each IPU", type=float, nargs="+", min=0.0, max=1.0)
     embedding_serialization_factor: int = flag(
-        1, "parts in which the word embedding is looked up one after the other", type=int, min=1)
+        1, "parts into which the word embedding is split, to save memory", type=int, min=1)
     recompute_checkpoint_every_layer: bool = flag(
-        True, "keep each layer's input and recompute the rest in the backward pass", type=bool)
+        True, "keep only each layer's input and recompute the rest in the backward pass", type=bool)
     optimizer_state_offchip: bool = flag(
-        False, "keep the optimizer's state in the host's streaming memory", type=bool)
+        False, "keep the optimizer state off chip, in streaming memory", type=bool)
     enable_half_first_order_momentum: bool = flag(
         False, "keep the optimizer's first moment in float16", type=bool)
     replicated_tensor_sharding: bool = flag(
-        True, "share the optimizer's state out over the replicas (with more than one)", type=bool)
-    enable_half_partials: bool = flag(True, "accumulate matrix multiplications in float16",
-                                      type=bool)
-    stochastic_rounding: bool = flag(True, "round float16 results at random while training",
-                                     type=bool)
+        True, "shard the optimizer state over the replicas, if there are several", type=bool)
+    enable_half_partials: bool = flag(
+        True, "accumulate the partial sums of matrix multiplications in float16", type=bool)
+    stochastic_rounding: bool = flag(
+        True, "round float16 results stochastically in training", type=bool)
     auto_loss_scaling: bool = flag(False, "let the device adjust the loss scaling", type=bool)
     output_mode: str = flag(
         "all",
-        "what a training call returns: the loss of every micro-batch, the last one's, or their sum",
+        "losses that a training call returns: of all micro-batches, of the final one, or their sum",
         choices=OUTPUT_MODES)
     executable_cache_dir: Optional[str] = flag(
-        None, "folder that keeps compiled executables (default: POPLAR_EXECUTABLE_CACHE_DIR)")
+        None, "folder that caches compiled executables (default: POPLAR_EXECUTABLE_CACHE_DIR)")
 
     inference_layers_per_ipu: Optional[List[int]] = flag(
         None, "layers_per_ipu of the inference pipeline", type=int, nargs="+", min=-1)
     inference_ipus_per_replica: Optional[int] = flag(
         None, "ipus_per_replica of the inference pipeline", type=int, min=1)
     inference_replication_factor: Union[int, Dict[str, int], None] = flag(
-        None, "pipelines that answer in parallel", type=int, min=1)
+        None, "replicas of the inference pipeline", type=int, min=1)
     inference_device_iterations: int = flag(
-        5, "micro-batches of one inference call; at least the number of pipeline stages", type=int,
+        5, "micro-batches per inference call, at least the number of pipeline stages", type=int,
         min=1, max=65_536)
     inference_matmul_proportion: Union[float, List[float], None] = flag(
         None, "matmul_proportion of the inference pipeline", type=float, nargs="+", min=0.0,
@@ -103,53 +103,59 @@ class IPUConfig(Settings):
         None, "embedding_serialization_factor of the inference pipeline", type=int, min=1)
 
     def for_pod(self, pod: str) -> "IPUConfig":
-        """The same configuration with every by-pod dictionary replaced by its value for `pod`
-        ("pod4", ...), else its "default".
+        """Return a copy in which every by-pod dictionary is replaced by its value for `pod`.
 
-        Raises UsageError where a dictionary has neither.
+        pod: a key of POD_IPUS, such as "pod4". Where a dictionary has no value for it, its
+        "default" is taken; UsageError if it has neither.
         """
         values = {}
         for name, value in self.values().items():
             if isinstance(value, dict):
                 if pod not in value and "default" not in value:
                     raise UsageError(
-                        f"{self.source(name)} has no value for {pod} and no default: add one, or choose a pod of "
-                        f"{', '.join(value)}")
+                        f"{self.source(name)} has no value for {pod} and no default: add one, or "
+                        f"choose a pod of {', '.join(value)}")
                 values[name] = value.get(pod, value.get("default"))
         return replace(self, **values)
 
     def inference(self) -> "IPUConfig":
-        """The configuration of the inference pipeline: each `inference_X` that is set takes the
-        place of X.
+        """Return the inference pipeline's configuration: each `inference_X` that is set replaces X.
+
+        Gradient accumulation is 1. The copy's `sources` name the `inference_X` that a value came
+        from, so that error messages do too.
         """
         twins = {name[len("inference_"):]: value for name, value in self.values().items()
                  if name.startswith("inference_") and value is not None}
         sources = {**self.sources, **{name: self.source("inference_" + name) for name in twins}}
-        # a layout of its own: what was said of the training pipeline's IPUs no longer holds
+        # A separate inference layout must not inherit IPU numbers meant for the training layout.
         if "layers_per_ipu" in twins:
             twins.setdefault("ipus_per_replica", None)
             twins.update(embedding_ipu=0, head_ipu=None)
         return replace(self, gradient_accumulation_steps=1, sources=sources, **twins)
 
     def layout(self, num_layers: int) -> Layout:
-        """The blocks of a model of `num_layers` encoder layers on the IPUs of one replica;
-        UsageError if it does not add up.
+        """Return the Layout of a model with `num_layers` encoder layers on one replica's IPUs.
+
+        Raises UsageError if layers_per_ipu does not add up to `num_layers` or names a wrong IPU.
         """
         return make_layout(self.layers_per_ipu, num_layers, self.ipus_per_replica,
                            self.embedding_ipu, self.head_ipu, self.source)
 
     def num_ipus(self) -> int:
-        """IPUs of one replica."""
+        """Return the number of IPUs of one replica."""
         return self.ipus_per_replica or len(self.layers_per_ipu)
 
     def matmul_shares(self) -> List[float]:
-        """The matmul_proportion of each IPU of one replica."""
+        """Return matmul_proportion as a list; one number is repeated for each IPU of a replica.
+
+        Several numbers are returned as they are: the pipeline functions check how many there are.
+        """
         given = self.matmul_proportion
         shares = list(given) if isinstance(given, (list, tuple)) else [given]
         return shares * self.num_ipus() if len(shares) == 1 else shares
 
     def to_dict(self) -> Dict[str, Any]:
-        """All fields, as ipu_config.json holds them."""
+        """Return all fields by name, as ipu_config.json holds them."""
         return self.values()
 
     def write(self, folder: Union[str, Path]) -> None:
@@ -159,74 +165,77 @@ class IPUConfig(Settings):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One pipeline, ready to be built: its configuration with every value resolved, and where its
-    blocks are.
-    """
+    """A checked pipeline: the configuration with every by-pod value resolved, and the layout."""
 
     config: IPUConfig
     layout: Layout
 
 
 def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
-    """The training pipeline of a model with `num_layers` encoder layers on `pod`.
+    """Return the training pipeline of a model with `num_layers` encoder layers on `pod`.
 
-    Raises UsageError, naming the nearest setting that would work, for a layout that does not add
-    up, more IPUs than the pod has, or too little gradient accumulation for the number of stages.
+    config: with by-pod values resolved (`IPUConfig.for_pod`). Raises UsageError, which names the
+    nearest setting that would work, if the layout does not add up, if the pod has too few IPUs, if
+    matmul_proportion has a wrong number of values, or if gradient accumulation is too small for the
+    number of pipeline stages.
     """
     pipeline = Pipeline(config, config.layout(num_layers))
     stages, needed = len(pipeline.layout.stages()), pipeline.layout.min_gradient_accumulation()
     if config.gradient_accumulation_steps < needed:
         raise UsageError(
-            f"{config.source('gradient_accumulation_steps')} {config.gradient_accumulation_steps} is too small: training over {stages} "
-            f"pipeline stages needs at least {needed}, one micro-batch for each forward and backward stage"
-        )
+            f"{config.source('gradient_accumulation_steps')} {config.gradient_accumulation_steps} "
+            f"is too small: training over {stages} pipeline stages needs at least {needed}, "
+            "one micro-batch for each forward and backward stage")
     _check_ipus(pipeline, pod)
     return pipeline
 
 
 def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
-    """The inference pipeline, from the whole configuration with its training values. It needs a
-    device iteration for each stage.
+    """Return the inference pipeline of a model with `num_layers` encoder layers on `pod`.
 
-    Raises UsageError as `training_pipeline` does.
+    config: the whole configuration with its training values; `IPUConfig.inference` is applied here.
+    A pipeline of several stages needs at least one device iteration for each of them. Raises
+    UsageError for too few, and otherwise as `training_pipeline` does.
     """
     config = config.inference()
     pipeline = Pipeline(config, config.layout(num_layers))
     stages = len(pipeline.layout.stages())
     if stages > 1 and config.device_iterations < stages:
         raise UsageError(
-            f"{config.source('device_iterations')} {config.device_iterations} is too small: the inference pipeline has "
-            f"{stages} stages; use at least {stages}")
+            f"{config.source('device_iterations')} {config.device_iterations} is too small: "
+            f"the inference pipeline has {stages} stages; use at least {stages}")
     _check_ipus(pipeline, pod)
     return pipeline
 
 
 def _check_ipus(pipeline: Pipeline, pod: str) -> None:
+    """Raise UsageError if the pod has too few IPUs or matmul_proportion the wrong length."""
     config = pipeline.config
     replica = 1 << (config.num_ipus() - 1).bit_length()  # IPUs are reserved in powers of two
     replicas, ipus = config.replication_factor, POD_IPUS[pod]
     if replica > ipus:
         raise UsageError(
-            f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes {replica} IPUs, {pod} has "
-            f"{ipus}: name at most {ipus} IPUs, or a larger --pod_type")
+            f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "
+            f"{replica} IPUs, {pod} has {ipus}: name at most {ipus} IPUs, or a larger --pod_type")
     if replica * replicas > ipus:
         raise UsageError(
-            f"{config.source('replication_factor')} {replicas} takes {replica * replicas} IPUs, {pod} has {ipus}: use at "
-            f"most {ipus // replica}, or a larger --pod_type")
+            f"{config.source('replication_factor')} {replicas} takes {replica * replicas} IPUs, "
+            f"{pod} has {ipus}: use at most {ipus // replica}, or a larger --pod_type")
     shares = config.matmul_shares()
     if len(shares) != config.num_ipus():
         raise UsageError(
-            f"{config.source('matmul_proportion')} {' '.join(map(str, shares))} has {len(shares)} values: give one, or one "
-            f"for each of the {config.num_ipus()} IPUs of a replica")
+            f"{config.source('matmul_proportion')} {' '.join(map(str, shares))} has {len(shares)} "
+            f"values: give one, or one for each of the {config.num_ipus()} IPUs of a replica")
 
 
 def read_ipu_config(name_or_path: Union[str, Path], source: Optional[str] = None) -> Dict[str, Any]:
-    """The fields of an ipu_config.json: a file, a folder that holds one, or the name of a
-    repository on the hub.
+    """Return the IPUConfig fields of an ipu_config.json by name; values are not checked here.
 
-    Keys that belong to other programs (optimum-graphcore's versions, generation settings ...) are
-    left out. source: what to call the file in a message; by default --ipu_config and its value.
-    Raises UsageError for a file that is not there or not such JSON.
+    name_or_path: a file, a folder that holds an ipu_config.json, or a repository on the hub.
+    source: what error messages call the file; by default --ipu_config and its value.
+
+    Keys that belong to other programs (optimum-graphcore's versions, generation settings, ...) are
+    left out. Raises UsageError if the file cannot be found or is not a JSON object.
     """
     source = source or f"--ipu_config {name_or_path}"
     path = Path(name_or_path)
@@ -241,16 +250,18 @@ def read_ipu_config(name_or_path: Union[str, Path], source: Optional[str] = None
         raise UsageError(f"{source}: holds a {type(values).__name__}, it should be a JSON object")
     known = {f.name for f in fields(IPUConfig)} - {"sources"}
     values = {name: value for name, value in values.items() if name in known}
-    for name in ("layers_per_ipu",
-                 "inference_layers_per_ipu"):  # the published format allows one number
+    # The published format allows a single number here.
+    for name in ("layers_per_ipu", "inference_layers_per_ipu"):
         if isinstance(values.get(name), int):
             values[name] = [values[name]]
     return values
 
 
 def available_pod(pod_type: Optional[str] = None) -> str:
-    """The pod to run on: `--pod_type`, else the pod of NUM_AVAILABLE_IPU IPUs (PopTorch hosts set
-    it; 4 if unset).
+    """Return the pod to run on: `pod_type` if given, else the pod with NUM_AVAILABLE_IPU IPUs.
+
+    PopTorch hosts set this environment variable; unset, it counts as 4. Raises UsageError if no pod
+    has that number of IPUs.
     """
     if pod_type is not None:
         return pod_type
@@ -258,16 +269,16 @@ def available_pod(pod_type: Optional[str] = None) -> str:
     for pod, ipus in POD_IPUS.items():
         if given == str(ipus):
             return pod
-    raise UsageError(
-        f"NUM_AVAILABLE_IPU={given}: it should be one of {', '.join(str(n) for n in POD_IPUS.values())}"
-    )
+    raise UsageError(f"NUM_AVAILABLE_IPU={given}: it should be one of "
+                     f"{', '.join(str(n) for n in POD_IPUS.values())}")
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     try:
         return Path(hf_hub_download(name, IPU_CONFIG_NAME))
-    except Exception as error:  # every way a hub can fail: offline, no such repository, no such file, a malformed name
+    # The hub fails in many ways: offline, no such repository, no such file, a malformed name.
+    except Exception as error:
         raise UsageError(
             f"--ipu_config {name}: no such file or folder, and the hub did not give it "
             f"({type(error).__name__}): name a local ipu_config.json or a folder that holds one")

@@ -1,7 +1,7 @@
-"""The two ways a script ends badly, and the one place that turns them into an exit status.
+"""The two kinds of errors that end a script, and the function that turns them into an exit status.
 
-2: the command line or an input file is wrong, found before any work starts.  1: a run that started
-and failed.
+Exit status 2 (UsageError): the command line or an input file is wrong; found before work starts.
+Exit status 1 (RunError and any other exception): the run started and failed.
 """
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from typing import Callable, Optional
 
 
 class UsageError(ValueError):
-    """A flag, a value or an input file is wrong. The message is one line: what is wrong and what
-    would be right.
+    """A flag, a value or an input file is wrong.
+
+    The message is one line that says what is wrong and what would be right.
     """
 
 
 class RunError(RuntimeError):
-    """A run failed after it started: a file that cannot be written, a hub that cannot be reached, a
-    loss gone wrong.
+    """A run failed after it started.
+
+    Examples: a file cannot be written, the hub cannot be reached, the loss is not finite.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that may have a whole page to say, for a message of one line."""
+    """Return the first non-empty line of the error's message, or else the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()),
                 type(error).__name__)
 
 
 def run_script(main: Callable[[], Optional[int]]) -> int:
-    """Run `main` and return its exit status; `--debug` on the command line lets a traceback
-    through.
+    """Run `main` and return the exit status of the script.
 
-    UsageError gives 2, everything else that goes wrong 1, each as one line on standard error;
-    Ctrl-C before the loop gives 130; what `main` returns is passed on (None is 0).
+    It is what `main` returns (None counts as 0), 2 for a UsageError, 1 for any other exception, and
+    130 for a Ctrl-C that `main` does not handle. An error is printed as one line on standard error;
+    with `--debug` on the command line the exception is raised instead, for its traceback.
     """
     try:
         return main() or 0

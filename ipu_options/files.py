@@ -1,5 +1,6 @@
-"""Writing files and folders so that a reader, even one after a crash, finds the old content or the
-new one, never a part of it.
+"""Atomic writes of files and folders.
+
+A reader finds either the old content or the new content and never a part of it, even after a crash.
 """
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from ipu_options.errors import RunError
 
 @contextmanager
 def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
-    """A file to write the content of `path` to. When the block ends it is flushed to disk and takes
-    its name; if the block fails it is removed.
+    """Context manager that yields a temporary file, which replaces `path` when the block ends.
 
-    mode: "w" (UTF-8) or "wb". The file stands beside `path` under a name of its own, .NAME.8 HEX
-    DIGITS.tmp, so that several processes may write the same file (a shared cache). A link called
-    `path` is replaced, never followed. Raises OSError.
+    mode: "w" (UTF-8) or "wb". At the end of the block the file is flushed to disk (fsync) and
+    renamed to `path`; if the block fails, the file is removed. It is beside `path` and its name,
+    .NAME.<8 hex digits>.tmp, is random, so that several processes can write the same file (a shared
+    cache). If `path` is a symbolic link, the link is replaced and not followed. Raises OSError.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -38,13 +39,13 @@ def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
         aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and (error.filename is None or
                                            str(error.filename) == str(aside)):
-            error.filename, error.filename2 = str(
-                path), None  # for the message: the error of a full disk names no file
+            # For the message: the error of a full disk names no file, others the temporary one.
+            error.filename, error.filename2 = str(path), None
         raise
 
 
 def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) -> None:
-    """Write `value` to `path` as ASCII JSON, the whole file or nothing. Raises OSError."""
+    """Write `value` to `path` as ASCII JSON, atomically. Raises OSError."""
     with written_whole(path) as file:
         json.dump(value, file, indent=indent)
         file.write("\n")
@@ -52,8 +53,9 @@ def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) ->
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turn an OSError of the block into a RunError that says that `what`, a flag and its value,
-    cannot be written, and why.
+    """Context manager that turns an OSError of its block into a RunError, for a one-line message.
+
+    what: the flag and its value that name the file, for example "--trace trace.json".
     """
     try:
         yield
@@ -63,8 +65,10 @@ def writing(what: str) -> Iterator[None]:
 
 @contextmanager
 def folder_written_aside(target: Path) -> Iterator[Path]:
-    """An empty folder .NAME.tmp beside `target` to write the content of `target` to; it is removed
-    if the block fails.
+    """Context manager that yields an empty folder .NAME.tmp beside `target`, to be filled.
+
+    If the block fails, the folder is removed; otherwise it is left for `rename_folder`. Raises
+    OSError.
     """
     aside = target.with_name(f".{target.name}.tmp")
     try:
@@ -77,9 +81,11 @@ def folder_written_aside(target: Path) -> Iterator[Path]:
 
 
 def rename_folder(aside: Path, target: Path) -> None:
-    """Rename `aside` to `target`, which may exist: rename(2) cannot replace a folder that holds
-    files, so that an earlier `target` is first renamed to .NAME.replaced. Raises OSError; `target`
-    is then as it was.
+    """Rename the folder `aside` to `target`, replacing an earlier `target`.
+
+    rename(2) cannot replace a folder that holds files, so an earlier `target` is first renamed to
+    .NAME.replaced and deleted afterwards. Raises OSError if a rename fails; `target` is then as it
+    was before.
     """
     replaced = target.with_name(f".{target.name}.replaced")
     exists = os.path.lexists(target)
@@ -92,15 +98,15 @@ def rename_folder(aside: Path, target: Path) -> None:
             replaced.rename(target)
         raise
     sync_folder(target.parent)
-    with suppress(
-            OSError
-    ):  # the new folder is in place; the start of the next run removes what is left of the old one
+    # The new folder is in place; the next run removes at its start what is left of the old one.
+    with suppress(OSError):
         delete(replaced)
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete `folder`, which is first renamed to .NAME.removed: under its own name it is complete
-    to the last. Raises OSError.
+    """Delete `folder`, which is first renamed to .NAME.removed. Raises OSError.
+
+    Because of the rename, a folder under its own name is always complete.
     """
     removed = folder.with_name(f".{folder.name}.removed")
     folder.rename(removed)
@@ -108,8 +114,9 @@ def delete_folder(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete the file or folder at `path`, if there is one; of a link the link itself, not what it
-    points to. Raises OSError.
+    """Delete the file or folder at `path`, if there is one. Raises OSError.
+
+    If `path` is a symbolic link, the link is deleted and not what it points to.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -118,11 +125,13 @@ def delete(path: Path) -> None:
 
 
 def sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
-    """Flush every file in `folder` to disk; returns {name: {"size": bytes, "sha256": hex digest}}.
+    """Flush every file in `folder` to disk and return its size and hash.
 
-    The files get the permissions of the folder, since newer releases of safetensors make theirs
-    readable by the owner alone. Hashing reads the bytes back from the page cache: about 0.6 s a
-    gigabyte, a fraction of what writing them takes.
+    Returns {file name: {"size": bytes, "sha256": hex digest}}. Raises OSError.
+
+    The files get the folder's read and write permissions, because newer releases of safetensors
+    make their files readable by the owner alone. Hashing reads the bytes back from the page cache,
+    at about 0.6 s per gigabyte, a fraction of the time it takes to write them.
     """
     files = {}
     for path in sorted(folder.iterdir()):
@@ -134,7 +143,7 @@ def sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
 
 
 def sha256(path: Union[str, Path]) -> str:
-    """The SHA-256 of a file's content, as hexadecimal digits."""
+    """Return the SHA-256 of the file's content, as hexadecimal digits. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
@@ -143,8 +152,10 @@ def sha256(path: Union[str, Path]) -> str:
 
 
 def sync_folder(folder: Union[str, Path]) -> None:
-    """Make creations, renames and removals in `folder` survive a loss of power: they live in the
-    directory itself (fsync(2)).
+    """Flush the directory `folder` itself to disk. Raises OSError.
+
+    Created, renamed and removed names are stored in the directory, so that they survive a power
+    failure only after this (fsync(2)).
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -154,11 +165,10 @@ def sync_folder(folder: Union[str, Path]) -> None:
 
 
 def system_error(error: BaseException) -> Optional[str]:
-    """The operating system's reason behind `error` ("No space left on device"), or None where it
-    has another cause.
+    """Return the operating system's reason for `error` ("No space left on device"), else None.
 
-    The writers in Rust (safetensors, tokenizers) raise exceptions of their own, with the number of
-    the error only in the text.
+    None means that `error` did not come from the operating system. safetensors and tokenizers,
+    written in Rust, raise exceptions of their own that have the error number only in their text.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)

@@ -1,9 +1,10 @@
 """Command-line flags from dataclasses: one flag for each field, checked by type and range.
 
-A field is declared with `flag(default, help, ...)`. Its value may come from a flag, from a YAML
-configuration or from a JSON file; `Settings.source` remembers which, so that a refusal names the
-place that has to be corrected. There is no torch in here: `--help` and a refusal take a fraction of
-a second. (transformers' HfArgumentParser would take two seconds to import.)
+A field is declared with `flag(default, help, ...)`. Its value may come from the command line, from
+a YAML configuration or from a JSON file. `Settings.source` says which, so that an error message
+names the place that has to be corrected. This module does not import torch, so that `--help` and
+error messages take a fraction of a second. (transformers' HfArgumentParser takes two seconds to
+import.)
 """
 from __future__ import annotations
 
@@ -21,35 +22,37 @@ S = TypeVar("S", bound="Settings")
 
 @dataclass
 class Settings:
-    """Base of all groups of settings."""
+    """Base class of all groups of settings.
+
+    sources: {field name: what to call the field in an error message} of the fields that were given.
+    """
 
     sources: Dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def source(self, name: str) -> str:
-        """What to call the field `name` in a message: its flag, or the file that its value came
-        from and the key there.
+        """Return what to call the field `name` in an error message.
+
+        This is the flag ("--seed"), or the file that the value came from with the key in that file.
         """
         return self.sources.get(name, f"--{name}")
 
     def values(self) -> Dict[str, Any]:
-        """All fields and their values, without their sources."""
+        """Return all fields and their values as a dictionary, without `sources`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sources"}
 
 
 class Layer(NamedTuple):
-    """Values from one place. `origin` is the file they were read from, None for the command line.
-    """
+    """Values of one origin: a file, or the command line (`origin` is None)."""
 
     values: Dict[str, Any]
     origin: Optional[str] = None
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field that is also a command-line flag.
+    """Return a dataclass field that is also a command-line flag.
 
-    metadata: `min`, `max` (inclusive bounds), `above`, `below` (exclusive bounds), `choices`,
-    `type` (where the default does not tell it), `nargs` ("+" for a list), `by_pod` (a dictionary by
-    pod type may take the place of a value), `positional`.
+    metadata: `min` and `max` (inclusive bounds), `above` and `below` (exclusive bounds), `choices`,
+    `type` (needed where the default does not show it), `nargs` ("+" for a list), `positional`.
     """
     metadata["help"] = help
     if isinstance(default, (list, dict)):
@@ -58,8 +61,9 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses by raising UsageError with one line, and that accepts no
-    abbreviated flags.
+    """An ArgumentParser that raises UsageError with a one-line message instead of exiting.
+
+    It accepts no abbreviated flags, and its result holds only the flags that were given.
     """
 
     def __init__(self, program: str, description: str):
@@ -67,37 +71,39 @@ class Parser(argparse.ArgumentParser):
             program, description=description, allow_abbrev=False,
             argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(
                 prog, max_help_position=42, width=120))
-        # argparse's own pattern has no exponents, and would take -2e-5 for a flag.
+        # argparse's own pattern knows no exponents, so that it would take -2e-5 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str):
+        """Raise UsageError with argparse's message, reworded to begin with the flag."""
         raise UsageError(message.replace("argument --", "--", 1).replace(": ", " ", 1))
 
     def parse_args(self, args=None, namespace=None):
+        """Parse `args` (default: sys.argv[1:]); raises UsageError, also for unknown flags."""
         given, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
             raise UsageError(
-                f"{unknown[0]}: there is no such flag{did_you_mean(unknown[0], flags)}; --help lists them"
-            )
+                f"{unknown[0]}: there is no such flag{did_you_mean(unknown[0], flags)}; "
+                "--help lists them")
         return given
 
 
 def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
-    """Add a flag for each field of the dataclass `group`, under the first line of its docstring as
-    a heading.
+    """Add a flag to `parser` for each field of the dataclass `group`.
 
-    A boolean flag takes an optional true or false; one that is true by default has a --no_ twin. No
-    flag has a default in the parser, so that the result of parsing holds only what was given.
+    The first line of the dataclass's docstring becomes the heading of its section in --help. A
+    boolean flag takes an optional true or false; one that is true by default also has a --no_ form.
+    No flag has a default in the parser, so that the parsed result holds only what was given.
     """
-    section = parser.add_argument_group((group.__doc__ or
-                                         group.__name__).strip().splitlines()[0].rstrip("."))
+    section = parser.add_argument_group(
+        (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip("."))
     for f in fields(group):
         if "help" not in f.metadata:
             continue
         default, kind = _default_and_kind(f)
-        shown = "" if default is None or isinstance(default,
-                                                    dict) else f" (default: {_text(default)})"
+        shown = ("" if default is None or isinstance(default, dict) else
+                 f" (default: {_text(default)})")
         options = dict(help=f.metadata["help"].replace("%", "%%") + shown, type=_reader(kind))
         if f.metadata.get("positional"):
             section.add_argument(f.name, metavar=f.name.upper(), **options)
@@ -116,11 +122,10 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
 
 
 def make_settings(group: Callable[..., S], layers: Iterable[Layer]) -> S:
-    """An instance of the dataclass `group` from the values of `layers`, of which a later one takes
-    precedence.
+    """Return an instance of the dataclass `group` with the values of `layers`; later layers win.
 
-    Values that are not fields of `group` are ignored. Raises UsageError, naming the source, for a
-    value that a field does not allow.
+    Values that are not fields of `group` are ignored. Raises UsageError, which names the source,
+    for a value that its field does not allow.
     """
     values, sources = {}, {}
     known = {f.name for f in fields(group)} - {"sources"}
@@ -136,10 +141,11 @@ def make_settings(group: Callable[..., S], layers: Iterable[Layer]) -> S:
 
 
 def check_field(group: type, name: str, value: Any, source: Optional[str] = None) -> None:
-    """Raise UsageError unless `value` has the type, the range and the choices of the field `name`
-    of `group`.
+    """Raise UsageError unless the field `name` of the dataclass `group` allows `value`.
 
-    source: what to call the field in the message; by default its flag.
+    Checked are the type, the range and the choices. A dictionary (by pod type) and a list (with
+    `nargs`) are checked value by value. source: what the message calls the field; by default its
+    flag.
     """
     f = next(f for f in fields(group) if f.name == name)
     if "help" not in f.metadata:
@@ -161,8 +167,8 @@ def check_field(group: type, name: str, value: Any, source: Optional[str] = None
             check_field(group, name, one, source)
         return
     choices = f.metadata.get("choices")
-    if isinstance(value,
-                  list):  # not printed: a few aliases of YAML write out to more than fits in memory
+    if isinstance(value, list):
+        # Its content is not printed: a few YAML aliases can expand to more than fits in memory.
         raise UsageError(f"{source} is a list: it should be {_article(kind)}" +
                          (f", one of {', '.join(choices)}" if choices else ""))
     if choices and value not in choices:
@@ -174,12 +180,13 @@ def check_field(group: type, name: str, value: Any, source: Optional[str] = None
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """" (did you mean X?)" for the nearest of the known words, or the empty text."""
+    """Return " (did you mean X?)" with the known word most similar to `word`; "" if none is."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _check_range(f: Field, value: Any, source: str) -> None:
+    """Raise UsageError unless the number is finite and within the field's bounds."""
     low, high, above, below = (f.metadata.get(bound) for bound in ("min", "max", "above", "below"))
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{source} {value}: it should be a finite number")
@@ -192,12 +199,16 @@ def _check_range(f: Field, value: Any, source: str) -> None:
 
 
 def _default_and_kind(f: Field) -> Tuple[Any, type]:
+    """Return the default of a field and the type of its value (of one element, for a list)."""
     default = f.default_factory() if callable(f.default_factory) else f.default
     return default, f.metadata.get("type") or (str if default is None else type(default))
 
 
 def _reader(kind: type) -> Callable[[str], Any]:
-    """argparse's `type`: converts as `kind` does, with a refusal that says what would be right."""
+    """Return a function for argparse's `type` that converts a text to `kind`.
+
+    Its error message says what would be right.
+    """
     def read(text: str) -> Any:
         if kind is bool:
             if text.lower() in ("true", "yes", "1", "false", "no", "0"):

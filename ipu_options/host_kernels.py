@@ -1,5 +1,6 @@
-"""Attention and dropout for poptorch_host. They may look at the data, which operations for an IPU
-may not: nothing is compiled.
+"""Attention and dropout for poptorch_host.
+
+Nothing is compiled on the host, so that, unlike on an IPU, the operations may depend on the data.
 """
 from __future__ import annotations
 
@@ -10,22 +11,27 @@ import torch
 
 from ipu_options.ipu_kernels import MASKED, Kernels
 
-# attention scores that take as long as one more turn of the loop over windows (measured, 1 thread)
+# The time of one more iteration of the loop over windows, as the number of attention scores that
+# are computed in the same time (measured, 1 thread).
 LOOP_COST = 25_000
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window_ids: torch.Tensor,
               dropout_p: float = 0.0, training: bool = False) -> torch.Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) in which a token sees its own
-    window alone.
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) within each window of a row.
 
-    query, key, value: [B, heads, S, head_dim].  window_ids: int [B, S]; equal numbers stand
-    together, 0 is padding, whose result means nothing and is finite.  Dropout is applied to the
-    probabilities.  Returns [B, heads, S, head_dim].
+    query, key, value: [B, heads, S, head_dim]. window_ids: int [B, S]; the tokens of a window are
+    consecutive and share a number, 0 is padding. dropout_p: dropout of the probabilities, applied
+    if `training`. Returns [B, heads, S, head_dim]; the values at padding are finite but have no
+    meaning.
+
+    Attention is computed window by window where that skips enough scores between windows to pay for
+    the loop, else with a mask.
     """
     dropout_p = dropout_p if training else 0.0
     spans = _spans(window_ids)
     batch, heads, length, _ = query.shape
+    # Scores between tokens of different windows, which the loop over windows does not compute.
     saved = heads * (batch * length * length - sum((end - begin) ** 2 for _, begin, end in spans))
     if saved > LOOP_COST * len(spans):
         return _ByWindow.apply(query, key, value, spans, dropout_p)
@@ -36,18 +42,19 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, windo
 
 
 def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True) -> torch.Tensor:
-    """torch.nn.functional.dropout with a cheaper mask (see keep_mask). Any shape."""
+    """torch.nn.functional.dropout with a cheaper mask (see keep_mask), for any shape."""
     return input * keep_mask(input, p) if training and p else input
 
 
 def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
-    """A mask in the type of `like` that is 0 with probability p (to 1/65536) and 1 / (1 - p)
-    elsewhere.
+    """Return a dropout mask that is 0 with probability p and 1 / (1 - p) elsewhere.
 
-    Four 16-bit numbers out of each 64 bits of NumPy's SFC64, seeded by torch's generator, compared
-    right into the mask: PyTorch takes longer to convert bool to bfloat16 than to compare. For 2.4
-    million numbers in bfloat16 2 ms, where bernoulli_() takes 14 ms in torch 2.13's build for CPUs
-    and 1.3 ms in a build with MKL (measured, 2 threads).
+    The mask has the shape and type of `like`; p is rounded to a multiple of 1/65536.
+
+    Each 64-bit number of NumPy's SFC64, seeded by torch's generator, gives four 16-bit numbers. The
+    comparison writes to the mask directly, because PyTorch takes longer to convert bool to bfloat16
+    than to compare. 2.4 million bfloat16 numbers take 2 ms; bernoulli_() takes 14 ms in torch
+    2.13's build for CPUs and 1.3 ms in a build with MKL (measured, 2 threads).
     """
     seed = int(torch.empty((), dtype=torch.int64).random_())
     draws = torch.from_numpy(
@@ -58,7 +65,7 @@ def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def _spans(window_ids: torch.Tensor) -> List[Tuple[int, int, int]]:
-    """(row, first token, end) of every window."""
+    """Return (row, first token, token after the last) of every window, without padding."""
     rows, length = window_ids.shape
     edges = torch.ones(rows, length + 1, dtype=torch.bool)
     edges[:, 1:-1] = window_ids[:, 1:] != window_ids[:, :-1]
@@ -70,8 +77,9 @@ def _spans(window_ids: torch.Tensor) -> List[Tuple[int, int, int]]:
 
 
 class _ByWindow(torch.autograd.Function):
-    """Attention window by window. Autograd's own slices would fill a tensor of the full size with
-    zeros for each window.
+    """Attention computed window by window, with a backward pass written by hand.
+
+    The backward pass of autograd's slices would fill a zero tensor of the full size per window.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""poptorch.Options from the IPU configuration: one function for training, one for inference.
+"""Builds poptorch.Options from the IPU configuration, for training and for inference.
 
-PopART's options are those that graphcore/examples (nlp/bert/pytorch) and optimum-graphcore publish
-for BERT and RoBERTa.
+The PopART options are those that graphcore/examples (nlp/bert/pytorch) and optimum-graphcore
+publish for BERT and RoBERTa.
 """
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from ipu_options.config import DeviceSettings, IPUConfig
 OUTPUT_MODES = {"final": "Final", "all": "All", "sum": "Sum", "default": "Default"}
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
 JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime
-_WATCHED = "watched gradient"  # our name for the anchor
+_WATCHED = "watched gradient"  # the name of our anchor, free to choose
 
 
 def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
                      watched: Optional[str] = None,
                      watch: Optional[bool] = None) -> "poptorch.Options":
-    """Options of the training pipeline. Gradients are averaged over accumulation and replicas
-    (Mean), which together with the rows' loss weights gives the mean loss over an update's real
-    windows.
+    """Return the poptorch.Options of the training pipeline.
 
-    watched: a parameter whose gradient `watched_gradient` is to give after each call, if `watch` is
-    true. Where that is None, it does so unless an IPU is going to run this. PopTorch's user guide
-    ("Inspecting tensors") and graphcore/examples (speech/fastpitch/pytorch/tests/unit_tester.py)
-    anchor gradients under these names, and PopART's tests do so in pipelines with gradient
-    accumulation (pipelining_tests/pipeline_grad_accl_test.py); but nobody here could try it on this
-    pipeline, and what the compiler refuses costs a booked machine.
+    config: with by-pod values resolved. watched: name of a parameter whose gradient
+    `watched_gradient` returns after each call, if `watch` is true. watch: None means true unless an
+    IPU will run the pipeline.
+
+    Gradients are averaged over accumulation and replicas (Mean). Together with the rows' loss
+    weights this gives the mean loss over the real windows of an update.
+
+    Gradients are anchored under the names that PopTorch's user guide ("Inspecting tensors") and
+    graphcore/examples (speech/fastpitch/pytorch/tests/unit_tester.py) use, and PopART's tests do so
+    in pipelines with gradient accumulation (pipelining_tests/pipeline_grad_accl_test.py). It was
+    not possible to try this pipeline on an IPU, and a refusal by the compiler wastes a booked
+    machine: hence the default of `watch`.
     """
     options = _common_options(config, run, "training")
     options.Training.gradientAccumulation(config.gradient_accumulation_steps)
@@ -41,21 +45,23 @@ def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
     options.outputMode(getattr(poptorch.OutputMode, OUTPUT_MODES[config.output_mode]))
     options.randomSeed(seed)
     options.Precision.enableStochasticRounding(config.stochastic_rounding)
-    options.TensorLocations.setOptimizerLocation(poptorch.TensorLocationSettings().useOnChipStorage(
-        not config.optimizer_state_offchip).useReplicatedTensorSharding(
+    options.TensorLocations.setOptimizerLocation(
+        poptorch.TensorLocationSettings()
+        .useOnChipStorage(not config.optimizer_state_offchip)
+        .useReplicatedTensorSharding(
             config.replicated_tensor_sharding and config.replication_factor > 1))
-    if watch is None:  # what is compiled offline is meant for an IPU
+    if watch is None:  # an executable that is compiled offline is meant for an IPU
         watch = not run.compile_only and not poptorch.ipuHardwareIsAvailable()
     if watched and watch:
-        # No output mode of its own: PopTorch 3.4's compiler gives an anchor that of the outputs
-        # whatever is asked for (addOutputTensor(id) in LowerToPopart.cpp). "all", our default, then
-        # returns the gradient of every micro-batch.
+        # The anchor gets no output mode of its own, because PopTorch 3.4's compiler always uses
+        # that of the outputs (addOutputTensor(id) in LowerToPopart.cpp). With "all", our default,
+        # the gradient of every micro-batch is returned.
         options.anchorTensor(_WATCHED, f"Gradient___{watched}")
     popart = options._Popart
-    popart.set("disableGradAccumulationTensorStreams",
-               True)  # stream to the host what it asks for, nothing more
-    popart.set("accumulateOuterFragmentSettings.schedule",
-               OVERLAP_MEMORY_OPTIMIZED)  # all IPUs update their weights at once
+    # Stream only those tensors to the host that it asks for.
+    popart.set("disableGradAccumulationTensorStreams", True)
+    # All IPUs update their weights at the same time.
+    popart.set("accumulateOuterFragmentSettings.schedule", OVERLAP_MEMORY_OPTIMIZED)
     popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])
     popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
     return options
@@ -63,8 +69,9 @@ def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
 
 def watched_gradient(options: "poptorch.Options",
                      training_model: "poptorch.PoplarExecutor") -> Dict[str, torch.Tensor]:
-    """{name in PopART: gradient of the last call, times the loss scaling} of the parameter that is
-    watched; {} if none is.
+    """Return {PopART's name: gradient} of the watched parameter; {} if no parameter is watched.
+
+    The gradient is that of the last call of `training_model`, multiplied by the loss scaling.
     """
     return {
         name: training_model.getAnchoredTensor(_WATCHED)
@@ -72,16 +79,20 @@ def watched_gradient(options: "poptorch.Options",
 
 
 def mean_loss(output: torch.Tensor, config: IPUConfig) -> float:
-    """The mean loss of a step's micro-batches, from what a call of the training model returns under
-    `config.output_mode`.
+    """Return the mean loss of a step's micro-batches.
+
+    output: what a call of the training model returns under `config.output_mode`. In the modes
+    "final" and "default" it holds only each replica's last micro-batch, and the mean is over those.
     """
-    losses_in_a_sum = config.gradient_accumulation_steps * config.device_iterations if config.output_mode == "sum" else 1
+    losses_in_a_sum = (config.gradient_accumulation_steps * config.device_iterations
+                       if config.output_mode == "sum" else 1)
     return output.float().mean().item() / losses_in_a_sum
 
 
 def inference_options(config: IPUConfig, run: DeviceSettings) -> "poptorch.Options":
-    """Options of the inference pipeline; `config` is `IPUConfig.inference()`. All logits are
-    returned, in order.
+    """Return the poptorch.Options of the inference pipeline; all logits are returned, in order.
+
+    config: what `IPUConfig.inference` returns, with by-pod values resolved.
     """
     options = _common_options(config, run, "inference")
     options.outputMode(poptorch.OutputMode.All)
@@ -90,6 +101,7 @@ def inference_options(config: IPUConfig, run: DeviceSettings) -> "poptorch.Optio
 
 
 def _common_options(config: IPUConfig, run: DeviceSettings, phase: str) -> "poptorch.Options":
+    """Return what both pipelines set. phase: "training" or "inference"."""
     options = poptorch.Options()
     options.modelName(phase)
     options.autoRoundNumIPUs(True)
@@ -114,13 +126,11 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str) -> "popt
     options._Popart.setEngineOptions({
         "opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"})
     if run.profile_dir:
-        options.enableProfiling(os.path.join(
-            run.profile_dir, phase))  # after setEngineOptions: it adds to what is there
+        # After setEngineOptions, because it adds to the engine options.
+        options.enableProfiling(os.path.join(run.profile_dir, phase))
     return options
 
 
 def memory_proportions(config: IPUConfig) -> Dict[str, float]:
-    """matmul_proportion as PopTorch takes it: {"IPU0": share, ...}, one entry for each IPU of a
-    replica.
-    """
+    """Return matmul_proportion in PopTorch's form, {"IPU0": share, ...} for a replica's IPUs."""
     return {f"IPU{ipu}": float(share) for ipu, share in enumerate(config.matmul_shares())}

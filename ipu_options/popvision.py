@@ -1,7 +1,6 @@
-"""PopVision: what makes a run write reports for Graph Analyser and System Analyser, and the loop's
-phases as named spans.
+"""PopVision reports for Graph Analyser and System Analyser, and the loop's phases as named spans.
 
-How a script uses it (without --profile_dir and --trace both do nothing):
+Use in a script (without --profile_dir and --trace, both calls do nothing):
 
     profiling_environment(settings, ipu_config, "training")     # before PopTorch is imported
     with Spans("train", settings) as spans:
@@ -10,11 +9,11 @@ How a script uses it (without --profile_dir and --trace both do nothing):
         with spans("step"):
             loss = training_model(**batch)
 
-What stands in profile_dir afterwards (on an IPU):
+Content of profile_dir after a run on an IPU, where PHASE is training or inference:
 
-    training/profile.pop, inference/profile.pop, debug.cbor      Graph Analyser; from Python: pva.openReport
-    training/framework.json, inference/framework.json            the configuration, shown on Graph Analyser's Summary page
-    host/*.pvti                                                   System Analyser; from Python: pva.openTrace
+    PHASE/profile.pop, debug.cbor    for Graph Analyser; from Python: pva.openReport
+    PHASE/framework.json             the configuration, on the Summary page of Graph Analyser
+    host/*.pvti                      for System Analyser; from Python: pva.openTrace
 """
 from __future__ import annotations
 
@@ -29,21 +28,22 @@ from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import writing
 
-_NOTHING = nullcontext()  # one object for every span of a run that records none
+_NOTHING = nullcontext()  # shared by all spans of a run that records none
 
 
 def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phases: str) -> None:
-    """Make this process write System Analyser's trace below settings.profile_dir, and note the
-    configuration; nothing if it is None.
+    """Set up System Analyser's trace and write the configuration, both below settings.profile_dir.
 
-    Graph Analyser's report is switched on by `options.enableProfiling(profile_dir)`, see
-    options.py; PopTorch names the engines "training" and "inference", and Poplar keeps each
-    engine's report in a folder of its name.
+    phases: those of "training" and "inference" that will run; for each of them the configuration is
+    written to profile_dir/PHASE/framework.json. Nothing happens if settings.profile_dir is None.
 
-    phases: of "training" and "inference", for each of which the configuration is written to
-    profile_dir/PHASE/framework.json. Must run before PopTorch is imported, which reads PVTI_OPTIONS
-    once (poptorch/profiling.py). What the user has set there stays as it is, only missing keys are
+    This must be called before PopTorch is imported, which reads PVTI_OPTIONS once
+    (poptorch/profiling.py). Keys that the user has set in this variable are kept; missing ones are
     added. Raises RunError if the folder cannot be written, UsageError if the variable is not JSON.
+
+    Graph Analyser's report is switched on in options.py (`options.enableProfiling`): PopTorch names
+    the engines "training" and "inference", and Poplar keeps the report of each in a folder of that
+    name.
     """
     if settings.profile_dir is None:
         return
@@ -68,14 +68,14 @@ def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phas
 
 
 class Spans:
-    """Names the phases of a loop, `with spans("step"): ...`, for System Analyser and for a Chrome
-    trace.
+    """Records the phases of a loop, `with spans("step"): ...`, as named spans.
 
-    channel: the name of the spans' group.  settings.trace: file to write in Chrome trace format
-    (https://ui.perfetto.dev opens it) when the `with Spans(...)` block ends, however it ends.  With
-    settings.profile_dir the spans are also marked in PopVision's own trace, through
-    poptorch.profiling.Channel.  With neither, a span costs one call that returns a shared empty
-    context.
+    channel: the name of the group of spans.
+
+    With settings.trace, this file is written as a Chrome trace (https://ui.perfetto.dev opens it)
+    when the `with Spans(...)` block ends, also by an exception. With settings.profile_dir, the
+    spans are marked in PopVision's trace through poptorch.profiling.Channel, for System Analyser.
+    With neither, a span costs one call that returns a shared empty context.
     """
 
     def __init__(self, channel: str, settings: DeviceSettings) -> None:
@@ -89,7 +89,7 @@ class Spans:
         self._off = settings.trace is None and settings.profile_dir is None
 
     def __call__(self, name: str):
-        """A context manager around one phase."""
+        """Return a context manager that records its block as one phase called `name`."""
         return _NOTHING if self._off else self._span(name)
 
     @contextmanager
@@ -115,8 +115,10 @@ class Spans:
 
 def trace_event(name: str, start_us: float, duration_us: float, lane: int,
                 **args: Any) -> Dict[str, Any]:
-    """A complete event ("X") of the Trace Event Format; times in microseconds, lane = thread id,
-    args shown on click.
+    """Return a complete event ("X") of the Trace Event Format.
+
+    Times are in microseconds. lane: the thread id, which gives the event its row in the viewer.
+    args: shown when the event is clicked.
     """
     return {
         "name": name, "ph": "X", "ts": start_us, "dur": duration_us, "pid": 0, "tid": lane,
@@ -124,10 +126,10 @@ def trace_event(name: str, start_us: float, duration_us: float, lane: int,
 
 
 def write_trace(path: str, events: List[Dict[str, Any]], process: str, lanes: List[str]) -> None:
-    """Write `events` as a Chrome trace (the JSON Object Format of the Trace Event Format document)
-    with named lanes.
+    """Write `events` to `path` as a Chrome trace. Raises RunError if the file cannot be written.
 
-    Raises RunError if the file cannot be written.
+    process: the name shown for all lanes together. lanes: the name of each lane, from lane 0 on.
+    The format is the JSON Object Format of the Trace Event Format document.
     """
     names = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": process}}]
     names += [{"name": "thread_name", "ph": "M", "pid": 0, "tid": i, "args": {"name": lane}}

@@ -48,44 +48,54 @@ __version__ = "3.4.0-host"
 def trainingModel(model: torch.nn.Module, options: Optional[Options] = None,
                   optimizer: Optional[torch.optim.Optimizer] = None,
                   ) -> PoplarExecutor:
-    """An executor that trains `model`; its call runs forward, backward and weight updates. The
-    optimizer's default is SGD with learning rate 0.01. RuntimeError if the model is being trained
-    by another executor.
+    """Return an executor whose call runs forward, backward and weight updates of `model`.
+
+    `optimizer` defaults to SGD with a learning rate of 0.01. Raises RuntimeError if a training
+    executor already wraps `model`.
     """
     if isinstance(model, PoplarExecutor):
         model = model._user_model
     if is_wrapped(model):
         raise RuntimeError(
-            "Model has already been wrapped in 'poptorch.trainingModel'. Call model.destroy() on the model to unwrap "
-            "before wrapping again.")
+            "Model has already been wrapped in 'poptorch.trainingModel'. Call model.destroy() on "
+            "the model to unwrap before wrapping again.")
     return PoplarExecutor(copy.copy(model), options, True, __version__, optimizer, user_model=model)
 
 
 def inferenceModel(model: torch.nn.Module, options: Optional[Options] = None) -> PoplarExecutor:
-    """An executor that runs `model` forward."""
+    """Return an executor whose call runs `model` forward."""
     if isinstance(model, PoplarExecutor):
         model = model._user_model
     return PoplarExecutor(copy.copy(model), options, False, __version__)
 
 
 def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:
-    """True if there are IPUs: never on the host."""
+    """Return False: a host has no IPUs."""
     return False
 
 
 def ipuHardwareVersion() -> int:
-    """Version of the IPUs: AssertionError, since there are none."""
+    """Raise AssertionError: a host has no IPUs, hence no version of them."""
     raise AssertionError("No IPU hardware available on this system")
 
 
+# Names of PopTorch that are left out here, each with the reason that the error message gives.
 NOT_OFFERED = {
-    **dict.fromkeys(("Phase", "ParallelPhasedExecution", "SerialPhasedExecution", "Liveness"), "phased execution keeps parts of a model off "
-                    "the chip, and this project pipelines"),
-    **dict.fromkeys(("MultiConv", "MultiConvPlanType", "ctc_beam_search_decoder", "fps", "nearest"), "no model here uses it"),
-    **dict.fromkeys(("for_loop", "cond", "dynamic_slice", "dynamic_update"), "control flow on the device is not executed on the host"),
+    **dict.fromkeys(
+        ("Phase", "ParallelPhasedExecution", "SerialPhasedExecution", "Liveness"),
+        "phased execution keeps parts of a model off the chip, and this project pipelines"),
+    **dict.fromkeys(
+        ("MultiConv", "MultiConvPlanType", "ctc_beam_search_decoder", "fps", "nearest"),
+        "no model here uses it"),
+    **dict.fromkeys(
+        ("for_loop", "cond", "dynamic_slice", "dynamic_update"),
+        "control flow on the device is not executed on the host"),
     **dict.fromkeys(("custom_op", "CPU"), "it needs code compiled for an IPU"),
-    **dict.fromkeys(("set_overlap_for_input", "set_overlap_for_output"), "there are no transfers to overlap"), "VariableRetrievalMode": "every replica has the same weights",
-    "load": EXECUTABLE, }
+    **dict.fromkeys(
+        ("set_overlap_for_input", "set_overlap_for_output"), "there are no transfers to overlap"),
+    "VariableRetrievalMode": "every replica has the same weights",
+    "load": EXECUTABLE,
+}
 
 
 def __getattr__(name):

@@ -1,8 +1,8 @@
-"""Anchored tensors: gradients of parameters, kept while a model trains for
-PoplarExecutor.getAnchoredTensor().
+"""Anchored tensors: gradients of parameters that are kept while a model trains.
 
-PopTorch anchors any tensor of PopART's graph by its name. Of those a host has the gradients:
-"Gradient___" and a parameter's name.
+PoplarExecutor.getAnchoredTensor() returns them. PopTorch can anchor any tensor of PopART's graph by
+its name. A host has no such graph, only gradients, which are named "Gradient___" plus the
+parameter's name.
 """
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ PREFIX = "Gradient___"
 
 
 class Anchors:
-    """What Options.anchorTensor() asked for, of one compiled model. False if that is nothing."""
+    """The anchors that Options.anchorTensor() requested for one compiled model.
+
+    An instance is false if no anchor was requested.
+    """
 
     def __init__(self, options: Any, weights: List[Any], training: bool):
-        """`weights`: the device's. Error for a name that is not that of a gradient which this model
-        has, and for a period that does not divide the device iterations.
+        """Find the gradients to keep; `weights` is the device's list of Weight.
+
+        Raises Error for a gradient that this model does not have, and for an output period that
+        does not divide the device iterations; NotOffered for any other tensor of PopART's graph.
         """
         trained = {PREFIX + w.name: w for w in weights if training and w.working.requires_grad}
         self._options = options
@@ -36,9 +41,10 @@ class Anchors:
             self._wanted[short] = name, mode, period
             if mode == enums.OutputMode.EveryN and options.device_iterations % period:
                 raise Error(
-                    f"The output return period ({period}) of the anchor '{short}' must be a divisor of "
-                    f"poptorch.Options().deviceIterations ({options.device_iterations})")
-        self._latest: Dict[str, torch.Tensor] = {}  # gradients of a micro-batch
+                    f"The output return period ({period}) of the anchor '{short}' must be a "
+                    "divisor of poptorch.Options().deviceIterations "
+                    f"({options.device_iterations})")
+        self._latest: Dict[str, torch.Tensor] = {}  # by name, of the current micro-batch
         self._outputs: Dict[str, Outputs] = {}
 
     def __bool__(self):
@@ -46,11 +52,12 @@ class Anchors:
 
     @contextlib.contextmanager
     def collecting(self, factor: float) -> Iterator["Anchors"]:
-        """Keep gradients while the context lasts, times `factor`; after each micro-batch `add` is
-        to be called.
+        """Keep the gradients of each micro-batch, times `factor`, while the context lasts.
+
+        The caller must call `add` after each micro-batch's backward pass.
         """
         def keep(name):
-            # the product is a new tensor: autograd goes on to accumulate in the one it gave us
+            # The product is a new tensor. Autograd may go on accumulating into `gradient` itself.
             return lambda gradient: self._latest.__setitem__(name,
                                                              gradient.to_dense().float() * factor)
 
@@ -65,7 +72,11 @@ class Anchors:
                 hook.remove()
 
     def add(self, iteration: int, replica: int) -> None:
-        """A micro-batch has run backward. Error if an anchored parameter got no gradient."""
+        """Add the gradients of the micro-batch whose backward pass has just ended to the outputs.
+
+        `iteration` counts the device iterations of the call and `replica` the replicas, both from
+        0. Raises Error if an anchored parameter received no gradient.
+        """
         for short, (name, _, _) in self._wanted.items():
             if name not in self._latest:
                 raise Error(f"Cannot anchor '{name}': the loss does not depend on this parameter")
@@ -73,8 +84,9 @@ class Anchors:
         self._latest = {}
 
     def joined(self) -> Dict[str, torch.Tensor]:
-        """{short name: float32 tensor}: the micro-batches that the anchor's output mode keeps,
-        along dimension 0.
+        """Return {short name: float32 tensor}, with micro-batches along dimension 0.
+
+        The output mode of each anchor decides which of its micro-batches are included.
         """
         return {short: outputs.joined()[0] for short, outputs in self._outputs.items()}
 
@@ -87,5 +99,6 @@ def _gradient_of(trained: Dict[str, Any], short: str, name: str, training: bool)
             "Options.anchorTensor",
             f"'{short}' names '{name}', a tensor of PopART's graph. A host has no such graph, only "
             f"the gradients of parameters: '{PREFIX}' and the parameter's name")
-    why = "it is not a trained parameter of the model" if training else "an inference model has no gradients"
+    why = ("it is not a trained parameter of the model"
+           if training else "an inference model has no gradients")
     raise Error(f"Cannot anchor '{name}' as '{short}': {why}")

@@ -1,4 +1,4 @@
-"""Refusals: what PopTorch's front end or its compiler would not take, in PopTorch's words."""
+"""Checks that refuse what PopTorch's front end or its compiler refuses, in PopTorch's words."""
 from __future__ import annotations
 
 import torch
@@ -9,23 +9,28 @@ from .blocks import Recorder, ShardedExecution
 
 MAX_IPUS = 64
 
-# Options that PopTorch 3.4 hands to PopART (popart_compiler/source/SessionOptions.cpp), beside
-# anything with a dot in its name
+# Options that PopTorch 3.4 passes to PopART (popart_compiler/source/SessionOptions.cpp). Options
+# whose names contain a dot belong to the groups listed in POPART_SETTINGS.
 POPART_OPTIONS = set("""
-accumulationAndReplicationReductionType accumulationFactor aliasZeroCopy autoRecomputation cachePath compilationProgressTotal
-compileEngine constantWeights convolutionOptions customCodeletCompileFlags customCodelets decomposeGradSum defaultBufferingDepth
-defaultPrefetchBufferingDepth delayVarUpdates disableGradAccumulationTensorStreams disableOptimizerStateTensorStreams dotChecks
-dotOpNames enableDistributedReplicatedGraphs enableEngineCaching enableExplicitIR enableExplicitMainLoops enableFloatingPointChecks
-enableFullyConnectedPass enableGradientAccumulation enableInplaceAmbiguityChecking enableLoadAndOffloadRNGState enableMergeExchange
-enableNonStableSoftmax enableOutlining enableOutliningCopyCostPruning enablePipelining enablePrefetchDatastreams
-enableReplicatedGraphs enableSerializedMatmuls enableStableNorm enableStochasticRounding enableSupportedDataTypeCasting
-engineOptions ensureFp32LossScaleTensor explicitRecomputation exportPoplarComputationGraph exportPoplarVertexGraph finalDotOp
-firstDotOp gclOptions globalReplicaOffset globalReplicationFactor groupHostSync groupNormStridedChannelGrouping
-hardwareInstrumentations instrumentWithHardwareCycleCounter kahnTieBreaker logDir looseThresholdAtPeak lstmOptions matmulOptions
-meanAccumulationAndReplicationReductionStrategy mergeVarUpdate mergeVarUpdateMemThreshold numIOTiles opxAliasChecking
-opxModifyChecking outlineSequenceBreakCost outlineThreshold partialsTypeMatMuls patterns patterns_level rearrangeAnchorsOnHost
-rearrangeStreamsOnHost reportOptions saveInitializersToFile scheduleNonWeightUpdateGradientConsumersEarly separateCallOpPdfs
-serializedPoprithmsShiftGraphsDir strictOpVersions subgraphCopyingStrategy swapLimitScheduler syntheticDataMode timeLimitScheduler
+accumulationAndReplicationReductionType accumulationFactor aliasZeroCopy autoRecomputation cachePath
+compilationProgressTotal compileEngine constantWeights convolutionOptions customCodeletCompileFlags
+customCodelets decomposeGradSum defaultBufferingDepth defaultPrefetchBufferingDepth delayVarUpdates
+disableGradAccumulationTensorStreams disableOptimizerStateTensorStreams dotChecks dotOpNames
+enableDistributedReplicatedGraphs enableEngineCaching enableExplicitIR enableExplicitMainLoops
+enableFloatingPointChecks enableFullyConnectedPass enableGradientAccumulation
+enableInplaceAmbiguityChecking enableLoadAndOffloadRNGState enableMergeExchange
+enableNonStableSoftmax enableOutlining enableOutliningCopyCostPruning enablePipelining
+enablePrefetchDatastreams enableReplicatedGraphs enableSerializedMatmuls enableStableNorm
+enableStochasticRounding enableSupportedDataTypeCasting engineOptions ensureFp32LossScaleTensor
+explicitRecomputation exportPoplarComputationGraph exportPoplarVertexGraph finalDotOp firstDotOp
+gclOptions globalReplicaOffset globalReplicationFactor groupHostSync groupNormStridedChannelGrouping
+hardwareInstrumentations instrumentWithHardwareCycleCounter kahnTieBreaker logDir
+looseThresholdAtPeak lstmOptions matmulOptions meanAccumulationAndReplicationReductionStrategy
+mergeVarUpdate mergeVarUpdateMemThreshold numIOTiles opxAliasChecking opxModifyChecking
+outlineSequenceBreakCost outlineThreshold partialsTypeMatMuls patterns patterns_level
+rearrangeAnchorsOnHost rearrangeStreamsOnHost reportOptions saveInitializersToFile
+scheduleNonWeightUpdateGradientConsumersEarly separateCallOpPdfs serializedPoprithmsShiftGraphsDir
+strictOpVersions subgraphCopyingStrategy swapLimitScheduler syntheticDataMode timeLimitScheduler
 transitiveClosureOptimizationThreshold updatableNamedBuffers useHostCopyOps virtualGraphMode
 """.split())
 POPART_SETTINGS = ("accumulateOuterFragmentSettings.", "autodiffSettings.",
@@ -34,36 +39,39 @@ POPART_SETTINGS = ("accumulateOuterFragmentSettings.", "autodiffSettings.",
 
 
 def popart_options(values: dict) -> None:
-    """Error for an option PopART does not have, or a value that is no number, text or collection.
+    """Raise Error for an option that PopART does not have or a value of an unsupported type.
+
+    `values` maps names to values, which must be numbers, strings or collections.
     """
     for name, value in values.items():
         if name not in POPART_OPTIONS and not name.startswith(POPART_SETTINGS):
             raise Error(
-                f"Unknown PopART option {name}: poptorch.Options._Popart.set() takes the names of popart.SessionOptions"
-            )
+                f"Unknown PopART option {name}: poptorch.Options._Popart.set() takes the names of "
+                "popart.SessionOptions")
         if not isinstance(value, (bool, int, float, str, list, tuple, set, dict)):
             raise Error(f"Unknown value type {type(value)} for option {name}")
 
 
 def inference_options(options) -> None:
-    """Error for gradient accumulation in inference."""
+    """Raise Error if an inference model is given gradient accumulation."""
     if options.Training.gradient_accumulation != 1:
         sharded = isinstance(options._execution_strategy, ShardedExecution)
         raise Error(
-            "You must set poptorch.Options().Training.gradientAccumulation to 1 or leave it as its default value (1) when "
-            "running a poptorch.inferenceModel()." +
+            "You must set poptorch.Options().Training.gradientAccumulation to 1 or leave it as its "
+            "default value (1) when running a poptorch.inferenceModel()." +
             ("" if sharded else
-             " Use poptorch.Options().deviceIterations to process a sufficient number of batches each run for pipelined "
-             "execution instead."))
+             " Use poptorch.Options().deviceIterations to process a sufficient number of batches "
+             "each run for pipelined execution instead."))
 
 
 def accumulation_type(optimizer, options, compiled: bool) -> None:
-    """float16 accumulation means the running mean, as in PopTorch; ValueError if the model is
-    compiled with another.
+    """Choose the running mean if the optimizer accumulates gradients in float16, as PopTorch does.
+
+    Raises ValueError if the model is already compiled with another strategy.
     """
     running = enums.MeanReductionStrategy.Running
-    half = getattr(optimizer, "accum_type",
-                   None) == torch.float16 and not getattr(optimizer, "use_combined_accum", False)
+    half = (getattr(optimizer, "accum_type", None) == torch.float16 and
+            not getattr(optimizer, "use_combined_accum", False))
     if half and not compiled:
         options._unfreeze()
         options.Training.setMeanAccumulationAndReplicationReductionStrategy(running)
@@ -71,12 +79,15 @@ def accumulation_type(optimizer, options, compiled: bool) -> None:
     elif half and options.Training.meanAccumulationAndReplicationReductionStrategy != running:
         raise ValueError(
             "Invalid optimizer: the new optimizer would require changing options.Training."
-            "meanAccumulationAndReplicationReductionStrategy to poptorch.MeanReductionStrategy.Running but the "
-            "executable is already compiled.")
+            "meanAccumulationAndReplicationReductionStrategy to "
+            "poptorch.MeanReductionStrategy.Running but the executable is already compiled.")
 
 
 def options(opts) -> None:
-    """Error for options that cannot be obeyed, whatever the model."""
+    """Raise Error for options that cannot be obeyed, whatever the model.
+
+    Several processes (Options.Distributed) are refused with NotOffered.
+    """
     if opts.Distributed.numProcesses > 1:
         raise NotOffered(
             "Options.Distributed",
@@ -85,45 +96,51 @@ def options(opts) -> None:
     offline = opts.connection_type == enums.ConnectionType.Never
     if offline and opts.exists("use_model") and opts.use_model:
         raise Error(
-            "ConnectionType.Never / poptorch.Options.useOfflineIpuTarget not supported for the IPU model"
-        )
+            "ConnectionType.Never / poptorch.Options.useOfflineIpuTarget not supported for the IPU "
+            "model")
     if offline and opts.exists("ipu_id"):
         raise Error("Offline compilation targeting a specific id not supported")
-    if opts.output_mode == enums.OutputMode.EveryN and opts.device_iterations % opts.output_return_period:
+    if (opts.output_mode == enums.OutputMode.EveryN and
+            opts.device_iterations % opts.output_return_period):
         raise Error(f"The output return period ({opts.output_return_period}) must be a divisor of "
                     f"poptorch.Options().deviceIterations ({opts.device_iterations})")
 
 
 def buffers(opts) -> None:
-    """Error if the model changes a buffer that replicas would have to share."""
+    """Raise Error if replicas would have to share buffers that the model changes.
+
+    The caller has found that the model changes a buffer, and that there are several replicas.
+    """
     if opts.broadcast_buffers:
         raise Error(
-            "PopTorch does not support broadcasting buffers. If your model is able to tolerate buffers becoming out of sync "
-            "between replicas, you can disable buffer broadcasting using poptorch.Options.broadcastBuffers(False)."
-        )
+            "PopTorch does not support broadcasting buffers. If your model is able to tolerate "
+            "buffers becoming out of sync between replicas, you can disable buffer broadcasting "
+            "using poptorch.Options.broadcastBuffers(False).")
 
 
 def pipeline(recorder: Recorder, opts, training: bool) -> None:
-    """Error if the blocks need more micro-batches than a call has, or a number of IPUs that cannot
-    be reserved.
+    """Raise Error if the blocks need too many micro-batches or a number of IPUs that is refused.
+
+    A pipeline needs at least as many micro-batches per weight update (in inference: per call) as it
+    has stages. IPUs are reserved in powers of two, MAX_IPUS at most.
     """
     _check_ipus(recorder, opts)
     if opts._execution_strategy.backendOptions()["execution_mode"] != 0:
         return
     order = recorder.ipus()
-    forward = len(order) + (
-        order[0] != 0
-    )  # PopTorch starts on IPU 0 and counts every change of IPU (Compiler::setActiveIpu)
+    # PopTorch starts on IPU 0 and counts every change of IPU (Compiler::setActiveIpu).
+    forward = len(order) + (order[0] != 0)
     stages = 2 * forward - 1 if training else forward
     if training and opts.Training.gradient_accumulation < stages:
         raise Error(
-            "poptorch.Options().Training.gradientAccumulation must be greater than or equal to the number of pipeline stages "
-            f"({stages}) when using poptorch.PipelinedExecution. Please note that a model with {forward} pipeline stages in "
-            f"PopTorch will have an additional {forward - 1} stages when training.")
+            "poptorch.Options().Training.gradientAccumulation must be greater than or equal to the "
+            f"number of pipeline stages ({stages}) when using poptorch.PipelinedExecution. Please "
+            f"note that a model with {forward} pipeline stages in PopTorch will have an additional "
+            f"{forward - 1} stages when training.")
     if not training and opts.device_iterations < stages:
         raise Error(
-            "poptorch.Options().deviceIterations must be greater than or equal to the number of pipeline stages "
-            f"({stages}) when using PopTorch.PipelinedExecution.")
+            "poptorch.Options().deviceIterations must be greater than or equal to the number of "
+            f"pipeline stages ({stages}) when using PopTorch.PipelinedExecution.")
 
 
 def _check_ipus(recorder: Recorder, opts) -> None:
@@ -134,11 +151,12 @@ def _check_ipus(recorder: Recorder, opts) -> None:
     reserved = count if simulated or opts.connection_type == enums.ConnectionType.Never else rounded
     if count > MAX_IPUS or reserved > MAX_IPUS:
         raise Error(
-            f"Too many IPUs requested ({count}). Experiments that need more than {MAX_IPUS} IPUs require distributed execution."
-        )
+            f"Too many IPUs requested ({count}). Experiments that need more than {MAX_IPUS} IPUs "
+            "require distributed execution.")
     if reserved != count and not opts.auto_round_num_ipus:
         raise Error(
-            f"The model specifies the use of {count} IPUs, however PopTorch must reserve a minimum of {rounded} in order to "
-            f"allow the model to run, because PopTorch must reserve a power of 2 or maximum of {MAX_IPUS} IPUs per process. "
+            f"The model specifies the use of {count} IPUs, however PopTorch must reserve a minimum "
+            f"of {rounded} in order to allow the model to run, because PopTorch must reserve a "
+            f"power of 2 or maximum of {MAX_IPUS} IPUs per process. "
             "Please reconfigure your model to use a different number of IPUs or set "
             "poptorch.Options().autoRoundNumIPUs(True).")

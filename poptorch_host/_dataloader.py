@@ -1,8 +1,8 @@
-"""poptorch.DataLoader: combined batches, read in this process or by a worker process through shared
-memory.
+"""poptorch.DataLoader: combined batches, read in this process or in a worker process.
 
-The worker writes batches into a ring of shared tensors. A tensor handed out is overwritten after
-the next one is asked for, as with PopTorch, so what must outlive an iteration has to be cloned.
+The worker process writes batches into a ring of tensors in shared memory. As with PopTorch, the
+tensors of a batch are overwritten once the next batch has been requested: clone whatever must
+outlive an iteration.
 """
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from ._logging import logger
 from .enums import DataLoaderMode, SharingStrategy
 from .options import Options
 
-# A data set reaches a spawned process through a pipe, of any size, which serves SharedMemory and
-# FileSystem alike
+# The other strategies, SharedMemory and FileSystem, both spawn the process. Python sends the data
+# set to it through a pipe, which sets no limit on its size.
 START_METHODS = {SharingStrategy.Fork: "fork", SharingStrategy.ForkServer: "forkserver"}
 
 
 class _SubDataset(torch.utils.data.Dataset):
-    """The part of a data set that one of several processes reads: a run of consecutive samples, in
-    an order all agree on.
+    """The part of a data set that one of several processes reads.
 
-    With `shuffle` the order of the whole data set is drawn anew in each epoch from the seed all
-    processes share. With `drop_last` the samples that do not fill a step of all processes are left
-    over at the end of one epoch and at the beginning of the next.
+    A part is a run of consecutive samples, in an order that all processes agree on. If the loader
+    shuffles, each epoch draws a new order of the whole data set from the seed that all processes
+    share. With `drop_last`, some samples do not fill a step of all processes; they are left over
+    alternately at the beginning and at the end of the order.
+
+    `step` is the number of samples that one process reads in one step.
     """
 
     def __init__(self, dataset, options, step: int, drop_last: bool):
@@ -53,13 +55,13 @@ class _SubDataset(torch.utils.data.Dataset):
             self.generator.manual_seed(options.random_seed)
 
     def __getstate__(self):
-        return {**self.__dict__, "generator": None}  # the parent process alone shuffles
+        return {**self.__dict__, "generator": None}  # only the parent process shuffles
 
     def next_epoch(self) -> None:
-        """Draw a new order and move to the samples left over by the last one."""
+        """Draw a new order, and leave out samples at the other end of it than in the last epoch."""
         order = torch.randperm(len(self.dataset), generator=self.generator)
         if self.order is None:
-            self.order = order.share_memory_()  # worker processes see later orders too
+            self.order = order.share_memory_()  # worker processes then see later orders too
         else:
             self.order.copy_(order)
         self.moved.logical_not_()
@@ -73,23 +75,26 @@ class _SubDataset(torch.utils.data.Dataset):
 
 
 class DataLoader(torch.utils.data.DataLoader):
-    """torch's DataLoader of combined batches: batch_size x device iterations x accumulation x
-    replicas rows.
+    """torch's DataLoader for combined batches.
 
-    Modes: Sync reads in this process (and torch's workers); Async in one more process, ahead of
-    time; AsyncRebatched puts the combined batches together there. With several processes
-    (Options.Distributed) each reads its own part of the data set.
+    A combined batch has batch_size x device iterations x gradient accumulation x replicas rows;
+    replicas that share their input (Options.inputReplicaGrouping) count once.
+
+    With mode Sync, this process (or torch's workers) reads the data set. With Async, an additional
+    process reads it ahead of time; with AsyncRebatched, that process also assembles the combined
+    batches. If there are several processes (Options.Distributed), each of them reads its own part
+    of the data set.
     """
 
     def __init__(
             self, options: Options, dataset: torch.utils.data.Dataset, batch_size: int = 1,
             shuffle: bool = None, num_workers: int = 0, drop_last: bool = True,
             persistent_workers: Optional[bool] = None, auto_distributed_partitioning: bool = True,
-            mode: DataLoaderMode = DataLoaderMode.Sync, async_options: Optional[Dict[str,
-                                                                                     Any]] = None,
+            mode: DataLoaderMode = DataLoaderMode.Sync,
+            async_options: Optional[Dict[str, Any]] = None,
             rebatched_worker_size: Optional[int] = None,
-            batch_sampler: Optional[Union[torch.utils.data.Sampler,
-                                          Iterable[Sequence]]] = None, **kwargs):
+            batch_sampler: Optional[Union[torch.utils.data.Sampler, Iterable[Sequence]]] = None,
+            **kwargs):
         self._accessor = None
         assert isinstance(options, Options)
         options._freeze()
@@ -99,29 +104,32 @@ class DataLoader(torch.utils.data.DataLoader):
         if self._sampled:
             _check_sampler(options, batch_size, shuffle, auto_distributed_partitioning)
             batch_size = getattr(batch_sampler, "batch_size", batch_size)
-        self._combine = options.device_iterations * options.Training.gradient_accumulation * input_groups(
-            options)[0]
+        self._combine = (options.device_iterations * options.Training.gradient_accumulation *
+                         input_groups(options)[0])
         self._combined = None if batch_size is None else batch_size * self._combine
         self._drop_last = drop_last
         self._shuffle_here = False
         if options.Distributed.numProcesses > 1 and auto_distributed_partitioning:
             assert not iterable, "auto_distributed_partitioning not supported for IterableDataset"
-            assert self._combined is not None, "batch_size=None not allowed when using auto_distributed_partitioning."
+            assert self._combined is not None, (
+                "batch_size=None not allowed when using auto_distributed_partitioning.")
             assert not shuffle or options.exists("random_seed"), (
-                "When using auto_distributed_partitioning you must set poptorch.Options.randomSeed() to ensure that tensors are in "
+                "When using auto_distributed_partitioning you must set "
+                "poptorch.Options.randomSeed() to ensure that tensors are in "
                 "the same order in all processes.")
-            dataset, self._shuffle_here, shuffle = _SubDataset(dataset, options, self._combined,
-                                                               drop_last), bool(shuffle), False
+            dataset, self._shuffle_here, shuffle = _SubDataset(
+                dataset, options, self._combined, drop_last), bool(shuffle), False
         if not iterable:
             dataset = profiling.Channel("dataset").instrument(dataset, "__getitem__")
         self._warn(dataset, iterable, num_workers, kwargs)
-        rebatch = self._combined is not None and self._combined > 1 and not drop_last and mode == DataLoaderMode.Async
+        rebatch = (self._combined is not None and self._combined > 1 and not drop_last and
+                   mode == DataLoaderMode.Async)
         rebatch = rebatch or mode == DataLoaderMode.AsyncRebatched
         worker_size = self._combined
         if rebatch and rebatched_worker_size is not None:
             assert rebatched_worker_size <= self._combined, (
-                f"The rebatched_worker_size ({rebatched_worker_size}) must be <= to the combined batch size ({self._combined})"
-            )
+                f"The rebatched_worker_size ({rebatched_worker_size}) must be <= to the combined "
+                f"batch size ({self._combined})")
             worker_size = rebatched_worker_size
         if persistent_workers is None:
             persistent_workers = num_workers > 0
@@ -133,36 +141,38 @@ class DataLoader(torch.utils.data.DataLoader):
         if mode != DataLoaderMode.Sync:
             async_options = async_options or {}
             assert "rebatched_size" not in async_options, (
-                "You cannot use DataLoaderMode.AsyncRebatched and manually specify the rebatched_size in async_options"
-            )
+                "You cannot use DataLoaderMode.AsyncRebatched and manually specify the "
+                "rebatched_size in async_options")
             self._accessor = AsynchronousDataAccessor(
                 self, **async_options, rebatched_size=self._combined if rebatch else None)
 
     def _warn(self, dataset, iterable, num_workers, kwargs):
         if iterable and num_workers > 1 and "worker_init_fn" not in kwargs:
             logger.warning(
-                "IterableDataset used with num_workers=%d but no worker_init_fn specified: as a result the DataLoader will "
-                "return %d times each element in the dataset", num_workers, num_workers)
-        if not iterable and not self._drop_last and not self._sampled and self._combined is not None and len(
-                dataset) % self._combined:
+                "IterableDataset used with num_workers=%d but no worker_init_fn specified: as a "
+                "result the DataLoader will return %d times each element in the dataset",
+                num_workers, num_workers)
+        if (not iterable and not self._drop_last and not self._sampled and
+                self._combined is not None and len(dataset) % self._combined):
             logger.warning(
-                "The number of elements in the dataset (%d) is not divisible by the number of elements processed per step "
-                "(%d) and drop_last=False. The last tensor will have a batch size of %d. To avoid having to handle this "
-                "special case switch to drop_last=True", len(dataset), self._combined,
+                "The number of elements in the dataset (%d) is not divisible by the number of "
+                "elements processed per step (%d) and drop_last=False. The last tensor will have a "
+                "batch size of %d. To avoid having to handle this special case switch to "
+                "drop_last=True", len(dataset), self._combined,
                 len(dataset) % self._combined)
 
     @property
     def combinedBatchSize(self) -> Optional[int]:
-        """Rows of the data set that one call of the model takes."""
+        """The number of rows that one call of the model takes, or None if batch_size is None."""
         return self._combined
 
     @property
     def options(self) -> Options:
-        """The options, frozen."""
+        """The options of this loader, which are frozen."""
         return self._options
 
     def terminate(self) -> None:
-        """End the worker process of an asynchronous mode."""
+        """End the worker process, if this loader has one (modes Async and AsyncRebatched)."""
         if self._accessor is not None:
             self._accessor.terminate()
 
@@ -178,7 +188,10 @@ class DataLoader(torch.utils.data.DataLoader):
         return iter(self._accessor) if self._accessor is not None else self._batches()
 
     def _batches(self) -> Iterator[Any]:
-        """The batches as this process reads them; in the worker process, what is put in the ring.
+        """Iterate over the batches that the calling process reads itself.
+
+        In the asynchronous modes the worker process calls this for the batches that it puts into
+        the ring.
         """
         batches = super().__iter__()
         return _combined(batches, self._combine,
@@ -197,7 +210,7 @@ def _check_sampler(options, batch_size, shuffle, partitioning):
 
 
 def _combined(batches, count: int, drop_last: bool) -> Iterator[Any]:
-    """Join every `count` batches; the last ones too, unless `drop_last`."""
+    """Yield every `count` batches joined into one, then the remaining ones unless `drop_last`."""
     waiting: List[Any] = []
     for batch in batches:
         waiting.append(batch)
@@ -213,11 +226,14 @@ def _joined(batches):
 
 
 class AsynchronousDataAccessor:
-    """Iterates over a data set (or loader) that a worker process reads ahead of time.
+    """An iterator over a data set or data loader that a worker process reads ahead of time.
 
-    buffer_size: batches in the ring of shared memory.  early_preload: start reading before an
-    iterator is asked for. load_indefinitely: start the next epoch as soon as one ends.
-    rebatched_size: put batches of this many rows together.
+    buffer_size: number of batches in the ring of shared memory.
+    miss_sleep_time_in_ms: without effect, because waiting for a batch does not poll.
+    load_indefinitely: start reading the next epoch as soon as one ends.
+    early_preload: start reading before an iterator is requested.
+    sharing_strategy: how the worker process is started and receives the data set.
+    rebatched_size: number of rows of the batches to assemble; None keeps the batches as they are.
     """
 
     def __init__(self, dataset: Union[torch.utils.data.Dataset, DataLoader], buffer_size: int = 3,
@@ -228,21 +244,22 @@ class AsynchronousDataAccessor:
         is_loader = isinstance(dataset, DataLoader)
         if is_loader and dataset._accessor is not None:
             raise Error(
-                "The DataLoader already uses an AsynchronousDataAccessor internally. Either use the existing one or set "
-                "mode='poptorch.DataLoaderMode.Sync' in the DataLoader.")
+                "The DataLoader already uses an AsynchronousDataAccessor internally. Either use "
+                "the existing one or set mode='poptorch.DataLoaderMode.Sync' in the DataLoader.")
         if is_loader and not dataset._sampled and not dataset._drop_last and rebatched_size is None:
             assert dataset.combinedBatchSize in (None, 1), (
-                "The 'drop_last=False' option from the DataLoader only works if 'rebatched_size' is specified too."
-            )
-        assert rebatched_size is None or rebatched_size > 1, "rebatched_size must be None or greater than 1"
+                "The 'drop_last=False' option from the DataLoader only works if 'rebatched_size' "
+                "is specified too.")
+        assert rebatched_size is None or rebatched_size > 1, (
+            "rebatched_size must be None or greater than 1")
         self._dataset, self.rebatched_size = dataset, rebatched_size
         self._slots = buffer_size
         self._start(load_indefinitely, early_preload, sharing_strategy)
 
     def _start(self, load_indefinitely, early_preload, sharing_strategy):
         context = torch.multiprocessing.get_context(START_METHODS.get(sharing_strategy, "spawn"))
-        context.set_forkserver_preload([
-            "__main__", __name__])  # import torch once in the server, not in every process it forks
+        # The fork server imports torch once, which every process it forks would do otherwise.
+        context.set_forkserver_preload(["__main__", __name__])
         self._pipe, other = context.Pipe()
         worker = _Worker(self._slots, self.rebatched_size, load_indefinitely, early_preload)
         process = context.Process(target=worker.main, args=(self._dataset, other), daemon=False)
@@ -255,8 +272,8 @@ class AsynchronousDataAccessor:
             raise Error(
                 "AsynchronousDataAccessor worker thread failed to start (Check above for details)"
             ) from None
-        self._end = weakref.finalize(self, _end_process, process,
-                                     self._pipe)  # at the latest when Python ends
+        # The process ends with this object, or at the latest when Python exits.
+        self._end = weakref.finalize(self, _end_process, process, self._pipe)
         self._epoch, self._held, self._used, self._over = 0, None, False, False
 
     def terminate(self) -> None:
@@ -288,7 +305,7 @@ class AsynchronousDataAccessor:
                 epoch, slot, rows = self._pipe.recv()
             except (EOFError, ConnectionResetError):
                 raise AssertionError("An error occurred in the data fetcher") from None
-            if epoch != self._epoch:  # read before the iterator was started again
+            if epoch != self._epoch:  # read for an iterator that has been restarted since
                 self._give_back(slot)
             elif slot is None:
                 self._over = True
@@ -313,18 +330,19 @@ def _end_process(process, pipe) -> None:
     except (BrokenPipeError, OSError):
         pass
     process.join(timeout=5)
-    if process.is_alive():  # busy inside the data set
+    if process.is_alive():  # it is still busy inside the data set
         process.terminate()
         process.join()
     pipe.close()
 
 
 class _Worker:
-    """The other process: reads the data set and fills the ring's free slots.
+    """What the worker process runs: it reads the data set and fills the free slots of the ring.
 
-    It sends (structure, ring) once, then for every batch (epoch, slot, rows or None for all), and
-    (epoch, None, None) at the end of an epoch. It receives ("free", slot), ("epoch", number) when
-    an iterator is started, and ("stop", 0).
+    It sends (structure, ring) once, then (epoch, slot, rows) for each batch, where rows is None
+    if the batch fills the slot, and (epoch, None, None) at the end of an epoch. It receives
+    ("free", slot) when a slot may be overwritten, ("epoch", number) when an iterator is started,
+    and ("stop", 0).
     """
 
     def __init__(self, slots: int, rebatched_size: Optional[int], load_indefinitely: bool,
@@ -333,9 +351,10 @@ class _Worker:
         self.load_indefinitely, self.early_preload = load_indefinitely, early_preload
 
     def main(self, dataset, pipe) -> None:
-        """Run until told to stop, or until the other end of the pipe is closed."""
+        """Run until "stop" is received or the other end of the pipe is closed."""
         logger.debug("AsynchronousDataAccessor worker process: %d", os.getpid())
-        # start torch's own workers as torch does: not in the way this process was started, but fast
+        # torch's own workers are forked, as they are by default. They would otherwise inherit the
+        # start method of this process, which may be a slower one.
         if sys.platform == "linux":
             torch.multiprocessing.set_start_method("fork", force=True)
         try:
@@ -353,8 +372,8 @@ class _Worker:
             [torch.empty_like(t).share_memory_() for t in _flat(first)] for _ in range(self.slots)]
         self.pipe.send((first, self.ring))
         batches = itertools.chain([first], batches)
-        self.free, self.epoch, self.wanted, ahead = list(range(
-            self.slots)), 1, 0, self.early_preload
+        self.free, self.epoch, self.wanted, ahead = (
+            list(range(self.slots)), 1, 0, self.early_preload)
         while True:
             while self.wanted < self.epoch and not ahead:
                 self._receive()
@@ -364,8 +383,7 @@ class _Worker:
             batches = self._batches()
 
     def _one_epoch(self, batches) -> bool:
-        """Send the batches of `self.epoch`; False if the iterator was started again before its end.
-        """
+        """Send the batches of epoch `self.epoch`; return False if a new iterator cut it short."""
         for batch in batches:
             while not self.free or self.pipe.poll():
                 self._receive()
@@ -398,8 +416,7 @@ class _Worker:
 
 
 def _rebatched(batches, size: int, drop_last: bool) -> Iterator[Any]:
-    """Batches of `size` rows out of batches of any number; a smaller last one unless `drop_last`.
-    """
+    """Yield batches of `size` rows from batches of any size, then the rest unless `drop_last`."""
     waiting, rows = [], 0
     for batch in batches:
         waiting.append(batch)
@@ -414,10 +431,11 @@ def _rebatched(batches, size: int, drop_last: bool) -> Iterator[Any]:
 
 
 def _flat(batch) -> List[torch.Tensor]:
-    """The tensors of a batch. AssertionError if it holds anything else."""
+    """Return the tensors of a batch; raise AssertionError if it holds anything else."""
     if _structure.parser_of(batch) is None and not isinstance(batch, torch.Tensor):
         for i, item in enumerate(batch.values() if isinstance(batch, dict) else batch):
             assert isinstance(item, torch.Tensor), (
-                f"Tensor at index {i} is not a torch tensor ({type(item)}). AsynchronousDataAccessor expects data to be organised as "
-                "a flat 1D container of tensors.")
+                f"Tensor at index {i} is not a torch tensor ({type(item)}). "
+                "AsynchronousDataAccessor expects data to be organised as a flat 1D container of "
+                "tensors.")
     return _structure.flatten(batch)

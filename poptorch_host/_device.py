@@ -1,12 +1,11 @@
-"""The device: its own copy of the weights, the micro-batches of a call in PopTorch's order, and the
-weight updates.
+"""The device: it has its own copy of the weights, runs the micro-batches and updates the weights.
 
-Order of a combined batch (PopART's StepIOSplitter hands micro-batches to replicas in turn): device
-iteration, then gradient accumulation, then replica, then the rows of the micro-batch.
+A combined batch is ordered by device iteration, then gradient accumulation step, then replica, then
+row of the micro-batch, because PopART's StepIOSplitter hands micro-batches to the replicas in turn.
 
-A float16 model keeps float16 tensors on the host. Here its weights are float32, and a working copy
-of them in bfloat16 (where the processor multiplies bfloat16, else float32) runs the model;
-gradients are accumulated in float32.
+A float16 model has float16 tensors on the host. On the device its weights are float32, and the
+model runs with a working copy of them: in bfloat16 if the processor can multiply bfloat16, and in
+float32 otherwise. Its gradients are accumulated in float32.
 """
 from __future__ import annotations
 
@@ -21,13 +20,14 @@ from ._anchors import Anchors
 from ._logging import logger
 from ._outputs import Outputs
 
-PIECE = 1 << 20  # numbers converted at a time: what stays in a processor's cache
+PIECE = 1 << 20  # number of elements that _add converts at a time; they fit in a processor's cache
 
 
 @functools.lru_cache(maxsize=None)
 def half_type() -> torch.dtype:
-    """What stands for float16 in computations: bfloat16 if the processor has instructions for it,
-    else float32.
+    """Return the type that replaces float16 in computations.
+
+    It is bfloat16 if the processor has instructions to multiply it, and float32 otherwise.
     """
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
@@ -41,9 +41,17 @@ def _computed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Weight:
-    """One parameter or buffer. `host`: the user's tensor; `working`: the device's, which the model
-    runs with; `value`: what the optimizer updates, the same memory as `working` unless the host's
-    tensor is float16 (then float32).
+    """One parameter or buffer on the device.
+
+    host: the user's tensor.
+    working: the device's tensor that the model runs with.
+    value: the tensor that the optimizer updates. It is float32 if the host's tensor is float16;
+        otherwise it shares its memory with `working`.
+    has_copy: whether `working` is a separate copy of `value`: only if the host's tensor is float16.
+    replicas: the `working` tensors of all replicas for a buffer that each replica changes for
+        itself, otherwise `working` alone.
+    gradient: the accumulated gradient, in the type of `value`, where autograd cannot accumulate it
+        in place.
     """
 
     def __init__(self, name: str, host: torch.Tensor):
@@ -58,34 +66,35 @@ class Weight:
         if self.is_parameter:
             self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
         self.has_copy = host.dtype == torch.float16
-        self.replicas: List[torch.Tensor] = [
-            self.working]  # of a buffer that every replica changes for itself: one each
-        self.gradient: Optional[
-            torch.
-            Tensor] = None  # accumulated in the type of `value`, where autograd cannot do so in place
+        self.replicas: List[torch.Tensor] = [self.working]
+        self.gradient: Optional[torch.Tensor] = None
 
     def upload(self) -> None:
-        """Host to device."""
+        """Copy the host's tensor to the device."""
         self.value.copy_(self.host.detach())
         self.refresh()
 
     def refresh(self) -> None:
-        """Make the working copy that of `value`, in every replica."""
+        """Copy `value` to the working tensors of all replicas."""
         if self.has_copy:
             self.working.detach().copy_(self.value)
         for copy in self.replicas[1:]:
             copy.copy_(self.working)
 
     def download(self) -> None:
-        """Device to host. A buffer is changed by the model itself, so its working copy is the newer
-        one.
+        """Copy the device's value to the host's tensor.
+
+        A buffer is copied from its working tensor, because the model itself changes that one.
         """
         if self.has_copy and not self.is_parameter:
             self.value.copy_(self.working)
         self.host.detach().copy_(self.value)
 
     def accumulate(self) -> None:
-        """Add a micro-batch's gradient to the update's, where autograd has not done so in place."""
+        """Add the gradient of a micro-batch to `gradient`, where autograd cannot do so in place.
+
+        This concerns sparse gradients, and weights whose `working` is a separate copy.
+        """
         gradient = self.working.grad
         if gradient is None or not (self.has_copy or gradient.is_sparse):
             return
@@ -101,15 +110,23 @@ class Weight:
             _add(self.gradient, gradient)
 
     def take_gradient(self) -> Optional[torch.Tensor]:
-        """The update's gradient, or None if the loss does not depend on the weight; forgets it."""
+        """Return the accumulated gradient and reset it.
+
+        Returns None if the loss does not depend on the weight.
+        """
         gradient = self.working.grad if self.gradient is None else self.gradient
         self.gradient = self.working.grad = None
         return gradient
 
 
 class Device:
-    """A compiled model with weights, optimizer state and random numbers of its own, apart from the
-    host's.
+    """A compiled model with its own weights, optimizer state and random number generator.
+
+    slots: (container, key, weight) for each place where the model keeps a tensor.
+    replicated: those slots that hold another tensor in each replica.
+    trained: (weight, index of its parameter group) for each weight that the optimizer updates.
+    hyper: the hyperparameters of each trained weight, by its name.
+    state: the optimizer state of each trained weight, by its name.
     """
 
     def __init__(self, model: torch.nn.Module, options: Any, training: bool, seed: int):
@@ -125,23 +142,23 @@ class Device:
         self.embeddings = [
             m for m in model.modules()
             if isinstance(m, torch.nn.Embedding) and not m.scale_grad_by_freq] if training else []
-        self.replicated: List[tuple] = []  # those slots that hold another tensor in each replica
+        self.replicated: List[tuple] = []
         self.anchors = Anchors(options, list(self.weights.values()), training)
         self.trace: Optional[_trace.Trace] = None
         self.casts: Callable[[], ContextManager] = contextlib.nullcontext
         self.settings: Dict[str, Any] = {}
-        self.trained: List[Tuple[Weight, int]] = [
-        ]  # each trained weight with the index of its parameter group
-        self.hyper: Dict[str, Dict[str, Any]] = {}   # by weight: the numbers of its group
+        self.trained: List[Tuple[Weight, int]] = []
+        self.hyper: Dict[str, Dict[str, Any]] = {}
         self.state: Dict[str, Dict[str, torch.Tensor]] = {}
 
     def _find_slots(self) -> Iterator[tuple]:
-        """(container, key, weight) of every place where the model keeps a tensor; shared weights
-        have several.
+        """Yield (container, key, weight) for each place where the model keeps a tensor.
+
+        A shared weight has several places.
         """
         for module in self.model.modules():
-            flat = module.__dict__.get(
-                "_flat_weights", [])  # torch.nn.LSTM and its kin keep their weights a second time
+            # Recurrent modules such as torch.nn.LSTM keep their weights a second time.
+            flat = module.__dict__.get("_flat_weights", [])
             for container in (module._parameters, module._buffers, flat):
                 for key, tensor in (enumerate(container)
                                     if container is flat else container.items()):
@@ -150,9 +167,10 @@ class Device:
 
     @contextlib.contextmanager
     def _installed(self):
-        """Let the model hold the device's tensors and draw the device's random numbers, and no one
-        else's. Embeddings give the gradients of the rows that were looked up: a dense one is zeros
-        for a whole vocabulary, in every micro-batch.
+        """Return a context in which the model uses the device's tensors and random numbers.
+
+        Embeddings return sparse gradients in it, of the rows that were looked up. A dense gradient
+        would be mostly zeros, for a whole vocabulary in every micro-batch.
         """
         host_rng = torch.get_rng_state()
         sparse = [embedding.sparse for embedding in self.embeddings]
@@ -175,13 +193,14 @@ class Device:
                 embedding.sparse = was
 
     def compile(self, arguments) -> None:
-        """Trace the model with one micro-batch. Nothing the trace does to buffers or random numbers
-        lasts.
+        """Trace the model with one micro-batch.
+
+        Afterwards the device's buffers and random numbers are what they were before.
         """
         rng, buffers = self.rng, [w for w in self.weights.values() if not w.is_parameter]
         saved = [w.working for w in buffers]
         for weight in buffers:
-            weight.working = weight.working.clone()  # version 0
+            weight.working = weight.working.clone()  # a clone starts with _version 0
         try:
             with self._installed():
                 micro_batch = arguments.micro_batches(_computed, micro_batches_per_call(
@@ -210,11 +229,10 @@ class Device:
             self.casts = lambda: casts
         return trace
 
-    # ---- weights and optimizer
-    # -------------------------------------------------------------------------------------
+    # ---- weights and optimizer ----
 
     def upload(self, only: Optional[List[str]] = None) -> None:
-        """All weights, or those named, from the host to the device."""
+        """Copy weights from the host to the device: all of them, or only those named."""
         logger.debug("Writing weights from host to IPU memory")
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for weight in self.weights.values():
@@ -222,15 +240,17 @@ class Device:
                     weight.upload()
 
     def download(self) -> None:
-        """All weights from the device to the host."""
+        """Copy all weights from the device to the host."""
         logger.debug("Writing weights from IPU to host")
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for weight in self.weights.values():
                 weight.download()
 
     def set_optimizer(self, settings: Dict[str, Any], groups: List[list]) -> None:
-        """Take the numbers of an optimizer; `groups` are its parameters, which choose the weights
-        the first time.
+        """Use the hyperparameters in `settings` (see optim.snapshot) from now on.
+
+        `groups` lists the parameters of each parameter group. The first call takes from it which
+        weights are trained.
         """
         if not self.trained:
             self.trained = [(self.weights[id(p)], i) for i, group in enumerate(groups)
@@ -242,8 +262,10 @@ class Device:
         self.hyper = {w.name: dict(settings["groups"][i]) for w, i in self.trained}
 
     def read_state(self) -> Dict[str, Dict[str, torch.Tensor]]:
-        """The optimizer's state on the device, in PopTorch's form. Master___NAME is a float16
-        weight's float32 value.
+        """Return the optimizer state on the device, in PopTorch's form.
+
+        It is {"ipu_state": tensors, "ipu_param": hyperparameters}. Master___NAME is the float32
+        value of a weight that is float16 on the host.
         """
         logger.debug("Writing optimiser state tensors from IPU to host.")
         state = {
@@ -254,8 +276,9 @@ class Device:
             "ipu_state": state, "ipu_param": _hyperparameters.parameters(self.settings, self.hyper)}
 
     def write_state(self, state: Dict[str, Dict[str, torch.Tensor]]) -> None:
-        """Take what read_state() gave, or a part of it. A master that is not its weight any more is
-        not taken.
+        """Restore what read_state() returned, or a part of it.
+
+        A Master___NAME that, rounded to float16, is no longer equal to its weight is ignored.
         """
         logger.debug("Writing optimiser state tensors from host to IPU memory")
         for weight, _ in self.trained:
@@ -288,29 +311,31 @@ class Device:
                 weight.refresh()
 
     def trainer(self) -> Any:
-        """The executor that trains these weights, if there is one: it has marked the host's
-        tensors.
+        """Return the executor that trains the weights of this inference model, or None.
+
+        A training executor leaves a reference to itself in the host's tensors
+        (see _user_model.watch).
         """
         host = next((w.host for w in self.weights.values()), None)
         executor = getattr(host, "__dict__", {}).get("_executor", lambda: None)()
         return None if self.training else executor
 
     def get_rng(self) -> List[int]:
-        """The seed, then the generator's state in integers of 8 bytes."""
+        """Return the seed, followed by the generator's state as 64-bit integers."""
         return [self.seed, *self.rng.view(torch.int64).tolist()]
 
     def set_rng(self, state: List[int]) -> None:
-        """The reverse of get_rng; a list with the seed alone starts from that seed."""
+        """Restore what get_rng() returned. If `state` is only a seed, start from that seed."""
         self.seed = state[0]
         self.rng = torch.tensor(state[1:], dtype=torch.int64).view(
             torch.uint8) if state[1:] else seeded(self.seed)
 
-    # ---- running
-    # ---------------------------------------------------------------------------------------------------
+    # ---- running ----
 
     def run(self, arguments) -> List[torch.Tensor]:
-        """One call: all micro-batches and updates of a combined batch. Returns the outputs that the
-        output mode keeps.
+        """Run all micro-batches and weight updates of one combined batch.
+
+        Returns the outputs that the output mode keeps, with micro-batches along dimension 0.
         """
         options = self.options
         accumulation, replicas = options.Training.gradient_accumulation, options.replication_factor
@@ -320,7 +345,7 @@ class Device:
                                               micro_batches_per_call(options))
         outputs = Outputs(options.output_mode, options.output_return_period)
         for weight, _ in self.trained:
-            weight.take_gradient()  # of a call that was interrupted
+            weight.take_gradient()  # discard what an interrupted call may have left
         with self._installed(), torch.set_grad_enabled(
                 self.training), self.casts(), self._anchoring() as anchors:
             for iteration in range(options.device_iterations):
@@ -338,8 +363,9 @@ class Device:
         return outputs.joined()
 
     def _anchoring(self) -> ContextManager[Optional[Anchors]]:
-        """Collects anchored gradients: each micro-batch's own, of the scaled loss, as they are on a
-        device.
+        """Return a context that collects anchored gradients; its value is None if there are none.
+
+        They are the gradients of each micro-batch's own scaled loss, as on an IPU.
         """
         if not self.anchors:
             return contextlib.nullcontext()
@@ -362,9 +388,11 @@ class Device:
 
     @property
     def gradient_scale(self) -> float:
-        """What a micro-batch's gradient counts in its update. Loss scaling multiplies it on the
-        device and is divided out in the optimizer, to keep float16 gradients in range; float32 and
-        bfloat16 gradients are always in range.
+        """The factor of a micro-batch's gradient in its weight update.
+
+        Loss scaling is not part of it. On an IPU it multiplies the loss and is divided out in the
+        optimizer, to keep float16 gradients in range; float32 and bfloat16 gradients have enough
+        range without it.
         """
         training = self.options.Training
         if training.accumulation_and_replication_reduction_type == enums.ReductionType.Sum:
@@ -373,9 +401,11 @@ class Device:
 
 
 def _add(total: torch.Tensor, part: torch.Tensor) -> None:
-    """total += part, which is of another type. In pieces: PyTorch converts what it adds into a new
-    tensor, and one as large as an embedding's gradient takes five times as long to come from memory
-    as from the cache (measured, 50,265 x 768).
+    """Add `part`, which may have another type, to `total` in place, piece by piece.
+
+    PyTorch first converts a tensor of another type into a new one. If that is as large as the
+    gradient of an embedding, it is read from memory instead of the cache, which takes five times as
+    long (measured for 50,265 x 768).
     """
     rows = max(1, PIECE * len(part) // part.numel()) if part.numel() > PIECE else 0
     for piece, of in zip(total.split(rows), part.split(rows)) if rows else [(total, part)]:
@@ -383,13 +413,14 @@ def _add(total: torch.Tensor, part: torch.Tensor) -> None:
 
 
 def seeded(seed: int) -> torch.Tensor:
-    """State of a random number generator that starts from `seed`."""
+    """Return the state of a random number generator that starts from `seed`."""
     return torch.Generator().manual_seed(seed & ((1 << 63) - 1)).get_state()
 
 
 def input_groups(options) -> tuple:
-    """(number of groups of replicas with an input of their own, function from replica to its
-    group).
+    """Return (number of replica groups, function from a replica to its group).
+
+    The replicas of a group share their input (Options.inputReplicaGrouping).
     """
     size, groups = options.input_group_size, options.replication_factor // options.input_group_size
     if options.input_cgt == enums.CommGroupType.Orthogonal:
@@ -398,9 +429,9 @@ def input_groups(options) -> tuple:
 
 
 def micro_batches_per_call(options) -> int:
-    """Micro-batches in the combined batch of one call."""
-    return options.device_iterations * options.Training.gradient_accumulation * input_groups(
-        options)[0]
+    """Return the number of micro-batches in the combined batch of one call."""
+    return (options.device_iterations * options.Training.gradient_accumulation *
+            input_groups(options)[0])
 
 
 def _synthetic(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,10 @@ from __future__ import annotations
 
 
 class Error(RuntimeError):
-    """What PopTorch refuses or cannot do. `type`, `message` and `location` as in PopTorch."""
+    """The error for what PopTorch refuses or cannot do.
+
+    Its attributes `type`, `message` and `location` are those of PopTorch's class.
+    """
 
     def __init__(self, message: str, kind: str = "poptorch_py_error"):
         super().__init__(f"'{kind}': {message}")
@@ -11,16 +14,17 @@ class Error(RuntimeError):
 
 
 class RecoverableError(Error):
-    """A failure after which the device can be reset; never raised on the host."""
+    """A failure after which the device can be reset. It is never raised on the host."""
 
 
 class UnrecoverableError(Error):
-    """A failure of the hardware; never raised on the host."""
+    """A failure of the hardware. It is never raised on the host."""
 
 
 class NotOffered(Error, AttributeError):
-    """A part of PopTorch that poptorch_host leaves out. An AttributeError too, so that hasattr()
-    says no.
+    """The error for the use of a part of PopTorch that poptorch_host leaves out.
+
+    It is also an AttributeError, so that hasattr() returns False.
     """
 
     def __init__(self, name: str, reason: str):

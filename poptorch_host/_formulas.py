@@ -1,8 +1,7 @@
-"""PopTorch's optimizers as formulas over lists of float32 tensors: the weight update that a device
-makes.
+"""The weight updates of PopTorch's optimizers, as formulas over lists of float32 tensors.
 
-Where PyTorch has a fused kernel for the CPU, that kernel runs; elsewhere the same formula runs
-tensor by tensor.
+Where PyTorch has a fused kernel for the CPU, that kernel computes the update. Otherwise the same
+formula is computed tensor by tensor.
 """
 from __future__ import annotations
 
@@ -11,16 +10,18 @@ from typing import Any, Dict, List
 
 import torch
 
+# PopART's names of each optimizer's state tensors. A centered RMSprop also has Accl2.
 STATE = {
     "SGD": ("Accl1", ), "Adam": ("Accl1", "Accl2", "Step"), "AdamW": ("Accl1", "Accl2", "Step"),
     "LAMB": ("Accl1", "Accl2", "Step"),
-    "RMSprop": ("Accl1", "Accl3")}  # and Accl2 if it is centered
+    "RMSprop": ("Accl1", "Accl3")}
+# torch 2.4 and later have fused kernels for the CPU.
 FUSED = "fused" in inspect.signature(torch.optim.AdamW.__init__).parameters and int(
     torch.__version__.split(".")[1]) >= 4
 
 
 def new_state(settings: Dict[str, Any], weight: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """The optimizer state of one weight before its first update."""
+    """Return the optimizer state of one weight before its first update, by PopART's names."""
     kind = settings["kind"]
     names = STATE[kind] + (
         ("Accl2", ) if any(group.get("centered") for group in settings["groups"]) else ())
@@ -33,7 +34,7 @@ def new_state(settings: Dict[str, Any], weight: torch.Tensor) -> Dict[str, torch
 
 
 def clip(gradients: List[torch.Tensor], max_norm: float) -> None:
-    """Scale all gradients together so that their joint norm is at most `max_norm`."""
+    """Scale all gradients in place by one factor, so that their joint norm is at most max_norm."""
     norm = torch.norm(torch.stack(torch._foreach_norm(gradients)))
     if norm > max_norm:
         torch._foreach_mul_(gradients, float(max_norm / norm))
@@ -41,7 +42,11 @@ def clip(gradients: List[torch.Tensor], max_norm: float) -> None:
 
 def apply(settings: Dict[str, Any], hyper: Dict[str, Any], weights: List[torch.Tensor],
           gradients: List[torch.Tensor], states: List[Dict[str, torch.Tensor]]) -> None:
-    """Update `weights` (float32) and `states` in place; `hyper` are the numbers of their group."""
+    """Update `weights` (float32) and `states` in place.
+
+    settings: the optimizer's settings (see optim.snapshot).
+    hyper: the hyperparameters of the parameter group that all these weights belong to.
+    """
     if not weights:
         return
     columns = {name: [state[name] for state in states] for name in states[0]}
@@ -64,8 +69,9 @@ def _adam(weights, gradients, state, hyper, numbers, fused=FUSED and
           getattr(torch, "_fused_adam_", None), decoupled=False):
     (beta1, beta2), decay, rate = hyper["betas"], hyper["weight_decay"], hyper["lr"]
     torch._foreach_add_(state["Step"], 1)
-    steps = state["Step"] if numbers["bias_correction"] else [torch.tensor(float("inf"))] * len(
-        weights)  # beta ** inf is 0
+    # An infinite step turns the correction off, because beta ** inf is 0.
+    steps = (state["Step"] if numbers["bias_correction"] else
+             [torch.tensor(float("inf"))] * len(weights))
     if fused:
         fused(weights, gradients, state["Accl1"], state["Accl2"], [], steps, lr=rate, beta1=beta1,
               beta2=beta2, weight_decay=decay, eps=hyper["eps"], amsgrad=False, maximize=False)

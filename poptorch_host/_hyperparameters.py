@@ -1,5 +1,6 @@
-"""The numbers of an optimizer on their way to the device: which are constants, which were changed,
-and PopART's names for them.
+"""The hyperparameters of an optimizer on their way to the device.
+
+This module knows which of them are compiled in as constants, and PopART's names for them.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from . import optim
 from ._errors import Error
 from ._logging import logger
 
+# In a torch optimizer, each of these is a constant only if it has this value (see `constants`).
 CONSTANT_BY_VALUE = {
     "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "eps": 1e-8, "max_weight_norm": 65500.0}
 POPART_NAMES = {
@@ -19,19 +21,24 @@ POPART_NAMES = {
 
 
 def warn_subclass(optimizer: torch.optim.Optimizer) -> None:
-    """A class of one's own is probably meant to change step(), which is never called."""
+    """Warn if the optimizer's class was derived by the user.
+
+    Such a class is probably meant to change step(), which is never called.
+    """
     if not {torch.optim.Optimizer, optim.Optimizer} & set(
             type(optimizer).__bases__) and not type(optimizer).__module__.startswith("torch."):
         logger.warning(
-            "Optimizer `%s` subclassed from classes in poptorch.optim or torch.optim are unlikely to behave as intended. "
-            "Poptorch does not run Python optimizer code directly; but instead uses IPU native optimisers implemented in "
-            "PopART.",
+            "Optimizer `%s` subclassed from classes in poptorch.optim or torch.optim are unlikely "
+            "to behave as intended. Poptorch does not run Python optimizer code directly; but "
+            "instead uses IPU native optimisers implemented in PopART.",
             type(optimizer).__name__)
 
 
 class AttributeCheck:
-    """Reports attributes that an optimizer and its groups did not have at the first call, since the
-    device ignores them. Each report is made once: a warning, or at debug level if `relaxed`.
+    """Reports attributes that an optimizer or its groups gained after the first call.
+
+    The device ignores such attributes. Each report is logged once, as a warning or, if `relaxed`,
+    at debug level.
     """
 
     def __init__(self, relaxed: bool):
@@ -51,23 +58,26 @@ class AttributeCheck:
                          group.keys() - {"params"} - first["group"])
 
     def _report(self, what, optimizer, unexpected):
-        message = f"Ignoring unexpected {what} in {optim.kind_of(optimizer)} optimizer: {sorted(unexpected)}"
+        message = (f"Ignoring unexpected {what} in {optim.kind_of(optimizer)} optimizer: "
+                   f"{sorted(unexpected)}")
         if unexpected and message not in self._reported:
             self._reported.add(message)
             logger.log(self._level, message)
 
 
 def constants(optimizer: torch.optim.Optimizer, settings: Dict[str, Any]) -> Dict[tuple, Any]:
-    """The numbers compiled in as constants, by (group, name): those marked so, or of a torch
-    optimizer those at PyTorch's default.
+    """Return {(group, name): value} of the hyperparameters that are compiled in as constants.
+
+    An optimizer of this package says in `variable_attrs` which ones are. Of a torch optimizer they
+    are all except the learning rate and those in CONSTANT_BY_VALUE that differ from PyTorch's
+    default. The loss scaling counts as a group of its own, after the last one.
     """
     marked = getattr(optimizer, "variable_attrs", None)
     out = {}
     for i, group in enumerate([*settings["groups"], {"loss_scaling": settings["loss_scaling"]}]):
         for name, value in group.items():
-            default = 1e-2 if (settings["kind"],
-                               name) == ("AdamW",
-                                         "weight_decay") else CONSTANT_BY_VALUE.get(name, value)
+            default = (1e-2 if (settings["kind"], name) == ("AdamW", "weight_decay") else
+                       CONSTANT_BY_VALUE.get(name, value))
             constant = marked.isConstant(name) if marked else name != "lr" and value == default
             if constant:
                 out[i, name] = value
@@ -75,22 +85,27 @@ def constants(optimizer: torch.optim.Optimizer, settings: Dict[str, Any]) -> Dic
 
 
 def check_constants(constant: Dict[tuple, Any], settings: Dict[str, Any]) -> None:
-    """Error if a constant has another value now."""
+    """Raise Error if the value of a constant has changed."""
     groups = [*settings["groups"], {"loss_scaling": settings["loss_scaling"]}]
     for (i, name), value in constant.items():
         if i < len(groups) and groups[i].get(name, value) != value:
             raise Error(
-                f"The optimizer's {name} was compiled as a constant ({value}) and cannot become {groups[i][name]}: call "
-                f"optimizer.variable_attrs.markAsVariable('{name}') before the model is compiled.")
+                f"The optimizer's {name} was compiled as a constant ({value}) and cannot become "
+                f"{groups[i][name]}: call optimizer.variable_attrs.markAsVariable('{name}') before "
+                "the model is compiled.")
 
 
 def _real(numbers):
     return [(name, value) for name, value in numbers.items() if not isinstance(value, bool)]
 
 
-def parameters(settings: Dict[str, Any], hyper: Dict[str, Dict[str,
-                                                               Any]]) -> Dict[str, torch.Tensor]:
-    """The numbers of every weight as tensors, by PopART's names: learningRate___specific___NAME."""
+def parameters(settings: Dict[str, Any],
+               hyper: Dict[str, Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+    """Return the hyperparameters of every weight as float32 tensors, by PopART's names.
+
+    `hyper` maps the name of a weight to its hyperparameters. A name in the result is, for example,
+    learningRate___specific___NAME, where NAME is the weight's.
+    """
     out = {"lossScaling_FLOAT": torch.tensor(float(settings["loss_scaling"]))}
     for weight, numbers in hyper.items():
         for name, value in _real(numbers):
@@ -101,8 +116,9 @@ def parameters(settings: Dict[str, Any], hyper: Dict[str, Dict[str,
 
 def set_parameters(settings: Dict[str, Any], hyper: Dict[str, Dict[str, Any]],
                    tensors: Dict[str, torch.Tensor]) -> Dict[str, Any]:
-    """The reverse: numbers that differ from those in `hyper`, read as float32, are taken over.
-    Returns the new settings.
+    """Restore in `hyper` what parameters() returned, and return the settings with its loss scaling.
+
+    A value in `hyper` is kept if it has the same float32 value as its tensor.
     """
     for weight, numbers in hyper.items():
         for name, value in _real(numbers):

@@ -1,4 +1,4 @@
-"""What a call returns of all its micro-batches, by output mode."""
+"""The outputs that a call returns: those of the micro-batches that the output mode selects."""
 from __future__ import annotations
 
 from typing import Any, List
@@ -7,14 +7,16 @@ import torch
 
 from . import enums
 
+# Outputs of these types are converted: bfloat16 stands for float16, and PopTorch has no 64 bits.
 OUTPUT_TYPES = {
-    torch.bfloat16: torch.float16, torch.int64: torch.int32,
-    torch.float64: torch.float32}  # PopTorch has no 64 bits
+    torch.bfloat16: torch.float16, torch.int64: torch.int32, torch.float64: torch.float32}
 
 
 class Outputs:
-    """Collects the tensors of micro-batches. `mode` is not Default; `period` counts device
-    iterations, for EveryN.
+    """Collects the output tensors of the micro-batches of one call.
+
+    mode: an OutputMode other than Default.
+    period: for EveryN, the number of device iterations of which the last one is kept.
     """
 
     def __init__(self, mode: int, period: int):
@@ -22,7 +24,7 @@ class Outputs:
         self.kept: Any = {} if mode in (enums.OutputMode.Final, enums.OutputMode.Sum) else []
 
     def add(self, iteration: int, replica: int, tensors: List[torch.Tensor]) -> None:
-        """The tensors of the next micro-batch."""
+        """Take the output tensors of the next micro-batch, and keep them if the mode says so."""
         if self.mode == enums.OutputMode.Final:
             self.kept[replica] = tensors
         elif self.mode == enums.OutputMode.Sum:
@@ -32,8 +34,9 @@ class Outputs:
             self.kept.append(tensors)
 
     def joined(self) -> List[torch.Tensor]:
-        """One new tensor for each output: micro-batches one after the other along dimension 0; a
-        lone scalar stays one.
+        """Return one new tensor for each output, with the micro-batches joined along dimension 0.
+
+        Scalars are joined to a vector, except that a single scalar stays a scalar.
         """
         kept = list(self.kept.values()) if isinstance(self.kept, dict) else self.kept
         joined = []

@@ -1,9 +1,8 @@
-"""PoplarExecutor: what trainingModel() and inferenceModel() return. It keeps host and device in
-step as PopTorch does.
+"""PoplarExecutor, which trainingModel() and inferenceModel() return.
 
-Weights go to the device when the model is compiled or attached, and on copyWeightsToDevice(). They
-come back when they are read (see _user_model.py), on copyWeightsToHost(), and when the device is
-given up.
+It synchronises host and device as PopTorch does. Weights are copied to the device when the model
+is compiled or attached, and by copyWeightsToDevice(). They are copied back when they are read (see
+_user_model.py), by copyWeightsToHost(), and when the model is detached or destroyed.
 """
 from __future__ import annotations
 
@@ -22,16 +21,22 @@ from ._logging import logger
 from .options import Options
 
 NOT_COMPILED = "Model has not been compiled or has been destroyed."
-EXECUTABLE = "a host has no executable to keep, and a model is pickled code; save model.state_dict() and optimizer.state_dict()"
+EXECUTABLE = ("a host has no executable to keep, and a model is pickled code; save "
+              "model.state_dict() and optimizer.state_dict()")
+# Methods of PopTorch's executor that are left out, each with the reason the error message gives.
 NOT_OFFERED_METHODS = {
-    **dict.fromkeys(("save", "compileAndExport", "loadExecutable"), EXECUTABLE), "getTensorNames": "it names tensors of PopART's graph",
-    **dict.fromkeys(("getPerfCounters", "getHostIpuLatency", "getComputeLatency", "getIpuHostLatency", "getLatency"), "it times transfers between host and IPU"),
+    **dict.fromkeys(("save", "compileAndExport", "loadExecutable"), EXECUTABLE),
+    "getTensorNames": "it names tensors of PopART's graph",
+    **dict.fromkeys(
+        ("getPerfCounters", "getHostIpuLatency", "getComputeLatency", "getIpuHostLatency",
+         "getLatency"),
+        "it times transfers between host and IPU"),
 }
 OFFLINE = "Trying to {} an offline device (ConnectionType.Never)"
 
 
 class PoplarExecutor:
-    """A model that runs on a device. Made by trainingModel() and inferenceModel()."""
+    """A model that runs on a device, as created by trainingModel() or inferenceModel()."""
 
     _precompile_hooks: Dict[int, Callable] = collections.OrderedDict()
     _postcompile_hooks: Dict[int, Callable] = collections.OrderedDict()
@@ -49,7 +54,8 @@ class PoplarExecutor:
             _checks.inference_options(options)
         if options.defaultOutputMode():
             options.outputMode(enums.OutputMode.Final if training else enums.OutputMode.All)
-        self._model, self._user_model, self._options, self._training = model, user_model or model, options, training
+        self._model, self._user_model, self._options, self._training = (
+            model, user_model or model, options, training)
         self._parser = Parser(model)
         self._device: Optional[Device] = None
         self._compiled_arguments = None
@@ -69,8 +75,7 @@ class PoplarExecutor:
             self.setOptimizer(optimizer or optim.SGD(self._user_model.parameters(), lr=0.01))
         options._freeze()
 
-    # ---- the user's model
-    # ------------------------------------------------------------------------------------------
+    # ---- the user's model ----
 
     @property
     def model(self) -> torch.nn.Module:
@@ -79,7 +84,7 @@ class PoplarExecutor:
 
     @property
     def options(self) -> Options:
-        """The options, frozen."""
+        """The executor's own copy of the options, which is frozen."""
         return self._options
 
     def __getattr__(self, name):
@@ -93,8 +98,9 @@ class PoplarExecutor:
         return _user_model.module_repr(self._user_model)
 
     def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
-        """load_state_dict() of the user's model, and the new weights go to the device. Returns what
-        PyTorch returns.
+        """Call load_state_dict() of the user's model, and copy the new weights to the device.
+
+        Returns what PyTorch's method returns.
         """
         out = self._user_model.load_state_dict(state_dict, strict)
         if self.isAttachedToDevice():
@@ -102,7 +108,7 @@ class PoplarExecutor:
         return out
 
     def copyWeightsToHostIfNeeded(self) -> bool:
-        """Fetch the weights if the device has newer ones. True if it had."""
+        """Copy the weights to the host if the device's are newer; return whether they were."""
         if self._dirty_host_weights:
             logger.debug("Implicit copyWeightsToHost()")
             self.copyWeightsToHost()
@@ -110,21 +116,22 @@ class PoplarExecutor:
         return False
 
     def copyWeightsToHost(self) -> None:
-        """Fetch parameters and buffers from the device."""
+        """Copy all parameters and buffers from the device to the host."""
         self._require_compiled()
         self._dirty_host_weights = False
         self._device.download()
         self._host_weights_version += 1
 
     def copyWeightsToDevice(self) -> None:
-        """Send parameters and buffers to the device."""
+        """Copy all parameters and buffers from the host to the device."""
         self._require_compiled()
         self._dirty_host_weights = False
         self._device.upload()
 
     def copyNamedBuffersToDevice(self) -> None:
-        """Send the buffers named by Options.updatableNamedBuffers to the device. Error if there are
-        none.
+        """Copy the buffers named by Options.updatableNamedBuffers to the device.
+
+        Raises Error if the option was not set.
         """
         self._require_compiled()
         names = self._options._Popart.options.get("updatableNamedBuffers")
@@ -132,18 +139,18 @@ class PoplarExecutor:
             raise Error("No named buffers marked as updatable via updatableNamedBuffers option")
         self._device.upload(only=names)
 
-    # ---- optimizer
-    # -------------------------------------------------------------------------------------------------
+    # ---- optimizer ----
 
     def setOptimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Train with the numbers that `optimizer` has now. Error if a constant has changed since
-        the model was compiled.
+        """Train with the current hyperparameters of `optimizer` from now on.
+
+        Raises Error if a constant has changed since the model was compiled.
         """
         if optimizer is not self._optimizer:
             self._change_optimizer(optimizer)
         if self._options._Popart.options.get("automaticLossScalingSettings.enabled") and isinstance(
                 optimizer, optim.Optimizer):
-            optimizer.variable_attrs.markAsVariable("loss_scaling")  # a device changes it
+            optimizer.variable_attrs.markAsVariable("loss_scaling")  # an IPU would change it
         settings = optim.snapshot(optimizer)
         _checks.accumulation_type(optimizer, self._options, self.isCompiled())
         if self.isCompiled():
@@ -186,12 +193,12 @@ class PoplarExecutor:
                 self._device.write_state(optimizer._state_dict)
             optimizer.ipu_state_is_dirty = False
 
-    # ---- compile, attach, run
-    # --------------------------------------------------------------------------------------
+    # ---- compile, attach, run ----
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model for arguments like these, and attach to the device unless the options
-        say never to.
+        """Compile the model for arguments of these shapes and types, and attach to the device.
+
+        With ConnectionType.Never the model is only compiled.
         """
         if self.isCompiled():
             logger.warning("Call to compile() ignored: the executable is already compiled")
@@ -212,8 +219,8 @@ class PoplarExecutor:
                 w.name for w in device.weights.values()}
             if unknown:
                 raise Error(
-                    f"updatableNamedBuffers names buffers that the model does not have: {sorted(unknown)}"
-                )
+                    "updatableNamedBuffers names buffers that the model does not have: "
+                    f"{sorted(unknown)}")
             device.compile(arguments)
             _checks.pipeline(device.trace.recorder, self._options, self._training)
         finally:
@@ -240,15 +247,19 @@ class PoplarExecutor:
             self._device.set_rng(self._rng_state)
 
     def isCompiled(self) -> bool:
-        """True between compile() and destroy()."""
+        """Return whether the model is compiled, which it is until destroy()."""
         return self._device is not None
 
     def isAttachedToDevice(self) -> bool:
-        """True if the device is there to run."""
+        """Return whether the model is compiled and attached to its device."""
         return self.isCompiled() and self._device.attached
 
     def attachToDevice(self) -> None:
-        """Attach again after detachFromDevice(). Error if attached, or not compiled."""
+        """Attach to the device again, after detachFromDevice().
+
+        Raises Error if the model is not compiled or already attached, and AssertionError with
+        ConnectionType.Never.
+        """
         self._require_compiled()
         assert self._options.connection_type != enums.ConnectionType.Never, OFFLINE.format(
             "attach to")
@@ -257,8 +268,9 @@ class PoplarExecutor:
         self._attach()
 
     def detachFromDevice(self) -> None:
-        """Fetch weights, optimizer state and random state, and free the device. Error if not
-        attached.
+        """Copy weights, optimizer state and random state to the host, and release the device.
+
+        Raises Error if the model is not attached.
         """
         self._require_compiled()
         if not self._device.attached:
@@ -270,8 +282,9 @@ class PoplarExecutor:
         self._device.attached = False
 
     def destroy(self) -> None:
-        """Fetch weights and optimizer state and give the device up; the user's model is plain
-        PyTorch again.
+        """Copy weights and optimizer state to the host, and discard the compiled model.
+
+        Afterwards the user's model is a plain PyTorch module again.
         """
         if not self.isCompiled():
             return
@@ -282,13 +295,16 @@ class PoplarExecutor:
         self._device = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model over a combined batch, compiling it first if need be. Returns the model's
-        own structure with the outputs of the micro-batches that the output mode keeps, one after
-        the other along dimension 0.
+        """Run the model on a combined batch, after compiling it if necessary.
+
+        Returns a structure like the one that the model returns. Each of its tensors holds the
+        outputs of the micro-batches that the output mode keeps, joined along dimension 0. Raises
+        Error if the arguments do not match those that the model was compiled for, and
+        AssertionError with ConnectionType.Never.
         """
         assert self._options.connection_type != enums.ConnectionType.Never, (
-            "Trying to run a model on an offline device (ConnectionType.Never): use model.compile(inputs) instead of model(inputs)"
-        )
+            "Trying to run a model on an offline device (ConnectionType.Never): use "
+            "model.compile(inputs) instead of model(inputs)")
         arguments = self._parser(args, kwargs)
         if not self.isCompiled():
             self._compile(arguments)
@@ -310,16 +326,18 @@ class PoplarExecutor:
         return _structure.rebuild(self._device.trace.outputs, iter(outputs))
 
     def getAnchoredTensor(self, short_name: str) -> torch.Tensor:
-        """What Options.anchorTensor() kept of the last call under this name: each micro-batch's
-        gradient, times the loss scaling, micro-batches along dimension 0 as the anchor's output
-        mode says. float32, also of a float16 parameter, so that it is finite where the host's
-        update is. AssertionError for a name that is no anchor, or before the first call.
+        """Return the gradient that Options.anchorTensor() named `short_name`, of the last call.
+
+        Each micro-batch contributes its own gradient, multiplied by the loss scaling. Dimension 0
+        runs over the micro-batches that the anchor's output mode selects. The type is float32 even
+        if the parameter is float16, so that the gradient is finite where the host's update is.
+        Raises AssertionError before the first call, and if no anchor has this name.
         """
         assert short_name in self._anchored, f"No tensor with name {short_name} found."
         return self._anchored[short_name]
 
     def _take_trained_weights(self) -> None:
-        """If the same model is being trained, run with what it has learned so far."""
+        """If another executor trains the same model, copy its current weights to this device."""
         trainer = self._device.trainer()
         if trainer is not None:
             trainer.copyWeightsToHostIfNeeded()
@@ -330,7 +348,7 @@ class PoplarExecutor:
 
     @property
     def rng_state(self) -> List[int]:
-        """Seed and state of the device's random numbers, as integers."""
+        """The seed and state of the device's random number generator, as integers."""
         self._require_compiled()
         return self._device.get_rng()
 
@@ -341,8 +359,9 @@ class PoplarExecutor:
         self._device.set_rng(self._rng_state)
 
     def compilationTime(self) -> datetime.timedelta:
-        """How long the compilation took. Error if there was none, or without
-        Options.showCompilationProgressBar.
+        """Return how long the compilation took.
+
+        Raises Error if the model is not compiled, or if Options.showCompilationProgressBar is off.
         """
         if not self.isCompiled():
             raise Error("Please compile the model before obtaining compilation time.")
@@ -351,11 +370,11 @@ class PoplarExecutor:
         return self._compilation_time
 
     def cycleCount(self) -> int:
-        """IPU cycles of the last run: there are none, so always Error."""
+        """Raise Error: the host has no IPU cycles that could be returned."""
         if not self._options._Popart.options["instrumentWithHardwareCycleCounter"]:
             raise Error(
-                "Cycle count logging is disabled. Please set option logCycleCount to True to enable."
-            )
+                "Cycle count logging is disabled. Please set option logCycleCount to True to "
+                "enable.")
         if not self.isCompiled():
             raise Error("Please run the model at least once before obtaining cycle count.")
         raise NotOffered("PoplarExecutor.cycleCount", "a host has no IPU cycles to count")
@@ -367,9 +386,9 @@ class PoplarExecutor:
 
 def _refuse_backward():
     raise Error(
-        "backward() cannot be called explicitly on outputs of a PopTorch model. If you're using a trainingModel, the backwards "
-        "pass is performed automatically when invoking the model. If you're using an inferenceModel, you should use a "
-        "trainingModel instead.")
+        "backward() cannot be called explicitly on outputs of a PopTorch model. If you're using a "
+        "trainingModel, the backwards pass is performed automatically when invoking the model. If "
+        "you're using an inferenceModel, you should use a trainingModel instead.")
 
 
 def _register(hooks, hook, when):
@@ -381,14 +400,18 @@ def _register(hooks, hook, when):
 
 
 def registerPreCompileHook(hook: Callable) -> torch.utils.hooks.RemovableHandle:
-    """Call `hook()` before each compilation. Returns a handle whose remove() ends that;
-    RuntimeError if not callable.
+    """Call `hook()` before each compilation of any model.
+
+    Returns a handle; its remove() method unregisters the hook. Raises RuntimeError if `hook` is
+    not callable.
     """
     return _register(PoplarExecutor._precompile_hooks, hook, "Pre")
 
 
 def registerPostCompileHook(hook: Callable) -> torch.utils.hooks.RemovableHandle:
-    """Call `hook()` after each compilation. Returns a handle whose remove() ends that; RuntimeError
-    if not callable.
+    """Call `hook()` after each compilation of any model, including one that failed.
+
+    Returns a handle; its remove() method unregisters the hook. Raises RuntimeError if `hook` is
+    not callable.
     """
     return _register(PoplarExecutor._postcompile_hooks, hook, "Post")

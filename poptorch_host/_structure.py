@@ -1,5 +1,6 @@
-"""Nested arguments and results: tensors in lists, tuples, dictionaries and types with a parser of
-their own.
+"""Nested arguments and results of a model.
+
+They hold tensors in lists, tuples, dictionaries and types for which a parser is registered.
 """
 from __future__ import annotations
 
@@ -14,21 +15,22 @@ _parsers: Dict[type, "ICustomArgParser"] = {}
 
 
 class ICustomArgParser(abc.ABC):
-    """How to take tensors out of a type of one's own and put others in."""
+    """The interface of a parser, which extracts and replaces the tensors of a user-defined type."""
 
     @abc.abstractmethod
     def yieldTensors(self, struct: Any) -> Iterator[torch.Tensor]:
-        """Every tensor in `struct`, always in the same order."""
+        """Yield every tensor in `struct`, always in the same order."""
 
     @abc.abstractmethod
     def reconstruct(self, original_structure: Any, tensor_iterator: Iterator[torch.Tensor]) -> Any:
-        """A new object like `original_structure`, with tensors from `tensor_iterator` in the order
-        of yieldTensors.
+        """Return a new object like `original_structure` with the tensors from `tensor_iterator`.
+
+        The tensors come in the order of yieldTensors.
         """
 
 
 def registerCustomArgParser(arg_data_type: Type, arg_parser: Optional[ICustomArgParser]) -> None:
-    """Use `arg_parser` for this type from now on, or, with None, no longer."""
+    """Register a parser for a type; None removes the one that is registered."""
     if arg_parser is None:
         _parsers.pop(arg_data_type, None)
     elif isinstance(arg_parser, ICustomArgParser):
@@ -38,13 +40,13 @@ def registerCustomArgParser(arg_data_type: Type, arg_parser: Optional[ICustomArg
 
 
 def parser_of(value: Any) -> Optional[ICustomArgParser]:
-    """The parser registered for the type of `value` or for a class it comes from."""
+    """Return the parser registered for the type of `value` or its closest base class, or None."""
     return next((_parsers[kind]
                  for kind in type(value).__mro__ if kind in _parsers), None) if _parsers else None
 
 
 def flatten(value: Any) -> List[torch.Tensor]:
-    """All tensors in `value`, depth first."""
+    """Return all tensors in `value`, depth first."""
     if isinstance(value, torch.Tensor):
         return [value]
     if parser_of(value) is not None:
@@ -55,7 +57,7 @@ def flatten(value: Any) -> List[torch.Tensor]:
 
 
 def rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """`value` with its tensors replaced, in the order of `flatten`."""
+    """Return a copy of `value` with its tensors replaced, in the order of `flatten`."""
     if isinstance(value, torch.Tensor):
         return next(tensors)
     if parser_of(value) is not None:
@@ -70,5 +72,5 @@ def rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """`value` with `function` applied to each of its tensors."""
+    """Return a copy of `value` with `function` applied to each of its tensors."""
     return rebuild(value, iter([function(t) for t in flatten(value)]))

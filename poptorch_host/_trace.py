@@ -1,8 +1,7 @@
-"""One forward pass watched closely, when a model is compiled: what PopTorch's compiler would refuse
-is refused here.
+"""The trace of a model: one observed forward pass, which is run when the model is compiled.
 
-The trace learns which tensor is the loss, what the outputs look like, and which blocks the model
-has.
+It finds out which tensor is the loss, what structure the outputs have and which blocks the model
+has. It refuses what PopTorch's compiler would refuse.
 """
 from __future__ import annotations
 
@@ -24,13 +23,12 @@ LOSSES = {
     "gaussian_nll_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss",
     "triplet_margin_with_distance_loss"}
 WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d"}
-FREE = {"detach", "alias", "_to_copy", "lift_fresh",
-        "clone"}  # not operations of their own on a device
+# These are not operations of their own on a device, and are allowed outside all blocks.
+FREE = {"detach", "alias", "_to_copy", "lift_fresh", "clone"}
 
 
 class LossFinder(TorchFunctionMode):
-    """Appends the result of every torch loss function to ops.marked_losses, as identity_loss does.
-    """
+    """Appends the results of torch's loss functions to ops.marked_losses, as identity_loss does."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -40,12 +38,12 @@ class LossFinder(TorchFunctionMode):
 
 
 class HalfCasts(TorchFunctionMode):
-    """What PopTorch does with float16 inside a model, `half` standing for float16 on the host.
+    """Casts tensors inside a model as PopTorch does, with the type `half` in place of float16.
 
-    A float16 tensor that the model itself asks for gets the type `half`. Where torch refuses
-    `half`, or a mixture of it and float32, the weights of a linear or convolution take the type of
-    their input, and other arguments become float32. `needed` tells after a forward pass whether the
-    model has any of this.
+    A tensor that the model itself requests in float16 gets the type `half`. If torch refuses
+    `half`, or a mixture of it and float32, the arguments of the operation are cast: those of a
+    linear operation or convolution to the type of its input, others to float32. After a forward
+    pass, `needed` tells whether the model needed any of this.
     """
 
     def __init__(self, half: torch.dtype):
@@ -59,13 +57,13 @@ class HalfCasts(TorchFunctionMode):
         if self.half not in kinds or self.half == torch.float32:
             return func(*args, **kwargs)
         mixed = torch.float32 in kinds
-        # a loss of mixed types fails in its backward pass
+        # torch accepts a loss of mixed types, but its backward pass fails.
         if name in self._refused or mixed and name in LOSSES:
             return self._cast(func, name, mixed, args, kwargs)
         try:
             return func(*args, **kwargs)
         except RuntimeError:
-            if name.endswith("_"):  # it changes a tensor in place, which must keep its type
+            if name.endswith("_"):  # an in-place operation, whose tensor must keep its type
                 raise
             self._refused.add(name)
             return self._cast(func, name, mixed, args, kwargs)
@@ -90,7 +88,7 @@ class HalfCasts(TorchFunctionMode):
 
 
 class _BlockCheck(TorchDispatchMode):
-    """Refuses operations outside all blocks, once a `with Block` has ended."""
+    """Refuses operations that are outside all blocks after the end of a `with Block`."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -101,19 +99,25 @@ class _BlockCheck(TorchDispatchMode):
 
 
 class Trace:
-    """What a trace has learned: `blocks`, `outputs` (the structure, its tensors with dtypes), and
-    how to find the loss again.
+    """The result of tracing a model.
+
+    recorder: the blocks that the model has.
+    outputs: what the model returned, which shows its structure.
+    loss_index: the index of the loss among the losses marked in a forward pass.
+    needs_finder: whether the loss is the result of a torch loss function, which is marked only
+        while a LossFinder is active.
     """
 
     def __init__(self, recorder: blocks.Recorder, outputs: Any):
         self.recorder, self.outputs = recorder, outputs
-        self.loss_index: Optional[
-            int] = None  # index of the loss among the losses marked in a forward pass
-        self.needs_finder = False  # the loss is a torch loss, found only with a LossFinder
+        self.loss_index: Optional[int] = None
+        self.needs_finder = False
 
 
 def run(model, args_and_kwargs, strategy, training: bool) -> Trace:
-    """Run `model` once and return what was learned. Error where PopTorch's compiler would give one.
+    """Run `model` once and return its Trace. Raises Error where PopTorch's compiler would.
+
+    `strategy` assigns the model's blocks to stages.
     """
     recorder = blocks.recorder = blocks.Recorder(strategy)
     try:
@@ -136,8 +140,10 @@ BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 
 
 def check_reassigned(model: torch.nn.Module, slots: List[tuple]) -> None:
-    """Error if the forward pass has removed a parameter or buffer, or replaced it by another tensor
-    instead of copying into it.
+    """Raise Error if the forward pass has removed or reassigned a parameter or buffer.
+
+    Assigning another tensor is refused, while copying into the tensor is allowed. The buffers of
+    batch norms are exempt.
     """
     free = [module._buffers for module in model.modules() if isinstance(module, BATCH_NORMS)]
     for container, key, weight in slots:
@@ -147,14 +153,17 @@ def check_reassigned(model: torch.nn.Module, slots: List[tuple]) -> None:
                 f"{kind} {weight.name} is removed from the model when calling the forward method.")
         if not any(container is other for other in free) and container[key] is not weight.working:
             raise Error(
-                f"{kind} {weight.name} is reassigned within the model when calling the forward method. This is not supported. "
-                f"Consider using self.{weight.name}.copy_(src) to copy data from a source tensor, where src is the name of "
-                "the source tensor.")
+                f"{kind} {weight.name} is reassigned within the model when calling the forward "
+                "method. This is not supported. "
+                f"Consider using self.{weight.name}.copy_(src) to copy data from a source tensor, "
+                "where src is the name of the source tensor.")
 
 
 def _final_loss(losses: List[torch.Tensor]) -> int:
-    """Index of the loss that no other loss is computed from (PopTorch:
-    RemoveSurplusIdentityLosses.cpp).
+    """Return the index of the one loss from which no other loss is computed.
+
+    Raises Error if there is none or more than one. PopTorch does this in
+    RemoveSurplusIdentityLosses.cpp.
     """
     if not losses:
         raise Error("Couldn't find a loss in graph!")

@@ -1,5 +1,7 @@
-"""The user's model while it is trained: reading one of its weights, in any PyTorch call, first
-fetches them all from the device.
+"""The user's model while it is being trained.
+
+If one of its weights is an argument of any PyTorch call, all weights are first copied from the
+device to the host, unless the host already has the newest ones.
 """
 from __future__ import annotations
 
@@ -14,9 +16,7 @@ from ._errors import NotOffered
 
 
 class _Watched:
-    """Mixed into the class of a user's tensor: any PyTorch call on it fetches the weights from the
-    device if need be.
-    """
+    """A mixin for the user's tensors that copies newer weights to the host before their use."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -32,7 +32,7 @@ class _Watched:
             executor.copyWeightsToHostIfNeeded()
 
     def _plain(self):
-        """The same memory without this class."""
+        """Return a tensor of the plain class that shares this one's memory."""
         self._fetch()
         with torch._C.DisableTorchFunctionSubclass():
             plain = self.detach()
@@ -40,10 +40,11 @@ class _Watched:
                 self, torch.nn.Parameter) else plain
 
     def replicaGrouping(self, *args, **kwargs):
-        """PopTorch's way to give groups of replicas weights of their own: always NotOffered."""
+        """Raise NotOffered. In PopTorch it gives groups of replicas their own weights."""
         raise NotOffered("Parameter.replicaGrouping", "every replica has the same weights")
 
-    def __reduce_ex__(self, protocol):  # pickled and copied, it is an ordinary tensor
+    # Pickles and copies are ordinary tensors.
+    def __reduce_ex__(self, protocol):
         return self._plain().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo):
@@ -59,8 +60,9 @@ class WatchedBuffer(_Watched, torch.Tensor):
 
 
 def watch(model: torch.nn.Module, executor: Any) -> None:
-    """Let the model's weights notice when they are read. The model's class gets PopTorch's methods
-    and name.
+    """Make `executor` copy newer weights to the host whenever a weight of `model` is used.
+
+    The class of the model is replaced by a subclass with PopTorch's methods and name.
     """
     parent = weakref.ref(executor)
 
@@ -72,20 +74,21 @@ def watch(model: torch.nn.Module, executor: Any) -> None:
             if parent() is not None:
                 parent().destroy()
 
-        def __reduce_ex__(self, protocol):  # pickled, it is of the user's class
+        # A pickle is of the user's class.
+        def __reduce_ex__(self, protocol):
             return _restore, (type(self).__bases__[0], copy.copy(self.__dict__))
 
     PoptorchModel.__name__ = f"Poptorch{type(model).__name__}"
     PoptorchModel._is_poptorch_model = True
     model.__class__ = PoptorchModel
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.__class__ = WatchedParameter if isinstance(tensor,
-                                                          torch.nn.Parameter) else WatchedBuffer
+        tensor.__class__ = (
+            WatchedParameter if isinstance(tensor, torch.nn.Parameter) else WatchedBuffer)
         tensor._executor = parent
 
 
 def unwatch(model: torch.nn.Module) -> None:
-    """Make the model and its weights what they were before watch()."""
+    """Undo watch(): restore the classes of the model and its weights."""
     if is_wrapped(model):
         model.__class__ = type(model).__bases__[0]
     for tensor in (*model.parameters(), *model.buffers()):
@@ -96,7 +99,7 @@ def unwatch(model: torch.nn.Module) -> None:
 
 
 def is_wrapped(model: torch.nn.Module) -> bool:
-    """True if `model` is the user's model of a training executor."""
+    """Return whether `model` is the user's model of a training executor."""
     return "_is_poptorch_model" in type(model).__dict__
 
 
@@ -107,7 +110,7 @@ def _restore(cls, state):
 
 
 def module_repr(module: torch.nn.Module) -> str:
-    """repr() of a module that shows its blocks."""
+    """Return the repr() of a module, in which its blocks are shown."""
     hooks = "".join(f"{hook!r} " for hook in module._forward_pre_hooks.values())
     lines = module.extra_repr().split("\n") if module.extra_repr() else []
     children = [

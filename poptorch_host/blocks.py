@@ -1,7 +1,7 @@
-"""Blocks, stages and execution strategies: which part of a model runs on which IPU.
+"""Blocks, stages and execution strategies: they determine which IPU runs which part of a model.
 
-A host has one processor, so a block changes nothing in how the model runs. While a model is
-compiled the blocks are recorded, and what PopTorch would refuse is refused (see _trace.py).
+A block does not change how a model runs on the host. It is recorded while the model is compiled,
+because what PopTorch would refuse is refused here too (see _trace.py).
 """
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ class Stage:
     """One or more blocks that run on one IPU."""
 
     def __init__(self, *block_ids: str) -> None:
-        assert all(isinstance(b, str)
-                   for b in block_ids), f"Block IDs are supposed to be strings but got {block_ids}"
+        assert all(isinstance(b, str) for b in block_ids), (
+            f"Block IDs are supposed to be strings but got {block_ids}")
         self._blocks = block_ids
         self._stage_id = -1
         self._ipu = None
 
     @property
     def blocks(self) -> List[str]:
-        """Ids of the stage's blocks."""
+        """The ids of the stage's blocks."""
         return self._blocks
 
     def ipu(self, ipu: int) -> "Stage":
-        """Set the IPU the stage runs on; it takes precedence over the blocks' own."""
+        """Set the IPU that the stage runs on, which takes precedence over those of its blocks."""
         assert isinstance(ipu, int)
         self._ipu = ipu
         return self
 
 
 class ExecutionStrategy:
-    """Gives every block its stage: the stages listed, or one for each IPU or block (AutoStage)."""
+    """Assigns blocks to stages.
+
+    The arguments are an AutoStage, or the stages in order: Stages, block ids or lists of block
+    ids. Without arguments it is AutoStage.SameAsIpu.
+    """
 
     def __init__(self, *args: Any):
         self._auto_stage = AutoStage.SameAsIpu
@@ -45,31 +49,37 @@ class ExecutionStrategy:
         if args and not self._explicit:
             self._auto_stage = args[0]
         for stage_id, arg in enumerate(args if self._explicit else ()):
-            stage = arg if isinstance(
-                arg, Stage) else Stage(arg) if isinstance(arg, str) else Stage(*arg)
+            stage = (arg if isinstance(arg, Stage) else
+                     Stage(arg) if isinstance(arg, str) else Stage(*arg))
             stage._stage_id = stage_id
             for block in stage.blocks:
                 assert block not in self._block_map, f"{block} associated with more than one stage"
                 self._block_map[block] = stage
 
     def stage(self, block_id: str) -> Stage:
-        """The stage a block belongs to."""
+        """Return the stage of a block; AssertionError if it has none."""
         assert block_id in self._block_map, f"Unknown block {block_id}"
         return self._block_map[block_id]
 
     def backendOptions(self) -> Dict[str, int]:
-        """PopTorch's number for the strategy."""
+        """Return {"execution_mode": PopTorch's number for the strategy}."""
         raise NotImplementedError
 
     def stage_of(self, block_id: str, ipu: Optional[int]) -> Stage:
-        """The stage of a block met while a model is compiled; AutoStage numbers new blocks from 1,
-        as PopTorch does.
+        """Return the stage of a block that was met while a model is compiled.
+
+        A new block gets a new stage: that of number `ipu` with AutoStage.SameAsIpu, and the next
+        number, from 1 as in PopTorch, with AutoStage.AutoIncrement. Raises AssertionError if the
+        strategy lists its blocks and this is none of them, or if SameAsIpu has no `ipu`.
         """
         if block_id not in self._block_map:
-            assert not self._explicit, f"Unknown Block '{block_id}' list of expected Blocks: {list(self._block_map)}"
+            assert not self._explicit, (
+                f"Unknown Block '{block_id}' list of expected Blocks: {list(self._block_map)}")
             stage = self._block_map[block_id] = Stage(block_id)
             if self._auto_stage == AutoStage.SameAsIpu:
-                assert ipu is not None, f"poptorch.AutoStage.SameAsIpu was selected but no IPU was specified for block {block_id}"
+                assert ipu is not None, (
+                    "poptorch.AutoStage.SameAsIpu was selected but no IPU was specified for block "
+                    f"{block_id}")
                 stage._stage_id = ipu
             else:
                 stage._stage_id = len(self._block_map)
@@ -81,31 +91,30 @@ class ExecutionStrategy:
 
 
 class PipelinedExecution(ExecutionStrategy):
-    """Stages work on different micro-batches at the same time. Arguments: an AutoStage, or Stages
-    or block ids in order.
-    """
+    """The strategy by which stages work on different micro-batches at the same time."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
 
     def backendOptions(self) -> Dict[str, int]:
-        """PopTorch's number for the strategy."""
+        """Return {"execution_mode": PopTorch's number for the strategy}."""
         return {"execution_mode": 0}
 
 
 class ShardedExecution(PipelinedExecution):
-    """Stages work one after the other on the same micro-batch."""
+    """The strategy by which stages work one after the other on the same micro-batch."""
 
     def backendOptions(self) -> Dict[str, int]:
-        """PopTorch's number for the strategy."""
+        """Return {"execution_mode": PopTorch's number for the strategy}."""
         return {"execution_mode": 1}
 
 
 class Recorder:
-    """The blocks met in one trace of a model: (user id, stage, ipu) in the order they begin.
+    """Records the blocks in one trace of a model.
 
-    `ipu` is where operations go now: 0 before the first block, None after the end of a `with
-    Block`.
+    blocks: (user id, stage number, IPU) for each block, in the order in which they begin.
+    ipu: the IPU that operations currently run on. It is 0 before the first block, and None after
+        the end of a `with Block`.
     """
 
     def __init__(self, strategy: ExecutionStrategy):
@@ -115,38 +124,41 @@ class Recorder:
         self.next_auto_id = 0
 
     def auto_id(self) -> str:
-        """The id of a block that has none of its own."""
+        """Return an id for a block that has none of its own."""
         self.next_auto_id += 1
         return str(self.next_auto_id - 1)
 
     def begin(self, user_id: Optional[str], ipu_id: Optional[int]) -> None:
-        """A block begins; its stage's IPU takes precedence over its own, and without either it is
-        the stage's number.
+        """Record the beginning of a block.
+
+        Its IPU is that of its stage, otherwise its own `ipu_id`, otherwise the stage's number.
         """
         user_id = user_id or self.auto_id()
         stage = self.strategy.stage_of(user_id, ipu_id)
-        ipu = stage._ipu if stage._ipu is not None else ipu_id if ipu_id is not None else stage._stage_id
+        ipu = (stage._ipu if stage._ipu is not None else
+               ipu_id if ipu_id is not None else stage._stage_id)
         self.blocks.append((user_id, stage._stage_id, ipu))
         self.ipu = ipu
 
     def end(self) -> None:
-        """A `with Block` ends."""
+        """Record the end of a `with Block`."""
         self.ipu = None
 
     def ipus(self) -> List[int]:
-        """The IPUs in order of execution, neighbours that are the same merged: one entry is one
-        pipeline stage.
+        """Return the IPUs in order of execution, without immediate repetitions.
+
+        Each entry is one pipeline stage.
         """
         order = [ipu for _, _, ipu in self.blocks] or [0]
         return [ipu for i, ipu in enumerate(order) if i == 0 or ipu != order[i - 1]]
 
 
-recorder: Optional[
-    Recorder] = None  # set while a model is traced; without it every block is a no-op
+# Set while a model is traced. At other times blocks do nothing.
+recorder: Optional[Recorder] = None
 
 
 class Block(torch.nn.Module):
-    """A context manager: what is called inside it runs on the block's IPU."""
+    """A context manager; operations inside it run on the IPU of the block."""
 
     def __init__(self, user_id: Optional[str] = None, ipu_id: Optional[int] = None):
         super().__init__()
@@ -155,15 +167,16 @@ class Block(torch.nn.Module):
 
     @staticmethod
     def useAutoId() -> None:
-        """Number the blocks without an id of their own from "0" in each forward pass; call it first
-        in forward().
+        """Number the blocks that have no id of their own from "0" in each forward pass.
+
+        Call this at the beginning of forward().
         """
         if recorder is not None:
             recorder.next_auto_id = 0
 
     @staticmethod
     def start(user_id: Optional[str] = None, ipu_id: Optional[int] = None) -> None:
-        """Begin a block that lasts until another one begins."""
+        """Begin a block, which lasts until another one begins."""
         if recorder is not None:
             recorder.begin(user_id, ipu_id)
 
@@ -176,7 +189,7 @@ class Block(torch.nn.Module):
 
 
 class LegacyBeginBlockFn(torch.nn.Module):
-    """BeginBlock of a function."""
+    """A module that begins a block and then calls a function."""
 
     def __init__(self, layer_to_call: Callable, user_id: Optional[str] = None,
                  ipu_id: Optional[int] = None):
@@ -192,8 +205,10 @@ class LegacyBeginBlockFn(torch.nn.Module):
 
 
 class _BlockHook:
-    """A forward pre-hook that begins a block. It keeps its automatic id, so that the module is the
-    same block every time.
+    """A forward pre-hook that begins a block.
+
+    An id that it was given automatically is kept, so that a module that is called several times is
+    always the same block.
     """
 
     def __init__(self, user_id, ipu_id):
@@ -212,11 +227,11 @@ class _BlockHook:
 
 def BeginBlock(layer_to_call: torch.nn.Module, user_id: str = None,
                ipu_id: int = None) -> torch.nn.Module:
-    """Begin a block whenever `layer_to_call` is called; it lasts until another block begins.
-    Returns the module.
+    """Begin a block whenever `layer_to_call` is called, and return `layer_to_call`.
 
-    A function is wrapped in a module. Error if the module begins a block already, or is neither
-    module nor function.
+    The block lasts until another one begins. If `layer_to_call` is a function, a module that wraps
+    it is returned. Raises Error if it is neither a module nor a function, or if the module already
+    begins a block.
     """
     if not isinstance(layer_to_call, torch.nn.Module):
         if callable(layer_to_call):
@@ -229,7 +244,7 @@ def BeginBlock(layer_to_call: torch.nn.Module, user_id: str = None,
 
 
 def removeBlocks(module: torch.nn.Module) -> None:
-    """Take BeginBlock off `module` and all modules in it."""
+    """Undo BeginBlock for `module` and all modules in it."""
     assert isinstance(module, torch.nn.Module)
     for m in module.modules():
         for key in [
@@ -238,7 +253,7 @@ def removeBlocks(module: torch.nn.Module) -> None:
 
 
 def BlockFunction(user_id: Optional[str] = None, ipu_id: Optional[int] = None) -> Callable:
-    """A decorator that runs a function inside `Block(user_id, ipu_id)`."""
+    """Return a decorator that runs a function inside `Block(user_id, ipu_id)`."""
 
     def decorator(func):
         def wrapper(*args, **kwargs):

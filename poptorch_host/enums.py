@@ -1,11 +1,9 @@
-"""PopTorch's enumerations: the same names and values."""
+"""PopTorch's enumerations, with the same names and values."""
 import enum
 
 
 class MeanReductionStrategy(enum.IntEnum):
-    """When the sum of gradients is divided for ReductionType.Mean. All three give the same mean on
-    the host.
-    """
+    """When ReductionType.Mean divides gradients; all three give the same mean on the host."""
 
     Running = 0
     Post = 1
@@ -13,8 +11,10 @@ class MeanReductionStrategy(enum.IntEnum):
 
 
 class DataLoaderMode(enum.IntEnum):
-    """How a DataLoader reads: in this process, in a worker process, or in a worker process that
-    builds the batches itself.
+    """Where a DataLoader reads its data.
+
+    Sync reads in the calling process, Async in a worker process, and AsyncRebatched in a worker
+    process that also assembles the combined batches.
     """
 
     Sync = 0
@@ -23,7 +23,7 @@ class DataLoaderMode(enum.IntEnum):
 
 
 class SharingStrategy(enum.IntEnum):
-    """How the data set reaches the worker process of an asynchronous loader."""
+    """How the worker process of an asynchronous data loader receives the data set."""
 
     SharedMemory = 0
     FileSystem = 1
@@ -32,8 +32,9 @@ class SharingStrategy(enum.IntEnum):
 
 
 class OutputMode(enum.IntEnum):
-    """Which micro-batches' outputs a call returns. Default is Final in training and All in
-    inference.
+    """Which micro-batches' outputs a call returns.
+
+    Default means Final in training and All in inference.
     """
 
     Final = 0
@@ -44,7 +45,7 @@ class OutputMode(enum.IntEnum):
 
 
 class ConnectionType(enum.IntEnum):
-    """When an executor attaches to its device; Never is offline compilation."""
+    """When an executor attaches to its device. Never means offline compilation."""
 
     Always = 0
     OnDemand = 1
@@ -52,7 +53,7 @@ class ConnectionType(enum.IntEnum):
 
 
 class HalfFloatCastingBehavior(enum.IntEnum):
-    """Deprecated in PopTorch; accepted and without effect."""
+    """How float16 is cast. Deprecated in PopTorch, and accepted without effect."""
 
     FloatDowncastToHalf = 0
     HalfUpcastToFloat = 1
@@ -60,7 +61,7 @@ class HalfFloatCastingBehavior(enum.IntEnum):
 
 
 class ReductionType(enum.IntEnum):
-    """How gradients are reduced over accumulation and replicas."""
+    """How gradients are reduced over gradient accumulation and replicas."""
 
     Sum = 0
     Mean = 1
@@ -68,7 +69,7 @@ class ReductionType(enum.IntEnum):
 
 
 class SyncPattern(enum.IntEnum):
-    """Synchronisation of IPUs; there is nothing to synchronise on the host."""
+    """How IPUs are synchronised. The host has nothing to synchronise."""
 
     Full = 0
     SinglePipeline = 1
@@ -76,7 +77,7 @@ class SyncPattern(enum.IntEnum):
 
 
 class MatMulSerializationMode(enum.Enum):
-    """The dimension along which serializedMatMul is split."""
+    """The dimension along which serializedMatMul splits a product."""
 
     InputChannels = "input_channels"
     ReducingDim = "reducing_dim"
@@ -85,7 +86,7 @@ class MatMulSerializationMode(enum.Enum):
 
 
 class OverlapMode(enum.Enum):
-    """Overlap of host transfers with computation; there are no transfers on the host."""
+    """How host transfers overlap with computation. The host has no such transfers."""
 
     NoOverlap = "no_overlap"
     OverlapAccumulationLoop = "overlap_accumulation_loop"
@@ -93,8 +94,9 @@ class OverlapMode(enum.Enum):
 
 
 class AutoStage(enum.IntEnum):
-    """How blocks get their stage where the strategy does not list them: the IPU's number, or one
-    more for each new block.
+    """How blocks that the execution strategy does not list are assigned to stages.
+
+    The stage has the number of the block's IPU, or a new number for each new block.
     """
 
     SameAsIpu = 0
@@ -102,7 +104,7 @@ class AutoStage(enum.IntEnum):
 
 
 class CommGroupType(enum.IntEnum):
-    """Grouping of replicas for inputs and per-replica variables."""
+    """How replicas are grouped for inputs and per-replica variables."""
 
     All = 0
     Consecutive = 1

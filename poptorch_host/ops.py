@@ -1,5 +1,6 @@
-"""PopTorch's operations: each is ordinary PyTorch on the host, with PopTorch's checks of its
-arguments.
+"""PopTorch's operations.
+
+On the host each of them is ordinary PyTorch, with PopTorch's checks of its arguments.
 """
 from __future__ import annotations
 
@@ -12,21 +13,23 @@ import torch
 from . import enums
 from ._errors import Error
 
-marked_losses: Optional[List[Tuple[
-    torch.Tensor, bool]]] = None  # (loss, marked by identity_loss?) of the running forward pass
-_running = False                                    # True while the executor runs a model
+# (loss, whether identity_loss marked it) for each loss of the running forward pass
+marked_losses: Optional[List[Tuple[torch.Tensor, bool]]] = None
+_running = False  # True while the executor runs a model
 
 
 def isRunningOnIpu() -> bool:
-    """True inside a model that an executor runs: on the host too, so that a model takes the branch
-    it will take on an IPU.
+    """Return whether an executor is running the model.
+
+    This is also True on the host, so that a model takes the same branch as on an IPU.
     """
     return _running
 
 
 def identity_loss(x: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Mark `x` as the loss that training starts from; reduction is "sum", "mean" or "none". Returns
-    the reduced loss.
+    """Mark `x` as the loss from which the backward pass starts, and return the reduced loss.
+
+    `reduction` is "sum", "mean" or "none".
     """
     assert reduction in ("sum", "mean", "none"), "Unsupported reduction type!"
     loss = x.sum() if reduction == "sum" else x.mean() if reduction == "mean" else x.clone()
@@ -36,10 +39,10 @@ def identity_loss(x: torch.Tensor, reduction: str) -> torch.Tensor:
 
 
 def recomputationCheckpoint(*tensors: List[torch.Tensor]) -> List[torch.Tensor]:
-    """Keep these activations for the backward pass instead of recomputing them. The host recomputes
-    nothing: the identity.
+    """Keep these activations for the backward pass instead of recomputing them.
 
-    One tensor or one list or tuple of tensors comes back as it is, several as a tuple.
+    The host recomputes nothing and returns them unchanged: a single tensor, list or tuple as it is,
+    several tensors as a tuple. Raises ValueError for anything that is not a tensor.
     """
     if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)):
         return type(tensors[0])(recomputationCheckpoint(*tensors[0]))
@@ -50,8 +53,9 @@ def recomputationCheckpoint(*tensors: List[torch.Tensor]) -> List[torch.Tensor]:
 
 def serializedMatMul(lhs: torch.Tensor, rhs: torch.Tensor, mode: enums.MatMulSerializationMode,
                      factor: int = 0, keep_precision: bool = False) -> torch.Tensor:
-    """torch.matmul(lhs, rhs); on an IPU it is split in `factor` parts to save memory. Error if
-    `factor` does not divide the dimension that `mode` splits.
+    """Return torch.matmul(lhs, rhs), which an IPU computes in `factor` parts to save memory.
+
+    Raises Error if `factor` does not divide the dimension that `mode` splits.
     """
     assert isinstance(keep_precision, bool)
     assert isinstance(factor, int)
@@ -62,19 +66,20 @@ def serializedMatMul(lhs: torch.Tensor, rhs: torch.Tensor, mode: enums.MatMulSer
         enums.MatMulSerializationMode.OutputChannels: rhs.shape[-1]}.get(mode)
     if split is not None and (factor < 1 or split % factor):
         raise Error(
-            f"serializedMatMul: factor ({factor}) must be a positive divisor of the dimension split by {mode.name} ({split})"
-        )
+            f"serializedMatMul: factor ({factor}) must be a positive divisor of the dimension "
+            f"split by {mode.name} ({split})")
     return torch.matmul(lhs, rhs)
 
 
 def set_available_memory(tensor: torch.Tensor, available_memory_proportion: float) -> torch.Tensor:
-    """Share of memory for temporary data of the operation that made `tensor`: the identity on the
-    host.
+    """Set the share of memory for temporary data of the operation that computed `tensor`.
+
+    Returns `tensor`; on the host there is no other effect.
     """
     if not isinstance(tensor, torch.Tensor):
         raise Error(
-            f"You may only set available memory for torch.tensor values. {type(tensor)} is not supported."
-        )
+            f"You may only set available memory for torch.tensor values. {type(tensor)} is not "
+            "supported.")
     return tensor
 
 
@@ -82,8 +87,10 @@ def ipu_print_tensor(tensor: torch.Tensor, title: str = "", print_gradient: bool
                      summarise_threshold: int = 1000, edge_items: int = 3, max_line_width: int = 80,
                      digits: int = 4, float_format: str = "auto", separator: str = ", ",
                      open_bracket: str = "(", close_bracket: str = ")") -> torch.Tensor:
-    """Print `tensor` whenever it is computed, and its gradient; returns it. The host prints as
-    torch does, to standard error.
+    """Print `tensor` and its gradient whenever they are computed. Returns `tensor`.
+
+    The host prints to standard error, in torch's format: the arguments after `print_gradient` have
+    no effect.
     """
     if not isinstance(tensor, torch.Tensor):
         raise Error(
@@ -96,15 +103,14 @@ def ipu_print_tensor(tensor: torch.Tensor, title: str = "", print_gradient: bool
 
 
 def nop(tensor: torch.Tensor) -> torch.Tensor:
-    """The identity."""
+    """Return `tensor`."""
     if not isinstance(tensor, torch.Tensor):
         raise Error(f"nop must take a torch.tensor argument. {type(tensor)} is not supported.")
     return tensor
 
 
 class NameScope:
-    """A context manager that prefixes the names of operations in PopART's graph; the host has none.
-    """
+    """A context manager that prefixes operation names in PopART's graph; no effect on the host."""
 
     def __init__(self, name: str):
         assert isinstance(name, str), "Parameter to NameScope must be a string"
@@ -118,8 +124,9 @@ class NameScope:
 
 
 class Attribute:
-    """A context manager that sets attributes of operations, {"attribute": {"key": value}}, for the
-    compiler alone.
+    """A context manager that sets attributes of operations, which only PopTorch's compiler reads.
+
+    Each keyword argument maps the name of an attribute to a dictionary: attribute={"key": value}.
     """
 
     _current_attrs: dict = {}

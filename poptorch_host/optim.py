@@ -1,8 +1,7 @@
-"""PopTorch's optimizers: PyTorch's hyperparameters and param_groups, plus loss scaling and the
-types of the device's state.
+"""PopTorch's optimizers: PyTorch's, extended by loss scaling and the types of the device's state.
 
-An optimizer here holds numbers and, as state_dict()["ipu_state"], a copy of the device's state. The
-formulas are in _formulas.py.
+An optimizer holds hyperparameters in PyTorch's param_groups and, as state_dict()["ipu_state"], a
+copy of the device's state. The formulas that the device applies are in _formulas.py.
 """
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ import torch
 
 from . import _formulas
 
+# The hyperparameters of a parameter group, by kind of optimizer, and those of a whole optimizer.
 HYPER = {
     "SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
     "Adam": ("lr", "betas", "eps", "weight_decay"), "AdamW": ("lr", "betas", "eps", "weight_decay"),
@@ -22,8 +22,9 @@ GLOBAL = ("loss_scaling", "bias_correction", "use_tf_variant", "max_grad_norm")
 
 
 class VariableAttributes:
-    """Which attributes may change after compilation; those given to the optimizer's constructor
-    may.
+    """Which attributes of an optimizer may change after compilation.
+
+    Initially these are the ones that were given to the optimizer's constructor.
     """
 
     def __init__(self, variable_attributes: List[str], allowed_attributes: List[str]) -> None:
@@ -31,35 +32,37 @@ class VariableAttributes:
         self._allowed_attributes = allowed_attributes
 
     def isConstant(self, attr: str) -> bool:
-        """True if `attr` is compiled in."""
+        """Return whether `attr` is compiled in as a constant."""
         return attr not in self._variable_attributes
 
     def markAsConstant(self, attr: str) -> None:
-        """Compile `attr` in."""
+        """Compile `attr` in as a constant."""
         self._check(attr)
         self._variable_attributes = [a for a in self._variable_attributes if a != attr]
 
     def markAsVariable(self, attr: str) -> None:
-        """Let `attr` change between calls."""
+        """Allow `attr` to change between calls."""
         self._check(attr)
         self._variable_attributes.append(attr)
 
     def _check(self, attr):
-        assert attr in self._allowed_attributes, f"Unknown attribute {attr}, allowed values: {self._allowed_attributes}"
+        assert attr in self._allowed_attributes, (
+            f"Unknown attribute {attr}, allowed values: {self._allowed_attributes}")
 
 
 class Optimizer:
-    """What all optimizers here share: the copy of the device's state and its way in and out of
-    state_dict().
+    """The base class of all optimizers here.
+
+    It holds the copy of the device's state, which is part of state_dict().
     """
 
-    _own: Tuple[str, ...] = ()  # constructor arguments that PyTorch's optimizer does not have
+    _own: Tuple[str, ...] = ()  # constructor arguments that PyTorch's optimizer lacks
 
     def __init__(self):
         self._state_dict = {"ipu_state": None, "ipu_param": None}
         self.ipu_state_is_dirty = False   # the state here is newer than the device's
         self.host_state_is_dirty = False  # the device's state is newer than the one here
-        self._executor = None             # weak reference to the executor that uses this optimizer
+        self._executor = None             # weak reference to the executor that uses it
 
     def _construct(self, parent_init, arguments):
         arguments = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
@@ -74,8 +77,9 @@ class Optimizer:
         self.variable_attrs = VariableAttributes(given, list(self.defaults) + ["loss_scaling"])
 
     def state_dict(self) -> Dict[str, Any]:
-        """PyTorch's state_dict with "ipu_state" and "ipu_param", read from the device if it has run
-        since.
+        """Return PyTorch's state_dict() extended by "ipu_state" and "ipu_param".
+
+        The two are first read from the device if it has run since they were last read.
         """
         executor = self._executor() if self._executor is not None else None
         if executor is not None:
@@ -83,18 +87,22 @@ class Optimizer:
         return self.get_state_dict()
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Take what state_dict() gave; the device gets it before it runs next. RuntimeError if it
-        has no device state.
+        """Restore what state_dict() returned. The device receives it before its next run.
+
+        Raises RuntimeError if `state` has no "ipu_state" and "ipu_param".
         """
         torch.optim.Optimizer.load_state_dict(self, state)
         self.set_state_dict(state)
 
     def get_state_dict(self) -> Dict[str, Any]:
-        """state_dict() without asking the device."""
+        """Return state_dict() without reading from the device."""
         return {**self._state_dict, **torch.optim.Optimizer.state_dict(self)}
 
     def set_state_dict(self, state: Dict[str, Any]) -> None:
-        """load_state_dict() of the device's state alone."""
+        """Restore only the device's part of what state_dict() returned.
+
+        Raises RuntimeError if `state` has no "ipu_state" and "ipu_param".
+        """
         if not state:
             raise RuntimeError("Cannot load optimizer state dictionary because it is empty.")
         if "ipu_state" not in state or "ipu_param" not in state:
@@ -104,7 +112,7 @@ class Optimizer:
         self.host_state_is_dirty = False
 
     def has_state(self) -> bool:
-        """True if there is a copy of the device's state."""
+        """Return whether there is a copy of the device's state."""
         return self._state_dict["ipu_state"] is not None and self._state_dict[
             "ipu_param"] is not None
 
@@ -123,13 +131,15 @@ OWN_DEFAULTS = {
     "first_order_momentum_accum_type": torch.float32,
     "second_order_momentum_accum_type": torch.float32, "max_grad_norm": float("inf"),
     "bias_correction": True, "use_tf_variant": False,
-    "max_weight_norm": 65500.0}  # 65500: about the largest float16
+    "max_weight_norm": 65500.0}  # close to the largest float16 number
 
 
 class SGD(Optimizer, torch.optim.SGD):
-    """Stochastic gradient descent with momentum, PyTorch's formula. `velocity_scaling`,
-    `use_combined_accum` and the types choose how PopART stores the velocity; on the host it is
-    float32.
+    """Stochastic gradient descent with momentum, by PyTorch's formula.
+
+    The velocity starts from zero, so `dampening` already applies to the first update; PyTorch's
+    starts from the first gradient. `velocity_scaling`, `use_combined_accum` and the types determine
+    how PopART stores the velocity. On the host the velocity is float32.
     """
 
     _own = ("loss_scaling", "velocity_scaling", "use_combined_accum", "accum_type",
@@ -154,7 +164,7 @@ class SGD(Optimizer, torch.optim.SGD):
 
 
 class Adam(Optimizer, torch.optim.Adam):
-    """Adam (Kingma and Ba 2015), weight decay added to the gradient."""
+    """Adam (Kingma and Ba 2015), with weight decay added to the gradient."""
 
     _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type",
             "second_order_momentum_accum_type", "max_grad_norm")
@@ -173,12 +183,11 @@ class Adam(Optimizer, torch.optim.Adam):
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), with or without bias
-    correction.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
-    PopTorch documents `bias_correction`, but 3.4's compiler gives PopART the same corrected Adam
-    either way (CompilerImpl.cpp, OptimizerType::ADAMW_NO_BIAS). Here False means what is
-    documented: leave it True for the same weights on an IPU.
+    `bias_correction=False` omits the bias correction, as PopTorch documents. The compiler of
+    PopTorch 3.4, however, gives PopART the corrected Adam in both cases (CompilerImpl.cpp,
+    OptimizerType::ADAMW_NO_BIAS). Leave it True to get the same weights as on an IPU.
     """
 
     _own = ("loss_scaling", "bias_correction", "accum_type", "first_order_momentum_accum_type",
@@ -198,8 +207,10 @@ class AdamW(Optimizer, torch.optim.AdamW):
 
 
 class RMSprop(Optimizer, torch.optim.RMSprop):
-    """RMSprop, PyTorch's formula, or TensorFlow's (`use_tf_variant`): mean square from 1, eps under
-    the root, learning rate inside the momentum.
+    """RMSprop by PyTorch's formula or, with `use_tf_variant`, by TensorFlow's.
+
+    In TensorFlow's formula the mean square starts from 1, eps is added under the square root, and
+    the momentum includes the learning rate.
     """
 
     _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type",
@@ -225,15 +236,17 @@ def _lamb_init(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay
 
 
 class LAMB(Optimizer, torch.optim.Optimizer):
-    """LAMB (You et al. 2020): Adam's update scaled for each weight tensor by min(|weight|,
-    max_weight_norm) / |update|.
+    """LAMB (You et al. 2020).
+
+    It multiplies the Adam update of each weight tensor by min(|weight|, max_weight_norm) /
+    |update|.
     """
 
     _own = ("bias_correction", "loss_scaling", "accum_type", "first_order_momentum_accum_type",
             "second_order_momentum_accum_type")
 
-    def __init__(self, params: Iterable, lr: Optional[float] = None, betas: Tuple[float,
-                                                                                  float] = None,
+    def __init__(self, params: Iterable, lr: Optional[float] = None,
+                 betas: Tuple[float, float] = None,
                  eps: Optional[float] = None, weight_decay: Optional[float] = None,
                  bias_correction: Optional[bool] = None, loss_scaling: Optional[float] = None,
                  max_weight_norm: Optional[float] = None, accum_type: Optional[torch.dtype] = None,
@@ -242,8 +255,9 @@ class LAMB(Optimizer, torch.optim.Optimizer):
         self._construct(_lamb_init, locals())
 
     def step(self, closure: Optional[Callable] = None) -> Optional[float]:
-        """One update of parameters on the host from their .grad, for comparison with the device.
-        Returns closure()'s loss.
+        """Update the parameters on the host from their .grad, for comparison with the device.
+
+        Returns the loss that `closure` returns, or None without a closure.
         """
         loss = closure() if closure is not None else None
         settings = snapshot(self)
@@ -258,19 +272,26 @@ class LAMB(Optimizer, torch.optim.Optimizer):
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """Name of the formula. AssertionError for an optimizer that PopTorch does not support."""
+    """Return the name of the optimizer's formula, one of the keys of HYPER.
+
+    Raises AssertionError for an optimizer that PopTorch does not support.
+    """
     for kind, parents in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW),
-                          ("Adam", torch.optim.Adam), ("RMSprop", torch.optim.RMSprop), ("LAMB",
-                                                                                         LAMB)):
+                          ("Adam", torch.optim.Adam), ("RMSprop", torch.optim.RMSprop),
+                          ("LAMB", LAMB)):
         if isinstance(optimizer, parents):
             return kind
     raise AssertionError(
-        f"Unsupported optimizer type {type(optimizer).__name__}. Types supported {', '.join(HYPER)}"
-    )
+        f"Unsupported optimizer type {type(optimizer).__name__}. Types supported "
+        f"{', '.join(HYPER)}")
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
-    """The numbers of `optimizer` as they are now: what setOptimizer() hands to the device."""
+    """Return the current settings of `optimizer`, which setOptimizer() passes to the device.
+
+    The result has the key "kind" (see kind_of), a key for each name in GLOBAL, and "groups", the
+    hyperparameters of each parameter group. Raises ValueError for an amsgrad optimizer.
+    """
     kind = kind_of(optimizer)
     if any(group.get("amsgrad") for group in optimizer.param_groups):
         raise ValueError("Only non-amsgrad Adam/AdamW optimizers are supported.")

@@ -1,10 +1,10 @@
-"""poptorch.Options and its parts: what PopTorch accepts is accepted, what it refuses is refused, in
-the same words.
+"""poptorch.Options and its parts.
 
-Most options steer the Poplar compiler and mean nothing on a host: they are checked and kept, so
-that a script's configuration can be read back and printed, and otherwise change nothing. Those that
-change results (batching, reduction, output mode, seed, offline target) are obeyed by the executor
-and the data loader.
+They accept what PopTorch accepts and refuse what PopTorch refuses, in the same words. Most options
+control the Poplar compiler and have no meaning on the host. Such an option is described here as
+"kept without effect": its value is checked and stored, so that it can be read back and printed.
+The options that change results (batching, reduction, output mode, seed, offline target) are obeyed
+by the executor and the data loader.
 """
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ FROZEN = "Can't modify frozen Options"
 
 
 class OptionsDict:
-    """Named values that refuse unknown names, values of another type, and any change once they are
-    frozen.
+    """A set of named values, accessible as attributes.
+
+    It refuses unknown names and values of another type, and any change once it is frozen. Values
+    whose names start with an underscore are ordinary attributes and are not checked.
     """
 
     def __init__(self, **values: Any):
@@ -33,44 +35,45 @@ class OptionsDict:
         self.__dict__.update(private, _values=values, _is_frozen=False)
 
     def exists(self, option: str) -> bool:
-        """True if `option` has a value."""
+        """Return whether `option` has a value."""
         return option in self._values
 
     def set(self, **values: Any) -> "OptionsDict":
-        """Change values that exist; returns self. AssertionError for an unknown name or another
-        type, AttributeError when frozen.
+        """Change existing values and return self.
+
+        Raises AssertionError for an unknown name or a value of another type, and AttributeError if
+        the options are frozen.
         """
         self.checkIsFrozen()
         for name, value in values.items():
-            assert self.exists(
-                name), f"Invalid option {name}, valid options are {list(self._values)}"
+            assert self.exists(name), (
+                f"Invalid option {name}, valid options are {list(self._values)}")
             expected = type(self._values[name])
-            assert isinstance(
-                value,
-                expected), f"Unexpected type {type(value)} for option {name}. Expected {expected}"
+            assert isinstance(value, expected), (
+                f"Unexpected type {type(value)} for option {name}. Expected {expected}")
             self._values[name] = value
         return self
 
     def createOrSet(self, **values: Any) -> "OptionsDict":
-        """As `set`, for values that need not exist yet."""
+        """Change values as `set` does, but create those that do not exist yet."""
         self.checkIsFrozen()
         for name, value in values.items():
             self._values.setdefault(name, value)
         return self.set(**values)
 
     def deleteIfExists(self, option: str) -> None:
-        """Forget `option`."""
+        """Remove `option` if it has a value."""
         self._values.pop(option, None)
 
     def checkIsFrozen(self, option: Optional[str] = None) -> None:
-        """AttributeError if the options are frozen."""
+        """Raise AttributeError if the options are frozen."""
         if self._is_frozen and option != "_is_frozen":
             raise AttributeError(FROZEN)
 
     def update(self, other: Dict[str, Any]) -> Dict[str, Any]:
-        """Add the values to `other`, which may not have any of them, and return it."""
-        assert not self._values.keys() & other.keys(
-        ), "Can't merge dictionaries, they have some keys in common"
+        """Add the values to `other` and return it; AssertionError if it has one of the names."""
+        assert not self._values.keys() & other.keys(), (
+            "Can't merge dictionaries, they have some keys in common")
         other.update(self._values)
         return other
 
@@ -79,7 +82,7 @@ class OptionsDict:
         return self
 
     def toDict(self) -> Dict[str, Any]:
-        """The values by name."""
+        """Return the values by name."""
         return dict(self._values)
 
     def __call__(self, option: str) -> Any:
@@ -117,7 +120,7 @@ class OptionsDict:
 
 
 class _PopartOptions(OptionsDict):
-    """Options of the PopART compiler, by PopART's names; kept for inspection."""
+    """Options of PopART, by PopART's names. They are stored only to be read back."""
 
     def __init__(self) -> None:
         super().__init__(instrumentWithHardwareCycleCounter=False, rearrangeAnchorsOnHost=False)
@@ -128,40 +131,43 @@ class _PopartOptions(OptionsDict):
         return self._values
 
     def set(self, key: str, value: Union[int, float, str, List[str], Set[str]]) -> "_PopartOptions":
-        """Keep one of popart.SessionOptions' options; a name PopART does not have is refused when a
-        model is compiled.
+        """Store an option of popart.SessionOptions and return self.
+
+        A name that PopART does not have is refused when a model is compiled.
         """
         self.checkIsFrozen()
         self._values[key] = value
         return self
 
     def setEngineOptions(self, engine_options: Dict[str, str]) -> "_PopartOptions":
-        """Poplar engine options."""
+        """Store options of the Poplar engine."""
         return self.set("engineOptions", engine_options)
 
     def setPatterns(self, patterns: Dict[str, bool], level: int = 2) -> "_PopartOptions":
-        """Patterns of PopART's compiler to switch on or off."""
+        """Switch patterns of PopART's compiler on or off, starting from those of a level."""
         assert isinstance(level, int)
         assert isinstance(patterns, dict)
         return self.set("patterns_level", level).set("patterns", patterns)
 
 
 class _JitOptions(OptionsDict):
-    """Deprecated in PopTorch."""
+    """Options of torch.jit, which are deprecated in PopTorch."""
 
     def traceModel(self, trace_model: bool) -> "_JitOptions":
-        """Only False is possible since PopTorch 3.0."""
+        """Raise ValueError for True, because PopTorch does not trace with torch.jit since 3.0."""
         logger.warning(
-            "[Deprecated] options.Jit.traceModel() has no effect: the model is never traced by torch.jit"
-        )
+            "[Deprecated] options.Jit.traceModel() has no effect: the model is never traced by "
+            "torch.jit")
         if trace_model:
             raise ValueError("options.Jit.traceModel(True) is no longer supported")
         return self
 
 
 class _PrecisionOptions(OptionsDict):
-    """Number formats. On the host a float16 model computes in bfloat16 or float32, so these are
-    kept without effect.
+    """Options of number formats.
+
+    They are kept without effect, because a float16 model computes in bfloat16 or float32 on the
+    host.
     """
 
     def __init__(self, popart_options: _PopartOptions) -> None:
@@ -169,33 +175,35 @@ class _PrecisionOptions(OptionsDict):
 
     def halfFloatCasting(self,
                          half_float_casting: enums.HalfFloatCastingBehavior) -> "_PrecisionOptions":
-        """Deprecated: half is always cast up to float."""
+        """Log a warning: the option is deprecated, and half is always cast up to float."""
         logger.warning(
-            "[Deprecated] options.Precision.halfFloatCasting(): HalfUpcastToFloat is the only behaviour"
-        )
+            "[Deprecated] options.Precision.halfFloatCasting(): HalfUpcastToFloat is the only "
+            "behaviour")
         return self
 
     def runningStatisticsAlwaysFloat(self, value: bool) -> "_PrecisionOptions":
-        """Deprecated: running statistics have the type PyTorch gives them."""
+        """Log a warning: deprecated, since running statistics have the type PyTorch gives them."""
         if not isinstance(value, bool):
             raise ValueError("runningStatisticsAlwaysFloat needs to be set to a bool")
         logger.warning(
-            "[Deprecated] options.Precision.runningStatisticsAlwaysFloat(): False is the only behaviour"
-        )
+            "[Deprecated] options.Precision.runningStatisticsAlwaysFloat(): False is the only "
+            "behaviour")
         return self
 
     def enableFloatingPointExceptions(self, enabled: bool) -> "_PrecisionOptions":
-        """Stop on invalid operations and overflows (kept without effect)."""
+        """Stop at invalid operations and overflows (kept without effect)."""
         assert isinstance(enabled, bool), "enableFloatingPointExceptions needs to be set to a bool"
         return self._for_popart("enableFloatingPointChecks", enabled)
 
     def enableStochasticRounding(self, enabled: bool) -> "_PrecisionOptions":
-        """Stochastic rounding to float16 (kept without effect: the host's weights are float32)."""
+        """Round to float16 stochastically (kept without effect: the weights here are float32)."""
         return self._for_popart("enableStochasticRounding", enabled)
 
     def setPartialsType(self, dtype: torch.dtype) -> "_PrecisionOptions":
-        """Type of a matrix multiplication's partial sums (kept without effect: the host sums in
-        float32).
+        """Set the type of the partial sums of matrix multiplications and convolutions.
+
+        Kept without effect, because the host sums in float32. Raises ValueError for another type
+        than float32 and float16.
         """
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(
@@ -206,7 +214,7 @@ class _PrecisionOptions(OptionsDict):
 
 
 class _TrainingOptions(OptionsDict):
-    """Options of training; an inference model takes none of them."""
+    """Options of training, none of which apply to an inference model."""
 
     def __init__(self, popart_options: _PopartOptions) -> None:
         super().__init__(
@@ -215,44 +223,48 @@ class _TrainingOptions(OptionsDict):
             meanAccumulationAndReplicationReductionStrategy=enums.MeanReductionStrategy.Post)
 
     def gradientAccumulation(self, gradient_accumulation: int) -> "_TrainingOptions":
-        """Micro-batches of one replica in one weight update."""
+        """Set the number of micro-batches of one replica in one weight update."""
         return self.set(gradient_accumulation=gradient_accumulation)
 
     def accumulationAndReplicationReductionType(
             self, reduction_type: enums.ReductionType) -> "_TrainingOptions":
-        """Gradients of an update are the mean (default) or the sum over its micro-batches and
-        replicas.
+        """Use the mean (default) or the sum of the gradients of all micro-batches of an update.
+
+        Raises ValueError for any other `reduction_type`.
         """
         if reduction_type not in (enums.ReductionType.Mean,
                                   enums.ReductionType.Sum) or not isinstance(
                                       reduction_type, enums.ReductionType):
             raise ValueError(
-                "accumulationAndReplicationReductionType must be set to poptorch.ReductionType.Mean or "
-                "poptorch.ReductionType.Sum")
+                "accumulationAndReplicationReductionType must be set to "
+                "poptorch.ReductionType.Mean or poptorch.ReductionType.Sum")
         return self.set(accumulation_and_replication_reduction_type=reduction_type)
 
     def setMeanAccumulationAndReplicationReductionStrategy(
             self, mean_reduction_strategy: enums.MeanReductionStrategy) -> "_TrainingOptions":
-        """When the mean's division happens; in float32, which the host accumulates in, it makes no
-        difference.
+        """Choose when gradients are divided to form the mean.
+
+        It makes no difference on the host, which accumulates gradients in float32.
         """
         return self.set(meanAccumulationAndReplicationReductionStrategy=mean_reduction_strategy)
 
     def setAutomaticLossScaling(self, enabled: bool) -> "_TrainingOptions":
-        """Let the device choose the loss scaling, which becomes variable in the optimizer. On the
-        host the scaling keeps its value: it is there to keep float16 gradients in range, and the
-        host's gradients have float32's range.
+        """Let the device choose the loss scaling, which makes it variable in the optimizer.
+
+        On the host the loss scaling keeps its value. It serves to keep float16 gradients in range,
+        and the host's gradients have the range of float32.
         """
         return self._for_popart("automaticLossScalingSettings.enabled", enabled)
 
     def setConvolutionDithering(self, enabled: bool) -> "_TrainingOptions":
-        """Spread convolutions over tiles (kept without effect)."""
+        """Spread convolutions over the tiles of an IPU (kept without effect)."""
         return self._for_popart("convolutionOptions", {"enableConvDithering": enabled})
 
 
 class _DistributedOptions(OptionsDict):
-    """Which of several processes this one is. The data loader obeys it; the executor refuses more
-    than one process.
+    """The number of processes, and which of them this one is.
+
+    The data loader obeys these options; the executor refuses more than one process.
     """
 
     def __init__(self) -> None:
@@ -261,61 +273,63 @@ class _DistributedOptions(OptionsDict):
         self.setEnvVarNames("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
     def disable(self) -> "_DistributedOptions":
-        """One process, whatever the environment says."""
+        """Use one process, whatever the environment variables say."""
         return self.configureProcessId(0, 1)
 
     def setEnvVarNames(self, var_num_processes: str, var_process_id: str) -> "_DistributedOptions":
-        """Read number of processes and process id from these environment variables (default:
-        OpenMPI's).
+        """Read the number of processes and the process id from these environment variables.
+
+        The constructor reads those of OpenMPI.
         """
         return self.configureProcessId(int(os.environ.get(var_process_id, "0")),
                                        int(os.environ.get(var_num_processes, "1")))
 
     def configureProcessId(self, process_id: int, num_processes: int) -> "_DistributedOptions":
-        """This process is number `process_id` of `num_processes`."""
+        """Set the number of this process, from 0, and the number of all processes."""
         return self.set(distributed_process_id=process_id, num_distributed_processes=num_processes)
 
     @property
     def processId(self) -> int:
-        """Number of this process, from 0."""
+        """The number of this process, from 0."""
         return self.distributed_process_id
 
     @property
     def numProcesses(self) -> int:
-        """Number of processes."""
+        """The number of processes."""
         return self.num_distributed_processes
 
 
 class TensorLocationSettings(OptionsDict):
-    """Where a kind of tensor is kept: on or off chip, whole or sharded over replicas. Kept without
-    effect.
+    """Where one kind of tensor is stored: on or off chip, whole or sharded over replicas.
+
+    All of these settings are kept without effect.
     """
 
     def minElementsForOffChip(self, min_elements: int) -> "TensorLocationSettings":
-        """Smaller tensors stay on chip."""
+        """Set the number of elements below which a tensor stays on chip."""
         return self._keep("minElementsForOffChip", min_elements, int)
 
     def minElementsForReplicatedTensorSharding(self, min_elements: int) -> "TensorLocationSettings":
-        """Smaller tensors are not sharded."""
+        """Set the number of elements below which a tensor is not sharded."""
         return self._keep("minElementsForReplicatedTensorSharding", min_elements, int)
 
     def useOnChipStorage(self, use: bool = True) -> "TensorLocationSettings":
-        """On chip, off chip, or (None) unsaid."""
+        """Store the tensor on chip (True) or off chip (False); None removes the setting."""
         if use is None:
             self.deleteIfExists("onChip")
             return self
         return self._keep("onChip", use, bool)
 
     def useReplicatedTensorSharding(self, use: bool = True) -> "TensorLocationSettings":
-        """Shard the tensor over replicas."""
+        """Shard the tensor over the replicas."""
         return self._keep("useReplicatedTensorSharding", use, bool)
 
     def useIOTilesToLoad(self, use: bool = True) -> "TensorLocationSettings":
-        """Load through IO tiles."""
+        """Load the tensor through IO tiles."""
         return self._keep("useIOTilesToLoad", use, bool)
 
     def useIOTilesToStore(self, use: bool = True) -> "TensorLocationSettings":
-        """Store through IO tiles."""
+        """Store the tensor through IO tiles."""
         return self._keep("useIOTilesToStore", use, bool)
 
     def _keep(self, name, value, kind):
@@ -325,29 +339,31 @@ class TensorLocationSettings(OptionsDict):
 
 class _TensorLocationOptions(OptionsDict):
     """TensorLocationSettings for activations, weights, optimizer state and gradient accumulators.
-    Kept without effect.
+
+    All of these settings are kept without effect.
     """
 
     def numIOTiles(self, num_tiles: int) -> "_TensorLocationOptions":
-        """Tiles set aside for input and output."""
+        """Set the number of tiles reserved for input and output: even, from 32 to 192."""
         assert isinstance(num_tiles, int)
-        assert 32 <= num_tiles <= 192 and num_tiles % 2 == 0, "numIOTiles must be an even number between 32 and 192."
+        assert 32 <= num_tiles <= 192 and num_tiles % 2 == 0, (
+            "numIOTiles must be an even number between 32 and 192.")
         return self.createOrSet(numIOTiles=num_tiles)
 
     def setActivationLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
-        """Where activations are kept."""
+        """Set where activations are stored."""
         return self._keep("location_activation", location)
 
     def setWeightLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
-        """Where weights are kept."""
+        """Set where weights are stored."""
         return self._keep("location_weight", location)
 
     def setOptimizerLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
-        """Where the optimizer's state is kept."""
+        """Set where the optimizer's state is stored."""
         return self._keep("location_optimizer", location)
 
     def setAccumulatorLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
-        """Where gradients are accumulated."""
+        """Set where accumulated gradients are stored."""
         return self._keep("location_accumulator", location)
 
     def _keep(self, name, location):
@@ -356,7 +372,9 @@ class _TensorLocationOptions(OptionsDict):
 
 
 class Options(OptionsDict):
-    """How a model is compiled and run; frozen once a model or a data loader has been made with it.
+    """How a model is compiled and run.
+
+    The options are frozen once an executor or a data loader has been created with them.
     """
 
     def __init__(self) -> None:
@@ -378,8 +396,10 @@ class Options(OptionsDict):
         self.from_json(os.environ.get("POPTORCH_DEFAULT_OPTIONS", "{}"))
 
     def from_json(self, string: str) -> "Options":
-        """Set options from JSON: {"deviceIterations": 4, "connectionType": "ConnectionType.Never",
-        "_Popart.set": ["name", 1]}.
+        """Call the setters named in a JSON object, with its values as arguments.
+
+        For example: {"deviceIterations": 4, "connectionType": "ConnectionType.Never",
+        "_Popart.set": ["name", 1]}. Returns self.
         """
         for option, value in json.loads(string).items():
             setter = self
@@ -392,50 +412,48 @@ class Options(OptionsDict):
         return self
 
     def loadFromFile(self, filepath: str) -> "Options":
-        """Set options from a file of Python code. Always NotOffered: the file could do anything."""
+        """Raise NotOffered: PopTorch runs the Python code in the file, which could do anything."""
         raise NotOffered("Options.loadFromFile",
                          "it runs the file's Python code; call the options, or from_json()")
 
     def sourceLocationExcludes(self, excludes: List[str]) -> "Options":
-        """Frames left out of the compiler's source locations (kept without effect)."""
+        """Set which stack frames are excluded from source locations (kept without effect)."""
         self._source_location_excludes = excludes
         return self
 
     def appendToLocationExcludes(self, *excludes: str) -> "Options":
-        """More frames left out of the compiler's source locations."""
+        """Exclude more stack frames from source locations (kept without effect)."""
         self._source_location_excludes = [*self._source_location_excludes, *excludes]
         return self
 
     def showCompilationProgressBar(self, show: bool = True) -> "Options":
-        """A progress bar while compiling; the host compiles too quickly for one."""
+        """Show a progress bar while compiling. The host shows none, as it compiles too quickly."""
         self._show_compilation_progress_bar = show
         return self
 
     def relaxOptimizerAttributesChecks(self, relax: bool = True) -> "Options":
-        """Report attributes that an optimizer gets after compilation at debug level instead of
-        warning.
-        """
+        """Report attributes that an optimizer gains later at debug level, not as warnings."""
         self._relax_optimizer_checks = relax
         return self
 
     @property
     def TensorLocations(self) -> _TensorLocationOptions:
-        """Where tensors are kept."""
+        """Options that say where tensors are stored."""
         return self._tensor_locations
 
     @property
     def Distributed(self) -> _DistributedOptions:
-        """Which process of several this is."""
+        """Options for several processes."""
         return self._distributed
 
     @property
     def Jit(self) -> _JitOptions:
-        """Deprecated."""
+        """Options of torch.jit, which are deprecated in PopTorch."""
         return self._jit
 
     @property
     def Precision(self) -> _PrecisionOptions:
-        """Number formats."""
+        """Options of number formats."""
         return self._graphProcessing
 
     @property
@@ -448,24 +466,29 @@ class Options(OptionsDict):
         return self._popart
 
     def autoRoundNumIPUs(self, auto_round_num_ipus: bool = True) -> "Options":
-        """Round the number of IPUs up to a power of two instead of refusing another number."""
+        """Round the number of IPUs up to a power of two instead of refusing other numbers."""
         return self.set(auto_round_num_ipus=auto_round_num_ipus)
 
     def deviceIterations(self, device_iterations: int) -> "Options":
-        """Weight updates (training) or micro-batches of one replica (inference) in one call of the
-        model.
+        """Set the number of device iterations in one call of the model.
+
+        An iteration is a weight update in training, and a micro-batch of one replica in inference.
         """
         return self.set(device_iterations=device_iterations)
 
     def setExecutionStrategy(self, strategy: ExecutionStrategy) -> "Options":
-        """PipelinedExecution (default) or ShardedExecution."""
+        """Use PipelinedExecution (default) or ShardedExecution."""
         assert isinstance(strategy, ExecutionStrategy)
         self._execution_strategy = strategy
         return self
 
-    def setAvailableMemoryProportion(self, available_memory_proportion: Dict[str,
-                                                                             float]) -> "Options":
-        """Share of an IPU's memory for temporary data: {"IPU0": 0.2, ...} (kept without effect)."""
+    def setAvailableMemoryProportion(
+            self, available_memory_proportion: Dict[str, float]) -> "Options":
+        """Set the share of each IPU's memory that is available for temporary data.
+
+        `available_memory_proportion` is, for example, {"IPU0": 0.2, "IPU1": 0.3}. Kept without
+        effect.
+        """
         for key in available_memory_proportion:
             assert key.startswith("IPU"), (
                 'Available memory proportions are expected to be in a dictionary of {"IPU0": 0.5} '
@@ -474,14 +497,18 @@ class Options(OptionsDict):
             int(k[3:]): v for k, v in available_memory_proportion.items()})
 
     def replicationFactor(self, replication_factor: int) -> "Options":
-        """Number of replicas. On the host their micro-batches run one after the other, with the
-        same result.
+        """Set the number of replicas.
+
+        On the host their micro-batches run one after the other, with the same result.
         """
         return self.set(replication_factor=replication_factor)
 
     def inputReplicaGrouping(self, input_group_size: int,
                              input_group_type: enums.CommGroupType) -> "Options":
-        """Give the same input to the replicas of a group of this size."""
+        """Give the same input to all replicas of a group of `input_group_size`.
+
+        Raises ValueError if groups of this size and type cannot be formed.
+        """
         if input_group_type == enums.CommGroupType.NoGrouping:
             input_group_size, input_group_type = 1, enums.CommGroupType.Consecutive
         if input_group_type == enums.CommGroupType.All:
@@ -493,101 +520,107 @@ class Options(OptionsDict):
         return self.set(input_group_size=input_group_size, input_cgt=input_group_type)
 
     def broadcastBuffers(self, broadcast_buffers: bool = True) -> "Options":
-        """One set of buffers for all replicas (True; a model that changes them is refused), or one
-        each; the first is read back.
+        """Give all replicas the same buffers (True) or each its own (False).
+
+        With True and several replicas, a model that changes its buffers is refused. With False, the
+        buffers of the first replica are copied back to the host.
         """
         return self.set(broadcast_buffers=broadcast_buffers)
 
     def logDir(self, log_dir: str) -> "Options":
-        """Folder of log files (kept without effect)."""
+        """Set the folder of log files (kept without effect)."""
         return self.set(log_dir=log_dir)
 
     def maxRepeatLogs(self, max_lines: Optional[int]) -> "Options":
-        """How often the same log line is printed (kept without effect)."""
+        """Set how often the same log line is printed; None for no limit (kept without effect)."""
         return self.set(max_repeat_logs=(1 << 64) - 1 if max_lines is None else max_lines)
 
     def modelName(self, name: str) -> "Options":
-        """Name of the model in profiles."""
+        """Set the name of the model in profiles (kept without effect)."""
         return self.createOrSet(model_name=name)
 
     def enableExecutableCaching(self, path: str) -> "Options":
-        """Folder of compiled executables (kept without effect); None switches it off."""
+        """Set the folder of compiled executables, or None for no cache (kept without effect)."""
         if path is not None:
             self._popart.set("cachePath", path)
         return self._for_popart("enableEngineCaching", path is not None)
 
     def useIpuModel(self, use_model: bool) -> "Options":
-        """Simulate an IPU. The host runs the model the same way either way."""
+        """Simulate an IPU, which makes no difference to how the host runs the model."""
         return self.createOrSet(use_model=use_model)
 
     def connectionType(self, connection_type: enums.ConnectionType) -> "Options":
-        """When to attach to a device."""
+        """Set when to attach to a device."""
         assert isinstance(connection_type, enums.ConnectionType)
         return self.set(connection_type=connection_type.value)
 
     def syncPattern(self, sync_pattern: enums.SyncPattern) -> "Options":
-        """Synchronisation of IPUs (kept without effect)."""
+        """Set how IPUs are synchronised (kept without effect)."""
         assert isinstance(sync_pattern, enums.SyncPattern)
         return self.set(sync_pattern=sync_pattern.value)
 
     def useIpuId(self, ipu_id: int) -> "Options":
-        """Run on this device (kept without effect)."""
+        """Run on the device with this id (kept without effect)."""
         assert isinstance(ipu_id, int)
         return self.createOrSet(ipu_id=ipu_id)
 
     def useOfflineIpuTarget(self, ipu_version: int = 2) -> "Options":
-        """Compile only: running the model is refused."""
+        """Only compile, without a device; running the model is then refused."""
         self.connectionType(enums.ConnectionType.Never)
         return self.createOrSet(ipu_version=ipu_version)
 
     def anchorTensor(self, short_name: str, long_name: str,
                      output_mode: Optional[enums.OutputMode] = None,
                      output_return_period: Optional[int] = 1) -> None:
-        """Keep a tensor of each call for PoplarExecutor.getAnchoredTensor(short_name). `long_name`
-        is "Gradient___" and the name of a parameter; other tensors of PopART's graph do not exist
-        here and are refused when the model is compiled. Without an output mode the anchor has that
-        of the outputs.
+        """Keep a tensor of each call, to be read by PoplarExecutor.getAnchoredTensor(short_name).
+
+        `long_name` is "Gradient___" followed by the name of a parameter. Other tensors of PopART's
+        graph do not exist on the host; they are refused when the model is compiled. The default
+        output mode is that of the model's outputs. `output_return_period` applies to EveryN, and
+        counts device iterations.
         """
         period = output_return_period if output_mode == enums.OutputMode.EveryN else 1
         self.anchored_tensors[short_name] = [long_name, output_mode is None, output_mode, period]
 
     def outputMode(self, output_mode: enums.OutputMode,
                    output_return_period: Optional[int] = None) -> "Options":
-        """Which micro-batches' outputs a call returns; EveryN needs the period, in device
-        iterations.
+        """Set which micro-batches' outputs a call returns.
+
+        EveryN requires `output_return_period`, a number of device iterations.
         """
         assert isinstance(output_mode, enums.OutputMode)
         if output_mode == enums.OutputMode.EveryN:
             assert output_return_period and output_return_period > 0, (
                 "EveryN anchor must have output_return_period set to valid positive integer")
-        return self.set(output_mode=output_mode.value, output_return_period=output_return_period or
-                        1)
+        return self.set(output_mode=output_mode.value,
+                        output_return_period=output_return_period or 1)
 
     def defaultOutputMode(self) -> bool:
-        """True if outputMode has not been set to anything but Default."""
+        """Return whether the output mode is still Default."""
         return self.output_mode == enums.OutputMode.Default
 
     def randomSeed(self, random_seed: int) -> "Options":
-        """Seed of the device's random numbers; seeds torch too, as PopTorch does."""
+        """Set the seed of the device's random numbers, and seed torch too, as PopTorch does."""
         assert isinstance(random_seed, int)
         torch.manual_seed(random_seed)
         return self.createOrSet(random_seed=random_seed)
 
     def enableStableNorm(self, enabled: bool) -> "Options":
-        """A slower and more accurate norm (kept without effect: torch's is used)."""
+        """Use slower, more accurate normalisation (kept without effect: torch's is used)."""
         return self._for_popart("enableStableNorm", enabled)
 
     def enableSyntheticData(self, enabled: bool) -> "Options":
-        """Normally distributed random inputs instead of the caller's, for measurements."""
+        """Replace inputs by normally distributed numbers (integers by zeros), for measurements."""
         return self._for_popart("syntheticDataMode", 2 if enabled else 0)
 
     def logCycleCount(self, log_cycle_count: bool) -> "Options":
-        """Count IPU cycles; without an IPU, asking for the count is refused."""
+        """Count IPU cycles. The host has none: reading the count is refused."""
         return self._for_popart("instrumentWithHardwareCycleCounter", log_cycle_count)
 
     def enableProfiling(self, profile_dir: Optional[str] = None) -> "Options":
-        """Write PopVision reports to `profile_dir`. They are the Poplar compiler's, so a host run
-        leaves none.
+        """Write PopVision reports to `profile_dir`.
+
+        The Poplar compiler writes them; a run on the host produces none.
         """
         engine = dict(self._popart.options.get("engineOptions", {}))
         engine.update({
@@ -597,16 +630,16 @@ class Options(OptionsDict):
         return self
 
     def disableModuleNamescope(self) -> "Options":
-        """Leave module names out of the compiler's graph (kept without effect)."""
+        """Omit module names from the compiler's graph (kept without effect)."""
         self._module_namescope_enabled = False
         return self
 
     def updatableNamedBuffers(self, buffers: List[str]) -> "Options":
-        """Buffers that copyNamedBuffersToDevice() may update."""
+        """Name the buffers that PoplarExecutor.copyNamedBuffersToDevice() copies."""
         return self._for_popart("updatableNamedBuffers", buffers)
 
     def toDict(self) -> Dict[str, Any]:
-        """All options in one dictionary, as PopTorch hands them to its compiler."""
+        """Return all options in one dictionary, as PopTorch passes them to its compiler."""
         assert not self.defaultOutputMode(), "An output mode must be picked before serialisation"
         out = {**self._execution_strategy.backendOptions(), **self._popart.options}
         for part in (self, self._training, self._distributed, self._tensor_locations):
@@ -614,7 +647,7 @@ class Options(OptionsDict):
         return out
 
     def clone(self) -> "Options":
-        """An unfrozen deep copy."""
+        """Return a deep copy that is not frozen."""
         return copy.deepcopy(self)
 
     def __repr__(self):

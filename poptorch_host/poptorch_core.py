@@ -1,5 +1,6 @@
-"""Stands for PopTorch's compiled core, poptorch.poptorch_core, with the names that scripts and
-PopTorch's own tests use.
+"""Replaces PopTorch's compiled core, poptorch.poptorch_core.
+
+It has those names of the core that scripts and PopTorch's own tests use.
 """
 from __future__ import annotations
 
@@ -9,13 +10,12 @@ from .options import Options
 
 
 def isCompilingWithDispatcher() -> bool:
-    """True while a model is being traced."""
+    """Return whether a model is being traced."""
     return blocks.recorder is not None
 
 
 def _validateOptions(options: dict) -> None:
-    """Raise Error for an option that PopART does not have. PopTorch's own tests call this function.
-    """
+    """Raise Error for an option that PopART does not have, as PopTorch's own tests expect."""
     known = Options()
     known.outputMode(enums.OutputMode.All)
     _checks.popart_options({

@@ -1,5 +1,7 @@
-"""PopVision's host tracepoints: real where Graphcore's libpvti can be imported and PVTI_OPTIONS is
-set, else nothing.
+"""PopVision's tracepoints on the host.
+
+They are recorded if the environment variable PVTI_OPTIONS is set and Graphcore's libpvti can be
+imported. Otherwise nothing in this module has an effect.
 """
 from __future__ import annotations
 
@@ -20,19 +22,19 @@ def _trace_channel(name: str):
 
 
 class Channel:
-    """A named row of spans in PopVision's System Analyser."""
+    """A named row of time spans in PopVision's System Analyser."""
 
     def __init__(self, name: str):
         self._name = name
 
     def instrument(self, obj: Any, *methods: str) -> Any:
-        """Record a span around every call of the named methods of `obj`; returns `obj`."""
+        """Record a span around every call of the named methods of `obj`. Returns `obj`."""
         if pvti is not None:
             pvti.instrument(obj, methods, _trace_channel(self._name))
         return obj
 
     def tracepoint(self, name: str) -> ContextManager:
-        """A context manager that records a span called `name`."""
+        """Return a context manager that records a span called `name`."""
         if pvti is None:
             return contextlib.nullcontext()
         return pvti.Tracepoint(_trace_channel(self._name), f"{self._name}.{name}")

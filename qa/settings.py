@@ -1,9 +1,8 @@
-"""The settings of train.py and infer.py: what flags, named configurations and files say, checked
-before any work starts.
+"""The settings of train.py and infer.py, read and checked before any work starts.
 
-The order of precedence: a field's default, then the named configuration (YAML, `--config`) or the
-checkpoint's own files, then `--ipu_config`, then the flags. There is no torch in here, so that
-`--help` and a refusal take a fraction of a second.
+Sources, each of which takes precedence over those before it: a field's default; the named
+configuration (YAML, `--config`) or the checkpoint's own files; `--ipu_config`; the flags. This
+module does not import torch, so that `--help` and error messages take a fraction of a second.
 """
 from __future__ import annotations
 
@@ -32,11 +31,11 @@ CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "squad_base_384"
 QA_SETTINGS_NAME = "qa_settings.json"
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-# What a resumed run must have in common with the run that it continues, besides its data and its
-# batches.
+# The settings that a resumed run must share with the run that it continues, besides those of its
+# data and its batches.
 MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optimizer",
               "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision")
-# What qa_settings.json keeps beside a checkpoint for whoever answers with it.
+# The settings that qa_settings.json keeps beside a checkpoint, for answering questions with it.
 QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length",
                "version_2_with_negative", "null_score_diff_threshold", "precision")
 
@@ -47,30 +46,30 @@ class ModelSettings(Settings):
 
     model_name_or_path: str = flag(
         "roberta-base", "checkpoint of RoBERTa's family: a local folder or a name on the hub")
-    tokenizer_name: Optional[str] = flag(None, "tokenizer, if it is not the checkpoint's own")
+    tokenizer_name: Optional[str] = flag(None, "tokenizer (default: the checkpoint's own)")
     precision: str = flag(
         "float16",
         "type of weights and activations; a host without IPU computes float16 models in bfloat16 "
-        "where its processor has it, else in float32", choices=("float16", "float32"))
+        "if its processor supports it, else in float32", choices=("float16", "float32"))
     max_seq_length: int = flag(384, "tokens of a row", min=16, max=4096)
     doc_stride: int = flag(128, "tokens by which the windows of a long context overlap", min=0)
     pack: bool = flag(False, "put several windows in one row")
-    max_windows_per_row: int = flag(8, "most windows of a packed row", min=1, max=64)
+    max_windows_per_row: int = flag(8, "maximum number of windows in a packed row", min=1, max=64)
     n_best_size: int = flag(20, "answers kept for each question", min=1, max=1000)
-    max_answer_length: int = flag(30, "most tokens of an answer", min=1)
+    max_answer_length: int = flag(30, "maximum number of tokens in an answer", min=1)
     version_2_with_negative: bool = flag(
         False, "some questions have no answer in their context (SQuAD v2)")
     null_score_diff_threshold: float = flag(
-        0.0, "no answer is given where its score exceeds the best answer's by more than this")
-    preprocessing_num_workers: Optional[int] = flag(None, "processes that make windows", type=int,
-                                                    min=1, max=256)
-    overwrite_cache: bool = flag(False, "make the windows anew, whatever is cached")
+        0.0, "give no answer if its score exceeds the best answer's by more than this")
+    preprocessing_num_workers: Optional[int] = flag(
+        None, "processes that make windows", type=int, min=1, max=256)
+    overwrite_cache: bool = flag(False, "make the windows again even if they are cached")
     on_bad_row: str = flag(
-        "refuse", "a malformed row of the data set stops the run, or is skipped and counted",
+        "refuse", "malformed rows of the data set: refuse the data set, or skip and count them",
         choices=("refuse", "skip"))
 
     def row_capacity(self) -> int:
-        """The most windows that a row can hold: max_windows_per_row with packing, 1 without."""
+        """Return how many windows a row can hold: max_windows_per_row with packing, else 1."""
         return self.max_windows_per_row if self.pack else 1
 
 
@@ -79,20 +78,19 @@ class DataSettings(Settings):
     """Which questions to train on and to evaluate."""
 
     dataset_name: str = flag(
-        "squad", "data set on the hub, with SQuAD's columns id, context, question, answers")
+        "squad", "data set on the hub with SQuAD's columns id, context, question, answers")
     dataset_config_name: Optional[str] = flag(None, "configuration of that data set")
     train_file: Optional[str] = flag(
-        None, "local training questions: SQuAD's nested JSON, JSON Lines, CSV or Parquet")
-    validation_file: Optional[str] = flag(None,
-                                          "local validation questions, in any of the same formats")
+        None, "file of training questions: SQuAD's nested JSON, JSON Lines, CSV or Parquet")
+    validation_file: Optional[str] = flag(
+        None, "file of validation questions, in any of the same formats")
     demo_data: bool = flag(
-        False,
-        "write a small data set and an untrained model to output_dir/demo_data, and use those")
-    max_train_samples: Optional[int] = flag(None, "use the first so many training questions",
-                                            type=int, min=1)
-    max_eval_samples: Optional[int] = flag(None, "use the first so many validation questions",
-                                           type=int, min=1)
-    show_examples: int = flag(0, "print so many random examples of the training data", min=0)
+        False, "write a small data set and an untrained model to output_dir/demo_data and use them")
+    max_train_samples: Optional[int] = flag(
+        None, "use only the first N training questions", type=int, min=1)
+    max_eval_samples: Optional[int] = flag(
+        None, "use only the first N validation questions", type=int, min=1)
+    show_examples: int = flag(0, "print N random examples of the training data", min=0)
 
 
 @dataclass
@@ -100,47 +98,48 @@ class TrainingSettings(Settings):
     """The fine-tuning run."""
 
     output_dir: Optional[str] = flag(
-        None, "folder of everything the run writes (default: output/ and the configuration's name)")
+        None, "folder for all that the run writes (default: output/ and the configuration's name)")
     overwrite_output_dir: bool = flag(False, "start over in a folder that holds checkpoints")
     micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1, max=4096)
-    eval_micro_batch_size: int = flag(1, "the same for evaluation", min=1, max=4096)
-    num_train_epochs: float = flag(3.0, "times every training window is seen", above=0)
-    max_steps: Optional[int] = flag(None, "end after so many steps, whatever num_train_epochs says",
-                                    type=int, min=1)
+    eval_micro_batch_size: int = flag(1, "micro_batch_size in evaluation", min=1, max=4096)
+    num_train_epochs: float = flag(3.0, "passes over the training windows", above=0)
+    max_steps: Optional[int] = flag(
+        None, "end after N steps, whatever num_train_epochs is", type=int, min=1)
     learning_rate: float = flag(2e-5, "peak learning rate", above=0)
     lr_scheduler_type: str = flag("linear", "learning-rate schedule", choices=SCHEDULES)
-    warmup_ratio: float = flag(0.25, "share of the run in which the learning rate rises", min=0,
-                               max=1)
+    warmup_ratio: float = flag(
+        0.25, "share of the run in which the learning rate rises to its peak", min=0, max=1)
     weight_decay: float = flag(
-        0.01, "decoupled weight decay of the matrices (none on biases and LayerNorm)", min=0)
+        0.01, "decoupled weight decay of matrices (biases and LayerNorm have none)", min=0)
     optimizer: str = flag("adamw", "optimizer", choices=("adamw", "lamb"))
     adam_beta1: float = flag(0.9, "decay of the first moment", min=0, below=1)
     adam_beta2: float = flag(0.999, "decay of the second moment", min=0, below=1)
-    adam_epsilon: float = flag(1e-8, "term that keeps the update finite", above=0)
+    adam_epsilon: float = flag(
+        1e-8, "term added to the denominator, which keeps the update finite", above=0)
     loss_scaling: float = flag(
-        64.0, "factor on the loss that keeps float16 gradients from vanishing", above=0)
+        64.0, "factor on the loss that prevents underflow of float16 gradients", above=0)
     on_nonfinite: str = flag(
-        "stop", "a loss or gradient that is not finite stops the run, or its step is passed over",
-        choices=("stop", "skip"))
+        "stop", "if a loss or gradient is not finite: stop, or go back to the last checkpoint and "
+        "skip the step", choices=("stop", "skip"))
     watch_gradients: Optional[bool] = flag(
-        None, "look at the gradients of each step, not at its loss alone (default: where no IPU "
-        "is used; there it returns one gradient of a LayerNorm to the host)", type=bool)
+        None, "also check the gradients of each step, by that of one LayerNorm, which an IPU has "
+        "to return to the host (default: only where no IPU is used)", type=bool)
     seed: int = flag(42, "seed of data order, initial weights and dropout", min=0, max=2 ** 32 - 1)
     logging_steps: int = flag(20, "steps between two log lines", min=1)
     save_steps: Optional[int] = flag(
-        None, "steps between two checkpoints (default: none but the final model)", type=int, min=1)
-    save_total_limit: int = flag(2, "checkpoints kept", min=1)
+        None, "steps between two checkpoints (default: only the final model)", type=int, min=1)
+    save_total_limit: int = flag(2, "number of checkpoints to keep", min=1)
     resume_from_checkpoint: Optional[str] = flag(
-        None, "checkpoint folder to go on from, or auto: the newest whole one, if any")
+        None, "checkpoint folder to continue from, or auto: the newest complete one, if any")
     evaluate_every_epoch: bool = flag(False, "evaluate after each epoch, not only at the end")
     show_predictions: int = flag(
-        5, "print so many validation questions with predicted and true answers", min=0)
+        5, "print N validation questions with predicted and true answers", min=0)
     dataloader_num_workers: int = flag(
-        0, "more processes that make rows, beside the asynchronous loader's own", min=0, max=256)
+        0, "processes that make rows, in addition to the asynchronous loader's own", min=0, max=256)
     push_to_hub: bool = flag(False, "upload the final model with a generated model card")
     hub_model_id: Optional[str] = flag(
         None, "repository to upload to (default: the output folder's name)")
-    hub_private_repo: bool = flag(False, "create that repository as a private one")
+    hub_private_repo: bool = flag(False, "create that repository as private")
 
 
 @dataclass
@@ -148,24 +147,24 @@ class RunSettings(DeviceSettings):
     """How and where it runs."""
 
     hub_token: Optional[str] = flag(
-        None, "access token of the hub (default: the one huggingface_hub keeps)")
+        None, "access token of the hub (default: the one that huggingface_hub has stored)")
     debug: bool = flag(False, "show the traceback of an error")
 
 
 @dataclass
 class QuestionSettings(Settings):
-    """What infer.py is asked."""
+    """Which questions infer.py answers."""
 
     checkpoint: Optional[str] = flag(None, "folder of the fine-tuned model")
     question: Optional[str] = flag(None, "one question, with --context or --context_file")
-    context: Optional[str] = flag(None, "the text that holds its answer")
-    context_file: Optional[str] = flag(None, "a text file that holds it")
+    context: Optional[str] = flag(None, "the text to find the answer in")
+    context_file: Optional[str] = flag(None, "file with the text to find the answer in")
     input_file: Optional[str] = flag(
-        None, "questions in any format that train.py reads; answers are not needed")
+        None, "file of questions in any format that train.py reads; answers are not needed")
     output_file: Optional[str] = flag(
-        None, "write the answers there, one JSON object a line (default: print them)")
+        None, "write the answers to this file, one JSON object per line (default: print them)")
     n_best: int = flag(1, "answers shown for each question", min=1, max=1000)
-    json: bool = flag(False, "print one JSON object a question")
+    json: bool = flag(False, "print one JSON object per question")
     eval_micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1,
                                       max=4096)
 
@@ -183,20 +182,21 @@ class InferSettings(QuestionSettings, ModelSettings, RunSettings):
 
 
 def parse_train(
-    argv: Optional[Sequence[str]] = None, *more: type, program: str = "train.py", description:
-    str = "Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, or on this host.",
+    argv: Optional[Sequence[str]] = None, *more: type, program: str = "train.py",
+    description: str = ("Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, "
+                        "or on this host."),
 ) -> Tuple[Any, ...]:
-    """train.py's settings, its IPU configuration with the by-pod values resolved, and an instance
-    of each group in `more`.
+    """Return (TrainSettings, IPUConfig with by-pod values resolved, one instance per `more`).
 
-    more: dataclasses of further flags (ipu_options/flags.py), which only the command line can set.
-    Raises UsageError for a value that cannot be.
+    argv: by default sys.argv[1:]. more: dataclasses of further flags (ipu_options/flags.py), which
+    only the command line can set. program, description: for --help. Raises UsageError for a value
+    that is not allowed.
     """
     parser = Parser(program, description)
     parser.add_argument(
-        "--config", metavar="NAME", help=
-        f"named configuration ({', '.join(named_configs())}) or a YAML file (default: {DEFAULT_CONFIG})"
-    )
+        "--config", metavar="NAME",
+        help=f"named configuration ({', '.join(named_configs())}) or a YAML file "
+             f"(default: {DEFAULT_CONFIG})")
     given = _parse(parser, argv, DataSettings, ModelSettings, TrainingSettings, RunSettings,
                    IPUConfig, *more)
     name = given.values.pop("config", DEFAULT_CONFIG)
@@ -206,15 +206,16 @@ def parse_train(
     settings.output_dir = settings.output_dir or f"output/{settings.config}"
     settings.pod_type = available_pod(settings.pod_type)
     _check_train(settings)
-    return (settings, ipu_config.for_pod(
-        settings.pod_type), *(make_settings(group, [given]) for group in more))
+    return (settings, ipu_config.for_pod(settings.pod_type),
+            *(make_settings(group, [given]) for group in more))
 
 
 def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IPUConfig]:
-    """infer.py's settings and its IPU configuration with the by-pod values resolved.
+    """Return (InferSettings, IPUConfig with by-pod values resolved) for infer.py.
 
-    What the checkpoint's qa_settings.json and ipu_config.json say stands, unless a flag says
-    otherwise. Raises UsageError for a value that cannot be.
+    argv: by default sys.argv[1:]. Values in the checkpoint's qa_settings.json and ipu_config.json
+    apply unless --ipu_config or a flag overrides them. Raises UsageError for a value that is not
+    allowed.
     """
     parser = Parser(
         "infer.py",
@@ -223,12 +224,12 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
     folder = given.values.get("checkpoint")
     if folder is None:
         raise UsageError(
-            "--checkpoint is missing: name the folder of a fine-tuned model, for example --checkpoint output/demo"
-        )
+            "--checkpoint is missing: name the folder of a fine-tuned model, for example "
+            "--checkpoint output/demo")
     if not (Path(folder) / "config.json").is_file():
         raise UsageError(
-            f"--checkpoint {folder}: no config.json there; name a folder that train.py or save_pretrained has written"
-        )
+            f"--checkpoint {folder}: no config.json there; name a folder that train.py or "
+            "save_pretrained has written")
     layers = [_read_qa_settings(folder)]
     if (Path(folder) / IPU_CONFIG_NAME).is_file():
         layers.append(_read_pipeline(folder, str(Path(folder) / IPU_CONFIG_NAME)))
@@ -243,30 +244,33 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
 
 
 def named_configs() -> List[str]:
-    """The names that `--config` takes."""
+    """Return the names that `--config` accepts, sorted."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
-    """Write `folder`/qa_settings.json: what whoever answers with the checkpoint needs.
-    `parse_infer` reads it. Raises OSError.
+    """Write `folder`/qa_settings.json, which `parse_infer` reads. Raises OSError.
+
+    It holds the settings (QA_SETTINGS) that are needed to answer questions with the checkpoint.
     """
     write_json(
         Path(folder) / QA_SETTINGS_NAME, {name: getattr(settings, name) for name in QA_SETTINGS})
 
 
 def check_row_length(settings: ModelSettings, model_config: Any) -> None:
-    """Raise UsageError unless the model has positions for the longest window. RoBERTa counts
-    positions from padding_idx + 1.
+    """Raise UsageError unless the model has positions for a window of max_seq_length tokens.
+
+    RoBERTa counts positions from padding_idx + 1.
     """
     most = model_config.max_position_embeddings - model_config.pad_token_id - 1
     if settings.max_seq_length > most:
         raise UsageError(
-            f"{settings.source('max_seq_length')} {settings.max_seq_length}: {settings.model_name_or_path} has positions "
-            f"for {most} tokens; use at most {most}")
+            f"{settings.source('max_seq_length')} {settings.max_seq_length}: "
+            f"{settings.model_name_or_path} has positions for {most} tokens; use at most {most}")
 
 
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type) -> Layer:
+    """Add --ipu_config and the flags of `groups` to the parser; return what `argv` gives."""
     parser.add_argument("--ipu_config", metavar="PATH",
                         help="ipu_config.json, a folder that holds one, or a repository on the hub")
     for group in groups:
@@ -275,24 +279,25 @@ def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type) -> Laye
 
 
 def _read_config(name_or_path: str) -> Layer:
-    """The values of a named configuration or of a YAML file; UsageError for a name or a setting
-    that does not exist.
+    """Return the values of a named configuration or of a YAML file.
+
+    Raises UsageError for an unknown name, an unreadable file or an unknown setting.
     """
     path = CONFIGS / f"{name_or_path}.yaml"
     if name_or_path not in named_configs():
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             raise UsageError(
-                f"--config {name_or_path}: no such configuration; choose from {', '.join(named_configs())}, "
-                "or name a YAML file")
+                f"--config {name_or_path}: no such configuration; choose from "
+                f"{', '.join(named_configs())}, or name a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {name_or_path}: not readable as YAML ({error})") from error
     if not isinstance(values, dict):
         raise UsageError(
-            f"--config {name_or_path}: holds a {type(values).__name__}, it should map setting names to values"
-        )
+            f"--config {name_or_path}: holds a {type(values).__name__}, it should map setting "
+            "names to values")
     known = {f.name for group in (TrainSettings, IPUConfig)
              for f in fields(group)} - {"sources", "config"}
     for unknown in sorted(set(map(str, values)) - known):
@@ -310,15 +315,17 @@ def _ipu_config_layer(given: Layer) -> List[Layer]:
 
 
 def _read_pipeline(name_or_path: str, source: str) -> Layer:
-    """An ipu_config.json, which may be someone else's: a cache folder that lies outside of the
-    working directory, from which compiled executables would be read, is left out with a warning.
+    """Return the values of an ipu_config.json, without an untrusted cache folder.
+
+    The file may be someone else's, and compiled executables are read from executable_cache_dir. If
+    that folder is outside of the working directory, it is left out with a warning.
     """
     values = read_ipu_config(name_or_path, source)
     cache = Path(str(values.get("executable_cache_dir") or "."))
     if cache.is_absolute() or ".." in cache.parts:
         log.warning(
-            "%s: executable_cache_dir %s is not used; if it is yours, give it with --executable_cache_dir",
-            name_or_path, cache)
+            "%s: executable_cache_dir %s is not used; if it is yours, give it with "
+            "--executable_cache_dir", name_or_path, cache)
         del values["executable_cache_dir"]
     return Layer(values, source)
 
@@ -335,6 +342,7 @@ def _read_qa_settings(folder: str) -> Layer:
 
 
 def _check_train(settings: TrainSettings) -> None:
+    """Raise UsageError for settings of train.py that exclude each other or name missing files."""
     source = settings.source
     _check_windows(settings)
     _check_new_file(settings, "trace")
@@ -346,34 +354,35 @@ def _check_train(settings: TrainSettings) -> None:
                 f"{source(name)} {path} {what}: name a JSON, JSON Lines, CSV or Parquet file")
     if settings.train_file and not settings.validation_file:
         raise UsageError(
-            f"{source('train_file')} comes without --validation_file: name the questions to evaluate on as well"
-        )
+            f"{source('train_file')} comes without --validation_file: name the questions to "
+            "evaluate on as well")
     if settings.validation_file and not settings.train_file:
         raise UsageError(
-            f"{source('validation_file')} comes without --train_file: name the questions to train on as well"
-        )
+            f"{source('validation_file')} comes without --train_file: name the questions to train "
+            "on as well")
     if settings.demo_data and settings.train_file:
         raise UsageError(
-            f"{source('demo_data')} and {source('train_file')} exclude each other: the demo makes its own questions; "
-            "leave one out")
+            f"{source('demo_data')} and {source('train_file')} exclude each other: the demo makes "
+            "its own questions; leave one out")
     if Path(settings.output_dir).exists() and not Path(settings.output_dir).is_dir():
         raise UsageError(f"{source('output_dir')} {settings.output_dir} is a file: name a folder")
     resume = settings.resume_from_checkpoint
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise UsageError(
-            f"{source('resume_from_checkpoint')} {resume}: no such folder; name a checkpoint folder, or auto"
-        )
+            f"{source('resume_from_checkpoint')} {resume}: no such folder; name a checkpoint "
+            "folder, or auto")
     if settings.compile_only and settings.synthetic_data:
         raise UsageError(
-            f"{source('compile_only')} and {source('synthetic_data')} exclude each other: what is only compiled runs on "
-            "no data; leave one out")
+            f"{source('compile_only')} and {source('synthetic_data')} exclude each other: what is "
+            "only compiled runs on no data; leave one out")
     if settings.hub_model_id and not settings.push_to_hub:
         raise UsageError(
-            f"{source('hub_model_id')} {settings.hub_model_id} does nothing without --push_to_hub: add it"
-        )
+            f"{source('hub_model_id')} {settings.hub_model_id} does nothing without --push_to_hub: "
+            "add it")
 
 
 def _check_infer(settings: InferSettings) -> None:
+    """Raise UsageError for settings of infer.py that exclude each other or name missing files."""
     _check_windows(settings)
     for one, other in (("context", "context_file"), ("question", "input_file")):
         if getattr(settings, one) is not None and getattr(settings, other) is not None:
@@ -392,13 +401,13 @@ def _check_infer(settings: InferSettings) -> None:
         text = getattr(settings, name)
         if text is not None and not text.strip():
             raise UsageError(f"--{name} is empty: give its text")
-        if text is not None and re.search(
-                "[\ud800-\udfff]",
-                text):  # what Python makes of other bytes on a command line (PEP 383)
+        # Python represents other bytes of a command line by surrogates (PEP 383).
+        if text is not None and re.search("[\ud800-\udfff]", text):
             raise UsageError(f"--{name} is not valid UTF-8: give its text in that encoding")
 
 
 def _read_text(path: str) -> str:
+    """Return the content of --context_file. Raises UsageError if it is not text, or empty."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -409,8 +418,9 @@ def _read_text(path: str) -> str:
 
 
 def _check_new_file(settings: Settings, name: str) -> None:
-    """Raise UsageError unless the file that is written at the end has a place, since hours may lie
-    before it.
+    """Raise UsageError unless the file that the setting `name` names can be written.
+
+    It is written at the end of a run, perhaps after hours: an unsuitable path must be found early.
     """
     if getattr(settings, name) is None:
         return
@@ -420,13 +430,15 @@ def _check_new_file(settings: Settings, name: str) -> None:
             f"{settings.source(name)} {path} is no file that can be replaced: name another")
     if not path.parent.is_dir():
         raise UsageError(
-            f"{settings.source(name)} {path}: there is no folder {path.parent}; make it, or name another"
-        )
+            f"{settings.source(name)} {path}: there is no folder {path.parent}; make it, or name "
+            "another")
 
 
 def _check_windows(settings: ModelSettings) -> None:
+    """Raise UsageError unless each window of a long context begins after the one before it."""
     length, stride = settings.max_seq_length, settings.doc_stride
     if stride >= length - 4:
         raise UsageError(
-            f"{settings.source('doc_stride')} {stride} leaves a window of {settings.source('max_seq_length')} {length} no "
-            f"room to move on: use at most {length // 2}")
+            f"{settings.source('doc_stride')} {stride} leaves a window of "
+            f"{settings.source('max_seq_length')} {length} no room to move on: "
+            f"use at most {length // 2}")

@@ -1,4 +1,4 @@
-"""Keeps every test off the network, and small models on one thread, where they are fastest."""
+"""Keeps every test off the network, and runs the small models on one thread, which is fastest."""
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1",

@@ -1,18 +1,18 @@
-"""The planner's engine: memory and time of a pipeline, from counts of the real model, before an IPU
-is booked.
+"""The planner's engine: predicts memory and time of a pipeline before an IPU is booked.
 
-A Job goes in, a Plan comes out. Its commands and flags are in qa/planning.
+Its input is a Job, which holds counts of the real model, and its output a Plan. The commands and
+flags are in qa/planning.
 
-    count.py       what each block of the model needs: parameters, FLOPs, saved bytes (counted)
-    machine.py     Mk2 and Bow (documented) and how much of them is reached (fitted)
-    job.py         what is planned: counted blocks, layout, IPU configuration
-    totals.py      what a stage needs, or every stage that a split could have
+    count.py       counts what each block of the model needs: parameters, FLOPs, saved bytes
+    machine.py     documented figures of Mk2 and Bow, and the fitted efficiencies
+    job.py         Job: counted blocks, layout, IPU configuration
+    totals.py      sums over the blocks of one stage, or of every possible stage
     memory.py      bytes on each IPU
-    schedule.py    the pipeline step by step
+    schedule.py    the steps of the pipeline in one weight update
     throughput.py  seconds of a stage and of a weight update
-    planner.py     all of these for one job: the Plan
-    advice.py      the one change that would help most
-    search.py      the best split and settings under the memory limit
-    calibrate.py   the efficiencies fitted to published runs, or to the user's own
+    planner.py     Plan: all of the above for one job
+    advice.py      the single change of a setting that would help most
+    search.py      the best split and settings within the memory limit
+    calibrate.py   fits the efficiencies to published runs, or to a run of the user's own
     text.py, draw.py, profile.py   the printed plan, pictures, PopVision profiles
 """

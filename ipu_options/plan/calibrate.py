@@ -1,9 +1,10 @@
-"""Fits the efficiencies, to published runs and to the user's own.
+"""Fits the efficiencies to published runs, or to a run of the user's own.
 
-Three numbers are fitted to few runs, so each fit starts from an earlier belief and leaves it no
-further than the runs ask: it minimises the squared log errors of the predicted throughput, in units
-of NOISE, plus the squared log changes of the numbers, in units of FREEDOM (a maximum a posteriori
-estimate with log-normal noise and prior).
+Three numbers are fitted to few runs, sometimes to one, so that the runs alone do not determine
+them. Each fit therefore has a prior, centred on its starting values. It minimises the sum of two
+terms: the squared errors of the logarithm of the predicted throughput, in units of NOISE (for the
+user's own run, OWN_NOISE), and the squared changes of the logarithms of the three numbers, in units
+of FREEDOM. This is a maximum a posteriori estimate with log-normal noise and prior.
 """
 from __future__ import annotations
 
@@ -25,20 +26,26 @@ from ipu_options.plan.machine import MACHINES, Efficiencies
 from ipu_options.plan.planner import make_plan
 
 FITTED = ("peak_utilisation", "matmul_cycles", "call_seconds")
-# Where the fit to published runs starts: round numbers of the right size (2/5 of the peak; some
-# 20,000 cycles around a multiplication, 15 microseconds; 60 ms of host and Python for a call),
-# which is all that is known without a run.
+# Start of the fit to published runs: round numbers of the right order of magnitude, which is all
+# that is known without a run. 2/5 of the peak rate, some 20,000 cycles (15 microseconds) around
+# each matrix multiplication, and 60 ms of host and Python time per call.
 START = Efficiencies(0.40, 22e3, 0.060, source="round numbers")
-NOISE = 0.10    # the same published job ran at 1,317 and at 1,391 windows/s
-FREEDOM = 0.25
-OWN_NOISE = 0.02
+# Standard deviations of logarithms, that is, relative errors.
+NOISE = 0.10      # of a published throughput: the same job ran at 1,317 and at 1,391 windows/s
+FREEDOM = 0.25    # of the prior of each fitted number
+OWN_NOISE = 0.02  # of the throughput that the user measured
 PUBLISHED = Path(__file__).with_name("published_runs.json")
 
 Counter = Callable[..., Sequence[CountedBlock]]
 
 
 class PublishedRun(NamedTuple):
-    """A public run as a job, its throughput (None: only known to fit) and what it is used for."""
+    """A public run.
+
+    use: "fit" (the efficiencies are fitted to it), "held out" (predicted only), "at least" (its
+    throughput is a lower bound) or "fits" (only known to fit). windows_per_second: the published
+    throughput, None if there is none. source: where it is published.
+    """
 
     name: str
     use: str
@@ -48,8 +55,10 @@ class PublishedRun(NamedTuple):
 
 
 def published_runs(count: Counter) -> List[PublishedRun]:
-    """The runs of published_runs.json. count(model's name, config, max_seq_length,
-    micro_batch_size) counts its blocks.
+    """Return the runs of published_runs.json.
+
+    count(name of the model, IPUConfig, max_seq_length, micro_batch_size) must return the counted
+    blocks of a run.
     """
     runs = []
     for run in json.loads(PUBLISHED.read_text(encoding="utf-8"))["runs"]:
@@ -58,19 +67,20 @@ def published_runs(count: Counter) -> List[PublishedRun]:
         layout = config.layout(sum(block.kind == "layer" for block in blocks))
         job = Job(tuple(blocks), layout, config, MACHINES[run["machine"]], run["micro_batch_size"],
                   run["max_seq_length"])
-        runs.append(
-            PublishedRun(run["name"], run["use"], run.get("windows_per_second"), run["source"],
-                         job))
+        runs.append(PublishedRun(run["name"], run["use"], run.get("windows_per_second"),
+                                 run["source"], job))
     return runs
 
 
 def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, noise: float,
         source: str) -> Efficiencies:
-    """The efficiencies that best explain `runs`, (job, measured windows/s), without leaving `start`
-    for nothing.
+    """Return the efficiencies that best explain `runs`, with a prior centred on `start`.
 
-    Gauss-Newton on the logarithms of the three numbers, with a numerical derivative; a dozen steps
-    are plenty.
+    runs: (job, measured windows/s) of each. noise: relative error of the measurements. source: the
+    description of the runs that is kept in the result.
+
+    The method is Gauss-Newton on the logarithms of the three numbers with a numerical derivative; a
+    dozen steps are plenty. See the top of this file for what is minimised.
     """
     def at(x: np.ndarray) -> Efficiencies:
         return replace(start, **{
@@ -92,14 +102,16 @@ def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, noise: float,
 
 
 def fit_published(runs: Sequence[PublishedRun]) -> Efficiencies:
-    """The fit to the published runs marked "fit": the defaults of machine.Efficiencies."""
+    """Return the fit to those `runs` whose use is "fit": the defaults of machine.Efficiencies."""
     return fit([(run.job, run.windows_per_second) for run in runs if run.use == "fit"], START,
                NOISE, "published runs")
 
 
 def fit_own(job: Job, windows_per_second: float, start: Efficiencies) -> Efficiencies:
-    """The fit to one run of the user's own, trusted more than the published ones. `start` is what
-    they gave.
+    """Return the fit to one run of the user's own, which counts more than the published runs.
+
+    job: the run as the planner sees it. start: the efficiencies fitted to the published runs.
+    Raises UsageError unless `windows_per_second` is a finite number above 0.
     """
     if not (windows_per_second > 0 and math.isfinite(windows_per_second)):
         raise UsageError(
@@ -109,8 +121,10 @@ def fit_own(job: Job, windows_per_second: float, start: Efficiencies) -> Efficie
 
 
 def fit_table(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Dict[str, Any]]:
-    """How far the prediction is from each published run: name, use, published and predicted
-    windows/s, error, fits, source.
+    """Return the prediction for each of `runs` beside its published throughput.
+
+    Each row is a dictionary with the name, the use, published and predicted windows/s, the error in
+    percent (None without a published throughput), whether it is predicted to fit, and the source.
     """
     rows = []
     for run in runs:
@@ -119,14 +133,17 @@ def fit_table(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[
         rows.append({
             "name": run.name, "use": run.use, "published_windows_per_second": published,
             "predicted_windows_per_second": plan.windows_per_second,
-            "error_percent": None if published is None else 100 *
-            (plan.windows_per_second / published - 1), "fits": plan.fits, "source": run.source})
+            "error_percent": (None if published is None else
+                              100 * (plan.windows_per_second / published - 1)),
+            "fits": plan.fits, "source": run.source})
     return rows
 
 
 def calibration_file(path: Optional[str] = None) -> Path:
-    """Where the user's calibration is: --calibration FILE, else the user's configuration folder
-    (XDG Base Directory).
+    """Return the path of the user's calibration.
+
+    It is `path` (--calibration) if given, else a file in the user's configuration folder (XDG Base
+    Directory Specification).
     """
     if path is not None:
         return Path(path)
@@ -135,15 +152,17 @@ def calibration_file(path: Optional[str] = None) -> Path:
 
 
 def save(efficiencies: Efficiencies, path: Path) -> None:
-    """Write the calibration; RunError if that is not possible."""
+    """Write `efficiencies` to `path` as JSON. Raises RunError if that is not possible."""
     with writing(f"--calibration {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(efficiencies))
 
 
 def load(path: Optional[str] = None) -> Efficiencies:
-    """The user's calibration if there is one, else the fit to published runs. UsageError for a file
-    that is not one.
+    """Return the user's calibration if there is one, else the fit to published runs.
+
+    path: see `calibration_file`. Raises UsageError if a given `path` does not exist, or if the file
+    is not a calibration.
     """
     file = calibration_file(path)
     if not file.is_file():
@@ -155,10 +174,8 @@ def load(path: Optional[str] = None) -> Efficiencies:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         efficiencies = Efficiencies(**values)
-        if not all(
-                isinstance(getattr(efficiencies, name), (int,
-                                                         float)) and getattr(efficiencies, name) > 0
-                for name in FITTED):
+        if not all(isinstance(getattr(efficiencies, name), (int, float)) and
+                   getattr(efficiencies, name) > 0 for name in FITTED):
             raise ValueError("its numbers should be more than 0")
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{file} is not a calibration ({error}): correct it or delete it")

@@ -1,9 +1,10 @@
 """Counts what each block of a model needs, by running the model itself once, forward and backward.
 
-On the meta device this costs neither weights nor arithmetic. What happens is put down to the block
-that was begun last, as PopTorch does with operations ("operations after a BeginBlock belong to the
-last one begun"); in the backward pass, to the block that saved the tensors at hand. So another
-checkpoint, another length or an edited layer changes the counts.
+On the meta device this needs neither weights nor arithmetic. In the forward pass, an operation is
+counted for the block that began last, which is also PopTorch's rule ("operations after a BeginBlock
+belong to the last one begun"). In the backward pass, it is counted for the block that saved the
+tensors in use. Since the real model runs, the counts follow from the checkpoint, the row length and
+any edit to a layer.
 """
 from __future__ import annotations
 
@@ -17,33 +18,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class CountedBlock:
-    """One block for one micro-batch. Bytes are those of the model's own types; FLOPs count a
-    multiply-add as two.
+    """The counts of one block for one micro-batch.
+
+    Bytes are those of the model's own types. A multiply-add counts as two FLOPs.
     """
 
     name: str
     kind: str                # "embedding", "layer" or "head"
     parameters: int = 0
-    largest_parameter: int = 0   # elements of the largest one
+    largest_parameter: int = 0   # elements of the largest parameter tensor
     forward_flops: int = 0
     backward_flops: int = 0
-    forward_matmuls: int = 0     # calls
+    forward_matmuls: int = 0     # number of matrix multiplications
     backward_matmuls: int = 0
-    # what autograd keeps for the backward pass, shared storage once, parameters not
+    # What autograd keeps for the backward pass: each storage once, without parameters.
     saved_bytes: int = 0
     input_bytes: int = 0
     output_bytes: int = 0
-    matmul_bytes: int = 0    # operands and result of the largest multiplication
+    matmul_bytes: int = 0    # operands and result of the largest matrix multiplication
 
 
 def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.nn.Module]],
-                 inputs: Dict[str, torch.Tensor],
-                 ) -> List[CountedBlock]:
-    """Run `model(**inputs)`, which must return the loss, forward and backward, and count each
-    block.
+                 inputs: Dict[str, torch.Tensor]) -> List[CountedBlock]:
+    """Run the model forward and backward once and return the counts of each of `blocks`.
 
-    blocks: (name, kind, module) in the order of execution; each module is called once.  inputs: one
-    micro-batch.
+    model: `model(**inputs)` must return the loss. blocks: (name, kind, module) in the order of
+    execution; the model must call each module once. inputs: one micro-batch.
     """
     counts = [dict.fromkeys(_COUNTED, 0) for _ in blocks]
     current = [0]
@@ -53,7 +53,7 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
     def pack(tensor: torch.Tensor) -> Tuple[torch.Tensor, int]:
         key = _storage(tensor)
         if key not in own and key not in saved:
-            saved[key] = tensor  # held, so that no other tensor can take its place in memory
+            saved[key] = tensor  # kept alive, so that no other tensor can reuse its storage
             counts[current[0]]["saved_bytes"] += tensor.untyped_storage().nbytes()
         return tensor, current[0]
 
@@ -81,8 +81,9 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
 
 def for_micro_batch(one: Sequence[CountedBlock], two: Sequence[CountedBlock],
                     micro_batch_size: int) -> List[CountedBlock]:
-    """The counts for any micro-batch, from those for one and two rows: everything is a constant and
-    so much a row.
+    """Return the counts for `micro_batch_size` rows, given those for one row and for two rows.
+
+    Every count is linear in the number of rows: a constant and an amount per row.
     """
     def scaled(a: CountedBlock, b: CountedBlock) -> CountedBlock:
         values = {
@@ -97,8 +98,10 @@ _COUNTED = ("forward_flops", "backward_flops", "forward_matmuls", "backward_matm
 
 
 class _MatmulCounter(TorchDispatchMode):
-    """Adds up the matrix multiplications that reach the dispatcher. (torch.utils.flop_counter came
-    after torch 2.0.)
+    """Adds the matrix multiplications that reach the dispatcher to the counts of a block.
+
+    block(): returns the counts of the block at hand. torch.utils.flop_counter is not used because
+    it came after torch 2.0.
     """
 
     def __init__(self, block: Callable[[], Dict[str, int]]):
@@ -120,11 +123,16 @@ class _MatmulCounter(TorchDispatchMode):
 
 
 _aten = torch.ops.aten
+# The position of the left operand among an operation's arguments; the right one follows it.
 _LEFT_OPERAND = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1}
 
 
 def _watch(module: torch.nn.Module, index: int, count: Dict[str, int],
            current: List[int]) -> List[Any]:
+    """Hook the module of block `index` and return the handles of the hooks.
+
+    They set current[0] to `index` when the block begins, and count its input and output bytes.
+    """
     def begin(module, args):
         current[0] = index
         count["input_bytes"] = sum(_bytes(arg) for arg in args)
@@ -136,8 +144,8 @@ def _watch(module: torch.nn.Module, index: int, count: Dict[str, int],
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage(
-    )._cdata  # the storage's own identity: data_ptr() is 0 on the meta device
+    """Return the identity of a tensor's storage; data_ptr() is 0 for all on the meta device."""
+    return tensor.untyped_storage()._cdata
 
 
 def _bytes(tensor: torch.Tensor) -> int:

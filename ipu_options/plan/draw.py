@@ -1,6 +1,4 @@
-"""Pictures of a plan: the timeline, memory against the limit, the split; and the timeline as a
-Chrome trace.
-"""
+"""Draws a plan: timeline, memory against the limit, and split. Also writes a Chrome trace of it."""
 from __future__ import annotations
 
 from typing import Any, Dict, List
@@ -12,8 +10,8 @@ from ipu_options.plan.planner import Plan
 from ipu_options.plan.schedule import simulate
 from ipu_options.popvision import trace_event, write_trace
 
-# Lightness falls from forward to update, and each has its own hatching, so that the picture reads
-# in black and white.
+# Colour and hatching. Lightness falls from forward to update and each hatching is different, so
+# that the picture can be read in black and white.
 STYLES = {
     "forward": ("#cfe8fa", ""), "recompute": ("#f3cf7a", "////"), "backward": ("#d9735b", "...."),
     "update": ("#333333", "")}
@@ -22,15 +20,15 @@ MEMORY_STYLES = {
     "optimizer_state": ("#bdd7ee", "...."), "stash": ("#b8860b", "xxxx"), "code": ("#7f7f7f", ""),
     "activations": ("#f3cf7a", "||||"), "matmul_temporaries": ("#ffffff", "\\\\\\\\"),
     "embedding_gradient": ("#d9735b", "++++"), "update_temporaries": ("#eeeeee", "oo")}
-MOST_MICRO_BATCHES = 16  # drawn; more would be too thin to see
+MOST_MICRO_BATCHES = 16  # in the drawn timeline; more would be too thin to see
 MIB = 2 ** 20
 
 
 def draw_plan(plan: Plan, path: str, title: str) -> None:
-    """Draw timeline, memory and split into `path` (.png, .svg, .pdf).
+    """Draw timeline, memory and split to the file `path` (.png, .svg or .pdf), under `title`.
 
-    Raises UsageError if matplotlib is missing or the file's kind is unknown, RunError if it cannot
-    be written.
+    Raises UsageError if matplotlib is missing or the file name has another ending, RunError if the
+    file cannot be written.
     """
     try:
         import matplotlib
@@ -38,8 +36,8 @@ def draw_plan(plan: Plan, path: str, title: str) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise UsageError(
-            "--plot needs matplotlib, which is not installed: pip install matplotlib (it is in requirements-dev.txt)"
-        )
+            "--plot needs matplotlib, which is not installed: pip install matplotlib "
+            "(it is in requirements-dev.txt)")
     if not path.lower().endswith((".png", ".svg", ".pdf")):
         raise UsageError(f"--plot {path}: name a .png, .svg or .pdf file")
     ipus = len(plan.memory)
@@ -61,20 +59,22 @@ def draw_plan(plan: Plan, path: str, title: str) -> None:
 
 
 def write_timeline(plan: Plan, path: str) -> None:
-    """Write the planned timeline of one weight update as a Chrome trace, a lane an IPU (open it in
-    ui.perfetto.dev).
+    """Write the planned timeline of one weight update to `path`, as a Chrome trace.
+
+    Each IPU is one lane; ui.perfetto.dev opens the file. Raises RunError if it cannot be written.
     """
     events = [
         trace_event(f"{e.kind} {i}", 1e6 * start, 1e6 * e.seconds, e.ipu, stage=e.stage,
-                    micro_batch=i) for e in plan.schedule.events for i, start in enumerate(e.start)]
+                    micro_batch=i)
+        for e in plan.schedule.events for i, start in enumerate(e.start)]
     end = 1e6 * plan.schedule.seconds
     for ipu in plan.memory:
         events.append(trace_event("gradient reduction", end, 1e6 * plan.reduction_seconds, ipu))
         events.append(
             trace_event("weight update", end + 1e6 * plan.reduction_seconds,
                         1e6 * plan.weight_update_seconds, ipu))
-    write_trace(path, events, process="plan", lanes=[
-        f"IPU {ipu}" for ipu in range(max(plan.memory) + 1)])
+    write_trace(path, events, process="plan",
+                lanes=[f"IPU {ipu}" for ipu in range(max(plan.memory) + 1)])
 
 
 def _timeline(axes: Any, plan: Plan) -> None:
@@ -84,7 +84,7 @@ def _timeline(axes: Any, plan: Plan) -> None:
     ipus = sorted(plan.memory)
     end = 1e3 * schedule.seconds
     update = 1e3 * (plan.reduction_seconds + plan.weight_update_seconds)
-    for ipu in ipus:  # what is left of this pale lane is idle
+    for ipu in ipus:  # a white bar for the whole time; where nothing is drawn over it, it is idle
         axes.broken_barh([(0, end)], (ipu - 0.4, 0.8), facecolor="white", edgecolor="0.6",
                          linestyle=":", linewidth=0.8)
         axes.broken_barh([(end, update)], (ipu - 0.4, 0.8), **_bar(STYLES["update"]))
@@ -97,8 +97,8 @@ def _timeline(axes: Any, plan: Plan) -> None:
     axes.set_title(f"Timeline of a weight update{shortened} (white: idle; lines: steps)",
                    loc="left")
     axes.set(xlabel=f"ms (and {1e3 * plan.host_seconds:.0f} ms of host before the next)",
-             xlim=(0, end + update), yticks=ipus, yticklabels=[
-                 f"IPU {ipu}" for ipu in ipus], ylim=(ipus[-1] + 0.6, -0.6))
+             xlim=(0, end + update), yticks=ipus, yticklabels=[f"IPU {ipu}" for ipu in ipus],
+             ylim=(ipus[-1] + 0.6, -0.6))
     _legend(axes, STYLES)
 
 
@@ -124,7 +124,7 @@ def _memory(axes: Any, plan: Plan) -> None:
 
 
 def _split(axes: Any, plan: Plan) -> None:
-    """Each block as a box on its IPU, and the IPU's share of the slowest one's work."""
+    """Draw each block as a box on its IPU, and each IPU's work relative to the slowest one's."""
     names: Dict[int, List[str]] = {}
     for block, ipu in plan.job.layout.blocks():
         names.setdefault(ipu, []).append(block.replace("Encoder ", ""))
@@ -139,8 +139,8 @@ def _split(axes: Any, plan: Plan) -> None:
         axes.text(widest + 0.1, ipu, f"{100 * load[ipu] / max(load.values()):.0f} % of the slowest",
                   va="center", fontsize=9)
     ipus = sorted(names)
-    axes.set(xlim=(0, 1.25 * widest + 0.5), xticks=[], yticks=ipus, yticklabels=[
-        f"IPU {i}" for i in ipus], ylim=(ipus[-1] + 0.6, -0.6))
+    axes.set(xlim=(0, 1.25 * widest + 0.5), xticks=[], yticks=ipus,
+             yticklabels=[f"IPU {i}" for i in ipus], ylim=(ipus[-1] + 0.6, -0.6))
     axes.set_title("Split (numbers: encoder layers) and the work of a micro-batch", loc="left")
 
 

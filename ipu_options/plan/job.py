@@ -1,4 +1,4 @@
-"""What is planned: one training pipeline and how it is fed."""
+"""The planner's input: one training pipeline and the data that it is fed."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -14,14 +14,15 @@ BlockCounter = Callable[[int, int], Sequence[CountedBlock]]
 
 @dataclass(frozen=True)
 class Job:
-    """A training pipeline: its blocks, counted for one micro-batch, on the IPUs that `layout`
-    names.
+    """A training pipeline to plan.
 
-    config: with the by-pod values resolved.  windows_per_row: real windows in a row, more than 1
-    with packing. packed_windows_per_row: what packing would make of that, as far as is known.
-    train_windows, epochs: windows of one epoch and number of epochs, for the time of the whole run;
-    None: not known. count(micro_batch_size, embedding_serialization_factor) counts the blocks anew,
-    for plans of other settings.
+    blocks: the counted blocks, for one micro-batch, in the order of execution. layout: their IPUs.
+    config: with by-pod values resolved. micro_batch_size: in rows. max_seq_length: tokens of a row.
+    precision: "float16" or "float32". windows_per_row: mean number of real windows in a row, more
+    than 1 with packing. packed_windows_per_row: the number with packing, None if it is not known.
+    train_windows, epochs: windows of one epoch (None if not known) and number of epochs, for the
+    time of the whole run. count(micro_batch_size, embedding_serialization_factor): counts the
+    blocks for other settings.
     """
 
     blocks: Tuple[CountedBlock, ...]
@@ -39,23 +40,26 @@ class Job:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of a weight, a gradient and an activation."""
+        """Bytes of one element of a weight, a gradient or an activation."""
         return 2 if self.precision == "float16" else 4
 
     @property
     def rows_per_update(self) -> int:
         """Rows of one weight update over all replicas."""
-        return self.micro_batch_size * self.config.gradient_accumulation_steps * self.config.replication_factor
+        return (self.micro_batch_size * self.config.gradient_accumulation_steps *
+                self.config.replication_factor)
 
     def stages(self) -> List[Tuple[int, List[CountedBlock]]]:
-        """Forward pipeline stages: (IPU, its blocks)."""
+        """Return the forward pipeline stages in order: (IPU, counted blocks) of each."""
         by_name: Dict[str, CountedBlock] = {block.name: block for block in self.blocks}
         return [(ipu, [by_name[name] for name in names]) for ipu, names in self.layout.stages()]
 
     def state_bytes_per_parameter(self) -> float:
-        """Bytes of optimizer state on each replica: two moments (Adam, Kingma and Ba 2015; LAMB,
-        You et al. 2020), float32 but for a half first moment, shared out over the replicas under
-        replicated tensor sharding (ZeRO stage 1).
+        """Return the bytes of optimizer state per parameter on each replica.
+
+        Two moments (Adam, Kingma and Ba 2015; LAMB, You et al. 2020) in float32, the first one in
+        float16 with enable_half_first_order_momentum. Replicated tensor sharding (ZeRO stage 1)
+        divides them over the replicas.
         """
         both = 4 + (2 if self.config.enable_half_first_order_momentum else 4)
         return both / (self.config.replication_factor

@@ -1,8 +1,8 @@
-"""What an IPU can do, as documented, and how much of it a BERT-like model reaches, as fitted.
+"""The documented figures of an IPU, and the fitted efficiencies that a BERT-like model reaches.
 
-Documented: the Mk2 (GC200) and Bow product pages and IPU-M2000 / Bow-2000 data sheets,
-docs.graphcore.ai. Fitted: `Efficiencies`; published_runs.json has the runs, `python -m ipu_options
-calibrate --show` the error of each.
+Sources of the figures: the product pages of Mk2 (GC200) and Bow, and the data sheets of IPU-M2000
+and Bow-2000, docs.graphcore.ai. `Efficiencies` is fitted to the runs in published_runs.json;
+`python -m ipu_options calibrate --show` prints the error of each.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """One IPU and its links. FLOP/s and bytes/s, decimal."""
+    """One IPU and its links. Rates are in FLOP/s and bytes/s, with decimal prefixes."""
 
     name: str
     clock_hz: float
@@ -21,7 +21,7 @@ class Machine:
     tile_bytes: int = 624 * 1024
     exchange_bytes_per_second: float = 8e12        # all-to-all on chip
     link_bytes_per_second: float = 320e9           # IPU-Link, all links of an IPU, both directions
-    streaming_bytes_per_second: float = 20e9  # DRAM of the IPU-Machine, shared out over its IPUs
+    streaming_bytes_per_second: float = 20e9       # one IPU's share of the IPU-Machine's DRAM
 
     @property
     def memory_bytes(self) -> int:
@@ -29,7 +29,7 @@ class Machine:
         return self.tiles * self.tile_bytes
 
     def flops(self, precision: str) -> float:
-        """Peak rate of matrix multiplications in "float16" or "float32"."""
+        """Return the peak rate of matrix multiplications in "float16" or "float32", in FLOP/s."""
         return self.float16_flops if precision == "float16" else self.float32_flops
 
 
@@ -41,18 +41,19 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Efficiencies:
-    """Three fitted numbers and an allowance.
+    """Three fitted numbers about time, and an allowance for the size of the code.
 
-    A matrix multiplication of F FLOPs takes F / (peak x peak_utilisation) + matmul_cycles / clock.
-    So utilisation grows with the work of one layer on one micro-batch and saturates: half of
-    `peak_utilisation` is reached where both terms are equal. `matmul_cycles` stands for all that
+    A matrix multiplication of F FLOPs takes F / (peak x peak_utilisation) + matmul_cycles / clock
+    seconds. Utilisation therefore grows with the work of a layer on a micro-batch and saturates; it
+    is half of `peak_utilisation` where the two terms are equal. `matmul_cycles` stands for all that
     does not grow with the work: exchange, synchronisation, and the element-wise operations around a
-    multiplication.  `call_seconds` is what the host adds to each call of the device: scheduling,
-    streams, the loop in Python.
+    multiplication. `call_seconds` is the time that the host adds to each call of the device:
+    scheduling, streams, the loop in Python.
 
-    code_bytes is not fitted to speed: an allowance for code, control code and exchange code of an
-    IPU that runs BERT layers, small enough that every configuration in published_runs.json that is
-    known to fit does fit; a profile replaces it.
+    `code_bytes` is an allowance for code, control code and exchange code of one IPU that runs BERT
+    layers. It is not fitted to speed, but chosen small enough that every configuration in
+    published_runs.json that is known to fit does fit in the plan. The size in a profile replaces
+    it. `source` names the runs that the numbers were fitted to.
     """
 
     peak_utilisation: float = 0.378
@@ -62,13 +63,13 @@ class Efficiencies:
     source: str = "published runs"
 
 
-# Link efficiency of collectives and of copies between IPUs: each direction has half of the
-# bidirectional figure.
+# Share of link_bytes_per_second that collectives and copies between IPUs can use: that figure is
+# for both directions, and each direction has half of it.
 LINK_SHARE = 0.5
 
 
-# Error of the default efficiencies on each published run that has a throughput, in percent, as
-# `calibrate --show` prints it.
+# Error of the throughput that the default efficiencies predict for a published run, in percent, as
+# `calibrate --show` prints it. Runs whose published throughput is only a lower bound are left out.
 PUBLISHED_ERRORS_PERCENT = {
     "roberta-base SQuAD v1, 16 Mk2": 4.6,
     "bert-base pretraining phase 2, 16 Mk2": 3.5,

@@ -1,4 +1,4 @@
-"""One job's plan: memory, schedule and throughput."""
+"""Makes the plan of one job: memory, schedule and throughput."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -13,8 +13,11 @@ from ipu_options.plan.throughput import copy_seconds, stage_work, update_seconds
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job will take. Seconds and bytes throughout; memory is by IPU of a replica and
-    category.
+    """The predicted memory and time of a job, in bytes and seconds.
+
+    memory: {IPU of a replica: {category: bytes}}. work: of each forward stage, in order.
+    copy_seconds: of the copies between IPUs that end a step. reduction_seconds: of the gradients'
+    reduction over the replicas. host_seconds: time that the host adds to each weight update.
     """
 
     job: Job
@@ -25,48 +28,52 @@ class Plan:
     schedule: Schedule
     reduction_seconds: float
     weight_update_seconds: float
-    host_seconds: float  # of the host, for each weight update
+    host_seconds: float
 
     @property
     def fits(self) -> bool:
+        """Whether every IPU stays within its memory."""
         limit = self.job.machine.memory_bytes
         return all(sum(parts.values()) <= limit for parts in self.memory.values())
 
     @property
     def update_seconds(self) -> float:
-        """From one weight update to the next, all in."""
-        return self.schedule.seconds + self.reduction_seconds + self.weight_update_seconds + self.host_seconds
+        """Time from one weight update to the next, including the host."""
+        return (self.schedule.seconds + self.reduction_seconds + self.weight_update_seconds +
+                self.host_seconds)
 
     @property
     def rows_per_second(self) -> float:
+        """Rows of all replicas per second."""
         return self.job.rows_per_update / self.update_seconds
 
     @property
     def windows_per_second(self) -> float:
-        """Real windows: rows times the windows in each."""
+        """Real windows of all replicas per second: rows times the windows in each."""
         return self.rows_per_second * self.job.windows_per_row
 
     @property
     def bubble_fraction(self) -> float:
+        """Share of the steps in which a stage is idle because of ramp-up and ramp-down."""
         return bubble_fraction(len(self.work), self.job.config.gradient_accumulation_steps)
 
     @property
     def training_seconds(self) -> Optional[float]:
-        """Of all epochs, without compilation and evaluation; None if the number of windows is not
-        known.
-        """
+        """Time of all epochs without compilation and evaluation; None if train_windows is."""
         if self.job.train_windows is None:
             return None
         return self.job.epochs * self.job.train_windows / self.windows_per_second
 
     def load(self) -> Dict[int, float]:
-        """Seconds of work that one micro-batch is to each IPU."""
+        """Return {IPU: seconds of work that one micro-batch means for it}."""
         return {
             ipu: sum(work.seconds for work in self.work if work.ipu == ipu) for ipu in self.memory}
 
     def parts(self) -> Dict[str, float]:
-        """Where the time of a weight update goes, in seconds: they add up to update_seconds. Idle
-        is what the slowest IPU of a step makes the average one wait.
+        """Return {part: seconds} of the time of a weight update; the sum is update_seconds.
+
+        Work is the mean over the IPUs of a replica. "waiting for the slowest IPU" is the time that
+        an average IPU is idle within the steps because the slowest one takes longer.
         """
         steps, batches = self.schedule.steps, self.job.config.gradient_accumulation_steps
         ipus = len(self.memory)
@@ -82,7 +89,7 @@ class Plan:
 
 
 def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
-    """Plan `job` with these efficiencies."""
+    """Return the Plan of `job`; efficiencies: by default those fitted to published runs."""
     work = stage_work(job, efficiencies)
     copies = copy_seconds(job)
     schedule = simulate(work, job.config.gradient_accumulation_steps, copies)
@@ -93,5 +100,5 @@ def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
 
 
 def with_config(job: Job, **changes: Any) -> Job:
-    """The same job with other values in its IPU configuration."""
+    """Return a copy of the job with `changes` to the fields of its IPU configuration."""
     return replace(job, config=replace(job.config, **changes))

@@ -1,7 +1,7 @@
-"""What a PopVision profile says of memory and balance, against the plan.
+"""Compares memory and balance in a PopVision profile with the plan.
 
-Reads profile.pop through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision Analysis
-Library: Python API"), which comes with the Poplar SDK. Attributes used:
+profile.pop is read through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision
+Analysis Library: Python API"), which comes with the Poplar SDK. Attributes used:
 compilation.target.{numIPUs, bytesPerTile, clockFrequency},
 compilation.tiles[].memory.{total.excludingGaps, category.NAME.total},
 execution.steps[].{program.type, ipus[].cycles}.
@@ -19,7 +19,8 @@ from ipu_options.plan.text import MIB, table
 
 CODE = ("vertexCode", "controlCode", "internalExchangeCode", "hostExchangeCode",
         "globalExchangeCode", "vertexInstanceState", "copyDescriptor", "vertexFieldData")
-# Program types by what the IPU is doing; the others are control flow, which takes next to no time.
+# What an IPU does in a step, by the type of its program. The types that are not named ("other") are
+# control flow, which takes almost no time.
 ACTIVITY = {
     "OnTileExecute": "compute", "DoExchange": "exchange", "GlobalExchange": "IPU-Links",
     "StreamCopy": "host", "StreamCopyBegin": "host", "StreamCopyMid": "host",
@@ -29,7 +30,7 @@ ACTIVITIES = ("compute", "exchange", "IPU-Links", "host", "waiting", "other")
 
 @dataclass(frozen=True)
 class Profile:
-    """Memory in bytes and cycles by activity, a list over the IPUs of a replica."""
+    """Memory in bytes and cycles by activity (ACTIVITIES); each list is over the IPUs."""
 
     total_bytes: List[int]
     ipu_code_bytes: List[int]
@@ -40,41 +41,41 @@ class Profile:
 
     @property
     def code_bytes(self) -> int:
-        """Code, control and exchange code of the IPU that has most of it."""
+        """Bytes of code, control code and exchange code on the IPU that has most of them."""
         return max(self.ipu_code_bytes)
 
     def work_cycles(self, ipu: int) -> int:
-        """Cycles in which the IPU computed or exchanged."""
+        """Return the cycles in which the IPU computed or exchanged data."""
         return sum(self.cycles[ipu][name] for name in ("compute", "exchange", "IPU-Links"))
 
 
 def open_profile(path: str) -> Profile:
-    """Read a profile.pop, or the newest one below a folder (a training profile before an inference
-    one).
+    """Return the Profile in a profile.pop file, or in the newest one below a folder.
 
-    Raises UsageError where pva or the profile is missing, RunError where pva cannot read it.
+    In a folder, a training profile takes precedence over an inference profile. Raises UsageError if
+    pva or the profile is missing, RunError if pva cannot read the profile.
     """
     try:
         import pva
     except ImportError:
         raise UsageError(
-            "reading a profile needs pva, which comes with the Poplar SDK and not from a package index: run this "
-            "where the SDK is enabled (source its poplar enable.sh)")
+            "reading a profile needs pva, which comes with the Poplar SDK and not from a package "
+            "index: run this where the SDK is enabled (source its poplar enable.sh)")
     found = [Path(path)] if Path(path).is_file() else sorted(
-        Path(path).rglob("profile.pop"), key=lambda file:
-        ("training" in file.parts, file.stat().st_mtime))
+        Path(path).rglob("profile.pop"),
+        key=lambda file: ("training" in file.parts, file.stat().st_mtime))
     if not found:
         raise UsageError(
-            f"{path}: no profile.pop there; `python train.py --profile_dir {path}` on an IPU writes one"
-        )
+            f"{path}: no profile.pop there; `python train.py --profile_dir {path}` on an IPU "
+            "writes one")
     try:
         return read_profile(pva.openReport(str(found[-1])))
-    except Exception as error:  # pva raises its own kinds, and RuntimeError for a broken file
+    except Exception as error:  # pva has its own exceptions, and RuntimeError for a broken file
         raise RunError(f"{found[-1]}: pva cannot read it ({error})")
 
 
 def read_profile(report: Any) -> Profile:
-    """The Profile in a pva report."""
+    """Return the Profile in a report of pva.openReport."""
     target, tiles = report.compilation.target, list(report.compilation.tiles)
     ipus, per_ipu = target.numIPUs, len(tiles) // target.numIPUs
     total, code, largest = [0] * ipus, [0] * ipus, [0] * ipus
@@ -95,11 +96,14 @@ def read_profile(report: Any) -> Profile:
 
 
 def profile_text(profile: Profile, plan: Plan) -> str:
-    """Memory, cycles and balance beside the plan of the same configuration, and what to change."""
+    """Return the printed report: memory, cycles and balance beside the plan, and what to change.
+
+    plan: that of the profiled run. Raises UsageError if it is for another number of IPUs.
+    """
     if len(profile.total_bytes) != len(plan.memory):
         raise UsageError(
-            f"the profile is of {len(profile.total_bytes)} IPUs, the plan of {len(plan.memory)}: give report the "
-            "flags that the profiled run was started with")
+            f"the profile is of {len(profile.total_bytes)} IPUs, the plan of {len(plan.memory)}: "
+            "give report the flags that the profiled run was started with")
     memory = [[
         f"IPU {ipu}", f"{profile.total_bytes[ipu] / MIB:.0f}", f"{sum(parts.values()) / MIB:.0f}",
         f"{profile.ipu_code_bytes[ipu] / MIB:.0f}", f"{parts['code'] / MIB:.0f}",
@@ -120,35 +124,40 @@ def profile_text(profile: Profile, plan: Plan) -> str:
 
 
 def advice(profile: Profile, plan: Plan) -> str:
-    """The change that the profile asks for: memory first, then balance, then the host; else what
-    the plan suggests.
+    """Return the change to make next, in one line.
+
+    A tile out of memory comes first, then imbalance between the IPUs, then time that goes to the
+    host; if the profile shows none of these, it is the plan's suggestion.
     """
     ipus = list(plan.memory)
     full = max(ipus, key=lambda ipu: profile.largest_tile_bytes[ipu])
     over = profile.largest_tile_bytes[full] - profile.tile_limit_bytes
     if over > 0:
         return (
-            f"IPU {full}'s fullest tile is over by {over / 1024:.0f} KiB: move a layer away from it, lower its "
-            "--matmul_proportion, or use a smaller --micro_batch_size")
+            f"IPU {full}'s fullest tile is over by {over / 1024:.0f} KiB: move a layer away from "
+            "it, lower its --matmul_proportion, or use a smaller --micro_batch_size")
     slowest, idlest = max(ipus, key=profile.work_cycles), min(ipus, key=profile.work_cycles)
     most, least = profile.work_cycles(slowest), profile.work_cycles(idlest)
     layers = plan.job.layout.layers_per_ipu(len(ipus))
-    if layers[slowest] > 1 and most - least > 2 * most / layers[
-            slowest]:  # a layer's worth of work less leaves it ahead still
+    # Only if the slowest IPU would still have more work than the other after giving it one layer.
+    if layers[slowest] > 1 and most - least > 2 * most / layers[slowest]:
         layers[slowest], layers[idlest] = layers[slowest] - 1, layers[idlest] + 1
         mean = sum(profile.work_cycles(ipu) for ipu in ipus) / len(ipus)
         return (
-            f"IPU {slowest} works {most / mean:.2f} times the mean, IPU {idlest} least: move a layer, "
-            f"--layers_per_ipu {' '.join(map(str, layers))}, if `plan` says that it fits")
+            f"IPU {slowest} works {most / mean:.2f} times the mean, IPU {idlest} least: "
+            f"move a layer, --layers_per_ipu {' '.join(map(str, layers))}, "
+            "if `plan` says that it fits")
     busy = sum(sum(parts.values()) for parts in profile.cycles) or 1
     host = sum(parts["host"] for parts in profile.cycles) / busy
     if host > 0.1:
         return (
-            f"{100 * host:.0f} % of the time goes to the host: --device_iterations {2 * plan.job.config.device_iterations}, "
+            f"{100 * host:.0f} % of the time goes to the host: "
+            f"--device_iterations {2 * plan.job.config.device_iterations}, "
             "or more --dataloader_num_workers")
     return suggestion(plan)
 
 
 def _planned_load(plan: Plan) -> Dict[int, float]:
+    """Return each IPU's planned work relative to that of the slowest IPU."""
     seconds = plan.load()
     return {ipu: value / max(seconds.values()) for ipu, value in seconds.items()}

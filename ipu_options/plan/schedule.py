@@ -1,10 +1,11 @@
-"""The pipeline of one weight update, step by step, as PopART runs it.
+"""Schedules the pipeline of one weight update, step by step, as PopART runs it.
 
-In step c, forward stage s works on micro-batch c - s, and the backward stage of s on micro-batch c
-- 2(S - 1) + s: the last stage turns around within a step. Copies between the IPUs end every step,
-so it lasts as long as the slowest IPU's forward, recomputation and backward work together, and N
+With S forward stages, forward stage s (from 0) works on micro-batch c - s in step c, and its
+backward stage on micro-batch c - 2(S - 1) + s. The last stage therefore does both for the same
+micro-batch in one step. Copies between the IPUs end every step, so that a step takes as long as the
+slowest IPU's forward work, recomputation and backward work together, plus the copies. N
 micro-batches take N + 2(S - 1) steps (PopTorch user guide, "Pipelining"; Graphcore's technical note
-"Model parallelism on the IPU"). A stage keeps 2(S - 1 - s) + 1 micro-batches waiting.
+"Model parallelism on the IPU"). Stage s keeps 2(S - 1 - s) + 1 micro-batches waiting.
 """
 from __future__ import annotations
 
@@ -17,9 +18,7 @@ KINDS = ("forward", "recompute", "backward")
 
 
 class StageWork(NamedTuple):
-    """Seconds that one micro-batch takes on a forward stage and on the backward stage that belongs
-    to it.
-    """
+    """Seconds that one micro-batch takes on a forward stage and on its backward stage."""
 
     ipu: int
     forward: float
@@ -28,13 +27,15 @@ class StageWork(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """All the work of one step in steady state."""
+        """Seconds of the stage's whole work in a step, outside of ramp-up and ramp-down."""
         return self.forward + self.recompute + self.backward
 
 
 class Events(NamedTuple):
-    """What one stage does with each micro-batch in turn: `start` [N] in seconds, each lasting
-    `seconds`.
+    """One kind of work of one stage, for all N micro-batches.
+
+    kind: one of KINDS. start: [N], the time in seconds at which the work on each micro-batch
+    begins. seconds: its duration, the same for each.
     """
 
     ipu: int
@@ -46,8 +47,10 @@ class Events(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """One weight update: `steps` of `step_seconds` each, and who does what when (without the update
-    of the weights).
+    """The pipeline of one weight update, without the update of the weights itself.
+
+    steps: their number, each of `step_seconds` seconds. events: what each stage does and when.
+    busy_seconds: the work of each IPU, in ascending order of the IPUs.
     """
 
     steps: int
@@ -57,17 +60,20 @@ class Schedule:
 
     @property
     def seconds(self) -> float:
+        """Duration of all steps."""
         return self.steps * self.step_seconds
 
 
 def simulate(stages: Sequence[StageWork], micro_batches: int, copy_seconds: float = 0.0,
              training: bool = True) -> Schedule:
-    """Run `micro_batches` through the pipeline.
+    """Return the Schedule of `micro_batches` micro-batches through the pipeline.
 
-    stages: in forward order; several may be on one IPU, which then does their work one after the
-    other. copy_seconds: the copies between IPUs that end each step.  training: with backward
-    stages; without, N + S - 1 steps. Each IPU does its forward work first, in stage order, then
-    restores, recomputes and goes backward, last stage first.
+    stages: in forward order. Several may be on one IPU, which then does their work one after the
+    other. copy_seconds: of the copies between IPUs that end each step. training: False leaves out
+    the backward stages, and N micro-batches then take N + S - 1 steps.
+
+    In each step, an IPU first does its forward work in the order of the stages. Then, from the last
+    stage to the first, it restores the stash, recomputes and does the backward work.
     """
     count = len(stages)
     ipus = sorted({stage.ipu for stage in stages})
@@ -76,7 +82,7 @@ def simulate(stages: Sequence[StageWork], micro_batches: int, copy_seconds: floa
         for ipu in ipus}
     step_seconds = max(work.values()) + copy_seconds
     batch = np.arange(micro_batches)
-    clock = dict.fromkeys(ipus, 0.0)  # seconds into the step at which the IPU is free
+    clock = dict.fromkeys(ipus, 0.0)  # seconds after the start of a step at which the IPU is free
     events = []
 
     def add(index: int, kind: str, first_step: int) -> None:
@@ -99,14 +105,17 @@ def simulate(stages: Sequence[StageWork], micro_batches: int, copy_seconds: floa
 
 
 def stash_depth(stage: int, stages: int) -> int:
-    """Micro-batches whose activations forward stage `stage` keeps for their backward pass (in
-    steady state).
+    """Return how many micro-batches' activations a forward stage keeps for the backward pass.
+
+    stage: its index among the `stages` forward stages. The number holds outside of ramp-up and
+    ramp-down.
     """
     return 2 * (stages - 1 - stage) + 1
 
 
 def bubble_fraction(stages: int, micro_batches: int) -> float:
-    """Share of a training pipeline's steps in which a given stage has nothing to do: ramp-up and
-    ramp-down.
+    """Return the share of a training pipeline's steps in which a stage has nothing to do.
+
+    These are the steps of ramp-up and ramp-down; the share is the same for every stage.
     """
     return 2 * (stages - 1) / (micro_batches + 2 * (stages - 1))

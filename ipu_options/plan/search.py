@@ -1,12 +1,14 @@
-"""The best split of the blocks over IPUs, and the settings that go with it, under the memory limit.
+"""Searches the best split of the blocks over IPUs and the best settings, within the memory limit.
 
-For given settings the blocks are cut into contiguous stages, one an IPU, so embedding and head may
-have an IPU of their own or share one. A weight update takes steps x (slowest stage + copies) +
-update(most parameters on an IPU) + constants: two maxima. Dynamic programming finds the split with
-the least slowest stage among those that keep every stage within memory and under a cap on
-parameters; lowering the cap until it can gain nothing more gives the exact optimum of the sum. (The
-copies are the same for every split, since all of a transformer's blocks hand on tensors of one
-size.)
+For given settings the blocks are cut into contiguous stages, one per IPU; embedding and head may
+have an IPU of their own or share one with layers. A weight update takes
+
+    steps x (slowest stage + copies) + update(most parameters on an IPU) + constants
+
+which contains two maxima over the stages. Among the splits that keep every stage within memory and
+below a cap on its parameters, dynamic programming finds the one whose slowest stage is fastest.
+Lowering the cap until nothing more can be gained gives the exact minimum of the sum. The copies are
+the same for every split, because all blocks of a transformer hand on tensors of one size.
 """
 from __future__ import annotations
 
@@ -27,12 +29,14 @@ from ipu_options.plan.totals import Totals, range_totals
 
 SERIALIZATION_FACTORS = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-MATMUL_PROPORTION = 0.25  # where the given proportions are for a pipeline of another length
+MATMUL_PROPORTION = 0.25  # used if the job gives a proportion per IPU, for another number of IPUs
 
 
 class Cut(NamedTuple):
-    """A split: the index of the block after the last, for each stage; and the seconds of its
-    slowest stage.
+    """A split of the blocks into stages.
+
+    ends: for each stage, the index of the block after its last one. slowest_seconds: the time of
+    the slowest stage for one micro-batch, without copies.
     """
 
     ends: Tuple[int, ...]
@@ -41,14 +45,16 @@ class Cut(NamedTuple):
 
 def search(job: Job, ipus: int, efficiencies: Efficiencies = Efficiencies(),
            keep: int = 5) -> Tuple[List[Plan], int]:
-    """The `keep` best plans that fit on `ipus` IPUs, best first, and the number of settings tried.
+    """Return the `keep` best plans that fit on `ipus` IPUs, and the number of settings tried.
 
-    job: says all that is not searched: model, length, machine, rows of a weight update (kept: it is
-    the batch size that the learning rate was chosen for), replicated tensor sharding, precision;
-    and how to count its blocks anew (job.count). Searched: IPUs of a pipeline (a power of two) and
-    replicas, the split, micro-batch and accumulation, recomputation checkpoints, embedding
-    serialisation, optimizer state on or off chip. Every setting appears once, with its best split.
-    Raises UsageError if nothing fits.
+    job: gives all that is not searched: model, length, machine, rows of a weight update (the batch
+    size that the learning rate was chosen for), replicated tensor sharding and precision. Its
+    `count` must be set.
+
+    Searched are the IPUs of a replica (powers of two) and the number of replicas, the split,
+    micro-batch size and accumulation, recomputation checkpoints, embedding serialisation, and
+    optimizer state on or off chip. The plans are sorted, the fastest first. Raises UsageError if
+    nothing fits.
     """
     plans, tried = [], 0
     for candidate in _candidates(job, ipus):
@@ -58,18 +64,20 @@ def search(job: Job, ipus: int, efficiencies: Efficiencies = Efficiencies(),
             plans.append(make_plan(with_cut(candidate, cut), efficiencies))
     if not plans:
         raise UsageError(
-            f"nothing fits: no split of this model over {ipus} IPUs keeps every IPU within its memory with "
-            f"{job.rows_per_update} rows a weight update; use more IPUs, or a shorter --max_seq_length"
-        )
-    plans.sort(key=lambda plan:
-               (-plan.windows_per_second, plan.job.config.optimizer_state_offchip, plan.job.config.
-                embedding_serialization_factor, -plan.job.config.recompute_checkpoint_every_layer))
+            f"nothing fits: no split of this model over {ipus} IPUs keeps every IPU within its "
+            f"memory with {job.rows_per_update} rows a weight update; use more IPUs, or a shorter "
+            "--max_seq_length")
+    plans.sort(key=lambda plan: (
+        -plan.windows_per_second, plan.job.config.optimizer_state_offchip,
+        plan.job.config.embedding_serialization_factor,
+        -plan.job.config.recompute_checkpoint_every_layer))
     return _distinct(plans)[:keep], tried
 
 
 def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
-    """The contiguous split of job.blocks over job.config.num_ipus() IPUs with the shortest weight
-    update; None: none fits.
+    """Return the contiguous split of the job's blocks with the shortest weight update.
+
+    It is over job.config.num_ipus() IPUs. Returns None if no split fits.
     """
     totals = range_totals(job.blocks)
     stages = job.config.num_ipus()
@@ -78,6 +86,7 @@ def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
     seconds = [_stage_table(job, efficiencies, totals, index, stages) for index in range(stages)]
     steps = job.config.gradient_accumulation_steps + 2 * (stages - 1)
     best, best_seconds, cap = None, np.inf, np.inf
+    # A lower bound of the update's time: that of parameters in equal shares.
     least = sum(update_seconds_of(job, -(-int(totals.parameters[0, -1]) // stages)))
     while True:
         cut = _least_slowest([
@@ -93,20 +102,21 @@ def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
 
 
 def with_cut(job: Job, cut: Cut) -> Job:
-    """The job with its layout and layers_per_ipu set to the split."""
+    """Return a copy of the job with the split `cut` in its layout and configuration."""
     ipu_of = [
-        ipu for ipu, (start, end) in enumerate(zip((0, ) + cut.ends[:-1], cut.ends))
+        ipu for ipu, (start, end) in enumerate(zip((0,) + cut.ends[:-1], cut.ends))
         for _ in range(start, end)]
     layout = Layout.from_blocks(ipu_of)
     layers = layout.layers_per_ipu(len(cut.ends))
-    return replace(
-        job, layout=layout, config=replace(job.config, layers_per_ipu=layers, embedding_ipu=0,
-                                           head_ipu=None))
+    return replace(job, layout=layout,
+                   config=replace(job.config, layers_per_ipu=layers, embedding_ipu=0,
+                                  head_ipu=None))
 
 
 def _candidates(job: Job, ipus: int) -> Iterator[Job]:
-    """Every combination of what is searched besides the split. Accumulation follows from the rows
-    of an update.
+    """Yield a job for each combination of all that is searched besides the split.
+
+    Gradient accumulation follows from the rows of a weight update, which stay as they are.
     """
     stages = 1
     while stages <= min(ipus, len(job.blocks)):
@@ -136,8 +146,9 @@ def _candidate(job: Job, blocks: Tuple[CountedBlock, ...], micro_batch: int, **c
 
 def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
                  stages: int) -> np.ndarray:
-    """Seconds of a step for every run of blocks [i, j) as stage `index`; infinite where it does not
-    fit or is empty.
+    """Return the seconds of a step for every run of blocks as stage `index` of `stages`.
+
+    The entry [i, j] is for blocks[i:j]; it is infinite if they do not fit or there are none.
     """
     memory = stage_memory(job, totals,
                           job.config.matmul_shares()[index], index, stages, efficiencies.code_bytes)
@@ -147,12 +158,13 @@ def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: in
 
 
 def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
-    """The split with the least maximum of tables[s][start, end] over stages s; None if every one is
-    infinite.
+    """Return the split into stages s that minimises the maximum of tables[s][start, end].
+
+    Returns None if this maximum is infinite for every split.
     """
     blocks = tables[0].shape[0]
-    reached = np.full(blocks + 1,
-                      np.inf)  # slowest stage so far, by the block at which the next stage begins
+    # The slowest stage so far, by the index of the block with which the next stage begins.
+    reached = np.full(blocks + 1, np.inf)
     reached[0] = 0.0
     origins = []
     for table in tables:
@@ -168,8 +180,10 @@ def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
 
 
 def _distinct(plans: Sequence[Plan]) -> List[Plan]:
-    """Leaves out a plan that differs from an earlier one only in a setting that changes nothing of
-    note for the worse.
+    """Return the best plan of each layout, micro-batch size and place of the optimizer state.
+
+    plans: sorted, the best first. The plans that are left out differ from the one that is kept only
+    in embedding serialisation or recomputation checkpoints, and are not faster.
     """
     seen, kept = set(), []
     for plan in plans:

@@ -1,8 +1,8 @@
-"""What a run of consecutive blocks needs together: of one stage as numbers, of every possible stage
-as arrays.
+"""Adds up what consecutive blocks need: for one stage, or for every possible stage at once.
 
-memory.py and throughput.py are written over these fields, so that a plan (numbers) and the search
-(arrays over all stages that a split could have) share one formula.
+The totals of one stage are numbers; those of every possible stage are arrays. memory.py and
+throughput.py compute with either, so that a plan (numbers) and the search over all splits (arrays)
+share the same formulas.
 """
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ipu_options.plan.count import CountedBlock
 
 
 class Totals(NamedTuple):
-    """Sums and maxima over the blocks of a stage; each field is a number, or an array [first block,
-    block after the last].
+    """Sums and maxima over the blocks of a stage.
+
+    Each field is a number, or an array whose element [i, j] is for the stage blocks[i:j].
     """
 
     parameters: Any
@@ -24,54 +25,60 @@ class Totals(NamedTuple):
     input_bytes: Any           # of the stage's first block
     checkpoint_bytes: Any      # inputs of all blocks
     saved_bytes: Any           # of all blocks
-    most_saved_bytes: Any      # of one block
-    output_bytes: Any          # the largest
-    matmul_bytes: Any          # the largest
+    most_saved_bytes: Any      # of the block that saves most
+    output_bytes: Any          # the largest of a block
+    matmul_bytes: Any          # the largest of a block
     forward_flops: Any
     forward_matmuls: Any
     backward_flops: Any
     backward_matmuls: Any
-    head_flops: Any            # forward, of what follows the last recomputation checkpoint
+    head_flops: Any            # forward, of the QA head, which follows the last checkpoint
     head_matmuls: Any
 
 
 def stage_totals(blocks: Sequence[CountedBlock]) -> Totals:
-    """The totals of one stage."""
+    """Return the totals of one stage, as numbers."""
     return Totals(*(int(field[0, len(blocks)]) for field in range_totals(blocks)))
 
 
 def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
-    """The totals of every run blocks[i:j] as arrays [len(blocks), len(blocks) + 1], 0 where j <= i.
+    """Return the totals of every possible stage blocks[i:j], as arrays.
+
+    Each has the shape [len(blocks), len(blocks) + 1] and is 0 where j <= i.
     """
     def of(value) -> np.ndarray:
         return np.array([value(block) for block in blocks], dtype=np.int64)
 
     heads = of(lambda b: b.kind == "head")
-    forward_matmuls = of(lambda b: max(b.forward_matmuls, 1)
-                         )  # a block without any, the embedding, takes a call's time as well
+    # A block without a multiplication, the embedding, takes the fixed time of one as well.
+    forward_matmuls = of(lambda b: max(b.forward_matmuls, 1))
     return Totals(
-        parameters=_sums(of(lambda b: b.parameters)), largest_parameter=_maxima(
-            of(lambda b: b.largest_parameter)), embedding_parameter=_maxima(
-                of(lambda b: b.largest_parameter if b.kind == "embedding" else 0)),
-        input_bytes=np.triu(np.tile(of(lambda b: b.input_bytes)[:, None],
-                                    len(blocks) + 1), 1), checkpoint_bytes=_sums(
-                                        of(lambda b: b.input_bytes)), saved_bytes=_sums(
-                                            of(lambda b: b.saved_bytes)), most_saved_bytes=_maxima(
-                                                of(lambda b: b.saved_bytes)), output_bytes=_maxima(
-                                                    of(lambda b: b.output_bytes)),
-        matmul_bytes=_maxima(of(lambda b: b.matmul_bytes)), forward_flops=_sums(
-            of(lambda b: b.forward_flops)), forward_matmuls=_sums(forward_matmuls),
-        backward_flops=_sums(of(lambda b: b.backward_flops)), backward_matmuls=_sums(
-            of(lambda b: max(b.backward_matmuls, 1))), head_flops=_sums(
-                heads * of(lambda b: b.forward_flops)), head_matmuls=_sums(heads * forward_matmuls))
+        parameters=_sums(of(lambda b: b.parameters)),
+        largest_parameter=_maxima(of(lambda b: b.largest_parameter)),
+        embedding_parameter=_maxima(
+            of(lambda b: b.largest_parameter if b.kind == "embedding" else 0)),
+        input_bytes=np.triu(np.tile(of(lambda b: b.input_bytes)[:, None], len(blocks) + 1), 1),
+        checkpoint_bytes=_sums(of(lambda b: b.input_bytes)),
+        saved_bytes=_sums(of(lambda b: b.saved_bytes)),
+        most_saved_bytes=_maxima(of(lambda b: b.saved_bytes)),
+        output_bytes=_maxima(of(lambda b: b.output_bytes)),
+        matmul_bytes=_maxima(of(lambda b: b.matmul_bytes)),
+        forward_flops=_sums(of(lambda b: b.forward_flops)),
+        forward_matmuls=_sums(forward_matmuls),
+        backward_flops=_sums(of(lambda b: b.backward_flops)),
+        backward_matmuls=_sums(of(lambda b: max(b.backward_matmuls, 1))),
+        head_flops=_sums(heads * of(lambda b: b.forward_flops)),
+        head_matmuls=_sums(heads * forward_matmuls))
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
+    """Return the sum of values[i:j] for every i and j, 0 where j <= i."""
     ends = np.concatenate([[0], np.cumsum(values)])
     return np.maximum(ends[None, :] - ends[:-1, None], 0)
 
 
 def _maxima(values: np.ndarray) -> np.ndarray:
+    """Return the maximum of values[i:j] for every i and j, 0 where j <= i."""
     table = np.zeros((len(values), len(values) + 1), dtype=np.int64)
     for first in range(len(values)):
         table[first, first + 1:] = np.maximum.accumulate(values[first:])

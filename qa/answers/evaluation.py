@@ -1,6 +1,4 @@
-"""Evaluation: answers to the validation questions, the files that they are written to, and their
-metrics.
-"""
+"""Evaluate a model: answer the validation questions, write the answers and compute the metrics."""
 from __future__ import annotations
 
 import contextlib
@@ -25,7 +23,8 @@ from qa.settings import TrainSettings
 class Evaluation:
     """The validation questions of a training run, and the inference pipeline that answers them.
 
-    questions: with the character offsets of their windows.
+    model_config: the configuration of the model, as of transformers. pipeline: the mapping of the
+    inference model to IPUs. questions: the validation questions, whose windows have offsets.
     """
 
     def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline,
@@ -38,16 +37,19 @@ class Evaluation:
         self.pipeline.compile(self.questions.windows)
 
     def run(self, training: Training, step: int, epoch: float) -> List[dict]:
-        """Answer all questions with the weights that the model has now.
+        """Answer all questions with the current weights of the training.
 
-        Takes the IPUs from the training and gives them back. Writes the prediction files and
-        metrics.json to the output folder, and prints the metrics. Returns the predictions in order:
-        [{id, prediction_text, ...}].
+        Detaches the training model from the IPUs, and frees them again at the end. Writes the
+        prediction files and metrics.json to the output folder, and prints the metrics.
+
+        step, epoch: where the training is, for metrics.json and the log. Returns the predictions in
+        the order of the questions, as `write_answers` does. Raises OSError if a file cannot be
+        written.
         """
         version_2, folder = self.settings.version_2_with_negative, Path(self.settings.output_dir)
         if training.training_model.isAttachedToDevice():
-            training.training_model.detachFromDevice(
-            )  # frees the IPUs and brings the weights to the host
+            # Frees the IPUs and copies the weights to the host.
+            training.training_model.detachFromDevice()
         set_weights(self.pipeline.model, weights_of(training.model))
         examples, windows = self.questions
         predictions = write_answers(self.pipeline.answers(windows, examples), folder, version_2)
@@ -61,33 +63,39 @@ class Evaluation:
         return predictions
 
     def samples(self, predictions: List[dict], count: int, seed: int) -> str:
-        """`count` random questions with their predicted and true answers, as text to print."""
+        """Return `count` random questions with their predicted and true answers, as text.
+
+        predictions: those of `run`. seed: determines which questions are chosen.
+        """
         examples, lines = self.questions.examples, []
-        for i in sorted(
+        for index in sorted(
                 random.Random(seed).sample(range(len(examples)), min(count, len(examples)))):
-            example = examples[i]
+            example = examples[index]
             true = " / ".join(sorted(set(example["answers"]["text"]))) or "(no answer)"
-            predicted = predictions[i]["prediction_text"] or "(no answer)"
+            predicted = predictions[index]["prediction_text"] or "(no answer)"
             lines.append(
                 f"  {example['question']}\n      predicted: {predicted}\n      true:      {true}")
         return "\n".join(lines)
 
 
 def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool) -> List[dict]:
-    """Write predictions.json, nbest_predictions.json and, with version 2, null_odds.json in
-    run_qa's layouts.
+    """Write the answers to `folder`, in the file formats of transformers' run_qa.
 
-    Each file maps a question's id to its text, its n-best list or its null odds, and appears whole
-    or not at all. Returns what `qa.answers.metrics.squad_metrics` takes: [{id, prediction_text,
-    no_answer_probability (with version 2: the null odds)}, ...].
+    predictions.json, nbest_predictions.json and, for version 2 data, null_odds.json map the id of a
+    question to its text, its n-best list and its null odds. Each file appears complete or not at
+    all.
+
+    answers: those of `InferencePipeline.answers`. Returns the predictions as
+    `qa.answers.metrics.squad_metrics` takes them: [{id, prediction_text, and for version 2 data
+    no_answer_probability, which are the null odds}, ...]. Raises OSError.
     """
     folder = Path(folder)
     predictions = []
     with contextlib.ExitStack() as files:
         put_text = files.enter_context(_json_object(folder / "predictions.json"))
         put_nbest = files.enter_context(_json_object(folder / "nbest_predictions.json"))
-        put_odds = files.enter_context(_json_object(
-            folder / "null_odds.json")) if version_2_with_negative else None
+        put_odds = (files.enter_context(_json_object(folder / "null_odds.json"))
+                    if version_2_with_negative else None)
         for found in answers:
             prediction = {"id": found["id"], "prediction_text": found["text"]}
             put_text(found["id"], found["text"])
@@ -104,8 +112,9 @@ def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool
 
 @contextlib.contextmanager
 def _json_object(path: Path) -> Iterator[Callable]:
-    """Gives a function that writes an entry of a JSON object; the file takes its place when all are
-    written.
+    """Give a function that writes one entry, (key, value), of a JSON object to the file `path`.
+
+    The file appears when the block ends, so that it is complete or absent.
     """
     separator = ""
     with written_whole(path) as file:

@@ -1,6 +1,4 @@
-"""The inference pipeline that train.py evaluates with and infer.py answers with: one model, one
-layout, one way to answers.
-"""
+"""The inference pipeline, with which train.py evaluates and infer.py answers questions."""
 from __future__ import annotations
 
 from typing import Iterator
@@ -16,15 +14,17 @@ from qa.data.rows import InferenceRows
 from qa.model.parallelize import parallelize
 from qa.model.roberta import RobertaForSpans
 
-# fewer are made in less time than it takes to start a process that imports torch
+# Below this number of rows, making them in this process takes less time than starting a worker
+# process, which has to import torch.
 _ROWS_WORTH_A_WORKER = 10_000
 
 
 class InferencePipeline:
-    """A model compiled once for inference, which answers the questions of any number of data sets.
+    """A model that is compiled once for inference and answers the questions of any data sets.
 
-    model: becomes this pipeline's own (annotated, in the precision that the settings name, in
-    evaluation mode). settings: any object with the fields of qa.settings.ModelSettings and
+    model: is modified (annotated with its placement on IPUs, converted to the precision of the
+    settings, set to evaluation mode) and must not be used elsewhere. pipeline: its layout on the
+    IPUs and its ipu_config. settings: any object with the fields of qa.settings.ModelSettings and
     RunSettings, and eval_micro_batch_size.
     """
 
@@ -37,19 +37,22 @@ class InferencePipeline:
         if settings.precision == "float16":
             model.half()
         self.options = inference_options(config, settings)
-        self.rows_per_step = settings.eval_micro_batch_size * config.device_iterations * config.replication_factor
+        self.rows_per_step = (settings.eval_micro_batch_size * config.device_iterations
+                              * config.replication_factor)
         self.inference_model = poptorch.inferenceModel(model, self.options)
 
     def compile(self, windows) -> None:
-        """Compile for the shapes that every call has, without running. windows:
-        qa.data.windows.Windows, any.
+        """Compile the model without running it.
+
+        windows: any qa.data.windows.Windows, since all rows have the same shape.
         """
         self.inference_model.compile(**self._rows(windows).__getitems__(range(self.rows_per_step)))
 
     def answers(self, windows, examples, progress: bool = True) -> Iterator[dict]:
-        """The answer to each question in order (see AnswerFinder.add for its keys).
+        """Yield the answer to each question in the order of `examples`.
 
-        windows: qa.data.windows.Windows with offsets, made from `examples`.  progress: show a bar.
+        windows: qa.data.windows.Windows with offsets, made from `examples`. progress: whether to
+        show a progress bar. `AnswerFinder.add` lists the keys of an answer.
         """
         settings, rows = self.settings, self._rows(windows)
         finder = AnswerFinder(windows, examples, n_best_size=settings.n_best_size,
@@ -60,7 +63,7 @@ class InferencePipeline:
                        settings.eval_micro_batch_size, progress)
 
     def detach(self) -> None:
-        """Give the IPUs back; the weights are uploaded anew when the pipeline is next used."""
+        """Free the IPUs. The weights are uploaded again when the pipeline is used next."""
         if self.inference_model.isAttachedToDevice():
             self.inference_model.detachFromDevice()
 
@@ -72,17 +75,16 @@ class InferencePipeline:
 
 
 def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
-            micro_batch_size: int, progress: bool = True,
-            ) -> Iterator[dict]:
-    """Run `rows` through the model and give the answers of `finder` in the order of the examples
-    (keys: AnswerFinder.add).
+            micro_batch_size: int, progress: bool = True) -> Iterator[dict]:
+    """Run `rows` through the model and yield the answers of `finder` in the order of the examples.
 
     inference_model: a poptorch.inferenceModel made with `options`, whose output mode is All, so
     that each call returns start and end logits [rows of the combined batch, tokens] in the order of
-    the rows.  progress: show a bar.
+    the rows. micro_batch_size: rows of a micro-batch. progress: whether to show a progress bar.
+    `AnswerFinder.add` lists the keys of an answer.
     """
-    loader = open_loader(options, rows, micro_batch_size, asynchronous=len(rows)
-                         > _ROWS_WORTH_A_WORKER)
+    loader = open_loader(options, rows, micro_batch_size,
+                         asynchronous=len(rows) > _ROWS_WORTH_A_WORKER)
     bar = tqdm(total=len(rows.windows), desc="Answers", unit="window", dynamic_ncols=True,
                disable=not progress)
     first = 0

@@ -1,10 +1,10 @@
-"""Exact match and F1 as SQuAD v1.1 and v2.0 define them: metrics of the `evaluate` library that
-need no network.
+"""Exact match and F1 of SQuAD v1.1 and v2.0, as metrics of the `evaluate` library.
 
 The definitions are those of the official scripts, evaluate-v1.1.py (Rajpurkar et al. 2016) and
-evaluate-v2.0.py (Rajpurkar et al. 2018): texts are compared in lower case without punctuation,
-articles and superfluous white space; F1 counts common tokens; each question takes its best
-reference. (`evaluate.load` would fetch such metrics from the hub.)
+evaluate-v2.0.py (Rajpurkar et al. 2018). Texts are compared in lower case and without punctuation,
+articles and superfluous white space; F1 counts common tokens; the score of a question is the best
+over its reference answers. The metrics are defined here because `evaluate.load` would fetch them
+from the hub, and a run must not depend on the network.
 """
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def squad_metrics(references: List[dict], predictions: List[dict],
                   version_2_with_negative: bool) -> Dict[str, float]:
-    """The metrics of SQuAD v1.1 or v2.0, in percent: exact_match, f1 and, with version 2, the
-    others of v2.0.
+    """Return the metrics of SQuAD v1.1 or v2.0 by name.
 
-    references: [{id, answers: {text: [...], answer_start: [...]}}, ...]; predictions: [{id,
-    prediction_text}, ...] in the same order, with version 2 also no_answer_probability: any number
-    that grows with the belief that there is no answer, such as null_odds. The texts decide the
-    figures; the numbers only serve to find best_exact and best_f1, what the best threshold on them
-    (best_exact_thresh, best_f1_thresh) would have given, as `evaluate-v2.0.py --na-prob-file
-    null_odds.json` does.
+    exact_match and f1 are in percent. For version 2 data the other metrics of v2.0 are added.
+
+    references: [{id, answers: {text: [...], answer_start: [...]}}, ...]. predictions: [{id,
+    prediction_text}, ...] in the same order. For version 2 data each prediction also has
+    no_answer_probability: any number that grows with the confidence that there is no answer, such
+    as the null odds.
+
+    The texts alone determine exact_match and f1. no_answer_probability is only used for best_exact
+    and best_f1, the scores that the best thresholds on it (best_exact_thresh, best_f1_thresh) would
+    have given, as with `evaluate-v2.0.py --na-prob-file null_odds.json`.
     """
     metric = (SquadV2 if version_2_with_negative else Squad)(keep_in_memory=True)
     return metric.compute(references=references, predictions=predictions)
 
 
 class Squad(evaluate.Metric):
-    """SQuAD v1.1: exact_match and f1. A question's score is the best over its references."""
+    """The metric of SQuAD v1.1: exact_match and f1."""
 
     def _info(self):
         return _metric_info({
@@ -54,8 +57,10 @@ class Squad(evaluate.Metric):
 
 
 class SquadV2(evaluate.Metric):
-    """SQuAD v2.0: as v1.1; HasAns_*, NoAns_* for questions with and without answer; best_* over
-    thresholds.
+    """The metric of SQuAD v2.0.
+
+    exact_match and f1 as in v1.1, and total, the number of questions; HasAns_* and NoAns_*, the
+    same for the questions with and without an answer; best_*, the scores with the best thresholds.
     """
 
     def _info(self):
@@ -69,13 +74,11 @@ class SquadV2(evaluate.Metric):
             tokens = normalized(prediction["prediction_text"]).split()
             golds = [normalized(text).split() for text in reference["answers"]["text"]]
             has_answer.append(bool(golds))
-            golds = [gold for gold in golds if gold
-                     ] or [[]]  # the right answer to an unanswerable question is the empty text
+            # The correct answer to an unanswerable question is the empty text.
+            golds = [gold for gold in golds if gold] or [[]]
             exact.append(max(float(tokens == gold) for gold in golds))
-            f1.append(
-                max(
-                    _f1(tokens, gold) if tokens and gold else float(tokens == gold)
-                    for gold in golds))
+            f1.append(max(_f1(tokens, gold) if tokens and gold else float(tokens == gold)
+                          for gold in golds))
         result = {"exact_match": _percent(exact), "f1": _percent(f1), "total": len(exact)}
         for name, answerable in (("HasAns", True), ("NoAns", False)):
             chosen = [place for place, has in enumerate(has_answer) if has == answerable]
@@ -90,14 +93,15 @@ class SquadV2(evaluate.Metric):
 
 
 def normalized(text: str) -> str:
-    """The text as SQuAD compares it: lower case, without punctuation, articles and superfluous
-    white space.
+    """Return the text as SQuAD compares it.
+
+    It is in lower case and has no punctuation, no articles and no superfluous white space.
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
 def _f1(tokens: List[str], gold: List[str]) -> float:
-    """Harmonic mean of the precision and the recall of the tokens, counted with multiplicity."""
+    """Return the harmonic mean of precision and recall of the tokens, counted with multiplicity."""
     common = sum((collections.Counter(tokens) & collections.Counter(gold)).values())
     if not common:
         return 0.0
@@ -106,16 +110,19 @@ def _f1(tokens: List[str], gold: List[str]) -> float:
 
 
 def _percent(scores: List[float]) -> float:
+    """Return the mean of `scores` in percent."""
     return 100.0 * sum(scores) / len(scores)
 
 
 def _best_threshold(predictions: List[dict], scores: List[float],
                     has_answer: List[bool]) -> Tuple[float, float]:
-    """The best mean score (percent) over thresholds on no_answer_probability, and the first
-    threshold that reaches it.
+    """Find the threshold on no_answer_probability that gives the best mean score.
 
-    Above the threshold a text counts as "no answer". It rises from one that answers nothing, a
-    question at a time.
+    A prediction above the threshold counts as "no answer". The threshold is raised from a value
+    below all predictions (no question is answered), by one question at a time.
+
+    scores: [N], of the predicted texts. has_answer: [N], whether the question has an answer.
+    Returns the best mean score in percent, and the first threshold that reaches it.
     """
     total = best = sum(not has for has in has_answer)
     threshold = 0.0
@@ -131,12 +138,13 @@ def _best_threshold(predictions: List[dict], scores: List[float],
 
 
 def _metric_info(prediction: dict) -> evaluate.MetricInfo:
+    """Return the description of a metric whose predictions have the features `prediction`."""
     answers = {
-        "text": datasets.Sequence(datasets.Value("string")), "answer_start": datasets.Sequence(
-            datasets.Value("int32"))}
+        "text": datasets.Sequence(datasets.Value("string")),
+        "answer_start": datasets.Sequence(datasets.Value("int32"))}
     return evaluate.MetricInfo(
         description=__doc__, citation="",
         inputs_description="predictions and references in the same order",
         features=datasets.Features({
-            "predictions": prediction, "references": {
-                "id": datasets.Value("string"), "answers": answers}}))
+            "predictions": prediction,
+            "references": {"id": datasets.Value("string"), "answers": answers}}))

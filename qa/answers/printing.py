@@ -1,14 +1,14 @@
-"""Answers as infer.py prints them."""
+"""Format answers as infer.py prints them."""
 from __future__ import annotations
 
 from typing import Any, Dict
 
 
 def printed_answer(question: str, answer: Dict[str, Any], n_best: int) -> Dict[str, Any]:
-    """An answer of `InferencePipeline.answers` as the dictionary that is printed or written to a
-    file.
+    """Return an answer as the dictionary that infer.py prints or writes to a file.
 
-    start and end are offsets in characters of the context, end not included.
+    answer: one of `InferencePipeline.answers`. n_best: the maximum length of the n-best list in the
+    result. In the result, start and end are characters of the context, end not included.
     """
     keys = ("text", "probability", "start", "end")
     nbest = [{key: entry[key] for key in keys} for entry in answer["nbest"][:n_best]]
@@ -18,8 +18,10 @@ def printed_answer(question: str, answer: Dict[str, Any], n_best: int) -> Dict[s
 
 
 def as_text(answer: Dict[str, Any]) -> str:
-    """What `printed_answer` gave, for people: the best answer on a line, with more than one in
-    nbest the others below it.
+    """Return an answer as text for people to read.
+
+    answer: the result of `printed_answer`. The first line is the answer; if the n-best list has
+    more than one entry, it follows with one entry per line.
     """
     def line(text, score, start, end):
         where = f", characters {start}-{end}" if text else ""

@@ -1,31 +1,27 @@
-"""From logits to answers: the best spans over all windows of a question, found while the logits
-stream in.
+"""Find the answers from the logits: the best spans over all windows of a question.
 
-The definition is that of run_qa's postprocess_qa_predictions (transformers,
-examples/pytorch/question-answering/utils_qa.py), made exact where it leaves something open: - In
-each window the `n_best_size` tokens with the highest start logits are paired with the `n_best_size`
-tokens with
-  the highest end logits, over the window's own tokens. Of equal logits the earlier token comes
-  first.
-- A pair is a candidate if both tokens lie in the context, the end is not before the start, and the
-span has at most
-  `max_answer_length` tokens. Its score is the sum of the two logits, in float32.
-- A question's n-best list holds the `n_best_size` best-scored candidates of all its windows. Of
-equal scores the
-  earlier window, then the better start, then the better end comes first.
-- With version 2 data "no answer" is one more candidate, behind all of equal score: the CLS token's
-start and end logit
-  in the window where their sum, the null score, is smallest (the first such window). It stays in
-  the list even if not among the best.
-- The probability of an entry is the softmax, in float32, over the scores of the list. - The answer
-is the first entry; with version 2 the first entry with a text, unless the null score exceeds its
-two
-  logits by more than `null_score_diff_threshold`: then there is no answer, the empty text.
-- Where there is no candidate at all, the answer is the empty text with logits 0, as in Hugging
-Face's
+The answers are found while the logits arrive. They are those of run_qa's postprocess_qa_predictions
+(transformers, examples/pytorch/question-answering/utils_qa.py), with its ambiguities resolved:
+
+- In each window, the `n_best_size` tokens with the highest start logits are paired with the
+  `n_best_size` tokens with the highest end logits, over the window's own tokens. Of tokens with
+  equal logits the earlier one comes first.
+- A pair is a candidate if both tokens are in the context, the end is not before the start, and the
+  span has at most `max_answer_length` tokens. Its score is the sum of the two logits in float32.
+- A question's n-best list consists of the `n_best_size` candidates with the highest scores in all
+  its windows. Of candidates with equal scores, the one from the earlier window comes first, then
+  the one with the better start, then the one with the better end.
+- For version 2 data "no answer" is an additional candidate, ranked after all others with an equal
+  score. Its logits are those of the CLS token in the window where their sum, the null score, is
+  smallest (the first such window). It is in the list even if it is not among the best.
+- The probability of an entry is the softmax, in float32, over the scores of the list.
+- The answer is the first entry. For version 2 data it is the first entry with a text, unless the
+  null score exceeds the sum of that entry's logits by more than `null_score_diff_threshold`; then
+  the answer is the empty text.
+- If there is no candidate at all, the answer is the empty text with logits 0, as in Hugging Face's
   question-answering notebook (run_qa writes the word "empty").
 
-Everything up to the lists of Python objects is done for hundreds of windows at once in numpy.
+All work except for the final Python objects is done in numpy, for hundreds of windows at once.
 """
 from __future__ import annotations
 
@@ -34,32 +30,33 @@ from typing import Iterator, List, Optional, Tuple
 import numpy
 import torch
 
-# windows searched at once: enough to make numpy's overhead small, few enough to stay in the
-# processor's cache
+# This many windows are searched at once: enough to make numpy's overhead per call negligible, few
+# enough for the arrays to fit into the processor's cache.
 _CHUNK = 256
 
-# A span from `start` up to, not including, `end`: of tokens in a window, later of characters in the
-# context. A score of -inf says that there is no span.
+# A span from `start` to `end`, end not included, in tokens of a window or in characters of the
+# context. A score of -inf marks an unused entry.
 _SPAN = numpy.dtype([("score", "f4"), ("start_logit", "f4"), ("end_logit", "f4"), ("start", "i4"),
                      ("end", "i4")])
 
 
 def _rank_keys(values: numpy.ndarray) -> numpy.ndarray:
-    """int64 keys of float32 values [R, C]: the greater value, of equal values the earlier column
-    has the greater key.
+    """Return int64 keys [R, C] that rank the float32 values [R, C] of each row without ties.
 
-    The bits of a positive float32 sort as integers; those of a negative one do with all but the
-    sign inverted. Adding 0.0 makes -0.0 equal to 0.0. The low half holds the column, counted from
-    the end.
+    A greater value has the greater key; of equal values, the one in the earlier column.
     """
+    # Read as integers, the bits of positive floats sort like the floats, and those of negative
+    # floats do so once all bits but the sign are inverted. Adding 0.0 turns -0.0 into 0.0. The low
+    # half of a key is the column, counted from the last one.
     bits = (values + numpy.float32(0.0)).view(numpy.int32)
     bits ^= (bits >> 31) & 0x7FFFFFFF
     return (bits.astype(numpy.int64) << 32) + numpy.arange(values.shape[1] - 1, -1, -1)
 
 
 def _best_columns(keys: numpy.ndarray, count: int) -> numpy.ndarray:
-    """The columns of the `count` greatest of `_rank_keys`' keys of each row, greatest first: int
-    [R, min(count, C)].
+    """Return the columns of the `count` greatest keys of each row, greatest first.
+
+    keys: int64 [R, C] of `_rank_keys`. The result is int [R, min(count, C)].
     """
     columns = keys.shape[1]
     if count < columns:
@@ -70,26 +67,28 @@ def _best_columns(keys: numpy.ndarray, count: int) -> numpy.ndarray:
 def best_spans(start_logits: numpy.ndarray, end_logits: numpy.ndarray, context_start: numpy.ndarray,
                context_end: numpy.ndarray, n_best_size: int,
                max_answer_length: int) -> numpy.ndarray:
-    """The best spans of each window by the definition at the top of this file, best first: _SPAN
-    [W, n_best_size].
+    """Return the best spans of each window, best first, as defined at the top of this file.
 
-    start_logits, end_logits: float32 [W, S], -inf behind a window's end; the context is the tokens
-    context_start up to, not including, context_end (int [W]).
+    start_logits, end_logits: float32 [W, S], -inf after the end of a window. context_start,
+    context_end: int [W], the first token of the context and the one after its last.
+
+    Returns _SPAN [W, n_best_size], in tokens of the window.
     """
     starts = _best_columns(_rank_keys(start_logits), n_best_size)
     ends = _best_columns(_rank_keys(end_logits), n_best_size)
-    rows = numpy.arange(len(starts))[:, None]
-    best_starts, best_ends = start_logits[rows, starts], end_logits[rows, ends]
+    windows = numpy.arange(len(starts))[:, None]
+    best_starts, best_ends = start_logits[windows, starts], end_logits[windows, ends]
 
-    # Tokens outside the context are moved far apart, so that one unsigned comparison checks the
-    # context, the order and the length.
+    # Starts and ends outside the context are moved far apart. A single unsigned comparison of
+    # end - start then checks that both are in the context, that they are in order and that the
+    # span is not too long.
     far = 1 << 30
     inner_starts = numpy.where((starts >= context_start[:, None]) & (starts < context_end[:, None]),
                                starts, far).astype(numpy.int32)
     inner_ends = numpy.where((ends >= context_start[:, None]) & (ends < context_end[:, None]), ends,
                              -far).astype(numpy.int32)
-    valid = (inner_ends[:, None, :] - inner_starts[:, :, None]).view(
-        numpy.uint32) < max_answer_length
+    valid = (inner_ends[:, None, :]
+             - inner_starts[:, :, None]).view(numpy.uint32) < max_answer_length
     scores = numpy.where(valid, best_starts[:, :, None] + best_ends[:, None, :],
                          -numpy.inf).reshape(len(starts), -1)
     pairs = _best_columns(_rank_keys(scores), n_best_size)
@@ -97,22 +96,23 @@ def best_spans(start_logits: numpy.ndarray, end_logits: numpy.ndarray, context_s
     spans = numpy.zeros((len(starts), n_best_size), _SPAN)
     spans["score"] = -numpy.inf
     found, start_rank, end_rank = spans[:, :pairs.shape[1]], *numpy.divmod(pairs, ends.shape[1])
-    found["score"] = scores[rows, pairs]
-    found["start_logit"], found["end_logit"] = best_starts[rows, start_rank], best_ends[rows,
-                                                                                        end_rank]
-    found["start"], found["end"] = starts[rows, start_rank], ends[rows, end_rank] + 1
+    found["score"] = scores[windows, pairs]
+    found["start_logit"], found["end_logit"] = (
+        best_starts[windows, start_rank], best_ends[windows, end_rank])
+    found["start"], found["end"] = starts[windows, start_rank], ends[windows, end_rank] + 1
     return spans
 
 
 class AnswerFinder:
-    """Takes the logits of rows in any order; gives a question's answer once all windows up to and
-    of it are in.
+    """Takes the logits of rows and gives the answers in the order of the examples.
 
-    Holds the spans of the windows that wait for that, and no logits but those of the last few
-    hundred windows.
+    Windows may come in any order. A question is answered as soon as the logits of all windows up to
+    and including its own have arrived. Until then the best spans of its windows are kept in memory,
+    but logits only of the last few hundred windows.
 
-    windows: qa.windows.Windows with offsets, made from `examples`: a datasets.Dataset with the
-    columns id and context, or what has its len(), slices and select_columns().
+    windows: qa.data.windows.Windows with offsets, made from `examples`. examples: a
+    datasets.Dataset with the columns id and context, or an object with its len(), slices and
+    select_columns(). For the other arguments see the top of this file.
     """
 
     def __init__(self, windows, examples, *, n_best_size: int = 20, max_answer_length: int = 30,
@@ -120,29 +120,35 @@ class AnswerFinder:
         self._windows, self._examples = windows, examples.select_columns(["id", "context"])
         self._n_best_size, self._max_answer_length = n_best_size, max_answer_length
         self._threshold = null_score_diff_threshold if version_2_with_negative else None
-        self._logits = numpy.empty((2, _CHUNK, int(windows.lengths.max())),
-                                   numpy.float32)  # start, end
-        self._collected: List[int] = []  # the windows they are of
-        # Example e has the windows first_window[e] up to, not including, first_window[e + 1].
+        # The start and the end logits of the windows in _collected.
+        self._logits = numpy.empty((2, _CHUNK, int(windows.lengths.max())), numpy.float32)
+        self._collected: List[int] = []
+        # Example e has the windows _first_window[e] to _first_window[e + 1] - 1.
         self._first_window = numpy.searchsorted(windows.example, numpy.arange(len(examples) + 1))
         self._next_example = 0
-        # A ring: window w is at w modulo its size. Its best spans in characters of the context, and
-        # behind them its null span.
+        # A ring buffer for the results of windows whose example is not complete: window w has the
+        # index w modulo the buffer's size. An entry holds the best spans of the window, in
+        # characters of the context, followed by its null span.
         self._spans = numpy.empty((4 * _CHUNK, n_best_size + 1), _SPAN)
         self._filled = numpy.zeros(4 * _CHUNK, bool)
 
     def add(self, row_slices: list, start_logits, end_logits) -> Iterator[dict]:
-        """Take the logits of a batch of rows; give the answers which that completes, in example
-        order.
+        """Take the logits of a batch of rows, and yield the answers that they complete.
 
-        row_slices: for each row [(window, its first token in the row, number of tokens), ...]
-        (InferenceRows.slices). start_logits, end_logits: tensors [rows, tokens], of any floating
-        type; not kept.
+        row_slices: for each row the result of `InferenceRows.slices`, [(window, its first token in
+        the row, number of tokens), ...]. start_logits, end_logits: tensors [rows, tokens] of any
+        floating-point type; no reference to them is kept.
 
-        An answer is a dictionary: id; text; score, its probability among the n-best; start and end,
-        the characters of the context that it spans (end not included; both 0 where there is no
-        answer); nbest, a list of {text, start_logit, end_logit, probability, start, end}, best
-        first; with version 2 null_odds, the null score minus the two logits of the best span.
+        An answer is a dictionary with the keys
+            id           of the example
+            text         the answer; empty if there is none
+            score        its probability in the n-best list
+            start, end   the characters of the context that it spans, end not included; both 0 if
+                         there is no answer
+            nbest        a list of {text, start_logit, end_logit, probability, start, end}, best
+                         first
+            null_odds    only for version 2 data: the null score minus the sum of the two logits of
+                         the best span with a text, or the null score if there is no such span
         """
         logits = torch.stack((start_logits, end_logits)).float().numpy()
         for row, slices in enumerate(row_slices):
@@ -156,19 +162,20 @@ class AnswerFinder:
                     yield from self._complete()
 
     def finish(self) -> Iterator[dict]:
-        """Give the answers still open after the last `add`. Raises ValueError if the logits of a
-        window never came.
+        """Yield the answers that are left after the last `add`.
+
+        Raises ValueError if the logits of a window are missing.
         """
         if self._collected:
             self._search()
         yield from self._complete()
         if self._next_example < len(self._examples):
             raise ValueError(
-                f"question {self._next_example} of {len(self._examples)} still lacks the logits of a window"
-            )
+                f"question {self._next_example} of {len(self._examples)} still lacks the logits "
+                "of a window")
 
     def _search(self) -> None:
-        """Turn the collected logits into spans of characters, in the ring."""
+        """Find the spans of the collected windows and store them in the ring buffer."""
         chosen = numpy.array(self._collected)
         offsets = [self._windows.offsets(window) for window in self._collected]
         sizes = numpy.array([len(characters) for characters in offsets])
@@ -176,16 +183,16 @@ class AnswerFinder:
         start_logits, end_logits = self._logits[:, :len(chosen)]
         spans = best_spans(start_logits, end_logits, context_start, context_start + sizes,
                            self._n_best_size, self._max_answer_length)
-        characters = numpy.concatenate([*offsets, numpy.zeros(
-            (1, 2), numpy.int32)])  # the last entry is for "no span"
+        # The additional entry at the end is for unused spans, which get start 0 and end 0.
+        characters = numpy.concatenate([*offsets, numpy.zeros((1, 2), numpy.int32)])
         first = (numpy.cumsum(sizes) - sizes - context_start)[:, None]
         exists = spans["score"] > -numpy.inf
         spans["start"] = characters[numpy.where(exists, first + spans["start"], -1), 0]
         spans["end"] = characters[numpy.where(exists, first + spans["end"] - 1, -1), 1]
 
-        rows, cls = numpy.arange(len(chosen)), self._windows.cls_position[chosen]
+        index, cls = numpy.arange(len(chosen)), self._windows.cls_position[chosen]
         null = numpy.zeros(len(chosen), _SPAN)
-        null["start_logit"], null["end_logit"] = start_logits[rows, cls], end_logits[rows, cls]
+        null["start_logit"], null["end_logit"] = start_logits[index, cls], end_logits[index, cls]
         null["score"] = null["start_logit"] + null["end_logit"]
         self._make_room(int(chosen.max()))
         places = chosen % len(self._filled)
@@ -193,9 +200,7 @@ class AnswerFinder:
         self._collected.clear()
 
     def _make_room(self, window: int) -> None:
-        """Enlarge the ring so that it reaches from the first window that still waits up to
-        `window`.
-        """
+        """Enlarge the ring buffer until it holds all windows from the first waiting to `window`."""
         first, old = self._first_window[self._next_example], len(self._filled)
         if window - first < old:
             return
@@ -204,14 +209,14 @@ class AnswerFinder:
             size *= 2
         spans, filled = numpy.empty((size, self._spans.shape[1]), _SPAN), numpy.zeros(size, bool)
         waiting = numpy.arange(first, first + old)
-        spans[waiting % size], filled[waiting % size] = self._spans[waiting %
-                                                                    old], self._filled[waiting %
-                                                                                       old]
+        spans[waiting % size], filled[waiting % size] = (
+            self._spans[waiting % old], self._filled[waiting % old])
         self._spans, self._filled = spans, filled
 
     def _complete(self) -> Iterator[dict]:
-        """Give the answers of the examples in turn whose windows are all in, and free their places
-        in the ring.
+        """Yield the answers of the next examples that have all their windows in the ring buffer.
+
+        The entries of these windows are freed.
         """
         begin = self._next_example
         first = self._first_window[begin]
@@ -232,11 +237,12 @@ class AnswerFinder:
 
 def question_answers(names: List[str], contexts: List[str], spans: numpy.ndarray,
                      bounds: numpy.ndarray, threshold: Optional[float]) -> Iterator[dict]:
-    """The answers (see AnswerFinder.add) to Q questions.
+    """Yield the answers to Q questions, with the keys that `AnswerFinder.add` lists.
 
-    spans: _SPAN [windows, n_best_size + 1] in characters, the null span last; question q has the
-    windows bounds[q] up to, not including, bounds[q + 1] (int [Q + 1]). threshold: None unless the
-    data are version 2.
+    names, contexts: ids and contexts of the Q examples. spans: _SPAN [windows, n_best_size + 1] in
+    characters of the context, the null span last. bounds: int [Q + 1]; question q has the windows
+    bounds[q] to bounds[q + 1] - 1. threshold: null_score_diff_threshold for version 2 data, else
+    None.
     """
     spans = _merge_windows(spans, bounds)
     null_scores = spans["score"][:, -1]
@@ -272,8 +278,9 @@ def question_answers(names: List[str], contexts: List[str], spans: numpy.ndarray
 
 
 def _merge_windows(spans: numpy.ndarray, bounds: numpy.ndarray) -> numpy.ndarray:
-    """The spans of questions from those of their windows: the best of all, and the null span of the
-    smallest score.
+    """Return the best spans of each question, and its null span with the smallest score.
+
+    spans, bounds: as in `question_answers`. The result is _SPAN [Q, n_best_size + 1].
     """
     merged = spans[bounds[:-1]]
     for question in numpy.flatnonzero(numpy.diff(bounds) > 1):
@@ -286,10 +293,10 @@ def _merge_windows(spans: numpy.ndarray, bounds: numpy.ndarray) -> numpy.ndarray
 
 
 def _rank_null(spans: numpy.ndarray) -> Tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Move the null span from the last column to its rank among the spans.
+    """Move the null span of each question from the last column to its rank among the spans.
 
-    Returns the spans, how many there are of each question, and the column of the null span (int [Q]
-    both).
+    spans: _SPAN [Q, n_best_size + 1]. Returns the spans in their new order, and two int [Q]: how
+    many spans each question has, and the column of its null span.
     """
     n_best_size = spans.shape[1] - 1
     found, null = spans[:, :-1], spans[:, -1]
@@ -304,15 +311,16 @@ def _rank_null(spans: numpy.ndarray) -> Tuple[numpy.ndarray, numpy.ndarray, nump
 
 
 def _probabilities(scores: numpy.ndarray, counts: numpy.ndarray) -> numpy.ndarray:
-    """float32 [Q, n]: the softmax over each question's first `counts` scores.
+    """Return the softmax over the first `counts` scores of each question, float32 [Q, n].
 
-    Questions of equal count are done together: padded to a common width, numpy would add the
-    numbers up in another order, and the last bit could differ.
+    scores: float32 [Q, n]. counts: int [Q], at least 1.
     """
+    # Questions with equal counts are handled together. If all were padded to a common width, numpy
+    # would add the numbers in a different order, and the last bit of the sum could differ.
     probabilities = numpy.zeros(scores.shape, numpy.float32)
     for count in numpy.unique(counts):
-        rows = counts == count
-        exponentials = numpy.ascontiguousarray(scores[rows, :count])
+        chosen = counts == count
+        exponentials = numpy.ascontiguousarray(scores[chosen, :count])
         exponentials = numpy.exp(exponentials - exponentials.max(axis=1, keepdims=True))
-        probabilities[rows, :count] = exponentials / exponentials.sum(axis=1, keepdims=True)
+        probabilities[chosen, :count] = exponentials / exponentials.sum(axis=1, keepdims=True)
     return probabilities

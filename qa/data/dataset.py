@@ -1,15 +1,22 @@
-"""Questions from the hub or from a file -> a checked data set with SQuAD's columns.
+"""Load question data sets from the hub or from files, and check every example.
 
-Every row is checked before it counts. With on_bad_row="refuse" the first malformed row ends the
-run, naming file, row and id; with "skip" such rows are left out and the log says how many and why.
-Malformed is: a missing column, null, a number or NaN where text belongs, an empty context or
-question, bytes that are not UTF-8 or lone surrogates, an answer that is empty or does not stand at
-its answer_start, an id seen before, and without --version_2_with_negative a question with no
-answer. Control characters and contexts of any length are kept as they are.
+The result has SQuAD's columns: id, context, question, answers. An example is malformed if
+- a column is missing or null, or holds a number or NaN where text belongs (only an id may be an
+  integer);
+- its id, context or question is empty;
+- a text contains bytes that are not UTF-8, or lone surrogates;
+- an answer is empty or does not match the context at its answer_start;
+- an earlier example has the same id;
+- it has no answer and --version_2_with_negative is not set.
+Control characters and contexts of any length are allowed and kept unchanged.
 
-Rows are read, checked and written to an Arrow file one after the other, so memory does not grow
-with the file (but for 100 bytes an id, to find ids that occur twice). The Arrow file is named after
-the content of the source and found again by the next run.
+With on_bad_row="refuse" the first malformed example ends the run, and the error message gives the
+source, the position and the id. With "skip" malformed examples are left out, and the log reports
+how many and why.
+
+Examples are read, checked and written to an Arrow file one at a time, so that memory does not grow
+with the source, except for about 100 bytes per id to detect duplicates. The file name is a hash of
+the source's content and the settings, so that the next run finds and reuses the file.
 """
 from __future__ import annotations
 
@@ -33,25 +40,31 @@ from qa.data.readers import COLUMNS, BadRow, read_rows
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 1  # part of the cache's key: count up when the same source gives other rows
+# Part of the cache key. Increase it when the same source would give different examples.
+_VERSION = 1
 _SCHEMA = pa.schema(
     [("id", pa.string()), ("context", pa.string()), ("question", pa.string()),
-     ("answers", pa.struct([("text", pa.list_(pa.string())), ("answer_start", pa.list_(
-         pa.int32()))]))])
+     ("answers", pa.struct([("text", pa.list_(pa.string())),
+                            ("answer_start", pa.list_(pa.int32()))]))])
 
 
 def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optional[str] = None,
                   dataset_config_name: Optional[str] = None, max_samples: Optional[int] = None,
                   need_answers: bool = True, version_2_with_negative: bool = False,
                   on_bad_row: str = "refuse", cache_dir: Optional[str] = None) -> datasets.Dataset:
-    """The first `max_samples` good rows (default: all) of `file` (formats: qa.readers), else of a
-    hub data set's `split`.
+    """Return the checked examples of `file`, or of a hub data set's `split` if no file is given.
 
-    Columns: id (unique), context, question, answers {text: list of strings, answer_start: list of
-    int32, in code points}; lists are empty for a question without answer, and for all if
-    `need_answers` is false. Memory-mapped, cached in `cache_dir` (default: the `datasets` cache).
-    Raises UsageError for a source that is wrong, RunError if the hub cannot be reached or the cache
-    not written.
+    file: a path; qa.data.readers lists the formats. max_samples: return only this many well-formed
+    examples, the first ones (default: all). need_answers: if false, `answers` is neither required
+    nor read. on_bad_row: "refuse" or "skip", see the top of this file. cache_dir: where the Arrow
+    file is written (default: the cache folder of `datasets`).
+
+    Returns a memory-mapped data set with the columns id (unique), context, question and answers
+    {text: list of strings, answer_start: list of int32 in code points}. Both lists are empty for a
+    question without an answer, and for every question if `need_answers` is false.
+
+    Raises UsageError if the source is malformed or contains no usable example, RunError if the hub
+    cannot be reached or the cache cannot be written.
     """
     if file:
         source, rows, identity = str(file), read_rows(file, need_answers), _content(file)
@@ -66,36 +79,43 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
         source, rows, identity = f"{dataset_name} ({split})", iter(hub), hub._fingerprint
     settings = (_VERSION, identity, max_samples, need_answers, version_2_with_negative, on_bad_row)
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
-    # A folder for each release of `datasets`, which write their own kinds of columns beside this
-    # file (the cached windows).
-    folder = Path(cache_dir or
-                  datasets.config.HF_DATASETS_CACHE) / f"squad_rows-{datasets.__version__}"
+    # `datasets` caches the windows beside this file, and each of its releases stores column types
+    # in its own way. Each release therefore gets a folder of its own.
+    folder = (Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+              / f"squad_rows-{datasets.__version__}")
     arrow_file = folder / f"{key}.arrow"
-    # Rows are only skipped where they are read, so then read them again: the log is to have the
-    # count in every run.
+    # The number of skipped examples is only known after reading the source, and the log of every
+    # run has to report it. With "skip" the source is therefore read even if the cache exists.
     if on_bad_row == "skip" or not arrow_file.exists():
         checked = _checked(rows, source, need_answers, version_2_with_negative, on_bad_row)
         try:
             _write_arrow(islice(checked, max_samples), arrow_file, source)
         except OSError as error:
             raise RunError(
-                f"{arrow_file.parent}: cannot write the cache of {source} ({error.strerror or error}); "
-                "set HF_DATASETS_CACHE to a folder with room") from error
+                f"{arrow_file.parent}: cannot write the cache of {source} "
+                f"({error.strerror or error}); set HF_DATASETS_CACHE to a folder with room"
+            ) from error
     return datasets.Dataset(datasets.table.MemoryMappedTable.from_file(str(arrow_file)),
                             fingerprint=key)
 
 
 def random_examples(examples: datasets.Dataset, n: int, seed: int) -> str:
-    """`n` examples picked at random, as text to print: question, true answers and context of each.
+    """Return `n` random examples as text: the id, question, true answers and context of each.
+
+    seed: determines which examples are chosen.
     """
     picked = random.Random(seed).sample(range(len(examples)), min(n, len(examples)))
     return "\n\n".join(
-        f"{row['id']}\n  question: {row['question']}\n  answers:  {' | '.join(row['answers']['text']) or '(none)'}\n"
-        f"  context:  {row['context']}" for row in (examples[i] for i in picked))
+        f"{example['id']}\n  question: {example['question']}\n"
+        f"  answers:  {' | '.join(example['answers']['text']) or '(none)'}\n"
+        f"  context:  {example['context']}" for example in (examples[i] for i in picked))
 
 
 def _content(file):
-    """A hash of the file's content and kind; none for what is no file, which its reader refuses."""
+    """Return a hash of the file's suffix and content.
+
+    A path that is not a file gives a hash of the suffix alone; the reader refuses it later.
+    """
     digest = hashlib.sha256(Path(file).suffix.lower().encode())
     if Path(file).is_file():
         with open(file, "rb") as opened:
@@ -105,14 +125,19 @@ def _content(file):
 
 
 def _load_from_hub(name, config_name, split):
+    """Return one split of a hub data set.
+
+    Raises RunError if the data set cannot be fetched, UsageError if it has no such split.
+    """
     try:
-        # No code from the hub is run; releases from 4 on have no such option, and no such code.
+        # Never run code from the hub. `datasets` 4 removed both the option and that feature.
         trust = {} if int(datasets.__version__.split(".")[0]) >= 4 else {"trust_remote_code": False}
         splits = datasets.load_dataset(name, config_name, **trust)
     except (OSError, ValueError, RuntimeError) as error:
         raise RunError(
-            f"cannot fetch the data set {name!r} from the hub ({first_line(error)}); give local files with --train_file and "
-            "--validation_file, or run the demo, which needs no network, with --config demo"
+            f"cannot fetch the data set {name!r} from the hub ({first_line(error)}); "
+            "give local files with --train_file and --validation_file, or run the demo, "
+            "which needs no network, with --config demo"
         ) from error
     if split not in splits:
         raise UsageError(
@@ -121,7 +146,10 @@ def _load_from_hub(name, config_name, split):
 
 
 def _write_arrow(rows, arrow_file, source):
-    """Write rows to `arrow_file`, which appears whole or not at all."""
+    """Write the examples to `arrow_file`, which appears complete or not at all.
+
+    Raises UsageError if there are none, OSError if the file cannot be written.
+    """
     arrow_file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(arrow_file, "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         count = 0
@@ -133,20 +161,25 @@ def _write_arrow(rows, arrow_file, source):
 
 
 def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
-    """The good rows in order, as dictionaries of _SCHEMA; refuses or counts the others."""
+    """Yield the well-formed examples in order, as dictionaries with the columns of _SCHEMA.
+
+    Malformed ones raise UsageError (on_bad_row="refuse"), or are counted and logged ("skip"). The
+    log message is written only if the source is read to its end, not if `max_samples` stops it.
+    """
     seen, skipped, first, number = set(), Counter(), "", 0
     for number, row in enumerate(rows, 1):
         try:
             if isinstance(row, BadRow):
                 raise row
             checked = _check(row, need_answers, version_2_with_negative)
-            if hash(
-                    checked["id"]
-            ) in seen:  # 64 bits: two ids of a million share them by chance once in 10^7 runs
+            # Hashes have 64 bits: a collision among a million ids occurs less than once in 10^7
+            # runs.
+            if hash(checked["id"]) in seen:
                 raise BadRow("has an id that another row has")
         except BadRow as problem:
             name = row.get("id") if isinstance(row, dict) else None
-            where = f"{source}: row {number} (id {str(name)[:80]!a})" if name is not None else f"{source}: row {number}"
+            where = (f"{source}: row {number} (id {str(name)[:80]!a})"
+                     if name is not None else f"{source}: row {number}")
             if on_bad_row == "refuse":
                 raise UsageError(
                     f"{where} {problem}; correct it, or leave such rows out with --on_bad_row skip"
@@ -163,6 +196,7 @@ def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
 
 
 def _check(row, need_answers, version_2_with_negative):
+    """Return `row` with the columns and types of _SCHEMA. Raises BadRow if it is malformed."""
     missing = [name for name in (COLUMNS if need_answers else COLUMNS[:3]) if name not in row]
     if missing:
         raise BadRow(f"has no {', '.join(missing)}")
@@ -176,8 +210,8 @@ def _check(row, need_answers, version_2_with_negative):
     for text, start in zip(texts, starts):
         if start + len(text) > len(context):
             raise BadRow(
-                f"has an answer_start beyond the context's end: {start} and {len(text)} characters of {len(context)}"
-            )
+                f"has an answer_start beyond the context's end: {start} and {len(text)} characters "
+                f"of {len(context)}")
         if context[start:start + len(text)] != text:
             raise BadRow("has an answer that does not stand at its answer_start in the context")
     return {"id": _text(name, "id"), "context": context, "question": question,
@@ -185,6 +219,7 @@ def _check(row, need_answers, version_2_with_negative):
 
 
 def _text(value, name):
+    """Return `value` if it is a text that is not blank and can be encoded; else raise BadRow."""
     if not isinstance(value, str):
         null = value is None or (isinstance(value, float) and math.isnan(value))
         raise BadRow(f"has a null {name}"
@@ -199,12 +234,15 @@ def _text(value, name):
 
 
 def _a(name):
+    """Return `name` with its indefinite article."""
     return ("an " if name[0] in "ai" else "a ") + name
 
 
 def _answers(value):
-    """(texts, starts) from {"text": [...], "answer_start": [...]}, a list of {"text",
-    "answer_start"}, or either as a string.
+    """Return (texts, starts) from an `answers` field.
+
+    value: {"text": [...], "answer_start": [...]}, a list of {"text", "answer_start"}, or a string
+    of either. Raises BadRow for anything else.
     """
     if isinstance(value, str):
         value = _parsed(value)
@@ -226,8 +264,10 @@ def _answers(value):
 
 
 def _parsed(text):
-    """The value of a string of JSON, or of Python or pandas output such as {'text': array(['x'],
-    dtype=object)}; nothing is run.
+    """Parse a string of JSON, or a dictionary as Python or pandas print it.
+
+    An example of the latter is {'text': array(['x'], dtype=object)}. No code in the string is
+    executed. Raises BadRow if the string is neither.
     """
     try:
         return json.loads(text)
@@ -241,8 +281,8 @@ def _parsed(text):
 
 
 class _ArraysAsLists(ast.NodeTransformer):
-    """Puts the list in the place of array([...], ...), as numpy prints it."""
+    """Replaces array([...], ...), as numpy prints an array, by its first argument, the list."""
 
     def visit_Call(self, node):
-        return node.args[0] if isinstance(
-            node.func, ast.Name) and node.func.id == "array" and node.args else node
+        return (node.args[0] if isinstance(node.func, ast.Name) and node.func.id == "array"
+                and node.args else node)

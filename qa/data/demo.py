@@ -1,11 +1,14 @@
-"""The demo's data set and model: invented biographies from a seeded generator, a byte-level BPE
-tokenizer trained on them and a 4-layer RoBERTa with random weights, written as the ordinary files
-that the ordinary flags read. No network is needed.
+"""Generate the demo: a data set of invented biographies and a small untrained model.
 
-What makes it learnable from scratch in two minutes: a context tells about one person, its facts
-come from closed lists, and the words around a fact tell which one it is (two cities, two years:
-only the sentence around them says which is asked for). Contexts about several people would need
-entity matching, which a model this small does not learn in this time.
+The biographies come from a seeded generator. The model is a 4-layer RoBERTa with random weights,
+and its byte-level BPE tokenizer is trained on the biographies. Everything is written as ordinary
+files that the ordinary flags read, and no network is needed.
+
+The task can be learned from scratch in two minutes because each context is about one person, its
+facts come from closed lists, and the words around a fact tell what it is. (A context may contain
+two cities and two years: only the sentence around each says which one a question asks for.)
+Contexts about several people would require entity matching, which a model of this size does not
+learn in that time.
 """
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from string import Formatter
 from ipu_options.errors import RunError
 from ipu_options.files import system_error
 
-# A topic is one sentence about the person, in several wordings that state the same facts; {slots}
-# are filled from FACTS.
+# A topic is one sentence about the person, in several wordings that state the same facts. The slots
+# in braces are filled from FACTS, except for the name and the pronouns.
 OPENING = (
     "{name} was born in {birthplace} in {birth_year}.",
     "{name} was born in {birth_year} in the city of {birthplace}.",
@@ -42,9 +45,10 @@ TOPICS = {
                    "{Her} house was full of {collection}, which {she} collected.",
                    "All {her} life {she} collected {collection}."),
     "fear": ("{She} was afraid of {fear}.", "Nothing frightened {her_object} but {fear}.",
-             "{She} had a great fear of {fear}."), "food": ("For breakfast {she} ate {food}.",
-                                                            "{She} ate {food} every day.",
-                                                            "{Her} favourite meal was {food}."), }
+             "{She} had a great fear of {fear}."),
+    "food": ("For breakfast {she} ate {food}.", "{She} ate {food} every day.",
+             "{Her} favourite meal was {food}."),
+}
 
 QUESTIONS = {
     "birthplace": ("Where was {name} born?", "In which city was {name} born?",
@@ -52,9 +56,9 @@ QUESTIONS = {
     "birth_year": ("When was {name} born?", "In what year was {name} born?",
                    "What was the birth year of {name}?"),
     "profession": ("What did {name} do for a living?", "What was the profession of {name}?",
-                   "What did {name} work as?"), "home": ("Where did {name} move to?",
-                                                         "Where did {name} spend {her} last years?",
-                                                         "Where did {name} settle in old age?"),
+                   "What did {name} work as?"),
+    "home": ("Where did {name} move to?", "Where did {name} spend {her} last years?",
+             "Where did {name} settle in old age?"),
     "instrument": ("Which instrument did {name} play?", "What did {name} play?",
                    "What instrument could {name} play?"),
     "animal": ("What kind of animal did {name} keep?", "Which pet did {name} have?",
@@ -62,69 +66,76 @@ QUESTIONS = {
     "pet_name": ("What was the name of {her} pet?", "What was the pet of {name} called?",
                  "What did {name} call {her} pet?"),
     "prize": ("Which prize did {name} win?", "What award did {name} receive?",
-              "What did {name} win?"), "prize_year": ("When did {name} win a prize?",
-                                                      "In what year did {name} win an award?",
-                                                      "When did {name} receive an award?"),
+              "What did {name} win?"),
+    "prize_year": ("When did {name} win a prize?", "In what year did {name} win an award?",
+                   "When did {name} receive an award?"),
     "collection": ("What did {name} collect?", "What was {her} house full of?",
                    "What was in the collection of {name}?"),
     "fear": ("What was {name} afraid of?", "What did {name} fear?", "What frightened {name}?"),
     "food": ("What did {name} eat?", "What was the favourite meal of {name}?",
-             "What did {name} like to eat?"), }
+             "What did {name} like to eat?"),
+}
 
 
 def _listed(text):
-    """The entries of a comma-separated list that may run over several lines."""
+    """Split a comma-separated list, which may run over several lines, into a tuple of entries."""
     return tuple(" ".join(entry.split()) for entry in text.split(","))
 
 
 CITIES = _listed(
-    """Lisbon, Oslo, Bergen, Prague, Vienna, Naples, Dublin, Bristol, Geneva, Seville, Porto, Tallinn, Riga, Krakow,
-    Ghent, Lyon, Turin, Malmo, Aberdeen, Cork, Utrecht, Basel, Salzburg, Toledo, Verona, Uppsala, Leipzig, Bruges, Nantes,
-    Zagreb""")
+    """Lisbon, Oslo, Bergen, Prague, Vienna, Naples, Dublin, Bristol, Geneva, Seville, Porto,
+    Tallinn, Riga, Krakow, Ghent, Lyon, Turin, Malmo, Aberdeen, Cork, Utrecht, Basel, Salzburg,
+    Toledo, Verona, Uppsala, Leipzig, Bruges, Nantes, Zagreb""")
 FACTS = {
-    "birthplace": CITIES, "home": CITIES, "birth_year": tuple(
-        str(year) for year in range(1860, 1900)), "prize_year": tuple(
-            str(year) for year in range(1910, 1950)),
+    "birthplace": CITIES,
+    "home": CITIES,
+    "birth_year": tuple(str(year) for year in range(1860, 1900)),
+    "prize_year": tuple(str(year) for year in range(1910, 1950)),
     "profession": _listed(
-        """botanist, clockmaker, beekeeper, glassblower, cartographer, lighthouse keeper, bookbinder, baker,
-        sailmaker, piano tuner, photographer, gardener, shipwright, printer, mountain guide, schoolteacher, tailor, balloonist"""
-    ), "instrument": _listed(
-        """cello, violin, flute, trumpet, accordion, harp, clarinet, banjo, oboe, mandolin, bassoon, lute, tuba,
-        harpsichord, trombone, viola"""),
+        """botanist, clockmaker, beekeeper, glassblower, cartographer, lighthouse keeper,
+        bookbinder, baker, sailmaker, piano tuner, photographer, gardener, shipwright, printer,
+        mountain guide, schoolteacher, tailor, balloonist"""),
+    "instrument": _listed(
+        """cello, violin, flute, trumpet, accordion, harp, clarinet, banjo, oboe, mandolin, bassoon,
+        lute, tuba, harpsichord, trombone, viola"""),
     "animal": _listed(
-        "cat, parrot, tortoise, goose, hedgehog, donkey, rabbit, raven, goat, dog, fox, squirrel, pony, ferret"
-    ), "pet_name": _listed(
-        """Biscuit, Pepper, Admiral, Marmalade, Button, Professor, Pudding, Thistle, Captain, Mustard, Pickle,
-        Duchess, Domino, Crumpet, Nutmeg, Sultan, Whistle, Juniper"""),
+        """cat, parrot, tortoise, goose, hedgehog, donkey, rabbit, raven, goat, dog, fox, squirrel,
+        pony, ferret"""),
+    "pet_name": _listed(
+        """Biscuit, Pepper, Admiral, Marmalade, Button, Professor, Pudding, Thistle, Captain,
+        Mustard, Pickle, Duchess, Domino, Crumpet, Nutmeg, Sultan, Whistle, Juniper"""),
     "prize": tuple(
         f"{name} {kind}"
         for name in _listed("Halley, Ashworth, Meridian, Linden, Falcon, Kepler, Orchard, Hawthorn")
         for kind in ("Medal", "Prize", "Cup")),
     "collection": _listed(
-        """sea shells, old maps, tea cups, postage stamps, door keys, music boxes, brass buttons, butterflies,
-        fossils, walking sticks, theatre tickets, marbles, pocket watches, paper fans, bird feathers, snow globes"""
-    ), "fear": _listed(
-        """thunder, spiders, deep water, heights, moths, geese, the dark, bats, ghosts, eels, escalators, horses,
-        clowns, wasps, telephones, mirrors"""),
+        """sea shells, old maps, tea cups, postage stamps, door keys, music boxes, brass buttons,
+        butterflies, fossils, walking sticks, theatre tickets, marbles, pocket watches, paper fans,
+        bird feathers, snow globes"""),
+    "fear": _listed(
+        """thunder, spiders, deep water, heights, moths, geese, the dark, bats, ghosts, eels,
+        escalators, horses, clowns, wasps, telephones, mirrors"""),
     "food": _listed(
-        """plum dumplings, onion soup, smoked herring, porridge, pancakes, buttered toast, cherry pie, boiled eggs,
-        potato salad, fish stew, cheese omelette, barley bread, pea soup, roast chestnuts, apple fritters, cold rice"""
-    ), }
+        """plum dumplings, onion soup, smoked herring, porridge, pancakes, buttered toast,
+        cherry pie, boiled eggs, potato salad, fish stew, cheese omelette, barley bread, pea soup,
+        roast chestnuts, apple fritters, cold rice"""),
+}
 WOMEN = _listed(
-    """Ada, Clara, Edith, Greta, Hanna, Ingrid, Josephine, Leonora, Matilda, Nora, Ottilie, Rosalind, Selma, Theodora,
-    Ursula, Vera, Wilhelmina, Beatrice, Florence, Harriet""")
+    """Ada, Clara, Edith, Greta, Hanna, Ingrid, Josephine, Leonora, Matilda, Nora, Ottilie,
+    Rosalind, Selma, Theodora, Ursula, Vera, Wilhelmina, Beatrice, Florence, Harriet""")
 MEN = _listed(
-    """Albert, Bruno, Caspar, Edmund, Felix, Gustav, Hugo, Jasper, Konrad, Leopold, Magnus, Nathaniel, Oscar, Percival,
-    Rufus, Sebastian, Tobias, Victor, Walter, Barnaby""")
+    """Albert, Bruno, Caspar, Edmund, Felix, Gustav, Hugo, Jasper, Konrad, Leopold, Magnus,
+    Nathaniel, Oscar, Percival, Rufus, Sebastian, Tobias, Victor, Walter, Barnaby""")
 SURNAMES = _listed(
-    """Whitfield, Lindqvist, Marlowe, Ferrari, Novak, Okafor, Pemberton, Quist, Rossi, Svensson, Tanaka, Underhill,
-    Vogel, Winter, Abara, Blackwood, Castellan, Drummond, Eriksen, Fairweather, Grimaldi, Hollis, Iversen, Jansen, Kestrel,
-    Lombardi, Merriweather, Nightingale, Orlov, Partridge""")
+    """Whitfield, Lindqvist, Marlowe, Ferrari, Novak, Okafor, Pemberton, Quist, Rossi, Svensson,
+    Tanaka, Underhill, Vogel, Winter, Abara, Blackwood, Castellan, Drummond, Eriksen, Fairweather,
+    Grimaldi, Hollis, Iversen, Jansen, Kestrel, Lombardi, Merriweather, Nightingale, Orlov,
+    Partridge""")
 
 TRAIN_QUESTIONS, VALIDATION_QUESTIONS, QUESTIONS_PER_CONTEXT, TOPICS_PER_CONTEXT = 8000, 500, 4, 4
 VOCABULARY_SIZE = 2000
-MEAN_TOKENS = 62  # of a window, special tokens included
-# The model's sizes, as in its config.json.
+MEAN_TOKENS = 62  # per window, special tokens included
+# The model's sizes, named as in its config.json.
 MODEL = {
     "vocab_size": VOCABULARY_SIZE,
     "hidden_size": 96,
@@ -134,42 +145,44 @@ MODEL = {
     "max_position_embeddings": 514,
     "type_vocab_size": 1,
     "layer_norm_eps": 1e-5,
-    # Wider than BERT's 0.02, near 1 / sqrt(hidden_size): at this width attention otherwise stays
-    # flat for hundreds of steps.
+    # Near 1 / sqrt(hidden_size). With BERT's 0.02, attention in a model this narrow stays uniform
+    # for hundreds of steps.
     "initializer_range": 0.08,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0}
 
 
 def use_demo_data(settings):
-    """Write the demo below settings.output_dir and return the settings that read it like any other
-    data and model.
+    """Write the demo below settings.output_dir and return the settings that use it.
 
-    Raises RunError where it cannot be written.
+    The returned copy of `settings` names the demo's files like any other data and model. Raises
+    RunError if they cannot be written.
     """
     folder = Path(settings.output_dir) / "demo_data"
     try:
         write_demo(folder, seed=settings.seed,
                    version_2_with_negative=settings.version_2_with_negative)
-    except Exception as error:  # the tokenizer's and safetensors' writers have errors of their own
+    # tokenizers and safetensors raise their own kinds of errors for a failed write.
+    except Exception as error:
         reason = system_error(error)
         if reason is None:
             raise
         raise RunError(
-            f"{folder}: the demo's files cannot be written ({reason}); make room there or name another --output_dir"
-        ) from error
-    return replace(settings, train_file=str(folder / "train.json"), validation_file=str(
-        folder / "validation.json"), model_name_or_path=str(folder / "model"), dataset_name=None)
+            f"{folder}: the demo's files cannot be written ({reason}); make room there or name "
+            "another --output_dir") from error
+    return replace(settings, train_file=str(folder / "train.json"),
+                   validation_file=str(folder / "validation.json"),
+                   model_name_or_path=str(folder / "model"), dataset_name=None)
 
 
 def write_demo(folder, *, seed, version_2_with_negative=False):
-    """Write train.json, validation.json (SQuAD's nested layout) and model/ (tokenizer, config,
-    random weights) into `folder`.
+    """Write the demo's data set and model into `folder`, which is created if necessary.
 
-    8,000 training and 500 validation questions, four to a context; no context is in both files.
-    With `version_2_with_negative` a third of the questions ask for a fact that their context does
-    not tell. The same `seed` gives the same data and weights; torch's global random state is left
-    as it was.
+    train.json and validation.json have SQuAD's nested layout: 8,000 and 500 questions, four to a
+    context, and no context in both files. model/ holds the tokenizer, the configuration and the
+    random weights. With `version_2_with_negative` a third of the questions ask for a fact that
+    their context does not mention. The same `seed` gives the same data and weights; the global
+    random state of torch is left unchanged.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +205,7 @@ def write_demo(folder, *, seed, version_2_with_negative=False):
 
 
 def _paragraph(rng, version_2_with_negative):
-    """One person's context and its questions, in SQuAD's layout (without ids)."""
+    """Return one person's context and its questions, in SQuAD's layout but without ids."""
     person = _person(rng)
     topics = rng.sample(sorted(TOPICS), TOPICS_PER_CONTEXT)
     context, starts = _fill([rng.choice(OPENING)] + [rng.choice(TOPICS[topic]) for topic in topics],
@@ -214,7 +227,7 @@ def _paragraph(rng, version_2_with_negative):
 
 
 def _person(rng):
-    """A value for every slot of the sentences and questions."""
+    """Return a random value for every slot of the sentences and questions, by the slot's name."""
     woman = rng.random() < 0.5
     person = {fact: rng.choice(values) for fact, values in FACTS.items()}
     person["home"] = rng.choice([city for city in CITIES if city != person["birthplace"]])
@@ -226,7 +239,9 @@ def _person(rng):
 
 
 def _fill(sentences, person):
-    """Fill the sentences' slots -> (text, {fact: index of the character where its value starts}).
+    """Join the sentences and fill their slots.
+
+    Returns (text, {fact: index of the character at which its value starts}).
     """
     text, starts = "", {}
     for literal, slot, _, _ in Formatter().parse(" ".join(sentences)):
@@ -239,8 +254,9 @@ def _fill(sentences, person):
 
 
 def _write_model(folder, paragraphs, seed):
-    """A byte-level BPE tokenizer trained on the paragraphs, and a RoBERTa with random weights for
-    it.
+    """Train a byte-level BPE tokenizer on `paragraphs`; write it and a RoBERTa with random weights.
+
+    seed: of the weights.
     """
     import torch
     from tokenizers import ByteLevelBPETokenizer

@@ -1,4 +1,4 @@
-"""Rows through a poptorch.DataLoader, whose processes end with the block that uses them."""
+"""Load rows through a poptorch.DataLoader whose processes end with the block that uses them."""
 from __future__ import annotations
 
 import signal
@@ -13,14 +13,18 @@ from ipu_options import poptorch
 @contextmanager
 def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: int,
                 num_workers: int = 0, *, asynchronous: bool = True) -> Iterator[Iterator[dict]]:
-    """An iterator over the combined batches of `rows` (qa/data/rows.py): {name: tensor [rows of a
-    step, ...]}.
+    """Open a loader for the duration of a `with` block.
 
-    options: of the model that runs them.  num_workers: processes that make rows, besides the one of
-    an asynchronous loader. The tensors of an asynchronous loader are shared memory that is
-    overwritten: what outlives an iteration must be cloned.
+    options: the poptorch.Options of the model that runs the rows. rows: a data set of
+    qa/data/rows.py. num_workers: processes that make rows, in addition to the one process of an
+    asynchronous loader.
+
+    Gives an iterator over the combined batches, {name: tensor [rows of one step, ...]}. An
+    asynchronous loader reuses the shared memory of its tensors: clone whatever is needed after the
+    iteration that gave it.
     """
-    if not len(rows):  # a run that was killed after its last step has nothing left to load
+    # A run that is resumed after its last step has no rows left to load.
+    if not len(rows):
         yield iter(())
         return
     mode = poptorch.DataLoaderMode.Async if asynchronous else poptorch.DataLoaderMode.Sync
@@ -34,17 +38,20 @@ def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
 
 
 def collate(rows):
-    """Batch rows for a DataLoader, as its `collate_fn`: rows that were made as one batch pass
-    through as they are.
+    """Make a batch of rows, as the `collate_fn` of a DataLoader.
+
+    Rows that were made as one batch (a dictionary, from `__getitems__`) are returned unchanged.
     """
     return rows if isinstance(rows, dict) else torch.utils.data.default_collate(rows)
 
 
 @contextmanager
 def workers_ignore_interrupt() -> Iterator[None]:
-    """Processes started in here ignore SIGINT, which a terminal's Ctrl-C sends to the whole group:
-    the loader's worker must live on for the step to be finished. (A signal that is ignored stays so
-    over exec, and Python leaves it as it finds it.)
+    """Make the processes that are started in this block ignore SIGINT.
+
+    Ctrl-C in a terminal sends SIGINT to the whole process group, but the loader's workers must
+    survive so that the current step can be finished. An ignored signal stays ignored across exec,
+    and Python does not install its own handler for it.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

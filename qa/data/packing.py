@@ -1,4 +1,4 @@
-"""Which windows share a row: packing by the histogram of their lengths."""
+"""Decide which windows share a row: packing by the histogram of their lengths."""
 from __future__ import annotations
 
 import bisect
@@ -12,33 +12,39 @@ from qa.settings import TrainSettings
 
 
 class Packing(NamedTuple):
-    """Which lengths share a row. Row r has the slots row_slots[r] up to, not including, row_slots[r
-    + 1].
+    """An assignment of window lengths to rows.
+
+    Each window takes one slot of a row. The slots are numbered row after row: row r has the slots
+    row_slots[r] to row_slots[r + 1] - 1.
     """
 
     row_slots: numpy.ndarray  # int32 [rows + 1]
-    slot_length: numpy.ndarray  # int32 [windows]: tokens of the window that goes there
-    slot_start: numpy.ndarray  # int32 [windows]: the token of the row at which it starts
+    slot_length: numpy.ndarray  # int32 [windows]: tokens of the window in this slot
+    slot_start: numpy.ndarray  # int32 [windows]: the row's token at which that window starts
 
 
 def pack(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> Packing:
     """Pack windows into rows by best-fit decreasing on the histogram of their lengths.
 
-    Windows are placed from the longest to the shortest, each in the row with the least room that is
-    left for it (Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination",
-    arXiv:2107.02027). Equal rows are kept as one entry with a count, so that the time depends on
-    `row_length` and hardly on the number of windows.
+    Windows are placed from the longest to the shortest, each in the fullest row that still has room
+    for it (Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination",
+    arXiv:2107.02027). Rows with the same lengths are kept as one entry with a count, so that the
+    running time depends on `row_length` and hardly on the number of windows.
 
-    lengths: int [N], tokens of each window. Raises ValueError if there is none, an empty one or one
-    that fits no row.
+    lengths: int [N], tokens of each window. row_length: tokens of a row. max_windows_per_row: how
+    many windows a row may hold at most. Raises ValueError if there are no windows, or if a window
+    is empty or longer than a row.
     """
     if not len(lengths) or lengths.min() < 1 or lengths.max() > row_length:
         raise ValueError(f"window lengths must lie in 1..{row_length}, got {len(lengths)} windows"
                          + (f" of {lengths.min()}..{lengths.max()} tokens" if len(lengths) else ""))
     histogram = numpy.bincount(lengths, minlength=row_length + 1)
-    open_rows = {}  # (room left, windows in it) -> [(lengths in the row, number of such rows), ...]
-    places = [
-    ]  # the keys of open_rows, ascending: of equal room the row with fewer windows is taken first
+    # Rows that can take more windows:
+    # (tokens left, windows in the row) -> [(lengths in the row, number of such rows), ...].
+    open_rows = {}
+    # The keys of open_rows in ascending order. Of two rows with the same number of tokens left, the
+    # one with fewer windows is therefore filled first.
+    places = []
     done = []
     for length in range(row_length, 0, -1):
         left = int(histogram[length])
@@ -48,8 +54,8 @@ def pack(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> P
                 room, row, count = _take_open(open_rows, places, best)
             else:
                 room, row, count = row_length, (), left
-            # A row that has taken a window has less room than any other that fits: it stays the
-            # best fit until it is full.
+            # A row that has just taken a window has less room than any other row that fits, so it
+            # remains the best fit until it can take no more windows of this length.
             take = min(room // length, max_windows_per_row - len(row), left)
             used = min(count, left // take)
             if row and used < count:
@@ -65,7 +71,7 @@ def pack(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> P
 
 
 def _flatten(rows: list) -> Packing:
-    """The packing of [(lengths in the row, number of such rows), ...]."""
+    """Return the Packing of `rows`, [(lengths in the row, number of such rows), ...]."""
     windows_in_row = numpy.repeat([len(row) for row, _ in rows], [count for _, count in rows])
     row_slots = numpy.concatenate([[0], numpy.cumsum(windows_in_row)]).astype(numpy.int32)
     slot_length = numpy.concatenate([
@@ -76,6 +82,7 @@ def _flatten(rows: list) -> Packing:
 
 
 def _put_open(open_rows: dict, places: list, room: int, row: tuple, count: int) -> None:
+    """Add `count` rows with the window lengths `row` and `room` tokens left to the open rows."""
     place = room, len(row)
     if place not in open_rows:
         bisect.insort(places, place)
@@ -84,6 +91,7 @@ def _put_open(open_rows: dict, places: list, room: int, row: tuple, count: int) 
 
 
 def _take_open(open_rows: dict, places: list, index: int) -> tuple:
+    """Remove an entry with the key places[index]; return (tokens left, lengths, number of rows)."""
     place = places[index]
     row, count = open_rows[place].pop()
     if not open_rows[place]:
@@ -92,23 +100,28 @@ def _take_open(open_rows: dict, places: list, index: int) -> tuple:
 
 
 def windows_per_row(lengths: numpy.ndarray, row_length: int, max_windows_per_row: int) -> float:
-    """The packing factor: windows in a row on average, 1.0 unpacked."""
+    """Return the packing factor: the mean number of windows in a row, 1.0 without packing.
+
+    Arguments and exceptions are those of `pack`.
+    """
     return len(lengths) / (len(pack(lengths, row_length, max_windows_per_row).row_slots) - 1)
 
 
 def packed_accumulation(accumulation: int, windows_per_row: float, minimum: int = 1) -> int:
-    """The gradient accumulation that gives packed updates, on average, the windows of
-    `accumulation` unpacked ones.
+    """Return the gradient accumulation for packed rows that keeps the windows in an update.
 
-    minimum: the micro-batches that fill the pipeline, 2 S - 1 for S stages.
+    An update then uses, on average, as many windows as one with `accumulation` micro-batches of
+    unpacked rows. minimum: the number of micro-batches that fill the pipeline, 2 S - 1 for S
+    stages; the result is never smaller.
     """
     return max(minimum, round(accumulation / windows_per_row))
 
 
 def for_packed_rows(pipeline: Pipeline, lengths: numpy.ndarray,
                     settings: TrainSettings) -> Pipeline:
-    """The training pipeline with the gradient accumulation for rows that windows of these lengths
-    [N] are packed into.
+    """Return the training pipeline with its gradient accumulation adapted to packed rows.
+
+    lengths: int [N], tokens of each training window. See `packed_accumulation`.
     """
     factor = windows_per_row(lengths, settings.max_seq_length, settings.row_capacity())
     least = pipeline.layout.min_gradient_accumulation()

@@ -1,15 +1,16 @@
-"""Files of questions -> rows as they stand in the file, one at a time, so that a file may be larger
-than memory.
+"""Read files of questions, one example at a time, so that a file may be larger than memory.
 
-    .json           SQuAD's nested layout {"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}, or a
-                    list of flat rows {"id", "context", "question", "answers"}, or {"data": [flat
-                    rows]}
-    .jsonl .ndjson  JSON Lines, one flat row a line (a .json file of such lines is read as well)
-    .csv            with a header; answers as JSON or as Python or pandas print a dictionary
-    .parquet
+The file's suffix selects the format:
 
-Bytes that are not UTF-8 become lone surrogates (PEP 383), which the check of a row recognises: so
-they cost a row, not a file.
+    .json            SQuAD's nested layout {"data": [{"paragraphs": [{"context", "qas": [{"id",
+                     "question", "answers"}]}]}]}, or a list of flat examples {"id", "context",
+                     "question", "answers"}, or {"data": [flat examples]}
+    .jsonl, .ndjson  JSON Lines with one flat example per line (also accepted in a .json file)
+    .csv             with a header; `answers` as JSON, or as Python or pandas print a dictionary
+    .parquet         with the columns id, context, question, answers
+
+Bytes that are not UTF-8 are decoded to lone surrogates (PEP 383). The check of an example detects
+them, so that invalid bytes make one example malformed instead of the whole file unreadable.
 """
 from __future__ import annotations
 
@@ -27,16 +28,17 @@ _COMPRESSED = {
 
 
 class BadRow(ValueError):
-    """What is wrong with one row; the message completes `row 3 (id x) ...`."""
+    """What is wrong with one example. The message is the predicate of `row 3 (id x) ...`."""
 
 
 def read_rows(path, need_answers: bool = True) -> Iterator[Union[dict, BadRow]]:
-    """Give the file's rows in order: dictionaries with any of COLUMNS, not checked, or a BadRow for
-    one that cannot be read.
+    """Yield the examples of a file in order.
 
-    Raises UsageError, with the file's name, if the file as a whole cannot be read: not there,
-    empty, compressed, broken, or in a table without one of the columns (answers only if they are
-    needed).
+    Each is a dictionary with any of COLUMNS, whose values are not checked, or a BadRow if it cannot
+    be read. need_answers: whether a table (.csv, .parquet) must have the column `answers`.
+
+    Raises UsageError, with the file's name, if the file as a whole cannot be read: it is missing,
+    empty, compressed or corrupt, its suffix is unknown, or a table lacks a column.
     """
     path = Path(path)
     readers = {
@@ -62,10 +64,12 @@ def read_rows(path, need_answers: bool = True) -> Iterator[Union[dict, BadRow]]:
 
 
 def _open(path):
+    """Open a text file; bytes that are not UTF-8 become lone surrogates."""
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _read_json(path, columns):
+    """Yield the examples of all JSON values in the file; JSON Lines are several such values."""
     with _open(path) as file:
         text = _JsonText(path, file)
         while text.peek():
@@ -74,10 +78,10 @@ def _read_json(path, columns):
 
 
 def _flatten(value):
-    """The rows of one element: an article of the nested layout has many, a flat row is itself."""
+    """Yield the examples of `value`, an article of the nested layout or one flat example."""
     if not isinstance(value, dict) or "paragraphs" not in value:
-        yield value if isinstance(value,
-                                  dict) else BadRow(f"is not an object with {', '.join(COLUMNS)}")
+        yield (value if isinstance(value, dict)
+               else BadRow(f"is not an object with {', '.join(COLUMNS)}"))
         return
     paragraphs = value["paragraphs"] if isinstance(value["paragraphs"], list) else [None]
     for paragraph in paragraphs:
@@ -92,7 +96,7 @@ def _flatten(value):
 
 
 class _JsonText:
-    """A long JSON text, decoded value by value: only the value at hand is held."""
+    """A long JSON text, decoded value by value, so that only the current value is in memory."""
 
     def __init__(self, path, file):
         self._path, self._file = path, file
@@ -100,17 +104,19 @@ class _JsonText:
         self._decode = json.JSONDecoder().raw_decode
 
     def _read(self, characters):
+        """Drop what has been decoded and read on; return whether anything was left to read."""
         self._line += self._buffer.count("\n", 0, self._place)
         more = self._file.read(characters)
         self._buffer, self._place = self._buffer[self._place:] + more, 0
         return bool(more)
 
     def _fail(self, what, place):
+        """Raise UsageError with the line number of index `place` of the buffer."""
         line = self._line + self._buffer.count("\n", 0, place)
         raise UsageError(f"{self._path}: is not valid JSON in line {line}: {what}")
 
     def peek(self):
-        """The next character that is not white space; empty at the end."""
+        """Return the next character that is not white space, or "" at the end of the file."""
         while True:
             while self._place < len(self._buffer):
                 if not self._buffer[self._place].isspace():
@@ -120,7 +126,7 @@ class _JsonText:
                 return ""
 
     def take(self, characters):
-        """Step over the next character, one of `characters`, and return it."""
+        """Consume and return the next character. Raises UsageError if not one of `characters`."""
         found = self.peek()
         if not found or found not in characters:
             self._fail(
@@ -130,8 +136,10 @@ class _JsonText:
         return found
 
     def value(self):
-        """Decode the next value, reading on as long as it is not whole; what is read doubles, so
-        the work stays linear.
+        """Decode and return the next value, reading more of the file until the value is complete.
+
+        The amount that is read doubles each time, so that the total work stays linear. Raises
+        UsageError if the text is not valid JSON.
         """
         self.peek()
         while True:
@@ -139,21 +147,21 @@ class _JsonText:
             try:
                 value, end = self._decode(self._buffer, begin)
                 if end == len(self._buffer) and self._read(1 << 16):
-                    continue  # a number may go on in what was just read
+                    continue  # a number may continue in the text that was just read
                 self._place += end - begin
                 return value
             except json.JSONDecodeError as error:
-                # A value cut off by the buffer's end fails there, or at the start of the string
-                # that is not closed yet.
-                cut_off = error.pos + 16 > len(
-                    self._buffer) or error.msg.startswith("Unterminated string")
+                # If the buffer ends within the value, the decoder reports an error near the end of
+                # the buffer, or at the start of the unterminated string.
+                cut_off = (error.pos + 16 > len(self._buffer)
+                           or error.msg.startswith("Unterminated string"))
                 if not cut_off or not self._read(max(1 << 16, len(self._buffer) - self._place)):
                     self._fail(error.msg, self._place + error.pos - begin)
             except ValueError:  # Python refuses integers of more than 4,300 digits
                 self._fail("a number of too many digits", begin)
 
     def elements(self):
-        """The elements of the array that comes next."""
+        """Yield the elements of the next value, an array."""
         self.take("[")
         if self.peek() == "]":
             self.take("]")
@@ -164,7 +172,7 @@ class _JsonText:
                 return
 
     def data_or_self(self):
-        """The elements of the next object's array `data`; the object itself if it has none."""
+        """Yield the elements of the array `data` in the next object, or else the object itself."""
         self.take("{")
         found, has_data = {}, False
         if self.peek() == "}":
@@ -195,13 +203,13 @@ def _read_json_lines(path, columns):
                     row = BadRow(f"is not valid JSON: {error.msg}")
                 except ValueError:
                     row = BadRow("is not valid JSON: a number of too many digits")
-                yield row if isinstance(
-                    row, (dict, BadRow)) else BadRow(f"is not an object with {', '.join(COLUMNS)}")
+                yield (row if isinstance(row, (dict, BadRow))
+                       else BadRow(f"is not an object with {', '.join(COLUMNS)}"))
 
 
 def _read_csv(path, columns):
-    csv.field_size_limit(
-        (1 << 31) - 1)  # a context may be longer than the 131,072 characters that the module allows
+    # A context may be longer than the csv module's default limit of 131,072 characters.
+    csv.field_size_limit((1 << 31) - 1)
     with _open(path) as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -227,8 +235,9 @@ def _read_parquet(path, columns):
 
 
 def _check_columns(path, names, columns):
+    """Raise UsageError if the table's column `names` lack any of `columns`."""
     missing = [name for name in columns if name not in names]
     if missing:
         raise UsageError(
-            f"{path}: has no column {', '.join(missing)}; it has {', '.join(map(str, names)) or 'none'}"
-        )
+            f"{path}: has no column {', '.join(missing)}; "
+            f"it has {', '.join(map(str, names)) or 'none'}")

@@ -1,16 +1,16 @@
-"""Rows of tokens for the model: windows packed into rows of one fixed length, as map-style data
-sets.
+"""Map-style data sets of rows for the model: windows packed into rows of one fixed length.
 
-One format for packed and unpacked rows. A row of S tokens with room for K windows is a dictionary
-of
-    input_ids        int32 [S]    the windows' tokens one after the other, then padding
-    position_ids     int32 [S]    from padding_idx + 1 on in every window, as RoBERTa counts; padding_idx on padding
-    window_ids       int32 [S]    which of the row's windows a token belongs to, 1..K; 0 on padding
-and, in training rows,
-    start_positions  int32 [K]    index in the row of the first and of the last answer token of each window
-    end_positions    int32 [K]
-    loss_weights     float32 [K]  0 for an empty slot
-Unpacked is K = 1. A row without windows is all padding.
+Packed and unpacked rows have the same format. A row of S tokens with slots for K windows is a
+dictionary of
+    input_ids        int32 [S]    the tokens of the windows, one window after another, then padding
+    position_ids     int32 [S]    padding_idx + 1, padding_idx + 2, ... in each window, as in
+                                  RoBERTa; padding_idx on padding
+    window_ids       int32 [S]    the slot, 1..K, of the window a token belongs to; 0 on padding
+and, for training,
+    start_positions  int32 [K]    index in the row of each window's first answer token
+    end_positions    int32 [K]    index in the row of each window's last answer token
+    loss_weights     float32 [K]  weight of each window's loss; 0 for an empty slot
+Without packing K is 1. An empty row holds no windows and is all padding.
 """
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ipu_options.config import IPUConfig
 from qa.data.packing import pack
 from qa.settings import TrainSettings
 
-# windows packed together for inference: enough to fill rows well, few enough for answers to stream
+# Inference packs this many windows at a time. Larger blocks fill the rows better; smaller blocks
+# give answers sooner, since a question can only be answered once all of its windows have been run.
 _BLOCK = 4096
 
 
 def _by_length(lengths: numpy.ndarray) -> numpy.ndarray:
-    """Indices in ascending order of length, equal lengths in their order (radix sort for int16:
-    linear time).
-    """
+    """Return the indices [N] that sort `lengths` in ascending order; the sort is stable."""
+    # numpy sorts int16 by radix sort, in linear time.
     return numpy.argsort(lengths.astype(numpy.int16), kind="stable")
 
 
@@ -48,9 +48,12 @@ class _RowWriter:
         self.window_ids = numpy.zeros((rows, row_length), numpy.int32)
 
     def write(self, row: int, chosen: numpy.ndarray, starts: numpy.ndarray) -> None:
-        """Put the chosen windows into row `row`, each at its start, numbered 1, 2, ..."""
-        input_ids, position_ids, window_ids = self.input_ids[row], self.position_ids[
-            row], self.window_ids[row]
+        """Write the windows `chosen` into row `row`, with the window ids 1, 2, ...
+
+        chosen, starts: int [windows], the windows and the row's tokens at which they start.
+        """
+        input_ids, position_ids, window_ids = (
+            self.input_ids[row], self.position_ids[row], self.window_ids[row])
         for number, (window, start) in enumerate(zip(chosen.tolist(), starts.tolist()), 1):
             tokens = self.windows.input_ids(window)
             end = start + len(tokens)
@@ -59,22 +62,23 @@ class _RowWriter:
             window_ids[start:end] = number
 
     def tensors(self) -> dict:
+        """Return the arrays as tensors [rows, row_length] by name, sharing their memory."""
         return {
             name: torch.from_numpy(getattr(self, name))
             for name in ("input_ids", "position_ids", "window_ids")}
 
 
 class _EpochOrder(NamedTuple):
-    """One epoch's shuffle: what stands at each row position of the epoch."""
+    """The shuffled order of one epoch."""
 
     epoch: int
-    row_at: numpy.ndarray  # int32 [row positions of the epoch]; -1: an empty row
-    window_of_slot: numpy.ndarray  # int32 [windows]
+    row_at: numpy.ndarray  # int32 [row positions of the epoch]: a row of the packing; -1 if empty
+    window_of_slot: numpy.ndarray  # int32 [windows]: the window in each slot of the packing
     windows_in_update: numpy.ndarray  # int64 [updates of the epoch]
 
 
 class _Rows(torch.utils.data.Dataset):
-    """A data set that makes whole batches of rows (`__getitems__`); one row is a batch of one."""
+    """A data set that makes batches of rows at once in `__getitems__`; a row is a batch of one."""
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
@@ -83,25 +87,28 @@ class _Rows(torch.utils.data.Dataset):
 
 
 class TrainingRows(_Rows):
-    """All rows of a whole run, epoch after epoch: one loader runs through it, and a resumed run
-    starts at any step.
+    """All training rows of a run, epoch after epoch, from any step on.
 
-    A step (one combined batch) is `updates_per_step` (poptorch's deviceIterations) weight updates
-    of `micro_batches_per_update` (gradient accumulation x replication factor) micro-batches of
-    `micro_batch_size` rows. PopTorch deals a combined batch out in this order, device iterations
-    outermost, so an update takes consecutive rows. An epoch is a whole number of steps: its last
-    one is filled up with empty rows, spread evenly over its updates.
+    A step uses one combined batch. It consists of `updates_per_step` (PopTorch's deviceIterations)
+    updates of `micro_batches_per_update` (gradient accumulation x replication factor) micro-batches
+    of `micro_batch_size` rows. PopTorch splits a combined batch in this order, device iterations
+    outermost, so that an update uses consecutive rows. An epoch is a whole number of steps: its
+    last step is filled up with empty rows, which are spread evenly over the step's updates.
 
     The loss weight of each window is micro_batches_per_update / (windows in the update). With a
     micro-batch loss of sum_k weight_k * loss_k, PopTorch's Mean reduction over accumulation and
-    replicas gives the mean loss over the windows of the update, wherever they stand.
+    replicas gives the mean loss over all windows of the update, regardless of how they are spread
+    over rows, micro-batches and replicas.
 
-    Each epoch is shuffled by (seed, epoch) alone: windows of equal length swap places, so that
-    others share a row and yet the number of rows stays the same, and the rows change their order.
+    The shuffle of an epoch depends only on (seed, epoch). Windows of equal length exchange their
+    slots, so that different windows share a row while the number of rows stays the same, and the
+    rows are put in random order.
 
-    windows: qa.data.windows.Windows with labels. epochs may be fractional; max_steps > 0 overrides
-    it. first_step: steps of the run that are done. A pickle holds the arguments alone: a loader's
-    worker packs and shuffles for itself.
+    windows: qa.data.windows.Windows with labels. row_length: tokens of a row. max_windows_per_row:
+    its slots, 1 for unpacked rows. epochs: may be fractional. max_steps: overrides `epochs` if
+    positive. first_step: how many steps of the run have been done already.
+
+    Pickling keeps only the arguments: each worker of a loader repeats the packing and the shuffle.
     """
 
     def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int,
@@ -119,8 +126,8 @@ class TrainingRows(_Rows):
         self._packing = pack(windows.lengths, row_length, max_windows_per_row)
         rows = len(self._packing.row_slots) - 1
         self.windows_per_row = len(windows) / rows
-        self.fill = float(windows.lengths.sum()) / (
-            rows * row_length)  # share of the rows' tokens that is not padding
+        # The fraction of all tokens that are not padding.
+        self.fill = float(windows.lengths.sum()) / (rows * row_length)
         self.steps_per_epoch = math.ceil(rows / self.rows_per_step)
         self.total_steps = max_steps if max_steps > 0 else math.ceil(epochs * self.steps_per_epoch)
         self._first_step = first_step
@@ -129,8 +136,10 @@ class TrainingRows(_Rows):
     @classmethod
     def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, model_config,
                windows) -> "TrainingRows":
-        """The rows of a run with these settings. ipu_config: of its training pipeline, with the
-        values of the pod.
+        """Return the rows of a run with these settings.
+
+        ipu_config: that of the training pipeline, with the values for the whole pod. windows:
+        qa.data.windows.Windows with labels.
         """
         return cls(
             windows, row_length=settings.max_seq_length,
@@ -142,11 +151,11 @@ class TrainingRows(_Rows):
             seed=settings.seed)
 
     def starting_at(self, step: int) -> "TrainingRows":
-        """The rows of the rest of the run, of which `step` steps are done."""
+        """Return the rows of the rest of this run after `step` steps."""
         return TrainingRows(self.windows, first_step=step, **self.arguments)
 
     def first_batch(self) -> dict:
-        """The first combined batch."""
+        """Return the first combined batch, {name: tensor [rows of one step, ...]}."""
         return self.__getitems__(range(self.rows_per_step))
 
     def __reduce__(self):
@@ -156,14 +165,16 @@ class TrainingRows(_Rows):
         return (self.total_steps - self._first_step) * self.rows_per_step
 
     def __getitems__(self, indices) -> dict:
-        """The rows as one batch: what torch's DataLoader asks for (torch >= 2.0), to be passed on
-        by `collate`.
+        """Return the rows `indices` as one batch, {name: tensor [rows, ...]}.
+
+        torch's DataLoader (torch >= 2.0) calls this method and gives the batch to `collate`.
         """
         writer = _RowWriter(self.windows, len(indices), self._row_length, self._pad_token_id)
         start_positions = numpy.zeros((len(indices), self._room), numpy.int32)
         end_positions = numpy.zeros((len(indices), self._room), numpy.int32)
         loss_weights = numpy.zeros((len(indices), self._room), numpy.float32)
-        rows_per_epoch, row_slots = self.steps_per_epoch * self.rows_per_step, self._packing.row_slots
+        rows_per_epoch, row_slots = (self.steps_per_epoch * self.rows_per_step,
+                                     self._packing.row_slots)
         for place, index in enumerate(indices):
             epoch, position = divmod(self._first_step * self.rows_per_step + index, rows_per_epoch)
             order = self._epoch_order(epoch)
@@ -183,7 +194,7 @@ class TrainingRows(_Rows):
             "loss_weights": torch.from_numpy(loss_weights)}
 
     def windows_in_step(self, step: int) -> int:
-        """Windows in step `step`, counted from the beginning of the run."""
+        """Return the number of windows in step `step`, counted from 0 at the start of the run."""
         epoch, step = divmod(step, self.steps_per_epoch)
         updates = self._epoch_order(epoch).windows_in_update
         return int(updates[step * self._updates_per_step:(step + 1) * self._updates_per_step].sum())
@@ -194,6 +205,7 @@ class TrainingRows(_Rows):
         return self._order
 
     def _shuffle(self, epoch: int) -> _EpochOrder:
+        """Return the shuffled order of an epoch, as the class describes it."""
         generator = numpy.random.Generator(numpy.random.PCG64([self._seed, epoch]))
         shuffled = generator.permutation(len(self.windows)).astype(numpy.int32)
         window_of_slot = numpy.empty_like(shuffled)
@@ -206,17 +218,20 @@ class TrainingRows(_Rows):
         row_at[:-1] = rows[:full].reshape(row_at[:-1].shape)
         for update, part in zip(row_at[-1], numpy.array_split(rows[full:], self._updates_per_step)):
             update[:len(part)] = part
-        windows_in_row = numpy.append(numpy.diff(self._packing.row_slots),
-                                      0)  # the last one, [-1], is the empty row
+        # The appended 0 is for empty rows, whose index in row_at is -1.
+        windows_in_row = numpy.append(numpy.diff(self._packing.row_slots), 0)
         return _EpochOrder(epoch, row_at.reshape(-1), window_of_slot,
                            windows_in_row[row_at].sum(axis=-1).reshape(-1))
 
 
 class InferenceRows(_Rows):
-    """Every window once, packed within blocks of consecutive windows, so that answers can stream.
+    """The rows for inference: every window once.
 
-    windows: qa.data.windows.Windows. rows_per_step: rows of a combined batch; the last one is
-    filled up with empty rows. A pickle holds the arguments alone.
+    Windows are packed within blocks of consecutive windows, so that answers can be given while
+    later rows are still to come. The last combined batch is filled up with empty rows.
+
+    windows: qa.data.windows.Windows. row_length: tokens of a row. max_windows_per_row: its slots, 1
+    for unpacked rows. rows_per_step: rows of a combined batch. Pickling keeps only the arguments.
     """
 
     def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int,
@@ -245,8 +260,9 @@ class InferenceRows(_Rows):
         return self._length
 
     def __getitems__(self, indices) -> dict:
-        """The rows as one batch: what torch's DataLoader asks for (torch >= 2.0), to be passed on
-        by `collate`.
+        """Return the rows `indices` as one batch, {name: tensor [rows, row_length]}.
+
+        torch's DataLoader (torch >= 2.0) calls this method and gives the batch to `collate`.
         """
         writer = _RowWriter(self.windows, len(indices), self._row_length, self._pad_token_id)
         for place, index in enumerate(indices):
@@ -254,13 +270,15 @@ class InferenceRows(_Rows):
         return writer.tensors()
 
     def slices(self, index: int) -> list:
-        """[(window, its first token in the row, number of tokens), ...] of row `index`; empty for
-        an empty row.
+        """Return where the windows of row `index` are, an empty list for an empty row.
+
+        The list has one entry per window: (window, its first token in the row, number of tokens).
         """
         chosen, starts = self._windows_of(index)
         return list(zip(chosen.tolist(), starts.tolist(), self.windows.lengths[chosen].tolist()))
 
     def _windows_of(self, index: int) -> tuple:
-        first, last = self._row_slots[min(index, self._rows)], self._row_slots[min(
-            index + 1, self._rows)]
+        """Return (windows, their first tokens in the row), int32 [windows in the row] both."""
+        first, last = (self._row_slots[min(index, self._rows)],
+                       self._row_slots[min(index + 1, self._rows)])
         return self._window_of_slot[first:last], self._slot_start[first:last]

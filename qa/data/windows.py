@@ -1,24 +1,27 @@
-"""Questions and contexts -> windows of tokens, and back from a window's tokens to characters of the
-context.
+"""Make windows of tokens from questions and contexts, with their labels and character offsets.
 
 A window is [special tokens, question, special tokens, slice of the context, special tokens],
-without padding; tokenizers that pad on the left take the context first. Slices of one context
-overlap by `doc_stride` tokens. That is what the Rust tokenizer makes of a pair with truncation to
-`max_seq_length` and a stride. Here each text is tokenized once, whole and by itself, and the
-windows are put together in numpy: the questions of SQuAD share their contexts by fives, and copying
-is cheaper than tokenizing. That is exact because the tokenizer treats the two texts of a pair apart
-until its post-processor joins them.
+without padding. For tokenizers that pad on the left, the context comes before the question.
+Consecutive slices of one context overlap by `doc_stride` tokens. The windows are the same as those
+of the Rust tokenizer for a pair of texts with truncation to `max_seq_length` and a stride. Here,
+however, each text is tokenized once, by itself and as a whole, and the windows are assembled in
+numpy: in SQuAD about five questions share a context, and copying is cheaper than tokenizing. The
+result is exact because the tokenizer handles the two texts of a pair separately until its
+post-processor joins them.
 
-Labels follow the definition of transformers' run_qa (prepare_train_features), for the first answer
-of an example:
-    start   the last context token of the window that begins at or before the answer's first character
-    end     the first context token of the window that ends at or after the answer's last character
-    CLS     for both where the answer is not wholly inside the window, or there is none
-with one difference, where run_qa's two labels come out in the wrong order and no decoder could give
-them back: its start runs on to the last padding token if the answer begins in the window's last
-context token, and a character that takes several tokens (an emoji in byte-level BPE) has its last
-token for start and its first for end. Here the start stays inside the context, and the two labels
-are put in order.
+The labels follow the definition of transformers' run_qa (prepare_train_features), for the first
+answer of an example:
+    start   the last context token in the window that begins at or before the answer's first
+            character
+    end     the first context token in the window that ends at or after the answer's last character
+Both are the CLS token if the example has no answer, or if the answer is not completely inside the
+window.
+
+There is one difference. In two cases run_qa's start label is behind its end label, a span that no
+decoder can predict: if the answer begins in the window's last context token, its start moves on to
+the last padding token; and if a character consists of several tokens (an emoji in byte-level BPE),
+the last of them becomes the start and the first the end. Here the start remains inside the context,
+and the two labels are put in order.
 """
 from __future__ import annotations
 
@@ -37,16 +40,20 @@ from ipu_options.errors import UsageError
 from qa.settings import InferSettings, TrainSettings
 
 if TYPE_CHECKING:
-    import datasets  # it takes a second to import, which one question need not wait for
+    import datasets  # takes a second to import: too long for answering a single question
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 1  # part of the cache's key: count up when the windows of the same settings change
+# Part of the cache key. Increase it when the same settings would give different windows.
+_VERSION = 1
 
 
 class _Recipe(NamedTuple):
-    """All that windows depend on besides the examples. The special tokens stand before, between and
-    after the two texts.
+    """Everything that the windows of given examples depend on.
+
+    before, between, after: the ids of the special tokens around the two texts. labels, offsets:
+    whether the windows get these columns. cut_long_questions: whether a question that is too long
+    is shortened; otherwise it is an error.
     """
 
     tokenizer: Tokenizer
@@ -63,15 +70,17 @@ class _Recipe(NamedTuple):
 
     @property
     def room(self):
-        """Tokens of a window that are left for the two texts."""
+        """The number of tokens in a window that are available for the two texts."""
         return self.max_seq_length - len(self.before) - len(self.between) - len(self.after)
 
     @property
     def token_type(self):
+        """The smallest of uint16 and int32 that holds every token id."""
         return numpy.dtype(numpy.uint16 if self.tokenizer.get_vocab_size(
             with_added_tokens=True) <= 1 << 16 else numpy.int32)
 
     def schema(self):
+        """Return the Arrow schema of the windows."""
         columns = {
             "input_ids": pa.list_(pa.from_numpy_dtype(self.token_type)), "example": pa.int32(),
             "cls_position": pa.int16(), "context_start": pa.int16()}
@@ -83,20 +92,18 @@ class _Recipe(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """A data set of questions (columns id, question, context, answers) and the windows made from
-    it.
-    """
+    """A data set (columns id, question, context, answers) and the windows made from it."""
 
     examples: datasets.Dataset
     windows: Windows
 
 
 def load_questions(settings: TrainSettings, tokenizer) -> Tuple[Questions, Questions]:
-    """The training questions with labels in their windows, and the validation questions with
-    character offsets.
+    """Load the training and the validation questions that `settings` name.
 
-    Prints some of the training questions if --show_examples asks for it. Raises as `load_examples`
-    and `make_windows` do.
+    Returns (training questions, validation questions). The windows of the former have labels, those
+    of the latter character offsets. Prints as many training examples as --show_examples asks for.
+    Raises the exceptions of `load_examples` and `make_windows`.
     """
     from qa.data.dataset import load_examples, random_examples
 
@@ -120,8 +127,9 @@ def load_questions(settings: TrainSettings, tokenizer) -> Tuple[Questions, Quest
 
 
 def stop_tokenizer_threads() -> None:
-    """Let the tokenizer work without threads from now on; with them it would warn of every process
-    that is started later.
+    """Make the tokenizers library use a single thread from now on.
+
+    If it had used threads, it would print a warning for every process that is forked later.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -129,20 +137,30 @@ def stop_tokenizer_threads() -> None:
 def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, doc_stride: int,
                  labels: bool, offsets: bool, num_proc: Optional[int] = None,
                  on_bad_row: str = "refuse", overwrite_cache: bool = False) -> datasets.Dataset:
-    """Cut every example (columns id, question, context, with labels also answers) into windows of
-    at most `max_seq_length` tokens.
+    """Cut every example into windows of at most `max_seq_length` tokens.
 
-    Columns of the result, one row a window, the windows of one example together and in order:
-        input_ids (list, no padding), example (row in `examples`), cls_position and context_start (index in input_ids);
-        with `labels`  start_position, end_position (index in input_ids, see above);
-        with `offsets` offsets, flattened [context tokens, 2]: each context token's first character and the one after its last.
-    Cached by `datasets` and reused when examples, tokenizer and settings are the same;
-    `overwrite_cache` makes them anew.
+    examples: a data set with the columns id, question, context and, for labels, answers. tokenizer:
+    a fast tokenizer of transformers. num_proc: how many processes share the work.
 
-    A question so long that its context cannot be cut into windows overlapping by `doc_stride` is
-    refused with its id; with on_bad_row="skip" its end is cut off, and a question without windows
-    does not occur. Raises UsageError for settings that leave no room, and for a tokenizer without a
-    Rust backend or a CLS token.
+    Returns a data set with one entry per window; the windows of an example follow each other in
+    order. Its columns are
+        input_ids          list of token ids, without padding
+        example            index in `examples`
+        cls_position       index of the CLS token in input_ids
+        context_start      index of the first context token in input_ids
+    with `labels`
+        start_position     indices of the labels in input_ids, as defined at the top of this file
+        end_position
+    and with `offsets`
+        offsets            flattened [context tokens, 2]: the first character of each context token,
+                           and the one after its last
+    `datasets` caches the result and reuses it if the examples, the tokenizer and the settings are
+    the same, unless `overwrite_cache` is set.
+
+    A question may be so long that its context cannot be cut into windows that overlap by
+    `doc_stride`. With on_bad_row="refuse" it raises UsageError with its id; with "skip" its end is
+    cut off, so that every example has windows. Also raises UsageError if `max_seq_length` and
+    `doc_stride` are out of range, or if the tokenizer has no Rust backend or no CLS token.
     """
     import datasets
 
@@ -159,10 +177,10 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
 
 
 class FewQuestions:
-    """A few questions in memory, with as much of a data set's interface as answering needs.
+    """A few examples in memory, with the part of a data set's interface that answering needs.
 
-    columns: id, question and context, a list each. (`datasets` itself takes longer to import than
-    one answer takes.)
+    It exists because importing `datasets` takes longer than answering one question. columns: lists
+    of equal length named id, question and context.
     """
 
     def __init__(self, columns: Dict[str, List[str]]):
@@ -172,21 +190,21 @@ class FewQuestions:
         return len(self.columns["id"])
 
     def __getitem__(self, key):
-        """A column by its name; with a slice that part of every column."""
+        """Return a column by its name, or for a slice {name: that part of the column}."""
         return self.columns[key] if isinstance(key, str) else {
             name: column[key] for name, column in self.columns.items()}
 
     def select_columns(self, names):
-        """The same questions: it is no loss that the other columns stay."""
+        """Return the examples unchanged; additional columns do no harm."""
         return self
 
 
 def windows_for_answers(settings: InferSettings, tokenizer,
                         examples: Union[datasets.Dataset, FewQuestions]) -> Windows:
-    """The windows, with offsets, of the questions that infer.py answers; those of FewQuestions are
-    made in memory, uncached.
+    """Return the windows, with character offsets, of the questions that infer.py answers.
 
-    Raises UsageError as `make_windows` does.
+    The windows of FewQuestions are made in memory and are not cached. Raises UsageError as
+    `make_windows` does.
     """
     shape = dict(max_seq_length=settings.max_seq_length, doc_stride=settings.doc_stride,
                  on_bad_row=settings.on_bad_row)
@@ -201,16 +219,18 @@ def windows_for_answers(settings: InferSettings, tokenizer,
 
 
 def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_row):
+    """Return the _Recipe for these settings. Raises UsageError as `make_windows` does."""
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
-            f"{type(tokenizer).__name__} has no Rust tokenizer behind it, which characters of tokens come from; "
-            "name a model with a tokenizer.json")
+            f"{type(tokenizer).__name__} has no Rust tokenizer behind it, which characters of "
+            "tokens come from; name a model with a tokenizer.json")
     if tokenizer.cls_token_id is None:
         raise UsageError(
             f"{type(tokenizer).__name__} has no CLS token, which stands for `no answer`; "
             "name a model of RoBERTa's family")
     backend = tokenizer.backend_tokenizer
-    # then a copy without them, for they stay set on the original
+    # Each text has to be encoded as a whole. Truncation and padding are turned off in a copy,
+    # because the caller's tokenizer has to keep its settings.
     if backend.truncation or backend.padding:
         backend = Tokenizer.from_str(backend.to_str())
         backend.no_truncation()
@@ -224,41 +244,44 @@ def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_ro
                      doc_stride, labels, offsets, on_bad_row == "skip")
     if max_seq_length > numpy.iinfo(numpy.int16).max:
         raise UsageError(
-            f"--max_seq_length {max_seq_length} is too long: at most {numpy.iinfo(numpy.int16).max} tokens"
-        )
+            f"--max_seq_length {max_seq_length} is too long: "
+            f"at most {numpy.iinfo(numpy.int16).max} tokens")
     if not 0 <= doc_stride < recipe.room - 1:
         special = max_seq_length - recipe.room
         raise UsageError(
-            f"--doc_stride {doc_stride} does not go with --max_seq_length {max_seq_length}: it must be 0 to "
-            f"{recipe.room - 2}, for a window has {special} special tokens and must move on from one to the next"
-        )
+            f"--doc_stride {doc_stride} does not go with --max_seq_length {max_seq_length}: "
+            f"it must be 0 to {recipe.room - 2}, for a window has {special} special tokens and "
+            "must move on from one to the next")
     return recipe
 
 
-def _windows_of_batch(examples: pa.Table, rows: list, recipe: _Recipe) -> pa.Table:
-    """The windows of some examples; `rows` are their rows in the data set."""
+def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.Table:
+    """Return the windows of a batch of examples, with the columns of `recipe.schema()`.
+
+    indices: the indices [N] of the examples in the data set.
+    """
     questions = [question.lstrip() for question in examples["question"].to_pylist()]
-    contexts = examples["context"].combine_chunks().dictionary_encode(
-    )  # texts that are equal are tokenized once
+    # Contexts that occur several times are tokenized once.
+    contexts = examples["context"].combine_chunks().dictionary_encode()
     which = contexts.indices.to_numpy().astype(numpy.int64)
     encodings = recipe.tokenizer.encode_batch(questions + contexts.dictionary.to_pylist(),
                                               add_special_tokens=False)
     length = numpy.array([len(encoding) for encoding in encodings])
-    first = numpy.cumsum(length) - length  # of each text in ids
+    first = numpy.cumsum(length) - length  # the index in ids of each text's first token
     ids = numpy.fromiter(chain.from_iterable(encoding.ids for encoding in encodings),
                          recipe.token_type, length.sum())
     context_length, context_first = length[len(questions) + which], first[len(questions) + which]
     question_length = _question_lengths(length[:len(questions)], context_length, examples["id"],
                                         recipe)
 
-    # Windows start every `capacity - doc_stride` context tokens, up to the first one that reaches
-    # the context's end.
+    # A window starts every `capacity - doc_stride` context tokens. The first window that reaches
+    # the end of the context is the last one.
     capacity = recipe.room - question_length
-    step = numpy.maximum(capacity - recipe.doc_stride, 1)
-    count = 1 - numpy.maximum(context_length - capacity, 0) // -step
+    advance = numpy.maximum(capacity - recipe.doc_stride, 1)
+    count = 1 - numpy.maximum(context_length - capacity, 0) // -advance
     example = numpy.repeat(numpy.arange(len(questions)), count)
     begin = (numpy.arange(len(example)) -
-             numpy.repeat(numpy.cumsum(count) - count, count)) * step[example]
+             numpy.repeat(numpy.cumsum(count) - count, count)) * advance[example]
     end = numpy.minimum(begin + capacity[example], context_length[example])
     begin, end = begin + context_first[example], end + context_first[example]
 
@@ -266,8 +289,9 @@ def _windows_of_batch(examples: pa.Table, rows: list, recipe: _Recipe) -> pa.Tab
     input_ids, lists, context_start = _assemble(ids, texts, recipe)
     cls_position = _first_of_each_list(input_ids == recipe.cls_token_id, lists)
     columns = {
-        "input_ids": pa.ListArray.from_arrays(
-            lists, input_ids), "example": numpy.array(rows)[example], "cls_position": cls_position,
+        "input_ids": pa.ListArray.from_arrays(lists, input_ids),
+        "example": numpy.array(indices)[example],
+        "cls_position": cls_position,
         "context_start": context_start}
     if recipe.labels or recipe.offsets:
         characters = _context_characters(encodings[len(questions):])
@@ -287,11 +311,12 @@ def _windows_of_batch(examples: pa.Table, rows: list, recipe: _Recipe) -> pa.Tab
 
 
 def _question_lengths(question, context, names, recipe):
-    """Tokens of each question [N] that go into its windows: all, or what is left of one that is too
-    long and cut.
+    """Return how many tokens of each question go into its windows, int [N].
 
-    The Rust tokenizer fails on the same examples: those whose context is to be cut where the
-    question leaves it no more than `doc_stride` tokens.
+    question, context: the lengths [N] of the texts in tokens. names: the examples' ids, for
+    messages. A question is too long if its context does not fit into one window and the question
+    leaves `doc_stride` tokens or fewer for it; the Rust tokenizer fails on exactly these examples.
+    Such a question is cut, with a warning, or raises UsageError, depending on `recipe`.
     """
     longest = recipe.room - recipe.doc_stride - 1
     bad = numpy.flatnonzero((question + context > recipe.room) & (question > longest))
@@ -299,8 +324,9 @@ def _question_lengths(question, context, names, recipe):
         return question
     if not recipe.cut_long_questions:
         raise UsageError(
-            f"the question with id {names[int(bad[0])].as_py()!r} has {question[bad[0]]} tokens; with --max_seq_length "
-            f"{recipe.max_seq_length} and --doc_stride {recipe.doc_stride} it can have {longest}: raise the one, lower the other, "
+            f"the question with id {names[int(bad[0])].as_py()!r} has {question[bad[0]]} tokens; "
+            f"with --max_seq_length {recipe.max_seq_length} and --doc_stride {recipe.doc_stride} "
+            f"it can have {longest}: raise the one, lower the other, "
             "or cut such questions with --on_bad_row skip")
     _log.warning("cut %d questions to their first %d tokens, first the one with id %r", len(bad),
                  longest, names[int(bad[0])].as_py())
@@ -310,20 +336,23 @@ def _question_lengths(question, context, names, recipe):
 
 
 def _ranges(first, length):
-    """Indices first[i] ... first[i] + length[i] - 1 for each i in turn, and where each i begins
-    among them [N + 1].
+    """Concatenate the ranges first[n], ..., first[n] + length[n] - 1 of all n.
+
+    first, length: int [N]. Returns the indices, and where each range begins in them, int32 [N + 1].
     """
     begins = numpy.concatenate([[0], numpy.cumsum(length)])
-    return numpy.repeat(first - begins[:-1], length) + numpy.arange(begins[-1]), begins.astype(
-        numpy.int32)
+    return (numpy.repeat(first - begins[:-1], length) + numpy.arange(begins[-1]),
+            begins.astype(numpy.int32))
 
 
 def _assemble(ids, texts, recipe):
-    """Join special tokens and texts -> (all windows' tokens, where each begins [windows + 1], first
-    context token in each).
+    """Assemble the windows from special tokens, questions and slices of contexts.
 
-    ids: the tokens of all texts; texts: (first token in ids [windows], length [windows]) of the
-    question and of the context.
+    ids: the tokens of all texts. texts: two pairs, for the question and for the slice of the
+    context, of (its first token's index in ids [windows], its length [windows]).
+
+    Returns the tokens of all windows, where each window begins in them [windows + 1], and the index
+    of the first context token in each window [windows].
     """
     pool = numpy.concatenate([
         ids, numpy.array(recipe.before + recipe.between + recipe.after, ids.dtype)])
@@ -342,37 +371,42 @@ def _assemble(ids, texts, recipe):
 
 
 def _first_of_each_list(mask, lists):
-    """Index in its list of the first true element of `mask` [elements], lists beginning at `lists`
-    [N + 1]; each has one.
+    """Return for each list the index within the list of its first true element, [N].
+
+    mask: bool [elements], the elements of all lists; each list has at least one that is true.
+    lists: [N + 1], where each list begins.
     """
     places = numpy.flatnonzero(mask)
     return places[numpy.searchsorted(places, lists[:-1])] - lists[:-1]
 
 
 def _context_characters(encodings):
-    """int32 [tokens + 1, 2]: the first character of each token of all contexts, and the one after
-    its last; one row of zeros.
+    """Return the characters of all contexts' tokens, int32 [tokens + 1, 2].
+
+    For each token: the index in its context of the first character, and of the one after the last.
+    The additional entry at the end is zero: an empty context at the very end refers to it.
     """
     tokens = sum(len(encoding) for encoding in encodings)
-    characters = numpy.zeros(
-        (tokens + 1, 2),
-        numpy.int32)  # the last row stands for tokens of an empty context at the very end
+    characters = numpy.zeros((tokens + 1, 2), numpy.int32)
     spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
     characters[:-1] = numpy.fromiter(spans, numpy.int32, 2 * tokens).reshape(tokens, 2)
     return characters
 
 
 def _labels(characters, length, which, context_tokens, example, answers):
-    """First and last answer token of each window, counted from its first context token; -1 for both
-    without one.
+    """Return the first and the last answer token of each window, int [windows] both.
 
-    characters: of the tokens of all contexts; length [contexts]; which [examples]: each example's
-    context; context_tokens: the first and the one after the last row of `characters` in each
-    window; example [windows].
+    They are counted from the window's first context token; both are -1 if the window does not
+    contain the whole first answer, or there is none.
+
+    characters: those of `_context_characters`. length: int [contexts], in tokens. which: int
+    [examples], each example's context. context_tokens: two int [windows], the indices in
+    `characters` of the first context token of a window and of the one after its last. example: int
+    [windows]. answers: the column `answers` of the examples.
     """
     answered, first_character, after = _first_answers(answers)
-    # One search finds the tokens of all answers: a context's number in the high half of a key keeps
-    # the contexts apart.
+    # A single search finds the tokens of all answers: the number of the context in the high half of
+    # each key keeps the contexts apart.
     number = numpy.append(numpy.repeat(numpy.arange(len(length)), length), len(length)) << 32
     begins = numpy.maximum.accumulate(number + characters[:, 0])
     ends = numpy.minimum.accumulate((number + characters[:, 1])[::-1])[::-1]
@@ -383,13 +417,15 @@ def _labels(characters, length, which, context_tokens, example, answers):
     inside = (answered[example] & (begin < end) & (characters[begin, 0] <= first_character[example])
               & (characters[end - 1, 1] >= after[example]))
     start, last = (numpy.clip(token[example], begin, end - 1) - begin for token in (start, last))
-    return numpy.where(inside, numpy.minimum(start, last), -1), numpy.where(
-        inside, numpy.maximum(start, last), -1)
+    return (numpy.where(inside, numpy.minimum(start, last), -1),
+            numpy.where(inside, numpy.maximum(start, last), -1))
 
 
 def _first_answers(answers):
-    """(has an answer [N], its first character [N], the character after its last [N]) of each
-    example's first answer.
+    """Return where the first answer of each example is.
+
+    Three arrays [N]: whether there is an answer, the index in the context of its first character,
+    and of the character after its last.
     """
     texts, starts = (pc.struct_field(answers, name).combine_chunks()
                      for name in ("text", "answer_start"))
@@ -402,26 +438,29 @@ def _first_answers(answers):
 
 
 class Windows:
-    """Windows as numpy arrays, which are views of the memory-mapped Arrow file that `make_windows`
-    gave, or of a table in memory.
+    """Windows as numpy arrays.
 
-    lengths, example, cls_position, context_start, and with labels start_position, end_position
-    (else None): int32 [windows]. Pickles as the name of the file: a loader's worker opens it again,
-    and nothing is copied.
+    source: the result of `make_windows`, a memory-mapped Arrow file, or a table in memory. Token
+    ids and character offsets are views of it.
+
+    Attributes, int32 [windows] each: lengths (in tokens), example, cls_position, context_start, and
+    start_position and end_position (None without labels). `make_windows` defines them.
+
+    Pickling stores a memory-mapped source by the name of its file, so that the worker processes of
+    a loader open the file again instead of receiving a copy.
     """
 
     def __init__(self, source: Union[datasets.Dataset, pa.Table]):
         self._source = source
-        self.fingerprint = getattr(source, "_fingerprint",
-                                   None)  # that of the data set, which its cache goes by
+        # The key of the data set in the cache of `datasets`; None for a table in memory.
+        self.fingerprint = getattr(source, "_fingerprint", None)
         table = source if isinstance(source, pa.Table) else source.data.table
         self._tokens = _Lists(table["input_ids"])
         self._characters = _Lists(table["offsets"]) if "offsets" in table.column_names else None
         self.lengths = self._tokens.lengths
         for name in ("example", "cls_position", "context_start", "start_position", "end_position"):
-            setattr(
-                self, name,
-                table[name].to_numpy().astype(numpy.int32) if name in table.column_names else None)
+            setattr(self, name, table[name].to_numpy().astype(numpy.int32)
+                    if name in table.column_names else None)
 
     def __len__(self):
         return len(self.lengths)
@@ -433,19 +472,22 @@ class Windows:
         self.__init__(source)
 
     def input_ids(self, window: int) -> numpy.ndarray:
-        """The window's tokens [lengths[window]]."""
+        """Return the token ids of a window, uint16 or int32 [lengths[window]]."""
         return self._tokens[window]
 
     def offsets(self, window: int) -> numpy.ndarray:
-        """int32 [context tokens, 2]: first character of each context token in the context, and the
-        one after its last.
+        """Return the characters of a window's context tokens, int32 [context tokens, 2].
+
+        For each token: the index in the context of its first character, and of the one after its
+        last. Only for windows that were made with `offsets`.
         """
         return self._characters[window].reshape(-1, 2)
 
 
 class _Lists:
-    """A column of lists: [i] is a view of list i. An Arrow file holds a column in chunks, each with
-    its own values.
+    """A column of lists. Indexing returns list `index` as a view.
+
+    An Arrow file stores a column in several chunks, each with an array of values of its own.
     """
 
     def __init__(self, column: pa.ChunkedArray):

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule."""
+"""The optimizer and the learning-rate schedule."""
 from __future__ import annotations
 
 import warnings
@@ -13,17 +13,16 @@ from qa.settings import TrainSettings
 
 def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
                    ipu_config: IPUConfig) -> torch.optim.Optimizer:
-    """poptorch.optim.AdamW or LAMB, with weight decay on the matrices alone, not on biases and
-    LayerNorm.
+    """Return poptorch.optim.AdamW or LAMB for the parameters of `model` that require gradients.
 
-    Gradients are accumulated in the model's own type (float16 for a half model). Moments are
-    float32, but for the first one with enable_half_first_order_momentum. Weight decay is marked as
-    a constant, so that PopART can compile it in.
+    Weight decay applies to matrices only, not to biases and LayerNorm; it is marked as a constant,
+    so that PopART can compile it in. Gradients are accumulated in the model's own type (float16 for
+    a half model). Moments are float32; with enable_half_first_order_momentum the first is float16.
     """
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {
-        "params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
     kind = {"adamw": poptorch.optim.AdamW, "lamb": poptorch.optim.LAMB}[settings.optimizer]
     half_first_moment = ipu_config.enable_half_first_order_momentum
     optimizer = kind(
@@ -36,16 +35,14 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, total_steps: int,
-                  steps_done: int = 0,
-                  ) -> "torch.optim.lr_scheduler.LambdaLR":
-    """The learning rate by step, which is a call of the device (transformers' get_scheduler:
-    linear, cosine, ...).
+                  steps_done: int = 0) -> "torch.optim.lr_scheduler.LambdaLR":
+    """Return transformers' learning-rate schedule (get_scheduler), advanced by `steps_done` steps.
 
-    The loop calls `schedule.step()` and then `training_model.setOptimizer(optimizer)`: before that,
-    the device sees no change.
+    A step is a call of the device. total_steps: their number in the whole run. The loop has to call
+    `schedule.step()` and then `training_model.setOptimizer(optimizer)`: only the latter passes the
+    new learning rate to the device.
     """
-    # It is the device that updates the weights: optimizer.step(), which torch misses, is never
-    # called.
+    # torch warns that optimizer.step() was not called; the device updates the weights instead.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, num_training_steps=total_steps,
                              num_warmup_steps=int(settings.warmup_ratio * total_steps))

@@ -1,7 +1,6 @@
-"""A model on the IPUs of one replica: which block runs on which IPU, and what PopTorch is told
-about each.
+"""Annotates a model for PopTorch: places each block on an IPU of a replica.
 
-`parallelize` annotates a model for PopTorch, and `deparallelize` makes it plain PyTorch again.
+`parallelize` adds the annotations, and `deparallelize` makes the model plain PyTorch again.
 """
 from __future__ import annotations
 
@@ -16,16 +15,18 @@ from ipu_options import poptorch
 from ipu_options.layout import Layout
 from qa.model.roberta import RobertaForSpans
 
-# The parameter whose gradient is computed last in a backward pass: whatever is not finite anywhere
-# in it arrives here too.
+# The parameter whose gradient is computed last in a backward pass. A value that is not finite
+# anywhere in the pass makes this gradient not finite, too.
 LAST_GRADIENT = "roberta.embeddings.LayerNorm.bias"
 WORD_EMBEDDING = "roberta.embeddings.word_embeddings."
 
 
 @dataclass(frozen=True)
 class Block:
-    """One poptorch block: its name, its kind ("embedding", "layer" or "head"), its IPU, and the
-    module whose call begins it.
+    """One poptorch block.
+
+    kind: "embedding", "layer" or "head". ipu: within one replica. module: its call begins the
+    block.
     """
 
     name: str
@@ -37,15 +38,16 @@ class Block:
 def parallelize(model: RobertaForSpans, layout: Layout, *,
                 recompute_checkpoint_every_layer: bool = True,
                 embedding_serialization_factor: int = 1) -> List[Block]:
-    """Put each block of `model` on the IPU that `layout` names, and return the blocks in the order
-    of execution.
+    """Place each block of `model` on its IPU; returns the blocks in the order of execution.
 
-    The word embedding is kept in `embedding_serialization_factor` parts (see SerializedEmbedding).
-    With `recompute_checkpoint_every_layer` each layer's output is kept for the backward pass, and
-    what lies between is recomputed. The embedding's LayerNorm gets an outlining attribute of its
-    own: outlined together with the encoder's it would be laid out for them, which spoils the tile
-    mapping of the stashes. What an earlier call has added is taken off first. Raises ValueError
-    where `layout` is of a model with another number of layers.
+    layout: the IPU of each block. recompute_checkpoint_every_layer: keep each layer's output for
+    the backward pass and recompute what lies between. embedding_serialization_factor: number of
+    parts of the word embedding (see SerializedEmbedding).
+
+    The embedding's LayerNorm gets an outlining attribute of its own. If it were outlined together
+    with the encoder's LayerNorms, it would get their tensor layout, which spoils the tile mapping
+    of the stashes. Annotations of an earlier call are removed first. Raises ValueError if `layout`
+    is for a model with another number of layers.
     """
     deparallelize(model)
     embeddings = model.roberta.embeddings
@@ -68,7 +70,7 @@ def parallelize(model: RobertaForSpans, layout: Layout, *,
 
 
 def deparallelize(model: RobertaForSpans) -> None:
-    """Take off all that `parallelize` has added."""
+    """Remove all that `parallelize` has added; does nothing to a model without annotations."""
     for handle in model.__dict__.pop("annotation_handles", []):
         handle.remove()
     poptorch.removeBlocks(model)
@@ -78,10 +80,10 @@ def deparallelize(model: RobertaForSpans) -> None:
 
 
 class SerializedEmbedding(nn.Module):
-    """An embedding kept and looked up in parts, so that the gradient of one part is live at a time.
+    """An embedding that is stored and looked up in parts, to save memory.
 
-    `weights_of` and `set_weights` join and split it: checkpoints do not depend on the number of
-    parts.
+    Only the gradient of one part is live at a time. `weights_of` and `set_weights` join and split
+    the parts, so that checkpoints do not depend on their number.
     """
 
     def __init__(self, embedding: nn.Embedding, parts: int):
@@ -91,8 +93,10 @@ class SerializedEmbedding(nn.Module):
             nn.Parameter(part.detach().clone()) for part in embedding.weight.split(self.rows))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int [B, S] -> [B, S, hidden]: each part contributes the rows it holds, and zeros for all
-        others.
+        """Return the embeddings, [B, S, hidden], of input_ids, int [B, S].
+
+        Each part contributes the embeddings of the tokens that it holds, and zeros for all others;
+        the contributions are added.
         """
         total = None
         for i, part in enumerate(self.parts):
@@ -104,17 +108,16 @@ class SerializedEmbedding(nn.Module):
         return total
 
     def to_embedding(self) -> nn.Embedding:
-        """The whole embedding again."""
+        """Return a plain nn.Embedding with the same weights."""
         return nn.Embedding.from_pretrained(torch.cat([part.detach() for part in self.parts]),
                                             freeze=False)
 
 
 def weights_of(model: RobertaForSpans) -> Dict[str, torch.Tensor]:
-    """The model's state_dict under Hugging Face's names, a serialised word embedding joined to one
-    tensor.
+    """Return the model's state_dict under Hugging Face's names.
 
-    A function and no state_dict hook, because PopTorch reads state_dict while the parameters are on
-    the device.
+    The parts of a serialised word embedding are joined to one tensor. This is a function and not a
+    hook of state_dict, because PopTorch reads state_dict while the parameters are on the device.
     """
     weights = dict(model.state_dict())
     parts = sorted((name for name in weights if name.startswith(WORD_EMBEDDING + "parts.")),
@@ -125,7 +128,9 @@ def weights_of(model: RobertaForSpans) -> Dict[str, torch.Tensor]:
 
 
 def set_weights(model: RobertaForSpans, weights: Dict[str, torch.Tensor]) -> None:
-    """Load what `weights_of` gave, whatever the number of parts of either model's word embedding.
+    """Load weights that `weights_of` returned, also for another number of embedding parts.
+
+    Raises RuntimeError, as load_state_dict does, for weights of another model.
     """
     words = model.roberta.embeddings.word_embeddings
     if isinstance(words, SerializedEmbedding):
@@ -136,13 +141,14 @@ def set_weights(model: RobertaForSpans, weights: Dict[str, torch.Tensor]) -> Non
 
 
 def _parts(model: RobertaForSpans) -> List[Tuple[str, nn.Module]]:
-    """(kind, module) of each block in the order of execution, which is that of Layout.blocks()."""
+    """Return (kind, module) of each block in the order of execution, that of Layout.blocks()."""
     return [("embedding", model.roberta.embeddings),
             *(("layer", layer) for layer in model.roberta.encoder.layer),
             ("head", model.qa_outputs)]
 
 
 def _outline(module: nn.Module, name: str) -> List[Any]:
+    """Set PopART's outlining attribute `layer` during calls of `module`; returns hook handles."""
     attribute = poptorch.Attribute(__outline={"layer": name})
 
     def begin(*unused):

@@ -1,8 +1,7 @@
-"""RoBERTa for extractive question answering: the forward pass and the loss, in operations that an
-IPU can run.
+"""RoBERTa for extractive question answering: forward pass and loss, in operations for an IPU.
 
-The parameters, their names and the saved files are Hugging Face's own
-(RobertaForQuestionAnswering). The forward pass is written out here, because an IPU needs fixed
+The parameters, their names and the saved files are those of Hugging Face's
+RobertaForQuestionAnswering. The forward pass is written out here, because an IPU needs fixed
 shapes, masks made from the row format, and one callable module for each block.
 """
 from __future__ import annotations
@@ -19,8 +18,9 @@ from ipu_options.ipu_kernels import MASKED, Kernels
 
 
 class Embeddings(nn.Module):
-    """Word + position + token type embedding. The position ids come from the row format, the token
-    type is always 0.
+    """The sum of word, position and token type embeddings, with LayerNorm and dropout.
+
+    Position ids come from the row format (qa/data/rows.py); the token type is always 0.
     """
 
     def __init__(self, embeddings: nn.Module, kernels: Kernels):
@@ -31,32 +31,34 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = embeddings.token_type_embeddings
         self.LayerNorm = embeddings.LayerNorm
         self.dropout = embeddings.dropout
-        # PopTorch does not support padding_idx. No loss depends on a padding token, so its gradient
-        # is zero without it too.
+        # PopTorch does not support padding_idx. It is not needed: no loss depends on a padding
+        # token, so that its gradient is zero anyway.
         self.word_embeddings.padding_idx = self.position_embeddings.padding_idx = None
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids, position_ids: int [B, S]. Returns [B, S, hidden]."""
+        """Return the embeddings, [B, S, hidden]. input_ids, position_ids: int [B, S]."""
         total = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
         return self.kernels.dropout(self.LayerNorm(total + self.token_type_embeddings.weight[0]),
                                     self.dropout.p, self.training)
 
 
 class EncoderLayer(nn.Module):
-    """One post-norm transformer layer (Vaswani et al. 2017) with query, key and value in one matrix
-    multiplication.
+    """One post-norm transformer layer (Vaswani et al. 2017).
+
+    Query, key and value are computed by one matrix multiplication.
     """
 
     def __init__(self, layer: nn.Module, heads: int, kernels: Kernels):
         super().__init__()
-        self.attention, self.intermediate, self.output = layer.attention, layer.intermediate, layer.output
+        self.attention, self.intermediate, self.output = (layer.attention, layer.intermediate,
+                                                          layer.output)
         self.heads, self.kernels = heads, kernels
 
     def forward(self, hidden: torch.Tensor, window_ids: torch.Tensor) -> torch.Tensor:
-        """hidden: [B, S, hidden]; window_ids: int [B, S]. Returns [B, S, hidden].
+        """Return the output, [B, S, hidden]. hidden: [B, S, hidden]; window_ids: int [B, S].
 
-        The mask is made in every layer, because a [S, S] mask handed from stage to stage would be
-        stashed on every IPU.
+        The attention mask is made in every layer: a [S, S] mask that is handed from stage to stage
+        would be stashed on every IPU.
         """
         out = self.attention.output
         mixed = out.dense(self.self_attention(hidden, window_ids))
@@ -67,8 +69,9 @@ class EncoderLayer(nn.Module):
             self.kernels.dropout(self.output.dense(inner), self.output.dropout.p, self.training))
 
     def self_attention(self, hidden: torch.Tensor, window_ids: torch.Tensor) -> torch.Tensor:
-        """Multi-head attention within windows; query, key and value by one fused projection. [B, S,
-        hidden] -> the same.
+        """Return the multi-head attention within windows, [B, S, hidden], before its output layer.
+
+        hidden: [B, S, hidden]; window_ids: int [B, S].
         """
         own = self.attention.self
         weight = torch.cat((own.query.weight, own.key.weight, own.value.weight))
@@ -82,11 +85,10 @@ class EncoderLayer(nn.Module):
 
 
 class RobertaForSpans(RobertaForQuestionAnswering):
-    """RobertaForQuestionAnswering over rows of one or several windows (qa/data/rows.py describes
-    the row format).
+    """RobertaForQuestionAnswering over rows of one or several windows.
 
-    kernels: the attention and the dropout that the model runs; by default those that suit this
-    machine's PopTorch.
+    qa/data/rows.py describes the row format. kernels: the attention and dropout functions to use;
+    by default those for this machine's PopTorch.
     """
 
     def __init__(self, config, kernels: Optional[Kernels] = None):
@@ -102,12 +104,14 @@ class RobertaForSpans(RobertaForQuestionAnswering):
         start_positions: Optional[torch.Tensor] = None,
         end_positions: Optional[torch.Tensor] = None, loss_weights: Optional[torch.Tensor] = None
     ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
-        """input_ids, position_ids, window_ids: int [B, S]; start_positions, end_positions: int [B,
-        K]; loss_weights: [B, K].
+        """Return the logits, or with labels the loss, of a micro-batch of B rows.
 
-        Without labels returns (start_logits, end_logits), float32 [B, S] each. With labels returns
-        the micro-batch's loss, the sum over its windows of loss_weight x (start loss + end loss) /
-        2, marked for PopTorch by identity_loss.
+        input_ids, position_ids, window_ids: int [B, S]. start_positions, end_positions: int [B, K],
+        the labels of up to K windows in a row. loss_weights: [B, K].
+
+        Without labels, returns (start_logits, end_logits), float32 [B, S] each. With labels,
+        returns the sum over the windows of loss_weight x (start loss + end loss) / 2, a scalar that
+        is marked for PopTorch by identity_loss.
         """
         hidden = self.roberta.embeddings(input_ids, position_ids)
         for layer in self.roberta.encoder.layer:
@@ -123,10 +127,11 @@ class RobertaForSpans(RobertaForQuestionAnswering):
 
 def window_losses(logits: torch.Tensor, positions: torch.Tensor,
                   window_ids: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each window's position over that window's own tokens.
+    """Return the cross entropy of each window's label over the tokens of that window, [B, K].
 
-    logits: float [B, S]; positions: int [B, K], indices in the row; window_ids: int [B, S], 1..K.
-    Returns [B, K]; an empty slot gives a finite number that means nothing (its loss weight is 0).
+    logits: float [B, S]. positions: int [B, K], the labels as indices in the row. window_ids: int
+    [B, S], from 1 to K, 0 for padding. Where a row has fewer than K windows, the remaining values
+    are finite but have no meaning; their loss weight is 0.
     """
     length, slots = logits.shape[1], positions.shape[1]
     slot = torch.arange(1, slots + 1, dtype=window_ids.dtype, device=window_ids.device).view(

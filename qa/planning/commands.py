@@ -1,5 +1,12 @@
-"""python -m ipu_options plan | search | sweep | calibrate | report: choose how a job is mapped to
-IPUs. --help with each.
+"""python -m ipu_options COMMAND: plan and tune how a job is mapped to IPUs.
+
+Commands, each of which has a --help:
+
+    plan        predict memory, time and throughput of a training run
+    search      find the best split and settings for a number of IPUs
+    sweep       plan or measure every combination of some flags
+    calibrate   fit the planner to your own run
+    report      compare a PopVision profile with the plan
 """
 from __future__ import annotations
 
@@ -17,7 +24,11 @@ from qa.settings import TrainSettings, parse_train
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run one command; argv without the program's name."""
+    """Run the command argv[0] with the flags that follow and return the exit status.
+
+    argv: without the program's name; by default sys.argv[1:]. Raises UsageError for an unknown
+    command or a wrong flag, RunError where a command cannot do its work.
+    """
     argv = sys.argv[1:] if argv is None else argv
     commands = {
         "plan": plan, "search": search, "sweep": sweep, "calibrate": calibrate, "report": report}
@@ -30,14 +41,12 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def plan(argv: List[str]) -> int:
-    """Memory, time and throughput of the run that train.py would make with the same flags."""
+    """Predict memory, time and throughput of train.py's run with the same flags."""
     return show_plan(*_parse(argv, plan, PlanSettings))
 
 
 def search(argv: List[str]) -> int:
-    """The best split and settings for a number of IPUs, under the memory limit and at the same
-    batch size.
-    """
+    """Find the best split and settings for a number of IPUs, at the same batch size."""
     settings, ipu_config, planning, searching = _parse(argv, search, PlanSettings, SearchSettings)
     ipus = POD_IPUS[settings.pod_type] if searching.ipus is None else searching.ipus
     if ipus not in (1, 2, 4, 8, 16, 32, 64):
@@ -61,19 +70,19 @@ def search(argv: List[str]) -> int:
         with writing(f"--write {searching.write}"):
             write_json(searching.write, dict(sorted(job.config.to_dict().items())))
         print(
-            f"wrote {searching.write}; train with it: your flags and --ipu_config {searching.write} "
-            f"--micro_batch_size {job.micro_batch_size}", file=sys.stderr)
+            f"wrote {searching.write}; train with it: your flags and --ipu_config "
+            f"{searching.write} --micro_batch_size {job.micro_batch_size}", file=sys.stderr)
     return 0
 
 
 def sweep(argv: List[str]) -> int:
-    """Plan, and with --run measure, every combination of some flags."""
+    """Plan every combination of some flags, and measure them with --run."""
     from qa.planning.sweep import run_sweep
     return run_sweep(argv)
 
 
 def calibrate(argv: List[str]) -> int:
-    """Fit the efficiencies to your own run, or --show how far they are from the published ones."""
+    """Fit the planner to your own run, or show its errors on published runs."""
     settings, ipu_config, planning, calibrating = _parse(argv, calibrate, PlanSettings,
                                                          CalibrateSettings)
     from ipu_options.plan import calibrate as calibration
@@ -91,7 +100,7 @@ def calibrate(argv: List[str]) -> int:
 
 
 def report(argv: List[str]) -> int:
-    """What a PopVision profile says, against the plan of the same flags."""
+    """Compare a PopVision profile with the plan of the same flags."""
     settings, ipu_config, planning, given = _parse(argv, report, PlanSettings, ReportSettings)
     from ipu_options.plan.profile import open_profile, profile_text
     from qa.planning.job import planned
@@ -101,8 +110,10 @@ def report(argv: List[str]) -> int:
 
 
 def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings) -> int:
-    """Print the plan of train.py's run with these settings, and draw or write what the planner's
-    flags ask for.
+    """Print the plan of train.py's run with these settings and return the exit status, 0.
+
+    Also prints, draws or writes what the planner's flags and --trace ask for. Raises UsageError or
+    RunError where that is not possible.
     """
     from ipu_options.plan.calibrate import fit_table
     from ipu_options.plan.text import fit_text, plan_dict, plan_text
@@ -122,6 +133,7 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
 
 
 def _parse(argv: List[str], command, *groups: type):
+    """Parse the flags of a command, whose docstring is its description in --help."""
     return parse_train(argv, *groups, program=f"python -m ipu_options {command.__name__}",
                        description=command.__doc__)
 
@@ -152,6 +164,6 @@ def _calibrate_own(settings: TrainSettings, ipu_config: IPUConfig, planning: Pla
     now = make_plan(job, fitted).windows_per_second
     print(
         f"measured {measured:,.0f} windows/s; planned {before:,.0f} before and {now:,.0f} now\n"
-        f"saved to {file}; plans use it from now on and say so; delete it to go back to the published runs"
-    )
+        f"saved to {file}; plans use it from now on and say so; delete it to go back to the "
+        "published runs")
     return 0

@@ -1,6 +1,4 @@
-"""The annotated model, counted for the planner (ipu_options/plan): needs a config at most, and no
-weights.
-"""
+"""Counts the annotated model for the planner (ipu_options/plan), from its configuration alone."""
 from __future__ import annotations
 
 from copy import deepcopy
@@ -19,12 +17,15 @@ from qa.model.roberta import RobertaForSpans
 
 def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
                  precision: str = "float16") -> BlockCounter:
-    """count(micro_batch_size, embedding_serialization_factor) -> the blocks of a RobertaForSpans of
-    `model_config`, counted.
+    """Return a function that counts the blocks of a RobertaForSpans for given settings.
 
-    Rows have `max_seq_length` tokens and room for `windows_per_row` windows. The model is counted
-    for one and for two rows, from which every micro-batch follows; a serialised embedding is
-    counted in a model of one layer.
+    Its signature is count(micro_batch_size, embedding_serialization_factor=1), and it returns the
+    CountedBlocks in the order of execution. Rows have `max_seq_length` tokens and room for
+    `windows_per_row` windows. precision: "float16" or "float32".
+
+    The model is counted for one and for two rows, from which the counts of any micro-batch follow.
+    For a serialised embedding, only a model of one layer is counted: the other blocks are those of
+    the model without serialisation.
     """
     @lru_cache(maxsize=None)
     def counted(factor: int) -> List[List[CountedBlock]]:
@@ -42,12 +43,12 @@ def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
 
 
 def count_model(model_config, max_seq_length: int, windows_per_row: int, precision: str,
-                embedding_serialization_factor: int,
-                ) -> List[List[CountedBlock]]:
-    """The counted blocks for micro-batches of one and of two rows.
+                embedding_serialization_factor: int) -> List[List[CountedBlock]]:
+    """Return two lists of counted blocks, for a micro-batch of one row and for one of two rows.
 
-    The model is built on the meta device, with the kernels that an IPU runs, and annotated as for
-    training; on which IPUs makes no difference to the counts.
+    The model is built on the meta device with the kernels that an IPU runs, and annotated as for
+    training. The counts do not depend on which block is on which IPU. See `make_counter` for the
+    arguments.
     """
     with torch.device("meta"):
         model = RobertaForSpans(model_config, IPU_KERNELS)
@@ -56,18 +57,19 @@ def count_model(model_config, max_seq_length: int, windows_per_row: int, precisi
     blocks = parallelize(model, layout,
                          embedding_serialization_factor=embedding_serialization_factor)
     named = [(block.name, block.kind, block.module) for block in blocks]
-    with torch.device("meta"):  # for the tensors that the forward pass makes itself
+    with torch.device("meta"):  # for the tensors that the forward pass creates
         return [
             count_blocks(model, named, _meta_rows(rows, max_seq_length, windows_per_row))
             for rows in (1, 2)]
 
 
 def _meta_rows(rows: int, length: int, windows: int) -> dict:
-    """A micro-batch of training rows (qa/data/rows.py) that has shapes and no values."""
+    """Return a micro-batch of training rows (qa/data/rows.py) with shapes but without values."""
     def ints(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device="meta")
 
     return {
-        "input_ids": ints(rows, length), "position_ids": ints(rows, length), "window_ids": ints(
-            rows, length), "start_positions": ints(rows, windows), "end_positions": ints(
-                rows, windows), "loss_weights": torch.zeros(rows, windows, device="meta")}
+        "input_ids": ints(rows, length), "position_ids": ints(rows, length),
+        "window_ids": ints(rows, length), "start_positions": ints(rows, windows),
+        "end_positions": ints(rows, windows),
+        "loss_weights": torch.zeros(rows, windows, device="meta")}

@@ -1,6 +1,4 @@
-"""From train.py's settings to the job that is planned: which model, counted how, on which pipeline,
-fed with what.
-"""
+"""Makes the planner's Job from the settings of train.py: model, counts, pipeline and data."""
 from __future__ import annotations
 
 import json
@@ -19,21 +17,23 @@ from qa.data import demo
 from qa.planning.flags import SHAPE, PlanSettings
 from qa.settings import TrainSettings, check_row_length
 
-# Sizes of well-known checkpoints (from their config.json on the hub), so that planning them needs
-# no network.
+# Sizes of well-known checkpoints, from their config.json on the hub. With these, planning such a
+# checkpoint needs no network.
 MODELS = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
-# Mean real tokens of a window, and windows of an epoch: SQuAD at length 384 and stride 128, v1 as
-# in the published run of roberta-base, v2 as in that of roberta-base-squad2.
+# Mean number of real tokens of a window, and number of windows of an epoch, for SQuAD at length 384
+# and stride 128. v1: as in the published run of roberta-base; v2: as in that of
+# roberta-base-squad2.
 REAL_TOKENS = {"squad": 181, "squad_v2": 181}
 WINDOWS = {"squad": 88568, "squad_v2": 131823}
-PACKING_EFFICIENCY = 0.97  # share of a packed row's tokens that are real, by best-fit decreasing
+PACKING_EFFICIENCY = 0.97  # share of real tokens in the rows that best-fit decreasing packs
 
 
 def make_job(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings) -> Job:
-    """The job that train.py would run with these settings.
+    """Return the job that train.py would run with these settings.
 
-    Needs a model's configuration at most: --config_json, the shape flags, a checkpoint's folder, or
-    a well-known name. Raises UsageError for a model or a layout that cannot be.
+    Of the model, only its configuration is needed (see `planned_model`). Raises UsageError for a
+    model or a pipeline that is not possible, RunError if the model's configuration cannot be
+    loaded.
     """
     from qa.data.packing import packed_accumulation
     from qa.planning.counting import make_counter
@@ -53,21 +53,24 @@ def make_job(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSetti
                          windows_per_row=settings.row_capacity(), precision=settings.precision)
     blocks = tuple(count(settings.micro_batch_size, config.embedding_serialization_factor))
     return Job(blocks, pipeline.layout, config, MACHINES[planning.ipu], settings.micro_batch_size,
-               settings.max_seq_length, settings.precision,
-               windows_per_row, packed_windows_per_row=packed, train_windows=_train_windows(
-                   settings, planning), epochs=settings.num_train_epochs, count=count)
+               settings.max_seq_length, settings.precision, windows_per_row,
+               packed_windows_per_row=packed, train_windows=_train_windows(settings, planning),
+               epochs=settings.num_train_epochs, count=count)
 
 
 def planned(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings) -> Plan:
-    """The plan of train.py's run with these settings, with the user's calibration where there is
-    one.
+    """Return the plan of train.py's run with these settings.
+
+    It is made with the user's calibration if there is one. Raises what `make_job` raises, and
+    UsageError for a wrong calibration file.
     """
     return make_plan(make_job(settings, ipu_config, planning), calibrate.load(planning.calibration))
 
 
 def published() -> List[calibrate.PublishedRun]:
-    """The published runs, counted. A model that appears several times at one length is counted
-    once.
+    """Return the published runs with their blocks counted.
+
+    A model that several runs have at the same length is counted once.
     """
     from transformers import RobertaConfig
 
@@ -82,7 +85,12 @@ def published() -> List[calibrate.PublishedRun]:
 
 
 def planned_model(settings: TrainSettings, planning: PlanSettings) -> Any:
-    """transformers' configuration of the model to plan."""
+    """Return transformers' configuration of the model to plan.
+
+    In this order: the model of --config_json, of the shape flags, of the demo, a well-known
+    checkpoint (MODELS), or the checkpoint of --model_name_or_path, in a folder or on the hub.
+    Raises UsageError for an unsuitable model, RunError if its configuration cannot be loaded.
+    """
     from transformers import RobertaConfig
 
     shape = planning.shape()
@@ -100,7 +108,7 @@ def planned_model(settings: TrainSettings, planning: PlanSettings) -> Any:
 
 
 def planned_name(settings: TrainSettings, planning: PlanSettings) -> str:
-    """What to call the planned job in a heading."""
+    """Return what to call the planned job in a heading: its configuration and its model."""
     if planning.config_json:
         model = planning.config_json
     elif planning.shape():
@@ -119,39 +127,43 @@ def _config_from_json(path: str, shape: dict) -> Any:
         raise UsageError(f"--config_json {path}: not a readable config.json ({error})") from error
     if missing:
         raise UsageError(
-            f"--config_json {path}: has no {missing[0]}; name the config.json of a RoBERTa checkpoint"
-        )
-    if "roberta" not in values.get("model_type",
-                                   "roberta") and values.get("model_type") != "camembert":
+            f"--config_json {path}: has no {missing[0]}; name the config.json of a RoBERTa "
+            "checkpoint")
+    if ("roberta" not in values.get("model_type", "roberta") and
+            values.get("model_type") != "camembert"):
+        # BERT counts positions from 0, RoBERTa from padding_idx + 1 = 2.
         values.update(pad_token_id=1,
-                      max_position_embeddings=values.get("max_position_embeddings", 512) +
-                      2)  # BERT counts from 0
+                      max_position_embeddings=values.get("max_position_embeddings", 512) + 2)
     return RobertaConfig(**{**values, **shape})
 
 
 def _derived(shape: dict) -> dict:
-    """The usual proportions for what is not given: 64 wide heads, an inner layer four times as
-    wide.
+    """Return the sizes that follow from the width in the usual proportions.
+
+    Heads are 64 wide and feed-forward layers four times as wide as the model. Raises UsageError if
+    the given width is not a multiple of the number of heads.
     """
     width = shape.get("hidden_size", 768)
     heads = shape.get("num_attention_heads") or next(
         n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
     if width % heads:
         raise UsageError(
-            f"--hidden_size {width} is not a multiple of --num_attention_heads {heads}: the nearest is "
-            f"{max(1, round(width / heads)) * heads}")
+            f"--hidden_size {width} is not a multiple of --num_attention_heads {heads}: "
+            f"the nearest is {max(1, round(width / heads)) * heads}")
     return {"num_attention_heads": heads, "intermediate_size": 4 * width}
 
 
 def _packed_windows_per_row(settings: TrainSettings, planning: PlanSettings) -> Optional[float]:
-    """Windows of a packed row: as given, or estimated from the mean real length where the data set
-    is known.
+    """Return the mean number of windows in a packed row; None if it is not known.
+
+    It is --windows_per_row if given, else estimated from the mean number of real tokens of a window
+    for a known data set.
     """
     if planning.windows_per_row is not None:
         if planning.windows_per_row > settings.max_windows_per_row:
             raise UsageError(
-                f"--windows_per_row {planning.windows_per_row:g}: it should be between 1 and --max_windows_per_row, "
-                f"which is {settings.max_windows_per_row}")
+                f"--windows_per_row {planning.windows_per_row:g}: it should be between 1 and "
+                f"--max_windows_per_row, which is {settings.max_windows_per_row}")
         return planning.windows_per_row
     if settings.demo_data:
         tokens = demo.MEAN_TOKENS
@@ -159,13 +171,12 @@ def _packed_windows_per_row(settings: TrainSettings, planning: PlanSettings) -> 
         tokens = REAL_TOKENS.get(settings.dataset_name) if settings.train_file is None else None
     if tokens is None:
         return None
-    return max(
-        1.0,
-        min(PACKING_EFFICIENCY * settings.max_seq_length / tokens,
-            float(settings.max_windows_per_row)))
+    return max(1.0, min(PACKING_EFFICIENCY * settings.max_seq_length / tokens,
+                        float(settings.max_windows_per_row)))
 
 
 def _train_windows(settings: TrainSettings, planning: PlanSettings) -> Optional[int]:
+    """Return the number of windows of an epoch; None if it is not known."""
     if planning.train_windows is not None:
         return planning.train_windows
     if settings.demo_data:

@@ -1,5 +1,6 @@
-"""Plans, and measures if asked to, every combination of some flags, into a CSV that a later call
-goes on from.
+"""Plans every combination of some flags, and measures them with --run.
+
+The results are written to a CSV file, from which an interrupted sweep continues.
 """
 from __future__ import annotations
 
@@ -20,28 +21,29 @@ from qa.planning.flags import PlanSettings
 from qa.settings import parse_train
 
 USAGE = (
-    'sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] [--timeout SECONDS] '
-    '[--output FILE] -- [train.py flags]')
+    'sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] '
+    '[--timeout SECONDS] [--output FILE] -- [train.py flags]')
 COLUMNS = ("setting", "fits", "planned_windows_per_second", "measured_windows_per_second",
            "bubble_percent", "fullest_mib", "status")
+# The flags of sweep itself, and the number of values that each takes.
 OWN = {"--run": 0, "--steps": 1, "--output": 1, "--timeout": 1, "--help": 0}
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 def run_sweep(argv: Sequence[str]) -> int:
-    """Sweep as USAGE says. A combination that cannot be, or a run that fails, is a row whose status
-    says why.
+    """Run the sweep that `argv` asks for (see USAGE), print its table and return 0.
 
-    Rows are written as they come; a call with the same --output skips the combinations that it
-    holds already.
+    Rows are written as soon as they are known. Combinations that the --output file already holds
+    are skipped. If a combination is not possible or its run fails, the status in its row says why.
+    Raises UsageError for a wrong command line, RunError if the file cannot be written.
     """
     swept, own, common = parse(argv)
     if "--help" in own:
         print(USAGE)
         return 0
     output = Path(own.get("--output", ["sweep.csv"])[0])
-    measure, steps, timeout = "--run" in own, _number(own, "--steps", 20), _number(
-        own, "--timeout", 3600)
+    measure, steps, timeout = ("--run" in own, _number(own, "--steps", 20),
+                               _number(own, "--timeout", 3600))
     rows = read_rows(output)
     done = {
         row["setting"] for row in rows
@@ -61,8 +63,11 @@ def run_sweep(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], Dict[str, List[str]], List[str]]:
-    """Split the command line into swept flags with their values, sweep's own flags, and the flags
-    common to all.
+    """Split the command line and return (swept, own, common).
+
+    swept: {flag: values to try}. own: {flag of sweep itself: values}. common: the words after "--",
+    which are flags of all combinations. Raises UsageError for a value without a flag, a wrong
+    number of values, or nothing to sweep.
     """
     argv, common = list(argv), []
     if "--" in argv:
@@ -91,15 +96,16 @@ def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], Dict[str, List[str
 
 
 def combinations(swept: Dict[str, List[str]]) -> List[List[str]]:
-    """The flags of every combination: one value of each swept flag; "0 4 4 4" is one value of four
-    words.
+    """Return the flags of every combination, as words of a command line.
+
+    A combination has one value of each swept flag. A value such as "0 4 4 4" becomes four words.
     """
     return [[word for name, value in zip(swept, values) for word in [name, *value.split()]]
             for values in itertools.product(*swept.values())]
 
 
 def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
-    """The row of one combination, planned; its status is the refusal where it cannot be."""
+    """Return the row of one combination with its plan, or with the error message as its status."""
     from qa.planning.job import planned
 
     row = {**dict.fromkeys(COLUMNS, ""), "setting": setting, "status": "planned"}
@@ -115,16 +121,17 @@ def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
 
 
 def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
-    """Run train.py for so many steps on synthetic data in a process of its own; windows/s of its
-    last log line.
+    """Run train.py for `steps` steps on synthetic data, in a separate process.
+
+    Returns the columns to update: the status and, if the run succeeded, the windows/s of its last
+    log line. timeout: in seconds.
     """
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable,
-            str(TRAIN), *flags, "--synthetic_data", "--max_steps",
-            str(steps), "--max_eval_samples", "1", "--logging_steps",
-            str(max(1, steps // 2)), "--output_dir", folder + "/run"]
+            sys.executable, str(TRAIN), *flags, "--synthetic_data", "--max_steps", str(steps),
+            "--max_eval_samples", "1", "--logging_steps", str(max(1, steps // 2)),
+            "--output_dir", folder + "/run"]
         try:
             done = subprocess.run(command, capture_output=True, timeout=timeout, text=True)
         except subprocess.TimeoutExpired:
@@ -139,8 +146,9 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
 
 
 def read_rows(path: Path) -> List[Dict[str, str]]:
-    """The rows of an earlier sweep; none if the file is not there. UsageError for a file that is
-    not a sweep's.
+    """Return the rows of an earlier sweep, [] if there is no such file.
+
+    Raises UsageError if the file was not written by a sweep.
     """
     if not path.is_file():
         return []
@@ -153,8 +161,9 @@ def read_rows(path: Path) -> List[Dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
-    """Write all rows to `path`, the whole file or nothing, so that an interrupted sweep leaves a
-    whole one.
+    """Write all rows to `path` atomically, so that an interrupted sweep leaves a complete file.
+
+    Raises RunError if the file cannot be written.
     """
     with writing(f"--output {path}"), written_whole(path) as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -163,8 +172,10 @@ def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
 
 
 def sweep_table(rows: Sequence[Dict[str, Any]]) -> str:
-    """The rows as a table, the fastest first: measured before planned, what does not fit or was
-    refused last.
+    """Return the rows as a text table, the fastest first.
+
+    The order is by measured windows/s where there is one, else by planned windows/s. Settings that
+    do not fit or are not possible come last.
     """
     def key(row):
         return (
@@ -175,10 +186,11 @@ def sweep_table(rows: Sequence[Dict[str, Any]]) -> str:
         row["setting"], row["fits"], row["planned_windows_per_second"],
         row["measured_windows_per_second"], row["bubble_percent"] and row["bubble_percent"] + " %",
         row["fullest_mib"] and row["fullest_mib"] + " MiB", row["status"]]
-                        for row in sorted(rows, key=key)], left=(0, 6))
+        for row in sorted(rows, key=key)], left=(0, 6))
 
 
 def _number(own: Dict[str, List[str]], name: str, default: int) -> int:
+    """Return the value of a flag of sweep itself. Raises UsageError unless it is at least 1."""
     value = own.get(name, [str(default)])[0]
     if not value.isdigit() or int(value) < 1:
         raise UsageError(f"{name} {value}: it should be a whole number of at least 1")

@@ -1,15 +1,18 @@
 """Checkpoints that are complete or absent, and from which a run continues bit for bit.
 
-A checkpoint is the folder OUTPUT_DIR/checkpoint-STEP:
+A checkpoint is the folder OUTPUT_DIR/checkpoint-STEP with these files:
 
-    config.json, model.safetensors, tokenizer files, ipu_config.json    Hugging Face's layout (`Training.write_files`)
-    training_state.safetensors, training_state.json                     optimizer and random states (qa/run/state.py)
-    trainer_state.json                                                  step, losses, and what a resumed run has to agree with
-    manifest.json                                                       size and SHA-256 of every file above
+    config.json, model.safetensors,   the model in Hugging Face's layout, as `Training.write_files`
+    tokenizer files, ipu_config.json  writes it
+    training_state.safetensors,       the states of the optimizer and of the random generators
+    training_state.json               (qa/run/state.py)
+    trainer_state.json                the step, the losses, and the settings that a resumed run must
+                                      share
+    manifest.json                     size and SHA-256 of every file above
 
-It is written in a folder beside it, flushed to disk and renamed, so that a kill at any moment
-leaves it complete or absent. Nothing is ever pickled: a checkpoint from someone else holds numbers
-and text, and cannot run code.
+A checkpoint is written to a temporary folder in OUTPUT_DIR, flushed to disk and renamed, so that it
+is complete or absent even if the process is killed at any moment. Nothing is pickled: a checkpoint
+from an untrusted source contains only numbers and text, and cannot run code.
 """
 from __future__ import annotations
 
@@ -46,22 +49,22 @@ from qa.settings import MUST_MATCH, TrainSettings
 log = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What a killed process may leave behind: half-written, replaced or removed checkpoints, a
-# half-written model, a half-written file.
+# What a killed process may leave behind: checkpoints that were being written, replaced or removed,
+# a final model that was being written, and temporary files.
 _LEFTOVER = re.compile(
     r"\.(checkpoint-\d+)\.(tmp|removed|replaced)|\.final-model\.tmp|\..+\.[0-9a-f]{8}\.tmp")
 
 
 class Checkpoint(NamedTuple):
-    """What `load_checkpoint` reads. The weights stay in `folder`, to be loaded like any Hugging
-    Face model.
+    """The content of a checkpoint, except for the weights.
+
+    The weights remain in `folder`, from where they are loaded like those of any Hugging Face model.
     """
 
     folder: Path
     step: int
     optimizer: Dict[str, Any]  # for optimizer.load_state_dict()
-    rng_state: Optional[
-        List[int]]  # for training_model.rng_state, which takes it once the model is compiled
+    rng_state: Optional[List[int]]  # for training_model.rng_state, once the model is compiled
     random_state: Dict[str, Any]  # for set_random_state()
     progress: Dict[str, Any]  # "losses" of the last steps, and "must_match"
 
@@ -69,7 +72,7 @@ class Checkpoint(NamedTuple):
 class Training(NamedTuple):
     """What a training run changes: the model, and PopTorch's optimizer and executor for it.
 
-    write_files(folder): writes the model (safetensors), its tokenizer and its settings.
+    write_files(folder) writes the model (safetensors), its tokenizer and its settings.
     """
 
     model: torch.nn.Module
@@ -79,44 +82,48 @@ class Training(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run in its output folder, which the run holds locked.
+    """The checkpoints of one run in its output folder, for which the run must hold the lock.
 
-    must_match: settings by name that a resumed run has to share with the checkpoint.
-    save_total_limit: how many checkpoints to keep; the oldest go first.
+    must_match: the settings, by name, that must be the same in the checkpoint and in a run that
+    resumes from it. save_total_limit: how many checkpoints to keep (default: all); the oldest are
+    removed first.
     """
 
     def __init__(self, output_dir: Union[str, Path], must_match: Dict[str, Any],
                  save_total_limit: Optional[int] = None):
         self.output_dir = Path(output_dir)
         self.must_match, self.save_total_limit = must_match, save_total_limit
-        self._saved_step: Optional[
-            int] = None  # of the newest checkpoint that this process has written
+        # The step of the newest checkpoint that this process has written.
+        self._saved_step: Optional[int] = None
 
     @classmethod
     def of_run(cls, settings: TrainSettings, rows: TrainingRows) -> "Checkpoints":
-        """The checkpoints of a run with these settings over these rows."""
+        """Return the checkpoints of a run with these settings and these training rows."""
         must_match = {
-            **rows.arguments, "data": rows.windows.fingerprint, **{
-                name: getattr(settings, name) for name in MUST_MATCH}}
+            **rows.arguments, "data": rows.windows.fingerprint,
+            **{name: getattr(settings, name) for name in MUST_MATCH}}
         return cls(settings.output_dir, must_match, settings.save_total_limit)
 
     def open(self, resume_from_checkpoint: Optional[str],
              overwrite_output_dir: bool) -> Optional[Checkpoint]:
-        """The checkpoint that this run continues, or None for a run from the beginning.
+        """Return the checkpoint from which this run continues, or None if it starts from scratch.
 
-        Clears away what a killed run left half-written, and with `overwrite_output_dir` the
-        checkpoints of earlier runs. Raises UsageError where the checkpoint's must_match says
-        otherwise, where there is no complete checkpoint at the path given, and where a run from the
-        beginning would mix its checkpoints with those of another run.
+        resume_from_checkpoint: None, "auto" or a path, see `find_checkpoint`. overwrite_output_dir:
+        whether a run from scratch removes the checkpoints of earlier runs. What a killed run left
+        unfinished is removed in any case.
+
+        Raises UsageError if the checkpoint's must_match differs from that of this run, if there is
+        no complete checkpoint at the given path, or if a run from scratch would mix its checkpoints
+        with those of an earlier run.
         """
         _clear_leftovers(self.output_dir)
         if resume_from_checkpoint is None:
             for folder in list_checkpoints(self.output_dir):
                 if not overwrite_output_dir:
                     raise UsageError(
-                        f"--output_dir {self.output_dir}: holds {folder.name} of an earlier run; go on with "
-                        "--resume_from_checkpoint auto, start over with --overwrite_output_dir, or name another folder"
-                    )
+                        f"--output_dir {self.output_dir}: holds {folder.name} of an earlier run; "
+                        "go on with --resume_from_checkpoint auto, start over with "
+                        "--overwrite_output_dir, or name another folder")
                 delete_folder(folder)
             return None
         folder = find_checkpoint(self.output_dir, resume_from_checkpoint)
@@ -127,13 +134,14 @@ class Checkpoints:
         return checkpoint
 
     def save(self, training: Training, step: int, losses: List[float]) -> Path:
-        """Save OUTPUT_DIR/checkpoint-STEP, unless this process has just done so, and return its
-        path.
+        """Save OUTPUT_DIR/checkpoint-STEP and return its path.
 
-        losses: of the steps so far; the last 200 are kept. Python's, NumPy's and PyTorch's random
-        states are saved as they are now. The oldest checkpoints beyond the limit are removed.
-        Raises RunError where the disk is full, read-only, gone ...: earlier checkpoints are as they
-        were, no half-written one stays.
+        losses: those of the steps so far, of which the last 200 are saved. The current random
+        states of Python, NumPy and PyTorch are saved too. Afterwards the oldest checkpoints beyond
+        the limit are removed. Nothing is done if this process has just saved the same step.
+
+        Raises RunError if the checkpoint cannot be written (disk full, read-only, removed, ...).
+        Earlier checkpoints are then unchanged, and the incomplete one is removed.
         """
         folder = self.output_dir / f"checkpoint-{step}"
         if self._saved_step == step:
@@ -155,7 +163,9 @@ class Checkpoints:
         return folder
 
     def save_or_warn(self, training: Training, step: int, losses: List[float]) -> None:
-        """`save` that only warns where it fails: a full disk may have room again at the next save.
+        """Save a checkpoint like `save`, but only print a warning if that fails.
+
+        A full disk may have room again when the next checkpoint is saved.
         """
         try:
             self.save(training, step, losses)
@@ -163,8 +173,10 @@ class Checkpoints:
             tqdm.write(f"warning: {error}; the run goes on")
 
     def save_final(self, training: Training) -> None:
-        """Put the trained model into OUTPUT_DIR itself, each file complete or as it was. Raises
-        RunError as `save` does.
+        """Write the trained model into OUTPUT_DIR itself.
+
+        Each file is replaced by its complete new version or left unchanged. Raises RunError as
+        `save` does.
         """
         training.training_model.copyWeightsToHost()
         with _written(self.output_dir / "final-model") as aside:
@@ -178,20 +190,21 @@ class Checkpoints:
     def go_back(
             self, training: Training,
             set_weights: Callable[[torch.nn.Module, Dict[str, torch.Tensor]], None]) -> Checkpoint:
-        """Put weights and optimizer of a running training back to the newest complete checkpoint,
-        which is returned.
+        """Reset weights and optimizer of a running training to the newest complete checkpoint.
 
-        For a step whose numbers went wrong: the device has updated the weights before the host sees
-        the loss, so the step cannot be left out. The loop then continues with the next batch, and
-        the batches since the checkpoint are passed over, as in the training of PaLM (Chowdhery et
-        al. 2022, section 5.1). set_weights(model, weights): puts the tensors of model.safetensors
-        into the model on the host. Raises RunError if there is no complete checkpoint.
+        This is for a step with a loss, gradient or weight that is not finite. The step cannot be
+        left out, because the device has updated the weights before the host sees the loss. After
+        the reset the training loop continues with the next batch, and the batches since the
+        checkpoint are skipped, as in the training of PaLM (Chowdhery et al. 2022, section 5.1).
+
+        set_weights(model, weights) copies the tensors of model.safetensors into the model on the
+        host. Returns the checkpoint. Raises RunError if there is no complete checkpoint.
         """
         folder = find_checkpoint(self.output_dir, "auto")
         if folder is None:
             raise RunError(
-                f"there is no whole checkpoint in {self.output_dir} to go back to; save some with --save_steps"
-            )
+                f"there is no whole checkpoint in {self.output_dir} to go back to; "
+                "save some with --save_steps")
         checkpoint = load_checkpoint(folder)
         set_weights(training.model, safetensors.torch.load_file(folder / "model.safetensors"))
         training.training_model.copyWeightsToDevice()
@@ -201,10 +214,11 @@ class Checkpoints:
 
 
 def restore(checkpoint: Checkpoint, training_model: Any, optimizer: Any) -> None:
-    """Continue from `checkpoint`, whose weights the compiled `training_model` holds already:
-    optimizer state, random states.
+    """Restore the states of the optimizer and of the random generators from `checkpoint`.
 
-    Raises UsageError if the checkpoint's random state cannot be used.
+    training_model: a compiled poptorch.PoplarExecutor that has the checkpoint's weights already.
+    optimizer: its poptorch optimizer. Raises UsageError if the checkpoint's random state cannot be
+    used.
     """
     optimizer.load_state_dict(checkpoint.optimizer)
     training_model.setOptimizer(optimizer)
@@ -213,11 +227,11 @@ def restore(checkpoint: Checkpoint, training_model: Any, optimizer: Any) -> None
 
 
 def find_checkpoint(output_dir: Union[str, Path], which: str) -> Optional[Path]:
-    """The checkpoint that --resume_from_checkpoint means: "auto" (the newest whole one, None if
-    there is none) or a path.
+    """Return the folder of the checkpoint that --resume_from_checkpoint refers to.
 
-    With "auto" a checkpoint that is not whole is named in a warning and passed over. A path that is
-    not a whole checkpoint raises UsageError.
+    which: a path, or "auto" for the newest complete checkpoint in `output_dir`. With "auto" an
+    incomplete checkpoint is skipped with a warning, and the result is None if none is complete.
+    Raises UsageError if `which` is a path that is not a complete checkpoint.
     """
     if which == "auto":
         for folder in reversed(list_checkpoints(output_dir)):
@@ -233,8 +247,9 @@ def find_checkpoint(output_dir: Union[str, Path], which: str) -> Optional[Path]:
 
 
 def load_checkpoint(folder: Union[str, Path]) -> Checkpoint:
-    """Read what a complete checkpoint (see `find_checkpoint`) holds beside the model. Raises
-    UsageError if it cannot be read.
+    """Read everything but the weights of a complete checkpoint (see `find_checkpoint`).
+
+    Raises UsageError if it cannot be read.
     """
     folder = Path(folder)
     try:
@@ -250,7 +265,7 @@ def load_checkpoint(folder: Union[str, Path]) -> Checkpoint:
 
 
 def list_checkpoints(output_dir: Union[str, Path]) -> List[Path]:
-    """All checkpoint-STEP folders, whole or not, by step."""
+    """Return all checkpoint-STEP folders in `output_dir`, complete or not, sorted by step."""
     try:
         found = [
             path for path in Path(output_dir).iterdir()
@@ -261,8 +276,9 @@ def list_checkpoints(output_dir: Union[str, Path]) -> List[Path]:
 
 
 def find_fault(folder: Path) -> Optional[str]:
-    """Why `folder` is not a whole checkpoint, or None: every file's size and SHA-256 are compared
-    with its manifest.
+    """Return why `folder` is not a complete checkpoint, or None if it is one.
+
+    The size and the SHA-256 of every file are compared with the manifest.
     """
     try:
         if folder.is_symlink():
@@ -293,35 +309,44 @@ def _step(folder: Path) -> int:
 
 
 def _check_match(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
-    """Raise UsageError, naming what differs, where the rest of the run would not be the rest of the
-    run that was begun.
+    """Raise UsageError if the checkpoint's must_match differs from `now`, that of this run.
+
+    The message names each setting that differs, with both values.
     """
     then = checkpoint.progress.get("must_match", {})
     different = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
     differences = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in different]
     if differences:
         raise UsageError(
-            f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differences)}. Go on with what it was begun with, "
-            f"or start another run from its weights: --model_name_or_path {checkpoint.folder} and a new --output_dir"
-        )
+            f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differences)}. "
+            "Go on with what it was begun with, or start another run from its weights: "
+            f"--model_name_or_path {checkpoint.folder} and a new --output_dir")
 
 
 def _what_is_left(output_dir: Union[str, Path]) -> str:
-    """For error messages; sizes and checksums are left for the resume to compare."""
+    """Return which checkpoint is the newest, as the end of an error message.
+
+    The checkpoint is not verified: hashing its files can take long, and a resume does it anyway.
+    """
     checkpoints = list_checkpoints(output_dir)
-    newest = f"the newest checkpoint in {output_dir} is {checkpoints[-1].name}" if checkpoints else None
+    newest = (f"the newest checkpoint in {output_dir} is {checkpoints[-1].name}"
+              if checkpoints else None)
     return newest or f"there is no checkpoint in {output_dir}"
 
 
 def _clear_leftovers(output_dir: Path) -> None:
-    """Clear away what a killed run left half-written or half-removed."""
+    """Remove what a killed run left unfinished in `output_dir`.
+
+    A checkpoint that it was replacing is put back if the replacement is not in place.
+    """
     for path in output_dir.iterdir():
         match = _LEFTOVER.fullmatch(path.name)
         if not match:
             continue
         checkpoint, kind = match.groups()
-        if kind == "replaced" and not os.path.lexists(
-                path.with_name(checkpoint)):  # killed between the renames of rename_folder
+        # Only a kill between the two renames of rename_folder leaves ".replaced" without its
+        # replacement.
+        if kind == "replaced" and not os.path.lexists(path.with_name(checkpoint)):
             path.rename(path.with_name(checkpoint))
         else:
             delete(path)
@@ -329,8 +354,9 @@ def _clear_leftovers(output_dir: Path) -> None:
 
 @contextmanager
 def _written(target: Path) -> Iterator[Path]:
-    """`folder_written_aside`, with an error of the system as a RunError that says which checkpoint
-    is left.
+    """Give the temporary folder of `folder_written_aside`, but turn system errors into RunError.
+
+    The message of the RunError names the newest checkpoint that is left.
     """
     try:
         with folder_written_aside(target) as aside:
@@ -344,9 +370,11 @@ def _written(target: Path) -> Iterator[Path]:
 
 
 def _remove_oldest(output_dir: Path, step: int, save_total_limit: Optional[int]) -> None:
-    """Keep `save_total_limit` checkpoints up to `step`, which has just been written and is whole.
-    Later ones are not touched: they are damaged ones that the resume passed over, and are replaced
-    when the run comes to their step.
+    """Remove the oldest checkpoints, so that `save_total_limit` remain of those up to `step`.
+
+    The checkpoint of `step` has just been written and is complete. Later checkpoints are left
+    alone: the resume passed over them, usually because they are damaged, and they are replaced when
+    the run reaches their steps.
     """
     if save_total_limit is None:
         return

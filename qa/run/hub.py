@@ -1,6 +1,4 @@
-"""Sharing a fine-tuned model on the Hugging Face hub, with a model card made from what the run
-recorded.
-"""
+"""Share a fine-tuned model on the Hugging Face hub, with a model card about its training."""
 from __future__ import annotations
 
 import fnmatch
@@ -14,8 +12,8 @@ from huggingface_hub.utils import HFValidationError
 from ipu_options.errors import RunError, UsageError, first_line
 from qa.settings import TrainSettings
 
-# Uploaded are the model and what is needed to use it; never checkpoints, logs or predictions, which
-# quote the data.
+# Only the model and what is needed to use it are uploaded: no checkpoints, no logs, and no
+# predictions, because those quote the data.
 _SHARED = ("README.md", "config.json", "*.safetensors", "*.safetensors.index.json",
            "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
            "merges.txt", "*.model", "ipu_config.json", "qa_settings.json", "metrics.json")
@@ -61,33 +59,35 @@ Content hash of the training windows: `{fingerprint}`.
 
 
 def check_login(token: Optional[str]) -> str:
-    """The name of the hub account that `token` (or the login that huggingface_hub keeps) belongs
-    to.
+    """Return the name of the hub account that `token` belongs to.
 
-    For the start of a run, so that a wrong token is not found out at its end. Raises UsageError for
-    a token that is missing or refused, RunError where the hub cannot be reached.
+    token: an access token, or None for the login that huggingface_hub has stored. Call this at the
+    start of a run, so that a wrong token is not discovered only at its end.
+
+    Raises UsageError if the token is missing or refused, RunError if the hub cannot be reached.
     """
     try:
         return HfApi(token=token).whoami()["name"]
     except Exception as error:
         if _status(error) == 401 or type(error).__name__ == "LocalTokenNotFoundError":
             raise UsageError(
-                "--push_to_hub: no valid access token; give --hub_token, or log in with `huggingface-cli login`"
-            ) from error
+                "--push_to_hub: no valid access token; give --hub_token, or log in with "
+                "`huggingface-cli login`") from error
         raise RunError(f"--push_to_hub: the hub cannot be reached ({first_line(error)})") from error
 
 
 def push(settings: TrainSettings) -> str:
-    """Upload the model in the output folder, with its card, in one commit; returns the commit's
-    address.
+    """Upload the model in the output folder and its model card, in one commit.
 
-    The card is also written to README.md in the folder, from its run.json and metrics.json.
-    hub_model_id is "name" or "account/name", created if there is no such repository; the folder's
-    name by default. Raises UsageError for an impossible repository name, RunError where the upload
-    fails; the folder keeps everything.
+    The card is made from run.json and metrics.json in the folder, and is also written there as
+    README.md. settings.hub_model_id is "name" or "account/name", by default the name of the folder;
+    the repository is created if it does not exist.
+
+    Returns the URL of the commit. Raises UsageError if the repository name is not valid, RunError
+    if the upload fails. The output folder keeps all files in any case.
     """
-    folder, repo_id, private = Path(
-        settings.output_dir), settings.hub_model_id, settings.hub_private_repo
+    folder, repo_id, private = (
+        Path(settings.output_dir), settings.hub_model_id, settings.hub_private_repo)
     api = HfApi(token=settings.hub_token)
     try:
         repo_id = api.create_repo(repo_id or folder.resolve().name, private=private,
@@ -100,19 +100,23 @@ def push(settings: TrainSettings) -> str:
                                    commit_message="Add the fine-tuned model")
     except HFValidationError as error:
         raise UsageError(f"--hub_model_id {repo_id}: {first_line(error)}") from error
-    except Exception as error:  # requests, httpx, hf_xet and huggingface_hub itself all have their own
+    # requests, httpx, hf_xet and huggingface_hub raise unrelated exceptions.
+    except Exception as error:
         raise RunError(
-            f"could not push {folder} to the hub: {first_line(error)}; the model is whole in {folder}, "
+            f"could not push {folder} to the hub: {first_line(error)}; "
+            f"the model is whole in {folder}, "
             f"and `huggingface-cli upload {repo_id or folder.resolve().name} {folder}` tries again"
         ) from error
     return commit.commit_url
 
 
 def model_card(folder: Union[str, Path], repo_id: str) -> str:
-    """README.md for the hub: metadata with the results (YAML), how to use the model, data,
-    settings, layout, versions.
+    """Return the model card for the hub, the text of README.md.
 
-    Made from run.json and metrics.json in `folder`. Local files are named without their folders.
+    It has metadata with the results (YAML), and says how to use the model, which data, settings and
+    layout it was trained with, and with which versions of the packages. The source is run.json and
+    metrics.json in `folder`. Local files are named without their folders. Raises OSError if one of
+    the two cannot be read.
     """
     run = json.loads((Path(folder) / "run.json").read_text("utf-8"))
     metrics = {
@@ -125,52 +129,52 @@ def model_card(folder: Union[str, Path], repo_id: str) -> str:
     base_is_local = Path(base).exists()
     data = {
         kind: Path(file).name if file else f"the data set `{settings['dataset_name']}`"
-        for kind, file in (("training", settings["train_file"]), ("evaluation",
-                                                                  settings["validation_file"]))}
+        for kind, file in (("training", settings["train_file"]),
+                           ("evaluation", settings["validation_file"]))}
     return _CARD.format(
-        metadata=_metadata(name, settings, metrics,
-                           None if base_is_local else base), name=name, repo_id=repo_id,
+        metadata=_metadata(name, settings, metrics, None if base_is_local else base),
+        name=name, repo_id=repo_id,
         base="A local RoBERTa" if base_is_local else f"[{base}](https://huggingface.co/{base})",
         task="extractive question answering" +
         " with unanswerable questions (SQuAD v2)" * settings["version_2_with_negative"],
         training_data=data["training"], evaluation_data=data["evaluation"],
-        fingerprint=run["data_fingerprint"], metrics=_table(
-            "metric", {
-                key: f"{value:.2f}" if isinstance(value, float) else value
-                for key, value in metrics.items()}),
-        settings=_table(
-            "setting",
-            {key: settings[key]
-             for key in _SHOWN_SETTINGS if settings.get(key) is not None}), layout=_table(
-                 "ipu_config.json",
-                 {key: layout[key]
-                  for key in _SHOWN_LAYOUT if layout.get(key) is not None}), versions=_table(
-                      "package", run["versions"]),
+        fingerprint=run["data_fingerprint"],
+        metrics=_table("metric", {
+            key: f"{value:.2f}" if isinstance(value, float) else value
+            for key, value in metrics.items()}),
+        settings=_table("setting", {
+            key: settings[key] for key in _SHOWN_SETTINGS if settings.get(key) is not None}),
+        layout=_table("ipu_config.json", {
+            key: layout[key] for key in _SHOWN_LAYOUT if layout.get(key) is not None}),
+        versions=_table("package", run["versions"]),
     )
 
 
 def _metadata(name: str, settings: Dict[str, Any], metrics: Dict[str, Any],
               base_model: Optional[str]) -> str:
-    """The card's YAML head: what the hub's search and leaderboards read."""
+    """Return the card's YAML header, which the search and the leaderboards of the hub read."""
     data_set = settings["dataset_name"] if not settings["train_file"] else None
-    evaluated = settings["dataset_name"] if not settings["validation_file"] else Path(
-        settings["validation_file"]).name
+    evaluated = (settings["dataset_name"] if not settings["validation_file"]
+                 else Path(settings["validation_file"]).name)
     results: List[EvalResult] = [
         EvalResult(task_type="question-answering", dataset_type=evaluated, dataset_name=evaluated,
                    dataset_split="validation", metric_type=kind, metric_name=label,
                    metric_value=round(metrics[kind], 4))
         for kind, label in (("exact_match", "Exact Match"), ("f1", "F1"))]
-    card = ModelCardData(model_name=name, base_model=base_model, datasets=data_set, metrics=[
-        "exact_match", "f1"], library_name="transformers", pipeline_tag="question-answering", tags=[
-            "roberta", "ipu", "poptorch"], eval_results=results)
+    card = ModelCardData(model_name=name, base_model=base_model, datasets=data_set,
+                         metrics=["exact_match", "f1"], library_name="transformers",
+                         pipeline_tag="question-answering", tags=["roberta", "ipu", "poptorch"],
+                         eval_results=results)
     return card.to_yaml()
 
 
 def _table(head: str, rows: Dict[str, Any]) -> str:
+    """Return a Markdown table with the heading `head` and a line for each key and value."""
     lines = [
         f"| {head} | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
     return "\n".join(lines) + "\n"
 
 
 def _status(error: BaseException) -> Optional[int]:
+    """Return the status of the HTTP response that `error` carries, or None."""
     return getattr(getattr(error, "response", None), "status_code", None)

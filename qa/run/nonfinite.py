@@ -1,6 +1,4 @@
-"""Numbers gone wrong: finding a loss, gradient or weight that is not finite, explaining it, and
-going on without the step.
-"""
+"""Detect losses, gradients and weights that are not finite, explain them, and skip the step."""
 from __future__ import annotations
 
 import math
@@ -16,22 +14,21 @@ from qa.settings import TrainSettings
 
 
 class NonfiniteGuard:
-    """Looks at the numbers of every training step, and acts as --on_nonfinite says where one is not
-    finite.
-    """
+    """Checks the numbers of every training step, and acts as --on_nonfinite says."""
 
     def __init__(self, settings: TrainSettings, checkpoints: Checkpoints, training: Training):
         self.settings, self.checkpoints, self.training = settings, checkpoints, training
-        self._passed_over: Optional[int] = None  # the last step that was passed over
+        self._passed_over: Optional[int] = None  # the last step that was skipped
 
     def passes(self, step: int, loss: float, learning_rate: float, earlier_losses: List[float],
-               *tensors: Dict[str, torch.Tensor],
-               ) -> bool:
-        """Whether the loss and all `tensors`, gradients and weights by name, are finite.
+               *tensors: Dict[str, torch.Tensor]) -> bool:
+        """Return whether the loss and all `tensors` of a step are finite.
 
-        Where they are not and --on_nonfinite is skip, the run is put back to its last checkpoint.
-        Raises RunError where it is stop, where there is no checkpoint, and for the second step in a
-        row, since two are not one bad batch.
+        tensors: gradients and weights by name. If a number is not finite and --on_nonfinite is
+        skip, weights and optimizer are reset to the last checkpoint.
+
+        Raises RunError if --on_nonfinite is stop, if there is no checkpoint, or if the previous
+        step was skipped as well: then the cause is not just one bad batch.
         """
         settings = self.settings
         bad_tensor = find_nonfinite(item for group in tensors for item in group.items())
@@ -49,8 +46,9 @@ class NonfiniteGuard:
 
 
 def find_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]:
-    """The name of the first floating-point tensor of (name, tensor) pairs with an infinity or a NaN
-    in it, or None.
+    """Return the name of the first tensor with an infinity or a NaN, or None.
+
+    tensors: (name, tensor) pairs; tensors that are not floating-point are ignored.
     """
     for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -60,45 +58,56 @@ def find_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]
 
 def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], learning_rate: float,
                       loss_scaling: float, precision: str, bad_tensor: Optional[str] = None) -> str:
-    """One line on numbers gone wrong in `step`: whether they overflowed or the run diverged, and
-    what to try.
+    """Explain a loss, gradient or weight that is not finite, in one line.
 
-    The device has updated the weights by the time the host sees the loss: one that is not finite
-    has spoilt them all, and its cause is in this step's forward pass or in the step before. What
-    tells overflow from divergence is therefore the finite losses before it, in order: a run that
-    diverges shows it there, while an overflow (float16 ends at 65,504) strikes a run whose losses
-    were steady.  bad_tensor: the gradient ("Gradient___" and a parameter) or the weight that
-    `find_nonfinite` found, which a finite loss needs: then the forward pass was sound, and the
-    gradients or their update were not.
+    The line says whether numbers overflowed or the run diverged, and what to try.
+
+    The device has updated the weights before the host sees the loss. A loss that is not finite has
+    therefore made all weights useless, and its cause is the forward pass of this step or the update
+    before it. The earlier losses distinguish overflow from divergence: they rise in a run that
+    diverges, whereas an overflow (float16 ends at 65,504) happens while they are steady.
+
+    earlier_losses: the finite losses before `step`, in order. bad_tensor: the result of
+    `find_nonfinite`, a gradient ("Gradient___" and the name of a parameter) or a weight. It is
+    required if the loss is finite: then the forward pass was correct, but the gradients or the
+    update were not.
     """
     sound_forward = math.isfinite(loss)
     bad_gradient = sound_forward and bad_tensor.startswith("Gradient___")
     what = f"the loss is {loss}"
     if bad_gradient:
-        what = f"the gradient of {bad_tensor[len('Gradient___'):]} is not finite (the loss was {loss:.4g})"
+        what = (f"the gradient of {bad_tensor[len('Gradient___'):]} is not finite "
+                f"(the loss was {loss:.4g})")
     elif sound_forward:
         what = f"{bad_tensor} is not finite after the update (the loss was {loss:.4g})"
-    facts = f"step {step}: {what}, with learning rate {learning_rate:.3g}, loss scaling {loss_scaling:g}, {precision}"
+    facts = (f"step {step}: {what}, with learning rate {learning_rate:.3g}, "
+             f"loss scaling {loss_scaling:g}, {precision}")
     smaller_rate = f"try --learning_rate {learning_rate / 3:.2g} or a larger --warmup_ratio"
     if _rising(earlier_losses):
         lowest, last = min(earlier_losses), earlier_losses[-1]
-        return f"{facts}: the run diverged, its loss had risen from {lowest:.3g} to {last:.3g}; {smaller_rate}"
-    if precision != "float16" and not (bad_gradient and loss_scaling
-                                       > 1):  # scaling may be too much for any precision
-        return f"{facts}: one update was too large, the losses before it were steady; {smaller_rate}, and look at this step's data"
+        return (f"{facts}: the run diverged, its loss had risen from {lowest:.3g} to {last:.3g}; "
+                f"{smaller_rate}")
+    # Loss scaling can make the gradients overflow in any precision.
+    if precision != "float16" and not (bad_gradient and loss_scaling > 1):
+        return (f"{facts}: one update was too large, the losses before it were steady; "
+                f"{smaller_rate}, and look at this step's data")
     overflow = f"{facts}: {precision} overflowed, the losses before it were steady; try "
     if loss_scaling <= 1:
         return overflow + "--precision float32"
     overflow += f"--loss_scaling {max(1.0, loss_scaling / 8):g}"
     if not sound_forward:
-        overflow += ", or --precision float32 if the same step stops again: then the forward pass overflowed, not the gradients"
+        overflow += (", or --precision float32 if the same step stops again: "
+                     "then the forward pass overflowed, not the gradients")
     return overflow
 
 
 def _rising(losses: List[float]) -> bool:
-    """Whether the last eighth of `losses` has a mean half as high again as the lowest mean of as
-    many in a row.
+    """Return whether `losses` have risen at the end.
+
+    That is the case if the mean of their last eighth exceeds 1.5 times the lowest mean of equally
+    many consecutive losses.
     """
     width = max(1, len(losses) // 8)
-    means = [sum(losses[i:i + width]) / width for i in range(len(losses) - width + 1)]
+    means = [
+        sum(losses[first:first + width]) / width for first in range(len(losses) - width + 1)]
     return bool(means) and means[-1] > 1.5 * min(means)

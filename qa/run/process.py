@@ -1,6 +1,4 @@
-"""This process as its surroundings see it: the lock on its output folder, and the signals that ask
-it to stop.
-"""
+"""The lock on a run's output folder, and the signals that ask a run to stop."""
 from __future__ import annotations
 
 import fcntl
@@ -16,12 +14,13 @@ from ipu_options.errors import UsageError
 
 @contextmanager
 def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
-    """Make `output_dir` and hold it as this run's own. Raises UsageError while another live run
-    holds it.
+    """Create `output_dir` if necessary, and hold a lock on it while the block runs.
 
-    A POSIX record lock (fcntl(2)): unlike that of flock(2) it is not inherited by forked workers,
-    so that it ends with this very process. A folder that was made for a run which then wrote
-    nothing is removed again.
+    It is a POSIX record lock (fcntl(2)). Unlike a lock of flock(2) it is not inherited by forked
+    workers, so that it ends with this process. If the folder was created here and nothing else was
+    written to it, it is removed again at the end.
+
+    Raises UsageError if another running process holds the lock, or if the folder is not writable.
     """
     path = Path(output_dir) / ".lock"
     try:
@@ -30,17 +29,17 @@ def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
         file = open(path, "a+", encoding="ascii")
     except OSError as error:
         raise UsageError(
-            f"--output_dir {output_dir}: cannot be written ({error.strerror}); name a folder that can"
-        ) from error
+            f"--output_dir {output_dir}: cannot be written ({error.strerror}); "
+            "name a folder that can") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as fcntl(2) leaves open
+        except (BlockingIOError, PermissionError):  # fcntl(2) allows both EAGAIN and EACCES
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UsageError(
-                f"--output_dir {output_dir}: {holder} is writing there; wait for it, or name another folder"
-            ) from None
+                f"--output_dir {output_dir}: {holder} is writing there; wait for it, "
+                "or name another folder") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -53,8 +52,9 @@ def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
 
 
 class StopSignals:
-    """While active, SIGTERM and SIGINT only set `requested`, for the loop to finish its step and
-    save. A second one kills.
+    """In its block, SIGTERM and SIGINT only set `requested`, so that the loop can save and end.
+
+    A second signal kills the process at once.
 
         with StopSignals() as stop:
             for ...:
@@ -68,8 +68,9 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """143 after SIGTERM, 130 after SIGINT: what a shell reports for a process that died of the
-        signal.
+        """143 after SIGTERM, 130 after SIGINT, as a shell reports a process killed by the signal.
+
+        Only defined after a signal has been received.
         """
         return 128 + self.requested
 
@@ -85,11 +86,9 @@ class StopSignals:
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = signal.Signals(number)
-        # the system's own action, as a Python handler would wait for the end of a long call to
-        # PopTorch
+        # The next signal has to act at once. It therefore gets the system's default action: a
+        # handler in Python would only run after the current call to PopTorch, which may take long.
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
-        os.write(
-            2,
-            f"\n{self.requested.name}: saving after this step; once more to stop at once\n".encode(
-            ))
+        os.write(2, f"\n{self.requested.name}: saving after this step; once more to stop at once\n"
+                 .encode())

@@ -1,6 +1,4 @@
-"""What a person reads while a training run goes on: the make-up of the batches, the bar and the log
-lines.
-"""
+"""What a user sees of a training run: its batches in numbers, the progress bar and log lines."""
 from __future__ import annotations
 
 import time
@@ -16,8 +14,10 @@ from qa.settings import TrainSettings
 
 def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
                   ipu_config: IPUConfig) -> str:
-    """How questions become windows, rows and weight updates. The global batch is counted in
-    windows.
+    """Return two lines of text on how the questions become windows, rows, updates and steps.
+
+    questions: the number of training questions. ipu_config: that of the training pipeline. The size
+    of an update is given in windows, since a packed row holds a varying number of them.
     """
     micro_batch_size, replicas = settings.micro_batch_size, ipu_config.replication_factor
     accumulation = ipu_config.gradient_accumulation_steps
@@ -26,26 +26,31 @@ def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
         f"{questions} questions, {len(rows.windows)} windows, {rows.windows_per_row:.2f} in a row, "
         f"{rows.fill:.1%} of the tokens are real\n"
         f"weight update: micro-batch {micro_batch_size} x accumulation {accumulation} x replicas "
-        f"{replicas} rows, {update:.0f} windows on average; step: {ipu_config.device_iterations} update(s); "
+        f"{replicas} rows, {update:.0f} windows on average; "
+        f"step: {ipu_config.device_iterations} update(s); "
         f"{rows.steps_per_epoch} steps an epoch, {rows.total_steps} in all")
 
 
 class Progress:
-    """The bar and the log lines of a run, and the mean loss of each of its steps.
+    """The progress bar and the log lines of a run, and the loss of each of its steps (`losses`).
 
-    saved: the checkpoint that the run continues, if it does.
+    logging_steps: number of steps between two log lines. saved: the checkpoint from which the run
+    continues, or None.
     """
 
     def __init__(self, rows: TrainingRows, logging_steps: int, saved: Optional[Checkpoint]):
         self.rows, self.logging_steps = rows, logging_steps
         self.losses: List[float] = list(saved.progress["losses"]) if saved else []
-        self._windows, self._since = 0, time.perf_counter(
-        )  # windows since the last line, and when that was
+        # The number of windows since the last log line, and the time of that line.
+        self._windows, self._since = 0, time.perf_counter()
         self._bar = tqdm(total=rows.total_steps, initial=saved.step if saved else 0,
                          desc="Training", unit="step", dynamic_ncols=True)
 
     def update(self, step: int, loss: Optional[float], learning_rate: float) -> None:
-        """Step number `step`, counted from 1, is done. loss: None for a step that does not count.
+        """Record that a step is done, and print a log line if it is time for one.
+
+        step: its number, counted from 1. loss: the mean loss of the step, or None if the step was
+        skipped.
         """
         self._windows += self.rows.windows_in_step(step - 1)
         if loss is not None:
@@ -58,8 +63,8 @@ class Progress:
         last = self.losses[-self.logging_steps:]
         mean = sum(last) / len(last) if last else float("nan")
         tqdm.write(
-            f"step {step}/{self.rows.total_steps}  epoch {step / self.rows.steps_per_epoch:.2f}  loss {mean:.4f}  "
-            f"learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
+            f"step {step}/{self.rows.total_steps}  epoch {step / self.rows.steps_per_epoch:.2f}  "
+            f"loss {mean:.4f}  learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
         self._bar.set_postfix_str(
             f"loss {mean:.3f}, learning rate {learning_rate:.3g}, {speed:.0f} windows/s")
 

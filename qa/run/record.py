@@ -1,4 +1,4 @@
-"""run.json: all that is needed to repeat a run."""
+"""Write run.json, which records everything that is needed to repeat a run."""
 from __future__ import annotations
 
 import importlib.metadata
@@ -29,9 +29,9 @@ def write_run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: Train
                      saved: Optional[Checkpoint]) -> None:
     """Write OUTPUT_DIR/run.json.
 
-    ipu_config: of the training pipeline, all values resolved.  saved: the checkpoint that the run
-    continues, if it does. The hub's access token is left out, of the command line too. Raises
-    OSError.
+    ipu_config: that of the training pipeline, with all values resolved. rows: the training rows.
+    saved: the checkpoint from which the run continues, or None. The access token for the hub is
+    masked, in the command line as well. Raises OSError.
     """
     command, hide = [], False
     for word in sys.argv:
@@ -42,29 +42,32 @@ def write_run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: Train
         "command": " ".join(map(shlex.quote, command)),
         "settings": {**settings.values(), "hub_token": "***" if settings.hub_token else None},
         "ipu_config": ipu_config.to_dict(), "data_fingerprint": rows.windows.fingerprint,
-        "resumed_from": str(saved.folder) if saved else None, "time": datetime.now(
-            timezone.utc).isoformat(timespec="seconds"), "git_revision": git_revision(),
-        "versions": {"python": platform.python_version(), **_versions()}, "machine": {
-                         "host": socket.gethostname(), "platform": platform.platform(),
-                         "cpus": os.cpu_count(), "threads": torch.get_num_threads()}, }
+        "resumed_from": str(saved.folder) if saved else None,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {"host": socket.gethostname(), "platform": platform.platform(),
+                    "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
     write_json(Path(settings.output_dir) / "run.json", record)
 
 
 def git_revision() -> Optional[str]:
-    """The project's commit, with "-dirty" where tracked files differ from it; None outside a git
-    clone.
+    """Return the commit of the project, or None outside a git clone.
+
+    It ends in "-dirty" if tracked files differ from the commit.
     """
     try:
-        revision = subprocess.run([
-            "git", "-C",
-            str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                                  capture_output=True, text=True, timeout=10)
+        revision = subprocess.run(
+            ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40",
+             "--exclude=*"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return revision.stdout.strip() or None
 
 
 def _versions() -> Dict[str, str]:
+    """Return the versions of those of _PACKAGES that are installed."""
     found = {}
     for package in _PACKAGES:
         try:

@@ -1,5 +1,6 @@
-"""The state of a training as files: tensors in safetensors, everything around them in JSON. Nothing
-is pickled.
+"""Store the state of a training run in files, without pickle.
+
+Tensors are stored in safetensors, the structure around them in JSON.
 """
 from __future__ import annotations
 
@@ -20,14 +21,16 @@ TENSORS, STRUCTURE = "training_state.safetensors", "training_state.json"
 
 
 def write_state(folder: Path, state: Dict[str, Any]) -> None:
-    """Write `state`, any nesting of dictionaries, lists and tuples around tensors, numbers, texts
-    and None. Raises OSError.
+    """Write `state` to two files in `folder`.
+
+    state: any nesting of dictionaries, lists and tuples that contains tensors, numbers, strings and
+    None. Raises OSError, and TypeError if `state` contains anything else.
     """
     tensors: Dict[str, torch.Tensor] = {}
     structure = _encode(state, "", tensors)
     memory = set()
-    for key, tensor in tensors.items(
-    ):  # safetensors refuses tensors that share memory; few do, so few are copied
+    # safetensors refuses tensors that share memory. Only those few that do are copied.
+    for key, tensor in tensors.items():
         if tensor.untyped_storage().data_ptr() in memory:
             tensors[key] = tensor.clone()
         memory.add(tensor.untyped_storage().data_ptr())
@@ -36,16 +39,19 @@ def write_state(folder: Path, state: Dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> Any:
-    """What `write_state` has written. Raises OSError, ValueError, KeyError, TypeError or
-    SafetensorError for damaged files.
+    """Return the state that `write_state` has written to `folder`.
+
+    Raises OSError, ValueError, KeyError, TypeError or SafetensorError if a file is missing or
+    damaged.
     """
     structure = json.loads((folder / STRUCTURE).read_text("utf-8"))
     return _decode(structure, safetensors.torch.load_file(folder / TENSORS))
 
 
 def random_state() -> Dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's global random generators, for
-    `set_random_state`.
+    """Return the states of the global random generators of Python, NumPy and PyTorch.
+
+    `set_random_state` restores them.
     """
     algorithm, keys, *rest = np.random.get_state()
     return {
@@ -56,13 +62,14 @@ def random_state() -> Dict[str, Any]:
 
 
 def set_random_state(state: Dict[str, Any]) -> None:
-    """Put Python's, NumPy's and PyTorch's global random generators where they were
-    (`Checkpoint.random_state`).
+    """Restore the states of the global random generators of Python, NumPy and PyTorch.
 
-    Raises UsageError if they do not take it.
+    state: the result of `random_state`, or `Checkpoint.random_state`. Raises UsageError if it is
+    not valid.
     """
     try:
-        if not 0 <= state["numpy"][2] <= 624:  # NumPy would read beyond its 624 words
+        # NumPy does not check the position, and would read beyond the 624 words of its state.
+        if not 0 <= state["numpy"][2] <= 624:
             raise ValueError("NumPy's position in its state")
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
@@ -73,8 +80,10 @@ def set_random_state(state: Dict[str, Any]) -> None:
 
 
 def _encode(value: Any, name: str, tensors: Dict[str, torch.Tensor]) -> Any:
-    """`value` as JSON that keeps tuples and number keys; its tensors go to `tensors`, under names
-    that say where they stood.
+    """Return `value` as JSON values that preserve tuples and the types of keys.
+
+    Tensors are moved to `tensors`, under names that tell where in the state they were. name: where
+    `value` is in the state. Raises TypeError for a value of any other type.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -92,8 +101,9 @@ def _encode(value: Any, name: str, tensors: Dict[str, torch.Tensor]) -> Any:
 
 
 def _decode(value: Any, tensors: Dict[str, torch.Tensor]) -> Any:
-    """The inverse of `_encode`. Raises KeyError, TypeError or ValueError on anything that `_encode`
-    does not write.
+    """Return the value that `_encode` has encoded.
+
+    Raises KeyError, TypeError or ValueError if `value` is not a result of `_encode`.
     """
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]

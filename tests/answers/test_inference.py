@@ -1,5 +1,6 @@
-"""The inference loop, packed and unpacked, with and without a worker process, against Hugging
-Face's model on each window alone.
+"""The inference loop is compared with Hugging Face's model run on each window alone.
+
+It runs packed and unpacked, with and without a worker process.
 """
 import pytest
 import torch

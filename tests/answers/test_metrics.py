@@ -1,5 +1,6 @@
-"""Metrics against the official definitions: v1.1 transcribed here, v2.0 as transformers carries it
-(squad_evaluate).
+"""The metrics are compared with the official scoring scripts.
+
+That of SQuAD v1.1 is transcribed here; that of v2.0 is transformers' squad_evaluate.
 """
 import collections
 import math
@@ -19,7 +20,7 @@ WORDS = [
 
 
 def official_v1(golds, prediction):
-    """(exact match, F1) of one question as in evaluate-v1.1.py."""
+    """(exact match, F1) of one question, as evaluate-v1.1.py computes them."""
     def normalize(text):
         text = "".join(
             character for character in text.lower() if character not in set(string.punctuation))
@@ -39,8 +40,9 @@ def official_v1(golds, prediction):
 
 
 def made_up(count, seed, unanswerable):
-    """References and predictions of a few words, with what makes trouble: articles, punctuation,
-    case, Unicode, empty texts.
+    """References and predictions of a few words, full of difficult cases.
+
+    These are articles, punctuation, upper and lower case, Unicode and empty texts.
     """
     chance = random.Random(seed)
 
@@ -73,11 +75,11 @@ def test_version_2_is_the_official_definition(unanswerable):
     references, predictions = made_up(500, 1, unanswerable)
     chance = random.Random(2)
     for prediction in predictions:
-        prediction["no_answer_probability"] = float(chance.randint(
-            -8, 8)) / 4  # with ties, exact in float32
+        # Some of these are equal, and all are exact in float32.
+        prediction["no_answer_probability"] = float(chance.randint(-8, 8)) / 4
     examples = [
-        SimpleNamespace(qas_id=reference["id"], answers=[{"text": text}
-                                                         for text in reference["answers"]["text"]])
+        SimpleNamespace(qas_id=reference["id"],
+                        answers=[{"text": text} for text in reference["answers"]["text"]])
         for reference in references]
     official = squad_evaluate(
         examples, {prediction["id"]: prediction["prediction_text"] for prediction in predictions},

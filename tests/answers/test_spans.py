@@ -1,5 +1,6 @@
-"""Answers: equal bit for bit to run_qa's definition written plainly, window by window and pair by
-pair.
+"""Answers equal run_qa's, bit for bit.
+
+The reference is a plain implementation that goes through windows and pairs of tokens one by one.
 """
 import json
 
@@ -15,8 +16,9 @@ from tests.reference.synthetic_windows import SyntheticWindows
 
 
 def rows_of(windows, logits, seed, batch):
-    """Batches of (slices, start logits, end logits): the windows in a slightly shuffled order, two
-    a row with noise around them.
+    """Yield batches of (slices, start logits, end logits).
+
+    The windows come in a slightly shuffled order, two to a row, with noise around them.
     """
     random = numpy.random.default_rng(seed)
     order = numpy.argsort(numpy.arange(len(windows)) + random.uniform(0, 60, len(windows))).tolist()
@@ -25,16 +27,17 @@ def rows_of(windows, logits, seed, batch):
         values = random.normal(50, 1, (2, batch, 2 * longest + 3)).astype(numpy.float32)
         slices = [[] for _ in range(batch)]
         for place, window in enumerate(order[first:first + 2 * batch]):
-            row, start, length = place // 2, (place % 2) * (longest + 3), int(
-                windows.lengths[window])
+            row, start, length = (
+                place // 2, (place % 2) * (longest + 3), int(windows.lengths[window]))
             slices[row].append((window, start, length))
             values[:, row, start:start + length] = logits[window]
         yield slices, torch.from_numpy(values[0]), torch.from_numpy(values[1])
 
 
 def problem(lengths, seed=0, coarse=False):
-    """Windows with several windows a question, questions, and logits; coarse logits are full of
-    ties, also of 0.0 with -0.0.
+    """Windows (several for each question), questions and logits.
+
+    Coarse logits contain many equal values, and both 0.0 and -0.0.
     """
     windows = SyntheticWindows(lengths, seed, windows_per_example=3)
     count = int(windows.example[-1]) + 1
@@ -59,7 +62,7 @@ def test_answers_are_those_of_the_plain_definition(version_2, coarse, n_best_siz
                           null_score_diff_threshold=-1.0)
     answers = [
         answer for batch in rows_of(windows, logits, 1, batch=8) for answer in finder.add(*batch)]
-    assert len(answers) > len(examples) / 2  # they stream
+    assert len(answers) > len(examples) / 2  # most come before the last window is known
     answers += finder.finish()
     assert answers == list(
         plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2,

@@ -1,5 +1,6 @@
-"""Every format gives the same questions; every malformed row and file is refused in one line, or
-skipped and counted.
+"""Data files: every format gives the same questions, and malformed files are refused.
+
+A malformed row is refused in one line as well, or skipped and counted.
 """
 import csv
 import json
@@ -92,7 +93,7 @@ def test_malformed_rows(tmp_path, caplog, what):
     with pytest.raises(UsageError, match="rows.jsonl: row 2.*" + what) as refusal:
         load_examples(split="train", file=file, cache_dir=tmp_path)
     assert "\n" not in str(refusal.value)
-    for _ in range(2):  # the second time too, though the file was read before
+    for _ in range(2):  # the second reading, of a file that is already cached, says the same
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert list(

@@ -1,4 +1,4 @@
-"""The demo's files: what they promise, and that the ordinary code reads them."""
+"""The demo's files are as documented, and the ordinary code reads them."""
 import json
 import resource
 from types import SimpleNamespace
@@ -46,9 +46,9 @@ def test_a_disk_that_takes_no_more_is_named_in_one_line(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(
-                RunError, match=
-                f"^{tmp_path}/demo_data: the demo's files cannot be written \\(File too large\\); .* --output_dir$"
-        ):
+                RunError,
+                match=f"^{tmp_path}/demo_data: the demo's files cannot be written "
+                "\\(File too large\\); .* --output_dir$"):
             use_demo_data(
                 SimpleNamespace(output_dir=tmp_path, seed=1, version_2_with_negative=False))
     finally:

@@ -1,4 +1,4 @@
-"""The loader's processes and the signals of a terminal."""
+"""The loader's processes: how they react to a terminal's signals, and when they end."""
 import multiprocessing
 import subprocess
 import sys
@@ -20,10 +20,12 @@ def work(pipe):
     for word in iter(pipe.recv, None):
         pipe.send(word)
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born with it ignored
+    # A shell starts its background jobs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     with workers_ignore_interrupt():
-        worker = multiprocessing.get_context("spawn").Process(target=work, args=(theirs,), daemon=True)
+        worker = multiprocessing.get_context("spawn").Process(target=work, args=(theirs,),
+                                                              daemon=True)
         worker.start()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for turn in range(2):
@@ -36,8 +38,9 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_the_loaders_worker_alive(tmp_path):
-    """In a file, since a spawned process imports the main module again."""
+    """The script is in a file, since a spawned process imports the main module again."""
     (tmp_path / "main.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WORKER}")
     assert subprocess.check_output([sys.executable, str(tmp_path / "main.py")],
                                    universal_newlines=True) == "worker ended with 0\n"
@@ -47,7 +50,7 @@ def test_the_loaders_process_ends_with_the_block_however_it_ends():
     windows = SyntheticWindows([20] * 24)
     rows = TrainingRows(windows, row_length=32, max_windows_per_row=1, pad_token_id=1,
                         micro_batch_size=2, micro_batches_per_update=2)
-    with pytest.raises(ValueError):  # which keeps the frames that failed, and what they hold
+    with pytest.raises(ValueError):  # it keeps the traceback, and so all that its frames refer to
         with open_loader(poptorch.Options(), rows, 2) as batches:
             next(batches)
             assert multiprocessing.active_children()

@@ -1,6 +1,4 @@
-"""Rows: packing against a window-by-window best fit, and a run's rows, weights and resume against
-brute force.
-"""
+"""Packing is compared with a plain best-fit algorithm, and a run's rows with brute force."""
 import pickle
 
 import numpy
@@ -16,8 +14,10 @@ PAD = 1
 
 
 def best_fit_decreasing(lengths, row_length, most):
-    """The plain algorithm: each window, from long to short, into the row with the least room that
-    takes it (of these, the fewest windows).
+    """Pack the windows one by one, from long to short; returns the lengths in each row.
+
+    Each goes into the row with the least room that still takes it; among several such rows, into
+    the one with the fewest windows.
     """
     rows = []
     for length in sorted(lengths, reverse=True):
@@ -43,8 +43,8 @@ def test_pack_is_best_fit_decreasing(most):
 
 
 def test_packed_rows_are_full():
-    lengths = numpy.random.default_rng(0).gamma(7.5, 24, 100_000).clip(20, 384).astype(
-        int)  # mean 180, 95th percentile 300
+    # The mean is 180 tokens, the 95th percentile 300.
+    lengths = numpy.random.default_rng(0).gamma(7.5, 24, 100_000).clip(20, 384).astype(int)
     packing = pack(lengths, 384, 8)
     assert lengths.sum() / (384 * (len(packing.row_slots) - 1)) >= 0.98
 
@@ -62,9 +62,7 @@ def training_rows(windows, **changes):
 
 
 def windows_of(row):
-    """(tokens, start label, end label, weight) of each window in a row, having checked the row's
-    format.
-    """
+    """Check a row's format; returns (tokens, start label, end label, weight) of each window."""
     found = []
     for number, weight in enumerate(row["loss_weights"].tolist(), 1):
         places = (row["window_ids"] == number).nonzero().flatten()
@@ -74,8 +72,8 @@ def windows_of(row):
         first = int(places[0])
         assert places.tolist() == list(range(first, first + len(places)))
         assert row["position_ids"][places].tolist() == list(range(PAD + 1, PAD + 1 + len(places)))
-        labels = int(row["start_positions"][number - 1]) - first, int(
-            row["end_positions"][number - 1]) - first
+        labels = (int(row["start_positions"][number - 1]) - first,
+                  int(row["end_positions"][number - 1]) - first)
         found.append((tuple(row["input_ids"][places].tolist()), *labels, weight))
     padding = row["window_ids"] == 0
     assert (row["input_ids"][padding] == PAD).all() and (row["position_ids"][padding] == PAD).all()
@@ -99,8 +97,8 @@ def test_every_window_once_an_epoch_and_the_weighted_loss_is_the_mean(most):
                 first = (2 * step + update) * 8
                 found = [windows_of(rows[index]) for index in range(first, first + 8)]
                 real += sum(map(len, found))
-                losses = [[sum(tokens) * weight for tokens, _, _, weight in row]
-                          for row in found]  # any loss of a window
+                # Any function of a window serves as its loss: here the sum of its tokens.
+                losses = [[sum(tokens) * weight for tokens, _, _, weight in row] for row in found]
                 micro_batches = [sum(losses[2 * i]) + sum(losses[2 * i + 1]) for i in range(4)]
                 update_windows = [window for row in found for window in row]
                 assert update_windows
@@ -157,8 +155,8 @@ def test_inference_rows_hold_every_window_once(most):
                                torch.from_numpy(windows.input_ids(window).astype("int32")))
             assert (row["window_ids"][first:first + length] == number).all()
     assert sorted(seen) == list(range(len(windows)))
-    assert max(abs(window - place)
-               for place, window in enumerate(seen)) <= 4096  # so answers can stream
+    # Windows stay near their place, so that answers are complete long before the last row.
+    assert max(abs(window - place) for place, window in enumerate(seen)) <= 4096
     assert same(pickle.loads(pickle.dumps(rows))[7], rows[7])
 
 

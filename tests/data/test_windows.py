@@ -1,4 +1,4 @@
-"""Windows against the plain per-token definition and against the answers' characters."""
+"""Windows are compared with the plain per-token definition and with the answers' characters."""
 import pickle
 from pathlib import Path
 
@@ -20,7 +20,7 @@ XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad-en" / "
 
 
 def examples_of(rows):
-    """rows: (question, context, (start, end) of the answer or None)."""
+    """A data set from rows of (question, context, (start, end) of the answer or None)."""
     return datasets.Dataset.from_list(
         [{
             "id": str(number), "question": question, "context": context, "answers": {
@@ -41,10 +41,10 @@ def windows_of(examples, tokenizer, max_seq_length, doc_stride, **options):
 
 
 def assert_plain(examples, tokenizer, max_seq_length, doc_stride):
-    """Every window and label is the plain definition's; where its two labels cross, ours are those
-    two in order.
+    """Check every window and label against the plain definition; returns how many labels cross.
 
-    Returns the number of windows whose labels cross.
+    Labels cross where the plain definition's start is after its end. Ours are then the same two in
+    order, and inside the context.
     """
     windows, crossed = windows_of(examples, tokenizer, max_seq_length, doc_stride), 0
     plain = plain_windows(examples, tokenizer, max_seq_length, doc_stride)
@@ -65,7 +65,7 @@ def assert_plain(examples, tokenizer, max_seq_length, doc_stride):
 
 
 def assert_same_in_memory(windows, examples, tokenizer, max_seq_length, doc_stride):
-    """A few examples without a data set give the same windows, and pickle with them."""
+    """Check that the same examples without a data set give the same windows, also when pickled."""
     settings = InferSettings(max_seq_length=max_seq_length, doc_stride=doc_stride)
     few = windows_for_answers(
         settings, tokenizer,
@@ -74,16 +74,17 @@ def assert_same_in_memory(windows, examples, tokenizer, max_seq_length, doc_stri
     for name in ("lengths", "example", "cls_position", "context_start"):
         assert getattr(few, name).tolist() == getattr(windows, name).tolist()
     for i in range(len(windows)):
-        assert few.input_ids(i).tolist() == windows.input_ids(i).tolist() and few.offsets(
-            i).tolist() == windows.offsets(i).tolist()
+        assert (few.input_ids(i).tolist() == windows.input_ids(i).tolist()
+                and few.offsets(i).tolist() == windows.offsets(i).tolist())
 
 
 def edge_cases():
-    long = "Ada flew to Oslo in 1921. " * 9 + "😀🛩 Zoë wrote 日本語 in the naïve café " + "and rested. " * 7 + "The end"
+    long = ("Ada flew to Oslo in 1921. " * 9 + "😀🛩 Zoë wrote 日本語 in the naïve café "
+            + "and rested. " * 7 + "The end")
     spans = [(0, 3), (0, len(long)), (len(long) - 3, len(long)), (len(long) - 7, len(long)), None]
-    spans += [(start, start + size) for start in range(0,
-                                                       len(long) - 12, 7)
-              for size in (1, 4, 12)]  # some across every stride
+    # Across every border between windows lie some of these.
+    spans += [(start, start + size)
+              for start in range(0, len(long) - 12, 7) for size in (1, 4, 12)]
     emoji = long.index("😀")
     spans += [(emoji, emoji + 1), (emoji, emoji + 2), (emoji + 1, emoji + 7),
               (emoji - 5, emoji + 1)]
@@ -93,6 +94,7 @@ def edge_cases():
                    ("Who?", "Ada", None), ("What?", "a <s> b </s> c <mask>", (6, 7))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, side", FAMILIES)
 @pytest.mark.parametrize("max_seq_length, doc_stride", [(48, 16), (64, 0), (512, 128)])
 def test_edge_cases_are_the_plain_definition(family, side, max_seq_length, doc_stride):
@@ -101,13 +103,13 @@ def test_edge_cases_are_the_plain_definition(family, side, max_seq_length, doc_s
 
 def test_labels_that_cross_in_the_plain_definition():
     tokenizer = tokenizer_of("roberta")
-    last_token, emoji = examples_of([("When?", "It was in 1921", (13, 14))]), examples_of(
-        [("What?", "a 😁 b", (2, 3))])
+    last_token, emoji = (examples_of([("When?", "It was in 1921", (13, 14))]),
+                         examples_of([("What?", "a 😁 b", (2, 3))]))
     for examples in (last_token, emoji):
         assert assert_plain(examples, tokenizer, 48, 16) == 1
         windows = windows_of(examples, tokenizer, 48, 16)
-        first, last = windows.start_position[0] - windows.context_start[0], windows.end_position[
-            0] - windows.context_start[0]
+        first, last = (windows.start_position[0] - windows.context_start[0],
+                       windows.end_position[0] - windows.context_start[0])
         assert 0 <= first <= last < len(windows.offsets(0))
 
 
@@ -134,22 +136,21 @@ def answered(draw):
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(answered(), min_size=1, max_size=12))
 def test_labels_give_back_the_answer(rows):
-    """In byte-level BPE the characters of the labels' tokens are the answer's, but for where tokens
-    cannot be cut.
+    """With byte-level BPE the labels mark the answer's characters, as far as whole tokens can.
 
-    Exactly the answer if a token begins at its first character and one ends at its last. Else the
-    fewest tokens that cover it: the answer with the rest of its first and last token. White space
-    at an answer's end may belong to no token's characters.
+    They mark exactly the answer if a token begins at its first character and one ends at its last.
+    Otherwise they mark the fewest tokens that cover it: the answer and the rest of its first and
+    last token. White space at either end of an answer may belong to no token.
     """
     windows = windows_of(examples_of(rows), tokenizer_of("roberta"), 512, 128)
     for i, (_, context, (start, end)) in enumerate(rows):
         offsets = windows.offsets(i)
-        if windows.start_position[i] == windows.cls_position[
-                i]:  # the answer begins or ends with white space outside all tokens
+        if windows.start_position[i] == windows.cls_position[i]:
+            # The answer begins or ends with white space that is outside all tokens.
             assert offsets[0, 0] > start or offsets[-1, 1] < end
             continue
-        first, last = windows.start_position[i] - windows.context_start[i], windows.end_position[
-            i] - windows.context_start[i]
+        first, last = (windows.start_position[i] - windows.context_start[i],
+                       windows.end_position[i] - windows.context_start[i])
         begin, after = offsets[first, 0], offsets[last, 1]
         assert first <= last
         if start in offsets[:, 0] and end in offsets[:, 1]:
@@ -170,9 +171,11 @@ def test_settings_and_questions_that_leave_no_room():
     assert cut.lengths.max() == 48 and numpy.unique(cut.example).tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_longest_question_is_the_rust_tokenizers():
-    """The bound that refuses a question is the tokenizer's own: one token less and it cuts the
-    context, one more and it fails.
+    """A question is refused as too long exactly when the Rust tokenizer fails on it.
+
+    If the question has one token less, the tokenizer cuts the context.
     """
     tokenizer, words = tokenizer_of("roberta"), ["Ada flew. " * 40]
     for count in range(1, 48):
@@ -180,7 +183,7 @@ def test_longest_question_is_the_rust_tokenizers():
         examples = examples_of([(question, words[0], (0, 3))])
         try:
             plain_windows(examples, tokenizer, 48, 16)
-        except BaseException:  # a panic of the Rust library is no Exception
+        except BaseException:  # a panic of the Rust library is not an Exception
             with pytest.raises(UsageError):
                 windows_of(examples, tokenizer, 48, 16)
         else:

@@ -1,5 +1,6 @@
-"""Wrong command lines: each ends with exit status 2 and one line that names the flag and says what
-would be right.
+"""Wrong command lines end with exit status 2 and one line.
+
+The line names the flag and says what would be right.
 """
 import json
 import shutil
@@ -20,7 +21,7 @@ MODEL = [
     "--model_name_or_path", "{tmp}/model", "--train_file", "{tmp}/train.json", "--validation_file",
     "{tmp}/train.json", "--output_dir", "{tmp}/out"]
 
-# (arguments, what the one line must say: the flag, and a piece of the remedy)
+# (arguments, what names the flag in the line, part of what the line says would be right)
 TRAIN = [
     ("--epochs 3", "--epochs", "--help lists"),
     ("--max_seq_lenght 128", "--max_seq_lenght", "did you mean --max_seq_length"),
@@ -33,15 +34,18 @@ TRAIN = [
     ("--config {tmp}/unknown.yaml", "learning_rat", "did you mean learning_rate"),
     ("--config {tmp}/wrong_type.yaml", "wrong_type.yaml: num_train_epochs 'three'", "a number"),
     ("--config {tmp}/python_object.yaml", "python_object.yaml", "not readable as YAML"),
-    ("--seed abc", "--seed abc", "a whole number"), ("--seed -1", "--seed -1", "at least 0"),
-    ("--seed 1.5", "--seed 1.5", "a whole number"), ("--seed", "--seed", "expected one argument"),
+    ("--seed abc", "--seed abc", "a whole number"),
+    ("--seed -1", "--seed -1", "at least 0"),
+    ("--seed 1.5", "--seed 1.5", "a whole number"),
+    ("--seed", "--seed", "expected one argument"),
     ("--micro_batch_size 0", "--micro_batch_size 0", "at least 1"),
     ("--eval_micro_batch_size -3", "--eval_micro_batch_size -3", "at least 1"),
     ("--micro_batch_size 1000000000", "--micro_batch_size 1000000000", "at most 4096"),
     ("--dataloader_num_workers 1000000", "--dataloader_num_workers 1000000", "at most 256"),
     ("--config {tmp}/aliases.yaml", "aliases.yaml: learning_rate is a list", "a number"),
     ("--config {tmp}/aliases.yaml --learning_rate 1", "aliases.yaml: optimizer is a list",
-     "adamw, lamb"), ("--max_seq_length 8", "--max_seq_length 8", "at least 16"),
+     "adamw, lamb"),
+    ("--max_seq_length 8", "--max_seq_length 8", "at least 16"),
     ("--max_seq_length 100000", "--max_seq_length 100000", "at most 4096"),
     ("--doc_stride 384", "--doc_stride 384", "at most 192"),
     ("--doc_stride -1", "--doc_stride -1", "at least 0"),
@@ -84,7 +88,8 @@ TRAIN = [
     ("--replication_factor 0", "--replication_factor 0", "at least 1"),
     ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0", "at least 1"),
     ("--gradient_accumulation_steps 1000000000000", "--gradient_accumulation_steps 1000000000000",
-     "at most 65536"), ("--device_iterations 0", "--device_iterations 0", "at least 1"),
+     "at most 65536"),
+    ("--device_iterations 0", "--device_iterations 0", "at least 1"),
     ("--embedding_serialization_factor 0", "--embedding_serialization_factor 0", "at least 1"),
     ("--ipu_config {tmp}/none.json", "--ipu_config", "name a local ipu_config.json"),
     ("--ipu_config {tmp}/broken.json", "--ipu_config", "not a readable ipu_config.json"),
@@ -95,13 +100,14 @@ TRAIN = [
     ("--train_file {tmp}/train.json", "--train_file", "--validation_file"),
     ("--validation_file {tmp}/train.json", "--validation_file", "--train_file"),
     ("--demo_data --train_file {tmp}/train.json --validation_file {tmp}/train.json", "--demo_data",
-     "exclude each other"), ("--output_dir {tmp}/train.json", "--output_dir", "name a folder"),
+     "exclude each other"),
+    ("--output_dir {tmp}/train.json", "--output_dir", "name a folder"),
     ("--resume_from_checkpoint {tmp}/none", "--resume_from_checkpoint", "no such folder"),
     ("--trace {tmp}/none/trace.json", "--trace", "make it"),
     ("--compile_only --synthetic_data", "--compile_only", "leave one out"),
     ("--hub_model_id me/model", "--hub_model_id", "--push_to_hub"), ]
-# The same where the model's number of layers must be known (3 layers, a folder with a config.json
-# and a tokenizer).
+# The same for refusals that depend on the model: a folder with a tokenizer and a config.json of 3
+# layers.
 TRAIN_WITH_MODEL = [
     ("--layers_per_ipu 1 1 2", "--layers_per_ipu 1 1 2", "the sum must be 3"),
     ("--layers_per_ipu 3 --ipus_per_replica 2", "--ipus_per_replica is 2", "must agree"),
@@ -148,10 +154,11 @@ def folder(tmp_path_factory):
     (tmp / "broken.yaml").write_text("a: [1\n")
     (tmp / "unknown.yaml").write_text("learning_rat: 1\n")
     (tmp / "wrong_type.yaml").write_text("num_train_epochs: three\n")
-    (tmp /
-     "python_object.yaml").write_text("seed: !!python/object/apply:os.system ['touch owned']\n")
-    nested = ["&a0 [1, 1]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]"
-                              for i in range(1, 12))]  # written out: 2 x 9^11 numbers
+    (tmp / "python_object.yaml").write_text(
+        "seed: !!python/object/apply:os.system ['touch owned']\n")
+    # With every alias written out these are 2 x 9^11 numbers.
+    nested = ["&a0 [1, 1]",
+              *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]
     (tmp / "aliases.yaml").write_text(f"learning_rate: [{', '.join(nested)}]\noptimizer: *a11\n")
     (tmp / "broken.json").write_text("{")
     (tmp / "list.json").write_text("[1]")
@@ -164,8 +171,8 @@ def folder(tmp_path_factory):
             "version": "1.1", "data": [{
                 "title": "t", "paragraphs": [{"context": text, "qas": qas}]}]}))
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([text], vocab_size=270, special_tokens=[
-        "<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    bpe.train_from_iterator([text], vocab_size=270,
+                            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     RobertaTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(tmp / "model")
     RobertaConfig(vocab_size=270, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                   intermediate_size=32, max_position_embeddings=66).save_pretrained(tmp / "model")

@@ -1,6 +1,4 @@
-"""train.py and infer.py from end to end, on a small part of the demo's data: files, formats,
-resume, answers.
-"""
+"""train.py and infer.py from end to end, on a small part of the demo's data."""
 import csv
 import json
 import re
@@ -44,7 +42,7 @@ def demo(tmp_path_factory):
 
 
 def run(script, *arguments):
-    """The script's exit status, in this process: as `python SCRIPT ARGUMENTS` would give it."""
+    """Run a script in this process; returns the exit status of `python SCRIPT ARGUMENTS`."""
     before, sys.argv = sys.argv, ["script", *map(str, arguments)]
     try:
         return run_script(script.main)
@@ -59,14 +57,15 @@ def fit(folder, out, *more, train_file="train.json"):
 
 
 def flat(path):
-    return [{
-        "id": qa["id"], "context": paragraph["context"], "question": qa["question"], "answers": {
-            "text": [a["text"] for a in qa["answers"]], "answer_start": [
-                a["answer_start"] for a in qa["answers"]]}}
-            for article in json.loads(path.read_text(encoding="utf-8"))["data"]
-            for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
+    return [
+        {"id": qa["id"], "context": paragraph["context"], "question": qa["question"],
+         "answers": {"text": [answer["text"] for answer in qa["answers"]],
+                     "answer_start": [answer["answer_start"] for answer in qa["answers"]]}}
+        for article in json.loads(path.read_text(encoding="utf-8"))["data"]
+        for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
 
 
+@pytest.mark.slow
 def test_every_format_trains_the_same_model_and_the_files_are_run_qas(demo, tmp_path, capsys):
     rows = flat(demo / "v1" / "train.json")
     (demo / "v1" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows),
@@ -85,7 +84,8 @@ def test_every_format_trains_the_same_model_and_the_files_are_run_qas(demo, tmp_
     assert all(one == weights[0] for one in weights)
 
     printed = capsys.readouterr().out
-    assert "Encoder 3   -> IPU 3" in printed and "predicted:" in printed and "step 2/2" in printed and "context:" in printed
+    assert ("Encoder 3   -> IPU 3" in printed and "predicted:" in printed
+            and "step 2/2" in printed and "context:" in printed)
     questions = flat(demo / "v1" / "validation.json")
     predictions = json.loads((out / "predictions.json").read_text())
     nbest = json.loads((out / "nbest_predictions.json").read_text())
@@ -102,13 +102,14 @@ def test_every_format_trains_the_same_model_and_the_files_are_run_qas(demo, tmp_
         record["versions"]["torch"]) and record["data_fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_float16_model_loads_with_transformers_and_answers_as_infer_does(demo, tmp_path, capsys):
     out = tmp_path / "out"
     assert fit(demo / "v1", out, "--num_train_epochs", "2", "--precision", "float16",
                "--loss_scaling", "64", "--pack") == 0
     capsys.readouterr()
-    model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(
-        out).float().eval(), AutoTokenizer.from_pretrained(out)
+    model, tokenizer = (AutoModelForQuestionAnswering.from_pretrained(out).float().eval(),
+                        AutoTokenizer.from_pretrained(out))
     question = flat(demo / "v1" / "validation.json")[0]
     assert run(infer, "--checkpoint", out, "--question", question["question"], "--context",
                question["context"], "--json", "--n_best", "3", "--precision", "float32") == 0
@@ -127,8 +128,7 @@ def test_a_float16_model_loads_with_transformers_and_answers_as_infer_does(demo,
         answer["nbest"]) == 3
     assert set(answer) == {"id", "question", "answer", "score", "start", "end", "nbest"}
 
-    # A file of questions without answers gives, question by question, what the evaluation
-    # predicted.
+    # For a file of these questions without answers, infer.py gives what the evaluation predicted.
     predictions = json.loads((out / "predictions.json").read_text())
     (tmp_path / "questions.jsonl").write_text("".join(
         json.dumps({key: row[key] for key in ("id", "context", "question")}) + "\n"
@@ -139,6 +139,7 @@ def test_a_float16_model_loads_with_transformers_and_answers_as_infer_does(demo,
     assert {answer["id"]: answer["answer"] for answer in answers} == predictions
 
 
+@pytest.mark.slow
 def test_version_2_has_no_answer_figures(demo, tmp_path, capsys):
     out = tmp_path / "out"
     assert fit(demo / "v2", out, "--max_steps", "2", "--version_2_with_negative",
@@ -147,8 +148,7 @@ def test_version_2_has_no_answer_figures(demo, tmp_path, capsys):
     unanswerable = sum(not question["answers"]["text"] for question in questions)
     metrics = json.loads((out / "metrics.json").read_text())
     assert 0 < unanswerable < len(questions)
-    # Under this threshold every prediction is "no answer": right for the unanswerable questions
-    # alone.
+    # With this threshold every prediction is "no answer", which only unanswerable questions want.
     assert set(json.loads((out / "predictions.json").read_text()).values()) == {""}
     assert metrics["NoAns_exact"] == 100 and metrics["HasAns_exact"] == 0 and metrics[
         "NoAns_total"] == unanswerable
@@ -157,19 +157,19 @@ def test_version_2_has_no_answer_figures(demo, tmp_path, capsys):
         question["id"] for question in questions}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_never_stopped(demo, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = ("--max_steps", "4", "--save_steps", "2", "--pack", "--precision", "float16"
-            )  # into the second epoch
+    # 4 steps reach into the second epoch.
+    more = ("--max_steps", "4", "--save_steps", "2", "--pack", "--precision", "float16")
     assert fit(demo / "v1", whole, *more) == 0
     assert fit(demo / "v1", parts, *more) == 0
     (parts / "model.safetensors").unlink()
-    assert fit(
-        demo / "v1", parts, *
-        more) == 2  # checkpoints are there: neither resumed nor overwritten without being told
+    # Existing checkpoints are neither resumed from nor overwritten unless a flag says so.
+    assert fit(demo / "v1", parts, *more) == 2
     assert "--resume_from_checkpoint auto" in capsys.readouterr().err
-    for where in (parts / "checkpoint-2",
-                  "auto"):  # auto: checkpoint-4, after which only the evaluation is left
+    # "auto" is checkpoint-4, after which only the evaluation is left.
+    for where in (parts / "checkpoint-2", "auto"):
         assert fit(demo / "v1", parts, *more, "--resume_from_checkpoint", where) == 0
         for name in ("model.safetensors", "nbest_predictions.json", "metrics.json"):
             assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
@@ -178,10 +178,12 @@ def test_a_resumed_run_ends_as_one_never_stopped(demo, tmp_path, capsys):
     assert "seed was 42, is 7" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [["--pack"], []], ids=["packed", "unpacked"])
 def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(demo, tmp_path, pack):
-    """Weights, optimizer, random states, losses, predictions. The runs share a process: what one
-    leaves must not reach the next.
+    """Compared are weights, optimizer, random states, losses and predictions.
+
+    The runs share a process, so that state which one run leaves behind would change the next.
     """
     more = ("--max_steps", "3", "--save_steps", "3", "--precision", "float16", *pack)
     for workers in ("0", "2"):
@@ -192,9 +194,10 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(demo, tmp_
 
 
 def spoil_backward(folder):
-    """Change a checkpoint's weights so that the forward pass is sound and the backward pass
-    overflows: between the two matrices of the first layer's feed-forward part hidden values are
-    tiny, and their gradients, of a loss made steep, huge.
+    """Change a checkpoint's weights so that only the backward pass overflows.
+
+    Between the two matrices of the first layer's feed-forward part the hidden values become tiny.
+    Their gradients become huge, since the loss is made steep as well.
     """
     weights = load_file(folder / "model.safetensors")
     for kind in ("weight", "bias"):
@@ -204,6 +207,7 @@ def spoil_backward(folder):
     forge(folder, "model.safetensors", serialize(weights, {"format": "pt"}))
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(demo, tmp_path, capsys):
     healthy, more = tmp_path / "out", ("--max_steps", "3", "--save_steps", "2")
     assert fit(demo / "v1", healthy, *more) == 0
@@ -212,12 +216,13 @@ def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(demo, tmp_path, c
     assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.match(
-        r"error: step 3: the gradient of roberta\.embeddings\.LayerNorm\.bias is not finite \(the loss was \d",
-        error), error
-    assert "learning rate 0.0" in error and "loss scaling 1," in error and "try --learning_rate" in error
+        r"error: step 3: the gradient of roberta\.embeddings\.LayerNorm\.bias is not finite "
+        r"\(the loss was \d", error), error
+    assert ("learning rate 0.0" in error and "loss scaling 1," in error
+            and "try --learning_rate" in error)
 
-    # Skipped, it costs the steps since the last whole checkpoint of the folder. Unwatched, what it
-    # did to the weights shows later.
+    # With --on_nonfinite skip the run loses only the steps since the last whole checkpoint of the
+    # folder. If gradients are not watched, the updated weights are found not to be finite.
     assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt, "--on_nonfinite",
                "skip") == 0
     assert "not finite" in (

@@ -1,6 +1,4 @@
-"""layers_per_ipu, pipelines and ipu_config.json: what is accepted, what is refused and what the
-refusal says.
-"""
+"""layers_per_ipu, pipelines and ipu_config.json: what is accepted, and what a refusal says."""
 import itertools
 import json
 
@@ -34,8 +32,8 @@ def test_layers_are_where_layers_per_ipu_says(given, layers, ipus, counts):
 
 
 def test_stages_are_changes_of_ipu():
-    for ipus in itertools.product(
-            range(3), repeat=4):  # every placement of 4 layers on 3 IPUs, embedding on 0, head on 2
+    # Every placement of 4 layers on 3 IPUs, with the embedding on IPU 0 and the head on IPU 2.
+    for ipus in itertools.product(range(3), repeat=4):
         from ipu_options.layout import Layout
         layout = Layout(0, ipus, 2)
         path = [0, *ipus, 2]
@@ -75,8 +73,8 @@ def test_a_pipeline_poptorch_would_refuse_is_refused_with_the_nearest_setting(ch
 def test_inference_twins_replace_training_values():
     config = IPUConfig(inference_layers_per_ipu=[12], inference_matmul_proportion=0.6,
                        inference_device_iterations=8).for_pod("pod16")
-    training, inference = training_pipeline(config, 12, "pod16"), inference_pipeline(
-        config, 12, "pod16")
+    training, inference = (training_pipeline(config, 12, "pod16"),
+                           inference_pipeline(config, 12, "pod16"))
     assert training.config.replication_factor == inference.config.replication_factor == 4
     assert len(training.layout.stages()) == 4 and len(inference.layout.stages()) == 1
     assert inference.config.matmul_proportion == 0.6 and inference.config.device_iterations == 8
@@ -89,10 +87,10 @@ def test_the_published_ipu_config_is_read_and_written(tmp_path):
         "optimizer_state_offchip": False, "replicated_tensor_sharding": True,
         "enable_half_partials": True, "device_iterations": 1, "inference_device_iterations": 5,
         "replication_factor": {
-            "pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16,
-            "default": 1}, "gradient_accumulation_steps": 16,
-        "executable_cache_dir": "./exe_cache", "ipus_per_replica": 4, "layers_per_ipu": [
-            0, 4, 4, 4], "matmul_proportion": 0.25, "optimum_version": "1.0", "seed": 3}
+            "pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "default": 1},
+        "gradient_accumulation_steps": 16, "executable_cache_dir": "./exe_cache",
+        "ipus_per_replica": 4, "layers_per_ipu": [0, 4, 4, 4], "matmul_proportion": 0.25,
+        "optimum_version": "1.0", "seed": 3}
     (tmp_path / "ipu_config.json").write_text(json.dumps(published))
     config = IPUConfig(**read_ipu_config(str(tmp_path)))
     assert config.for_pod("pod16").replication_factor == 4 and config.for_pod(

@@ -1,4 +1,4 @@
-"""PopVision's environment and the host's spans."""
+"""PopVision's environment variables and the spans that are recorded on the host."""
 from __future__ import annotations
 
 import json
@@ -13,7 +13,7 @@ from ipu_options.popvision import Spans, profiling_environment
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    monkeypatch.setenv("PVTI_OPTIONS", "")  # so that what a test makes of it is taken back
+    monkeypatch.setenv("PVTI_OPTIONS", "")  # whatever a test sets it to is undone afterwards
 
 
 def test_environment_keeps_what_the_user_set_and_notes_the_configuration(tmp_path, monkeypatch):
@@ -25,8 +25,8 @@ def test_environment_keeps_what_the_user_set_and_notes_the_configuration(tmp_pat
         "enable": "true", "directory": str(tmp_path / "profile" / "host"), "channels": "train"}
     for phase in ("training", "inference"):
         note = json.loads((tmp_path / "profile" / phase / "framework.json").read_text())
-        assert note["layers_per_ipu"] == [
-            0, 4, 4, 4] and note["pod_type"] == "pod16" and "sources" not in note
+        assert (note["layers_per_ipu"] == [0, 4, 4, 4] and note["pod_type"] == "pod16"
+                and "sources" not in note)
 
 
 def test_nothing_happens_without_a_folder():

@@ -1,4 +1,4 @@
-"""The schedule against a brute-force pipeline that only knows which work needs which."""
+"""The schedule is compared with a brute-force pipeline that knows only what depends on what."""
 from __future__ import annotations
 
 import random
@@ -10,12 +10,15 @@ from ipu_options.plan.schedule import StageWork, bubble_fraction, simulate, stas
 
 
 def brute_force(stages, micro_batches):
-    """Step by step: each stage takes the next micro-batch whose input was ready before the step
-    began (the last backward stage: within the step). Returns the number of steps, seconds, and most
-    micro-batches each stage kept at the end of a step's forward work.
+    """Run a pipeline step by step.
+
+    In each step a stage takes the next micro-batch whose input was ready before the step began; the
+    last stage's backward pass takes one that became ready within the step. Returns the number of
+    steps, the seconds, and for each stage the largest number of micro-batches it kept after the
+    forward work of a step.
     """
     count = len(stages)
-    forward, backward = [0] * count, [0] * count  # micro-batches done by each stage
+    forward, backward = [0] * count, [0] * count  # number of micro-batches done by each stage
     kept = [0] * count
     steps, seconds = 0, 0.0
     slowest = max(sum(s.seconds for s in stages if s.ipu == ipu) for ipu in {s.ipu for s in stages})

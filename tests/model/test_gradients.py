@@ -1,5 +1,6 @@
-"""A training step's gradient against plain PyTorch's: Hugging Face's model on each window by
-itself, the mean of its losses.
+"""A training step's gradient is compared with plain PyTorch's.
+
+The reference is the gradient of the mean loss of Hugging Face's model, run on each window alone.
 """
 import pytest
 import torch
@@ -16,7 +17,8 @@ CONFIG = RobertaConfig(vocab_size=1000, hidden_size=32, num_hidden_layers=2, num
                        pad_token_id=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
                        initializer_range=0.2)
 LENGTHS = [9, 40, 17, 25, 33, 12, 60, 8, 29, 31, 14, 22, 45, 38, 11, 19, 27, 50, 16, 35, 21, 13]
-RATE = 1e4  # of SGD: so great that a weight's change holds the gradient to full precision
+# SGD's learning rate is so large that the change of a weight gives its gradient in full precision.
+RATE = 1e4
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def plain_gradient(model, windows, chosen):
 
 
 def windows_in(rows, indices, windows):
-    """Which windows the rows hold, found by their tokens."""
+    """The numbers of the windows in these rows, recognised by their tokens."""
     by_tokens = {
         tuple(windows.input_ids(window).tolist()): window for window in range(len(windows))}
     found = []
@@ -70,8 +72,7 @@ def test_gradient_of_a_step_is_that_of_the_mean_loss(model, windows, most, micro
                 micro_batch_size=micro_batch_size, micro_batches_per_update=accumulation * replicas,
                 seed=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for step in range(TrainingRows(windows,
-                                   **plan).steps_per_epoch):  # the last one is partly empty
+    for step in range(TrainingRows(windows, **plan).steps_per_epoch):  # the last is partly empty
         rows = TrainingRows(windows, **plan, first_step=step)
         options = poptorch.Options()
         options.replicationFactor(replicas)
@@ -89,8 +90,8 @@ def test_gradient_of_a_step_is_that_of_the_mean_loss(model, windows, most, micro
         chosen = windows_in(rows, range(rows.rows_per_step), windows)
         assert len(chosen) == rows.windows_in_step(step)
         expected = plain_gradient(model, windows, chosen)
-        # Some gradients are 0 but for rounding, since a constant added to all of a softmax's inputs
-        # changes nothing.
+        # Some gradients are 0 except for rounding, since adding a constant to all inputs of a
+        # softmax changes nothing.
         least = 1e-2 * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
         for name, parameter in trained.named_parameters():
             difference = (before[name] - parameter.detach()) / RATE - expected[name]

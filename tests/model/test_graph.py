@@ -1,9 +1,9 @@
-"""The graph of our model is one that PopTorch 3.4 compiles: its operations are supported, no shape
-and no branch depends on data.
+"""The model's graph keeps PopTorch 3.4's rules.
 
-The model runs on torch's meta device, whose tensors have a shape and no values: whatever reads a
-value, or needs one to know a shape, raises. Every operation that reaches the dispatcher is compared
-with the user guide's "IPU supported operations".
+All its operations are supported, and no shape and no branch depends on data. The model runs on
+torch's meta device, whose tensors have a shape but no values: whatever reads a value, or needs one
+to determine a shape, raises an error. Every operation that reaches the dispatcher is looked up in
+the user guide's "IPU supported operations".
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ipu_options.layout import make_layout
 from qa.model.parallelize import parallelize
 from qa.model.roberta import RobertaForSpans
 
-# aten operation: its name in the user guide's list
+# {aten operation: its name in the user guide's list}
 LISTED = {
     "_log_softmax": "torch.nn.LogSoftmax", "_softmax": "torch.nn.Softmax", "add": "torch.add",
     "addmm": "torch.addmm", "arange": "torch.arange", "bernoulli_": "torch.bernoulli",
@@ -29,8 +29,8 @@ LISTED = {
     "rsub": "torch.sub", "split": "torch.split", "sub": "torch.sub", "sum": "torch.sum",
     "t": "torch.t", "transpose": "torch.transpose", "unbind": "torch.unbind",
     "unsqueeze": "torch.unsqueeze"}
-# Views, casts and copies, of which the guide says that they are supported without being listed
-# (handlers: ReshapeOps.cpp and others)
+# Views, casts and copies, which the guide says are supported without listing them. PopTorch handles
+# them in ReshapeOps.cpp and other files.
 UNLISTED = {
     "_reshape_alias", "_to_copy", "_unsafe_view", "clone", "detach", "empty_like", "permute",
     "select", "slice", "view"}
@@ -38,7 +38,7 @@ SUPPORTED = set(LISTED) | UNLISTED
 
 
 class Operations(TorchDispatchMode):
-    """Collects the names of all operations."""
+    """Records the names of all operations that are dispatched."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Operations(TorchDispatchMode):
 
 
 def graph(windows, training, parts, kernels=IPU_KERNELS, batch=2, length=24):
-    """Names of the operations of a forward pass over rows of `windows` windows."""
+    """The names of all operations in a forward pass over rows of `windows` windows."""
     config = RobertaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
                            intermediate_size=32, vocab_size=60, max_position_embeddings=length + 2,
                            type_vocab_size=1)
@@ -73,7 +73,8 @@ def graph(windows, training, parts, kernels=IPU_KERNELS, batch=2, length=24):
 def test_only_supported_operations_and_no_dependence_on_data(windows, training, parts):
     names = graph(windows, training, parts)
     assert "bmm" in names and ("nll_loss_forward" in names) == training
-    assert names <= SUPPORTED, f"not in PopTorch's list of supported operations: {sorted(names - SUPPORTED)}"
+    assert names <= SUPPORTED, (
+        f"not in PopTorch's list of supported operations: {sorted(names - SUPPORTED)}")
 
 
 def test_a_branch_on_a_tensors_value_is_noticed():

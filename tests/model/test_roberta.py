@@ -1,5 +1,6 @@
-"""The annotated model against transformers' own RobertaForQuestionAnswering: logits, gradients,
-packing, files.
+"""The annotated model is compared with transformers' own RobertaForQuestionAnswering.
+
+Logits, loss, gradients and saved files are the same, packed and unpacked.
 """
 import pytest
 import torch
@@ -27,11 +28,11 @@ from qa.model.parallelize import (
 from qa.model.pretrained import load_config, load_model, save_model
 from qa.model.roberta import RobertaForSpans
 
+# The weights are large enough that attention is far from uniform.
 SMALL = dict(vocab_size=203, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
              intermediate_size=96, max_position_embeddings=66, type_vocab_size=1, pad_token_id=1,
              bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.0,
-             attention_probs_dropout_prob=0.0,
-             initializer_range=0.2)  # large enough weights that attention is far from uniform
+             attention_probs_dropout_prob=0.0, initializer_range=0.2)
 LENGTHS = (40, 17, 33)
 FAMILY = [(RobertaConfig, RobertaForQuestionAnswering),
           (XLMRobertaConfig, XLMRobertaForQuestionAnswering),
@@ -56,8 +57,8 @@ def windows():
 
 def one_window_a_row(length=48):
     batch, ids = len(LENGTHS), torch.ones(len(LENGTHS), length, dtype=torch.int32)
-    positions, window_ids = torch.ones(batch, length, dtype=torch.int32), torch.zeros(
-        batch, length, dtype=torch.int32)
+    positions, window_ids = (torch.ones(batch, length, dtype=torch.int32),
+                             torch.zeros(batch, length, dtype=torch.int32))
     for i, window in enumerate(windows()):
         ids[i, :len(window)], window_ids[i, :len(window)] = window.int(), 1
         positions[i, :len(window)] = torch.arange(2, len(window) + 2).int()
@@ -75,8 +76,8 @@ def all_windows_in_one_row():
 def reference_logits(model):
     outputs = [model(window.unsqueeze(0)) for window in windows()]
     return torch.stack([
-        torch.cat([o.start_logits[0] for o in outputs]),
-        torch.cat([o.end_logits[0] for o in outputs])])
+        torch.cat([output.start_logits[0] for output in outputs]),
+        torch.cat([output.end_logits[0] for output in outputs])])
 
 
 def real_tokens(logits, window_ids):
@@ -103,7 +104,7 @@ def test_logits_equal_transformers_packed_and_unpacked(saved, rows, kernels):
         assert torch.allclose(ours, reference_logits(reference), atol=1e-5, rtol=0)
         padded = torch.nn.functional.pad(ids, (0, 0))
         mask = (window_ids > 0).long()
-        # transformers with padding and an attention mask gives the same once more
+        # transformers' model gives the same with padding and an attention mask, too.
         if rows is one_window_a_row:
             out = reference(padded.long(), attention_mask=mask)
             assert torch.allclose(ours, real_tokens((out.start_logits, out.end_logits), window_ids),
@@ -126,11 +127,11 @@ def test_loss_and_gradients_equal_the_mean_of_transformers_losses(saved, rows, k
     ids, positions, window_ids = rows()
     packed = rows is all_windows_in_one_row
     begin = [0, LENGTHS[0], LENGTHS[0] + LENGTHS[1]] if packed else [0, 0, 0]
-    shape = (1, 4) if packed else (3, 1)  # packed: a fourth slot stays empty
+    shape = (1, 4) if packed else (3, 1)  # the packed row has a fourth slot, which stays empty
     start_positions, end_positions, weights = (torch.zeros(4 if packed else 3) for _ in range(3))
     for i in range(3):
-        start_positions[i], end_positions[i], weights[
-            i] = begin[i] + starts[i], begin[i] + ends[i], 1 / 3
+        start_positions[i], end_positions[i], weights[i] = (
+            begin[i] + starts[i], begin[i] + ends[i], 1 / 3)
     loss = model(ids, positions, window_ids,
                  start_positions.int().view(shape),
                  end_positions.int().view(shape), weights.view(shape))
@@ -142,8 +143,9 @@ def test_loss_and_gradients_equal_the_mean_of_transformers_losses(saved, rows, k
         if parameter.grad is None:
             assert ours[name].grad is None
             continue
-        if parameter.grad.norm(
-        ) < 1e-6 * scale:  # zero but for rounding: a softmax does not see a constant, as key biases add
+        # Key biases add a constant to the inputs of a softmax, which changes nothing: their
+        # gradients are 0 except for rounding.
+        if parameter.grad.norm() < 1e-6 * scale:
             assert ours[name].grad.norm() < 1e-6 * scale
             continue
         error = (ours[name].grad - parameter.grad).norm() / parameter.grad.norm()
@@ -163,8 +165,8 @@ def test_an_empty_row_has_a_finite_loss_and_no_gradient():
 def test_a_saved_checkpoint_is_transformers_own(saved, tmp_path):
     reference, folder = saved
     model = load_model(folder, load_config(folder)).eval()
-    parallelize(model, make_layout([1, 1, 1], 3),
-                embedding_serialization_factor=5)  # 203 rows: the last part is smaller
+    # The embedding has 203 rows, so the last of 5 parts is smaller than the others.
+    parallelize(model, make_layout([1, 1, 1], 3), embedding_serialization_factor=5)
     save_model(model, tmp_path / "ours")
     again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "ours").eval()
     assert type(again) is type(reference) and again.config.architectures == [

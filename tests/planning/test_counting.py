@@ -1,6 +1,4 @@
-"""Counts of the real annotated model against closed forms and against what a real backward pass
-holds on to.
-"""
+"""Counts of the annotated model are compared with closed forms and with a real backward pass."""
 from __future__ import annotations
 
 import pytest
@@ -28,17 +26,16 @@ def small_config(**changes):
 def real_rows(rows, windows):
     torch.manual_seed(0)
     return {
-        "input_ids": torch.randint(
-            0, VOCABULARY, (rows, LENGTH), dtype=torch.int32), "position_ids": torch.arange(
-                2, LENGTH + 2, dtype=torch.int32).repeat(rows, 1), "window_ids": torch.ones(
-                    rows, LENGTH, dtype=torch.int32), "start_positions": torch.zeros(
-                        rows, windows, dtype=torch.int32), "end_positions": torch.ones(
-                            rows, windows, dtype=torch.int32), "loss_weights": torch.ones(
-                                rows, windows)}
+        "input_ids": torch.randint(0, VOCABULARY, (rows, LENGTH), dtype=torch.int32),
+        "position_ids": torch.arange(2, LENGTH + 2, dtype=torch.int32).repeat(rows, 1),
+        "window_ids": torch.ones(rows, LENGTH, dtype=torch.int32),
+        "start_positions": torch.zeros(rows, windows, dtype=torch.int32),
+        "end_positions": torch.ones(rows, windows, dtype=torch.int32),
+        "loss_weights": torch.ones(rows, windows)}
 
 
 def held_by_graph(loss, parameters):
-    """Bytes of the distinct storages that the autograd graph of `loss` holds, parameters aside."""
+    """Bytes of all distinct storages but the parameters' in the autograd graph of `loss`."""
     own = {p.untyped_storage()._cdata for p in parameters}
     storages, seen, todo = {}, set(), [loss.grad_fn]
     while todo:
@@ -72,7 +69,8 @@ def test_saved_bytes_are_what_a_real_backward_pass_holds(model):
         batch = real_rows(rows, windows=2)
         counted = counted_on_cpu(model, batch)
         held = held_by_graph(model(**batch), model.parameters())
-        # the cross entropies' sums of weights and the attentions' scale pass by the hooks
+        # Not counted by the hooks: the sums of weights in the cross entropies, and the scale of
+        # each attention.
         scalars = 2 * 4 + LAYERS * 8
         assert sum(block.saved_bytes for block in counted) == held - scalars
 

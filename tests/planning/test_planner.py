@@ -1,4 +1,4 @@
-"""Memory, throughput, calibration, profiles and commands of the planner."""
+"""The planner's memory, throughput, calibration, profiles and commands."""
 from __future__ import annotations
 
 import csv
@@ -42,6 +42,7 @@ def job_named(runs, name):
     return next(run.job for run in runs if run.name == name)
 
 
+@pytest.mark.slow
 def test_published_runs_are_predicted_and_fit(runs):
     for row in calibrate.fit_table(runs, Efficiencies()):
         assert row["fits"], row["name"]
@@ -53,16 +54,16 @@ def test_published_runs_are_predicted_and_fit(runs):
             assert row["error_percent"] > 0, row["name"]
 
 
+@pytest.mark.slow
 def test_the_default_efficiencies_are_the_fit_to_published_runs(runs):
     fitted = calibrate.fit_published(runs)
     for name in calibrate.FITTED:
         assert getattr(Efficiencies(), name) == pytest.approx(getattr(fitted, name), rel=5e-3)
 
 
+@pytest.mark.slow
 def test_twice_the_micro_batch_of_the_published_pretraining_does_not_fit(runs):
-    """Graphcore's micro-batches are as large as memory allows: a planner that let twice as much
-    through would be of no use.
-    """
+    """Graphcore's micro-batches are as large as memory allows, so twice as much must not fit."""
     for name in ("pretrain_large_128", "pretrain_large_512",
                  "bert-base pretraining phase 2, 16 Mk2"):
         job = job_named(runs, name)
@@ -72,23 +73,26 @@ def test_twice_the_micro_batch_of_the_published_pretraining_does_not_fit(runs):
         assert not make_plan(replace(job, blocks=blocks)).fits
 
 
+@pytest.mark.slow
 def test_memory_by_hand(runs):
-    """roberta-base at micro-batch 4, 4 replicas: IPU 1 holds layers 0 to 3 in the second of four
-    stages.
+    """The memory of roberta-base with micro-batch 4 and 4 replicas, worked out by hand.
+
+    IPU 1 holds layers 0 to 3 and is the second of four stages.
     """
     memory = ipu_memory(job_named(runs, "roberta-base SQuAD v1, 16 Mk2"), code_bytes=0)
     parameters = 4 * (12 * 768 ** 2 + 13 * 768)
     assert memory[1]["weights"] == memory[1]["gradients"] == 2 * parameters
-    assert memory[1][
-        "optimizer_state"] == 8 * parameters // 4  # two float32 moments, shared out over four replicas
-    layer_input = 4 * 384 * 768 * 2 + 4 * 384 * 4  # hidden states in float16 and window ids
-    assert memory[1][
-        "stash"] == 5 * 4 * layer_input  # 2 (S - 1 - i) + 1 micro-batches, four checkpoints each
-    assert memory[3][
-        "stash"] == 4 * layer_input + 4 * 384 * 768 * 2  # at once, with the head's input
+    # Two float32 moments, divided among four replicas.
+    assert memory[1]["optimizer_state"] == 8 * parameters // 4
+    layer_input = 4 * 384 * 768 * 2 + 4 * 384 * 4  # hidden states in float16, and window ids
+    # Stage i of S keeps 2 (S - 1 - i) + 1 micro-batches, here with four checkpoints each.
+    assert memory[1]["stash"] == 5 * 4 * layer_input
+    # The last stage keeps one micro-batch, and the input of the head with it.
+    assert memory[3]["stash"] == 4 * layer_input + 4 * 384 * 768 * 2
     assert memory[0]["embedding_gradient"] == 2 * 50265 * 768
 
 
+@pytest.mark.slow
 def test_offchip_state_leaves_memory_and_takes_time(runs):
     job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
     onchip, offchip = make_plan(job), make_plan(
@@ -98,12 +102,14 @@ def test_offchip_state_leaves_memory_and_takes_time(runs):
     assert onchip.windows_per_second > offchip.windows_per_second
 
 
+@pytest.mark.slow
 def test_parts_of_the_time_add_up(runs):
     for run in runs:
         plan = make_plan(run.job)
         assert sum(plan.parts().values()) == pytest.approx(plan.update_seconds)
 
 
+@pytest.mark.slow
 def test_own_measurement_is_reproduced_saved_and_used(runs, tmp_path, capsys):
     file = tmp_path / "mine.json"
     flags = ["--config", "squad_base_384", "--calibration", str(file)]
@@ -144,17 +150,16 @@ def test_search_writes_a_configuration_that_plans_as_found(tmp_path, capsys):
         (plan["windows_per_second"] for plan in found), reverse=True)
 
 
+@pytest.mark.slow
 def test_pictures_and_trace_are_written(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
-        assert main([
-            "plan", *SMALL, "--plot",
-            str(tmp_path / ("plan" + kind)), "--trace",
-            str(tmp_path / "plan.json")]) == 0
+        assert main(["plan", *SMALL, "--plot", str(tmp_path / ("plan" + kind)),
+                     "--trace", str(tmp_path / "plan.json")]) == 0
         assert (tmp_path / ("plan" + kind)).read_bytes().startswith(start)
     events = json.loads((tmp_path / "plan.json").read_text())["traceEvents"]
-    assert len([
-        e for e in events if e["name"].startswith("forward")]) == 4 * 32  # stages x micro-batches
+    # 4 stages with 32 micro-batches each.
+    assert len([e for e in events if e["name"].startswith("forward")]) == 4 * 32
     assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == [
         f"IPU {i}" for i in range(4)]
 
@@ -165,7 +170,7 @@ def test_sweep_has_a_row_for_everything_and_goes_on_where_it_was(tmp_path, capsy
     assert run_sweep(["--layers_per_ipu", "1 1 1 1", "1 1 1 2", *common]) == 0
     rows = read_rows(path)
     assert [row["status"].split(":")[0] for row in rows] == ["planned", "refused"]
-    rows[0]["planned_windows_per_second"] = "12345.0"  # a mark to see that it is not planned again
+    rows[0]["planned_windows_per_second"] = "12345.0"  # stays only if it is not planned again
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -175,38 +180,40 @@ def test_sweep_has_a_row_for_everything_and_goes_on_where_it_was(tmp_path, capsy
 
 
 def recorded_profile(slow_ipu):
-    """A profile as pva gives it: 4 IPUs of 4 tiles, one of which computes for longer."""
+    """A profile as pva gives it, of 4 IPUs with 4 tiles each; one IPU computes for longer."""
     def tile(size, code):
-        return SimpleNamespace(
-            memory=SimpleNamespace(total=SimpleNamespace(
-                excludingGaps=size), category=SimpleNamespace(vertexCode=SimpleNamespace(
-                    total=code))))
+        return SimpleNamespace(memory=SimpleNamespace(
+            total=SimpleNamespace(excludingGaps=size),
+            category=SimpleNamespace(vertexCode=SimpleNamespace(total=code))))
 
     def step(kind, *cycles):
-        return SimpleNamespace(program=SimpleNamespace(type=f"Type.{kind}"), ipus=[
-            SimpleNamespace(cycles=c) for c in cycles])
+        return SimpleNamespace(program=SimpleNamespace(type=f"Type.{kind}"),
+                               ipus=[SimpleNamespace(cycles=count) for count in cycles])
 
     compute = [1000, 1000, 1000, 1000]
     compute[slow_ipu] = 4000
     return SimpleNamespace(
         compilation=SimpleNamespace(
-            target=SimpleNamespace(numIPUs=4, bytesPerTile=638976, clockFrequency=1.33e9), tiles=[
-                tile(1000 * (1 + i // 4), 100) for i in range(16)]),
+            target=SimpleNamespace(numIPUs=4, bytesPerTile=638976, clockFrequency=1.33e9),
+            tiles=[tile(1000 * (1 + i // 4), 100) for i in range(16)]),
         execution=SimpleNamespace(steps=[
             step("OnTileExecute", *compute),
             step("DoExchange", 100, 100, 100, 100),
             step("Sync", *(5000 - c for c in compute))]))
 
 
+@pytest.mark.slow
 def test_a_profile_is_read_and_compared(runs):
     plan = make_plan(job_named(runs, "roberta-base SQuAD v1, 16 Mk2"))
     profile = read_profile(recorded_profile(slow_ipu=2))
     assert profile.total_bytes == [4000, 8000, 12000, 16000] and profile.code_bytes == 400
     assert profile.work_cycles(2) == 4100 and profile.cycles[2]["waiting"] == 1000
     text = profile_text(profile, plan)
-    assert "--layers_per_ipu 1 4 3 4" in text  # one of the slow IPU's layers moves to the idlest
+    # One of the slow IPU's layers moves to the IPU that waits longest.
+    assert "--layers_per_ipu 1 4 3 4" in text
 
 
+@pytest.mark.slow
 def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, monkeypatch, capsys):
     opened = []
     pva = SimpleNamespace(
@@ -217,20 +224,20 @@ def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, mo
         (tmp_path / phase / "profile.pop").write_bytes(b"")
     assert main(["report", str(tmp_path), "--config", "squad_base_384"]) == 0
     assert "--layers_per_ipu 1 4 3 4" in capsys.readouterr().out
-    assert main([
-        "calibrate", "--measured", "windows_per_second=250", "--profile",
-        str(tmp_path), "--calibration",
-        str(tmp_path / "mine.json"), "--config", "squad_base_384"]) == 0
+    assert main(["calibrate", "--measured", "windows_per_second=250", "--profile", str(tmp_path),
+                 "--calibration", str(tmp_path / "mine.json"), "--config", "squad_base_384"]) == 0
     assert json.loads((tmp_path / "mine.json").read_text())["code_bytes"] == 400
     assert opened == [tmp_path / "training" / "profile.pop"] * 2
 
 
+@pytest.mark.slow
 def test_report_says_in_one_line_that_pva_is_missing(tmp_path):
     command = [sys.executable, "-m", "ipu_options", "report", str(tmp_path), *SMALL]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2 and "pva" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_bow_is_faster_by_less_than_its_clock(runs):
     job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
     ratio = make_plan(replace(

@@ -1,5 +1,6 @@
-"""poptorch_host's executor against plain PyTorch: batching, reduction, output modes, weights,
-state, refusals.
+"""poptorch_host's executor is compared with plain PyTorch.
+
+Tested are batching, reduction, output modes, anchors, weights, saved state and refusals.
 """
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ HALF_OUTPUT = torch.float16 if half_type() == torch.bfloat16 else torch.float32
 
 
 class Net(torch.nn.Module):
-    """Two linear layers in two blocks; the mean loss of a micro-batch."""
+    """Two linear layers in two blocks; the loss is the mean over a micro-batch."""
 
     def __init__(self, dropout=0.0, ipus=(0, 0)):
         super().__init__()
@@ -49,8 +50,9 @@ def data(rows, seed=0):
 
 
 def train_plainly(model, optimizer, x, y, iterations, accumulation, replicas, mean=True):
-    """The same updates in plain PyTorch; returns every micro-batch's output and loss in PopTorch's
-    order.
+    """Make the same updates in plain PyTorch.
+
+    Returns the output and loss of every micro-batch, in PopTorch's order.
     """
     count = accumulation * replicas
     seen = []
@@ -81,7 +83,7 @@ def test_updates_and_outputs_equal_plain_pytorch(iterations, accumulation, repli
                              reduction == poptorch.ReductionType.Mean)
         out, loss = executor(x, y)
         torch.testing.assert_close(out, torch.cat([o for o, _ in seen]))
-        losses = torch.stack([l for _, l in seen])
+        losses = torch.stack([micro_loss for _, micro_loss in seen])
         torch.testing.assert_close(loss, losses if len(losses) > 1 else losses[0])
     for ours, theirs in zip(model.parameters(), reference.parameters()):
         torch.testing.assert_close(ours.data, theirs.data)
@@ -114,7 +116,7 @@ def test_output_modes(mode, training):
 
 
 def gradients_plainly(model, parameter, x, y, count):
-    """The gradient of each micro-batch's own loss, in PopTorch's order."""
+    """The gradients of the losses of the single micro-batches, in PopTorch's order."""
     return torch.stack([
         torch.autograd.grad(model(*part)[1], parameter)[0]
         for part in zip(x.chunk(count), y.chunk(count))])
@@ -122,8 +124,9 @@ def gradients_plainly(model, parameter, x, y, count):
 
 @pytest.mark.parametrize("mode", [None, *poptorch.OutputMode])
 def test_an_anchored_gradient_is_each_micro_batchs_own(mode):
-    """Of the scaled loss, not divided by the number of micro-batches; an anchor without a mode has
-    that of the outputs.
+    """It is the gradient of the scaled loss, not divided by the number of micro-batches.
+
+    An anchor without an output mode takes that of the outputs.
     """
     iterations, accumulation, replicas = 4, 3, 2
     model = Net()
@@ -149,7 +152,7 @@ def test_an_anchored_gradient_is_each_micro_batchs_own(mode):
 
 
 class Lookup(torch.nn.Module):
-    """Scores of the next token from an embedding, through the same weights again if `tied`."""
+    """Scores of the next token from an embedding; the output layer shares its weight if `tied`."""
 
     def __init__(self, tied):
         super().__init__()
@@ -168,8 +171,8 @@ class Lookup(torch.nn.Module):
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_embeddings_gradient_is_that_of_plain_pytorch(tied, half):
     torch.manual_seed(0)
-    x, y = torch.randint(0, 5, (48, )), torch.randint(
-        0, 11, (48, ))  # tokens come again; those from 5 on never come
+    # Tokens 0 to 4 occur many times as input, the others never.
+    x, y = torch.randint(0, 5, (48, )), torch.randint(0, 11, (48, ))
     model = Lookup(tied)
     if half:
         model.half()
@@ -298,9 +301,7 @@ def test_a_loss_scaling_not_given_is_constant_unless_it_is_automatic(automatic):
 
 @pytest.mark.parametrize("dropout, half", [(0.5, False), (0.5, True)])
 def test_saved_state_continues_exactly(dropout, half):
-    """Weights, moments, float32 masters and random numbers come back bit by bit in a model made
-    anew.
-    """
+    """A new model gets back weights, moments, float32 masters and random numbers bit by bit."""
     x, y = data(8)
     x = x.half() if half else x
 
@@ -346,8 +347,9 @@ def test_half_model_keeps_half_tensors_and_trains_in_float32():
     for _ in range(20):
         train_plainly(reference, plain, x, y, 1, 2, 1)
         out, loss = executor(x.half(), y)
-    assert out.dtype == HALF_OUTPUT and model.first.weight.dtype == torch.float16 and loss.dtype == torch.float32
-    # 20 updates of a rate so small that float16 alone would not have moved
+    assert (out.dtype == HALF_OUTPUT and model.first.weight.dtype == torch.float16
+            and loss.dtype == torch.float32)
+    # Each of the 20 updates is so small that a float16 weight alone would not have changed.
     torch.testing.assert_close(model.second.bias.float(), reference.second.bias, atol=2e-4,
                                rtol=1e-2)
 
@@ -362,7 +364,7 @@ def test_weights_are_shared_by_training_inference_and_the_users_model():
     assert not torch.equal(inference(x), first)
     torch.testing.assert_close(inference(x), model(x).detach())
     with torch.no_grad():
-        model.first.weight.zero_()  # the device has its own copy until it is told
+        model.first.weight.zero_()  # the device keeps its own copy until copyWeightsToDevice
     assert not torch.equal(training(x, y)[0], model.second.bias.expand(4, 3))
     with torch.no_grad():
         model.first.weight.zero_()
@@ -387,7 +389,7 @@ def test_attach_detach_compile_destroy():
     executor.detachFromDevice()
     with pytest.raises(poptorch.Error, match="not attached"):
         executor.detachFromDevice()
-    executor(x, y)  # attaches
+    executor(x, y)  # attaches to the device again
     executor.destroy()
     assert not executor.isCompiled() and type(model) is Net and type(
         model.first.weight) is torch.nn.Parameter

@@ -1,5 +1,6 @@
-"""poptorch_host's optimizers, data loader, blocks and attention kernel, against PyTorch's own or
-the definition.
+"""poptorch_host's optimizers, data loader, blocks, and the host's attention and dropout kernels.
+
+They are compared with PyTorch's own or with their definitions.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ class Regression(torch.nn.Module):
 
 
 def adam_plainly(weight, gradient, state, lr, decay, correct=True):
-    """AdamW by hand (Loshchilov and Hutter 2019), to be run without bias correction too."""
+    """AdamW's update by hand (Loshchilov and Hutter 2019); `correct` is the bias correction."""
     state["step"] = state.get("step", 0) + 1
     state["m"] = 0.9 * state.get("m", 0) + 0.1 * gradient
     state["v"] = 0.999 * state.get("v", 0) + 0.001 * gradient ** 2
@@ -36,7 +37,7 @@ def adam_plainly(weight, gradient, state, lr, decay, correct=True):
 
 
 def lamb_plainly(weight, gradient, state, lr, decay, correct=True):
-    """LAMB by hand (You et al. 2020): Adam's update times |weight| / |update|."""
+    """LAMB's update by hand (You et al. 2020): AdamW's times |weight| / |update|."""
     update = adam_plainly(weight, gradient, state, lr, decay, correct)
     return update * weight.norm() / update.norm()
 
@@ -44,8 +45,8 @@ def lamb_plainly(weight, gradient, state, lr, decay, correct=True):
 TORCH = torch.optim
 PAIRS = [(lambda p: poptorch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
           lambda p: TORCH.SGD(p, lr=0.1, momentum=0.9, nesterov=True)),
-         (lambda p: poptorch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, use_combined_accum
-                                       =True, loss_scaling=8.0),
+         (lambda p: poptorch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1,
+                                       use_combined_accum=True, loss_scaling=8.0),
           lambda p: TORCH.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1)),
          (lambda p: poptorch.optim.Adam(p, lr=0.1, weight_decay=0.1),
           lambda p: TORCH.Adam(p, lr=0.1, weight_decay=0.1)),
@@ -76,8 +77,8 @@ def test_optimizers_equal_torchs(ours, theirs):
                                            (poptorch.optim.LAMB, lamb_plainly)])
 def test_adamw_and_lamb_with_and_without_bias_correction(kind, formula, correct):
     model = Regression()
-    decayed, other = [model.layer.weight], [
-        model.layer.bias]  # two groups with learning rates and decay of their own
+    # Two groups, each with its own learning rate and weight decay.
+    decayed, other = [model.layer.weight], [model.layer.bias]
     optimizer = kind([{"params": decayed, "weight_decay": 0.1}, {
         "params": other, "lr": 0.02, "weight_decay": 0.0}], lr=0.05, bias_correction=correct)
     reference = copy.deepcopy(model)
@@ -115,7 +116,7 @@ def test_an_attribute_that_an_optimizer_gets_later_is_reported_once(caplog):
     optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
     optimizer.known = 1
     executor = poptorch.trainingModel(model, poptorch.Options(), optimizer)
-    optimizer.param_groups[0]["learning_rate"] = 0.2  # a mistake: the device reads "lr"
+    optimizer.param_groups[0]["learning_rate"] = 0.2  # a user's mistake: the device reads "lr"
     for _ in range(2):
         executor.setOptimizer(optimizer)
     assert [record.getMessage() for record in caplog.records] == [
@@ -143,8 +144,7 @@ def test_transfers_are_logged_where_they_happen(capfd):
         poptorch.setLogLevel("LOUD")
 
 
-# ---- data loader
-# -------------------------------------------------------------------------------------------------------
+# ---- Data loader
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -178,8 +178,8 @@ def test_combined_batches():
 def test_asynchronous_loader_gives_the_same_batches_in_memory_that_it_writes_again():
     loading = loader(mode=poptorch.DataLoaderMode.Async, async_options={
         "buffer_size": 2, "load_indefinitely": False})
-    kept = [batch["y"]
-            for batch in loading]  # a mistake: the ring has two places, so each is written twice
+    # A user's mistake: the ring buffer has two places, so each of them is written twice.
+    kept = [batch["y"] for batch in loading]
     copies = [batch["y"].clone() for batch in loading]
     assert [c.tolist() for c in copies] == [list(range(i, i + 12)) for i in range(0, 48, 12)]
     assert kept[0].is_shared() and kept[0].tolist() == copies[2].tolist()
@@ -215,8 +215,7 @@ def test_processes_read_parts_that_make_up_the_whole():
     assert sorted(seen) == list(range(8)) and seen != list(range(8))
 
 
-# ---- blocks
-# ------------------------------------------------------------------------------------------------------------
+# ---- Blocks
 
 
 def recorded(strategy, function):
@@ -262,8 +261,7 @@ def test_begin_block_is_put_on_once_and_taken_off():
     assert recorded(poptorch.PipelinedExecution(), lambda: model(torch.zeros(1, 2))) == []
 
 
-# ---- attention
-# ---------------------------------------------------------------------------------------------------------
+# ---- Attention and dropout
 
 
 @pytest.mark.parametrize("loop_cost", [-1e12, 1e12])  # window by window, and all at once
@@ -276,8 +274,8 @@ def test_attention_equals_its_definition(loop_cost, monkeypatch):
     same = (window_ids.unsqueeze(2) == window_ids.unsqueeze(1)).unsqueeze(1)
     scores = (query @ key.transpose(-1, -2) / 8 ** 0.5).masked_fill(~same, -math.inf)
     real = (window_ids > 0)[:, None, :, None]
-    expected, ours = torch.softmax(scores, -1) @ value * real, kernels.attention(
-        query, key, value, window_ids) * real
+    expected, ours = (torch.softmax(scores, -1) @ value * real,
+                      kernels.attention(query, key, value, window_ids) * real)
     torch.testing.assert_close(ours, expected)
     gradient = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, (query, key, value), gradient),
@@ -304,11 +302,11 @@ def test_dropout_keeps_as_many_as_it_says_and_scales_them(dtype, p):
     assert set(first.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - p), dtype=dtype))}
     five_sigma = 5 * (p * (1 - p) / like.numel()) ** 0.5
     kept = [(mask > 0).double() for mask in (first, second)]
-    assert abs(float(kept[0].mean()) -
-               (1 - p)) < five_sigma and abs(float(kept[1].mean()) - (1 - p)) < five_sigma
-    together = float(
-        (kept[0] * kept[1]).mean())  # independent of each other, and of their neighbours
+    assert (abs(float(kept[0].mean()) - (1 - p)) < five_sigma
+            and abs(float(kept[1].mean()) - (1 - p)) < five_sigma)
+    # The two masks are independent of each other, and so are the neighbouring elements of a mask.
+    together = float((kept[0] * kept[1]).mean())
     neighbours = float((kept[0][:, 1:] * kept[0][:, :-1]).mean())
-    assert abs(together - (1 - p) ** 2) < 2 * five_sigma and abs(neighbours -
-                                                                 (1 - p) ** 2) < 2 * five_sigma
+    assert (abs(together - (1 - p) ** 2) < 2 * five_sigma
+            and abs(neighbours - (1 - p) ** 2) < 2 * five_sigma)
     assert kernels.dropout(like, p, training=False) is like

@@ -1,5 +1,6 @@
-"""run_qa's definition of answers written plainly: what qa.answers must equal bit for bit and is
-measured against.
+"""A plain implementation of run_qa's answers.
+
+qa.answers must equal it bit for bit, and the benchmarks compare their speed.
 """
 import collections
 
@@ -7,8 +8,9 @@ import numpy
 
 
 def plain_answers(windows, examples, logits, n_best_size, max_answer_length, version_2, threshold):
-    """run_qa's postprocess_qa_predictions (see qa/answers.py) over lists of float32 logits, a
-    (start, end) pair a window; answers in turn.
+    """Yield the answers of all questions as run_qa's postprocess_qa_predictions finds them.
+
+    `logits` has a (start logits, end logits) pair of float32 arrays for each window.
     """
     windows_of = collections.defaultdict(list)
     for window, number in enumerate(windows.example.tolist()):
@@ -17,8 +19,8 @@ def plain_answers(windows, examples, logits, n_best_size, max_answer_length, ver
         candidates, null = [], None
         for window in windows_of[number]:
             starts, ends = logits[window]
-            cls, first, offsets = windows.cls_position[window], int(
-                windows.context_start[window]), windows.offsets(window).tolist()
+            cls, first, offsets = (windows.cls_position[window], int(windows.context_start[window]),
+                                   windows.offsets(window).tolist())
             after = first + len(offsets)
             score = starts[cls] + ends[cls]
             if null is None or score < null["score"]:
@@ -47,18 +49,19 @@ def plain_answers(windows, examples, logits, n_best_size, max_answer_length, ver
         scores = numpy.array([candidate["score"] for candidate in best], numpy.float32)
         probabilities = numpy.exp(scores - numpy.max(scores))
         probabilities = probabilities / probabilities.sum()
-        nbest = [{
-            "text": example["context"][candidate["start"]:candidate["end"]], "start_logit": float(
-                candidate["start_logit"]), "end_logit": float(candidate["end_logit"]),
-            "probability": float(probability), "start": candidate["start"], "end": candidate["end"]}
-                 for candidate, probability in zip(best, probabilities)]
+        nbest = [
+            {"text": example["context"][candidate["start"]:candidate["end"]],
+             "start_logit": float(candidate["start_logit"]),
+             "end_logit": float(candidate["end_logit"]), "probability": float(probability),
+             "start": candidate["start"], "end": candidate["end"]}
+            for candidate, probability in zip(best, probabilities)]
         chosen, odds = nbest[0], {}
         if version_2:
             with_text = [place for place, entry in enumerate(nbest) if entry["text"]]
             logits_of_best = [best[with_text[0]][name]
                               for name in ("start_logit", "end_logit")] if with_text else [0, 0]
-            difference = null["score"] - numpy.float32(logits_of_best[0]) - numpy.float32(
-                logits_of_best[1])
+            difference = (null["score"] - numpy.float32(logits_of_best[0])
+                          - numpy.float32(logits_of_best[1]))
             no_answer = next(entry for entry, candidate in zip(nbest, best) if candidate is null)
             chosen = no_answer if not with_text or difference > threshold else nbest[with_text[0]]
             odds = {"null_odds": float(difference)}

@@ -1,12 +1,14 @@
-"""Windows made up from random numbers, with the interface of qa.windows.Windows: for tests that
-need many, odd or known ones.
+"""Windows of random numbers, with the interface of qa.data.windows.Windows.
+
+They are for tests that need many windows, unusual ones, or windows of known lengths.
 """
 import numpy
 
 
 class SyntheticWindows:
-    """`lengths` tokens a window; context from a random token on up to the last but one; 1 or more
-    windows an example.
+    """Windows of `lengths` tokens, of which the context runs from a random one to the last but one.
+
+    Each example has at least one window, and on average at least `windows_per_example`.
     """
 
     def __init__(self, lengths, seed=0, windows_per_example=1):
@@ -15,8 +17,8 @@ class SyntheticWindows:
         count = len(self.lengths)
         self.example = numpy.sort(random.integers(0, max(1, count // windows_per_example),
                                                   count)).astype(numpy.int32)
-        self.example = numpy.unique(self.example, return_inverse=True)[1].astype(
-            numpy.int32)  # no example without windows
+        # Number the examples anew, so that none is without windows.
+        self.example = numpy.unique(self.example, return_inverse=True)[1].astype(numpy.int32)
         self.cls_position = random.integers(0, 2, count).astype(numpy.int32) * (self.lengths - 1)
         self.context_start = random.integers(1, numpy.maximum(2, self.lengths // 2)).astype(
             numpy.int32)
@@ -37,7 +39,8 @@ class SyntheticWindows:
         return self._tokens[self._first[window]:self._first[window + 1]]
 
     def offsets(self, window):
-        """The characters of each context token; some have none, as with SentencePiece's lone space
-        mark.
+        """The (start, end) characters of each context token.
+
+        Some tokens have no characters, like SentencePiece's space mark when it stands alone.
         """
         return self._characters[:max(0, self.lengths[window] - 1 - self.context_start[window])]

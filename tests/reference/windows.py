@@ -1,6 +1,4 @@
-"""The plain definition of windows and labels, token by token, and small tokenizers of several
-families to try it on.
-"""
+"""The plain definition of windows and labels, token by token, and small tokenizers to try it on."""
 from functools import lru_cache
 
 from tokenizers import (
@@ -16,17 +14,17 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerFast, RobertaToke
 
 
 def plain_windows(examples, tokenizer, max_seq_length, doc_stride):
-    """What run_qa's prepare_train_features and prepare_validation_features say, as one list of
-    dictionaries, padding taken off.
+    """The windows of run_qa's prepare_train_features and prepare_validation_features.
 
-    start_position and end_position are as found by the two loops, in the order in which they come
-    out and from 0 on; the start may have run past the context.
+    Returns a list of dictionaries, one for each window, without padding. start_position and
+    end_position are as run_qa's two loops find them, counted from the first token that is not
+    padding; the start may be after the end, and may have run past the context.
     """
     right = tokenizer.padding_side == "right"
     names = ("question", "context") if right else ("context", "question")
     columns = {
-        "question": [question.lstrip() for question in examples["question"]], "context": list(
-            examples["context"])}
+        "question": [question.lstrip() for question in examples["question"]],
+        "context": list(examples["context"])}
     encoded = tokenizer(
         *(columns[name] for name in names), truncation="only_second" if right else "only_first",
         max_length=max_seq_length, stride=doc_stride, return_overflowing_tokens=True,
@@ -60,8 +58,10 @@ def plain_windows(examples, tokenizer, max_seq_length, doc_stride):
 
 @lru_cache(maxsize=None)
 def tokenizer_of(family, padding_side="right"):
-    """A tokenizer trained on a few lines: "roberta" (byte-level BPE), "bert" (WordPiece),
-    "xlm-roberta" or "xlnet" (Unigram).
+    """Train a tokenizer of a model family on a few lines.
+
+    The families are "roberta" (byte-level BPE), "bert" (WordPiece), "xlm-roberta" and "xlnet"
+    (both Unigram).
     """
     text = ["The pilot Ada Quist flew from Oslo to Lisbon in 1921, and wrote a book about the sea.",
             "Where did Ada fly to? Who wrote it, when, and why? What is the name of the book?",
@@ -73,8 +73,8 @@ def tokenizer_of(family, padding_side="right"):
     if family == "bert":
         special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
         backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(
-        ), pre_tokenizers.BertPreTokenizer()
+        backend.normalizer, backend.pre_tokenizer = (normalizers.BertNormalizer(),
+                                                     pre_tokenizers.BertPreTokenizer())
         backend.train_from_iterator(
             text,
             trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False))
@@ -96,12 +96,13 @@ def tokenizer_of(family, padding_side="right"):
 
 def _byte_level(text):
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(
-        add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=False),
+                                              decoders.ByteLevel())
     backend.train_from_iterator(
         text,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=[
-            "<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False,
+        trainers.BpeTrainer(vocab_size=400,
+                            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+                            show_progress=False,
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0),
                                                           trim_offsets=True, add_prefix_space=False)

@@ -1,6 +1,4 @@
-"""Checkpoints: read back bit for bit, whole after a kill at any line, intact when the disk is not,
-harmless when not ours.
-"""
+"""Checkpoints are read back bit for bit, survive kills and full disks, and do no harm if forged."""
 from __future__ import annotations
 
 import hashlib
@@ -67,7 +65,7 @@ def names(output_dir):
 
 
 def assert_same(one, other):
-    """Same structure, types and bits."""
+    """Check that two values have the same structure, types and bits."""
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.shape == other.shape
@@ -82,28 +80,28 @@ def assert_same(one, other):
         for item, other_item in zip(one, other):
             assert_same(item, other_item)
     else:
-        assert repr(one) == repr(other)  # NaN is itself here
+        assert repr(one) == repr(other)  # NaN equals itself this way
 
 
 def test_every_kind_of_state_is_read_back_bit_for_bit(tmp_path):
     shared = torch.arange(12.0).reshape(3, 4)
     optimizer = {
         "ipu_state": {
-            "half": torch.tensor([1.5, float("inf"), float("nan"),
-                                  6e-8]).half(), "bfloat16": torch.randn(3, 2).bfloat16(),
-            "scalar": torch.tensor(7), "empty": torch.zeros(0, 3), "a view": shared.t(),
-            "a part": shared[1:], "the same memory": shared, "odd / name.\u00e9": torch.tensor([
-                True, False]), }, "ipu_param": None, "state": {
-                    0: {"step": torch.tensor(3.0)}, 1: {}}, "param_groups": [{
-                        "lr": 0.1 + 0.2, "betas": (0.9, 0.999), "eps": float("inf"),
-                        "foreach": None, "params": [0, 1]}], }
+            "half": torch.tensor([1.5, float("inf"), float("nan"), 6e-8]).half(),
+            "bfloat16": torch.randn(3, 2).bfloat16(), "scalar": torch.tensor(7),
+            "empty": torch.zeros(0, 3), "a view": shared.t(), "a part": shared[1:],
+            "the same memory": shared, "odd / name.\u00e9": torch.tensor([True, False])},
+        "ipu_param": None, "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
+        "param_groups": [{
+            "lr": 0.1 + 0.2, "betas": (0.9, 0.999), "eps": float("inf"), "foreach": None,
+            "params": [0, 1]}]}
     rng_state = [2 ** 64 - 1, 0, 2 ** 32 - 1]
     folder = save(tmp_path, 7, optimizer=optimizer, rng_state=rng_state, losses=[1 / 3, 5e-324],
                   must_match={"seed": 3})
     loaded = load_checkpoint(folder)
     assert_same(loaded.optimizer, optimizer)
-    assert len({path.stat().st_mode
-                for path in folder.iterdir()}) == 1  # all as readable as any file of the user's
+    # All files have the same permissions as any other file of the user.
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     assert (loaded.step, loaded.rng_state, loaded.progress) == (
         7, rng_state, {"losses": [1 / 3, 5e-324], "must_match": {"seed": 3}})
 
@@ -150,8 +148,9 @@ class Loss(torch.nn.Module):
 
 
 def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path):
-    """Two steps, a checkpoint, a batch of infinities; then the next batches give what they give
-    with that batch left out.
+    """The run ends as if the batch that went wrong, one of infinities, had been left out.
+
+    That batch comes after two steps and a checkpoint.
     """
 
     def run(batches):
@@ -188,10 +187,12 @@ def test_a_state_that_json_cannot_hold_is_an_error_not_a_pickle(tmp_path):
 # ---- Killed at any moment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 2], ids=["a new step", "a step saved before"])
 def test_killed_before_any_line_of_saving_leaves_whole_checkpoints(tmp_path, step):
-    """What SIGKILL leaves is what the folder holds at that moment: it is copied before every line
-    that saving executes.
+    """The output folder is copied before every line of code that saving executes.
+
+    Each copy is what SIGKILL would leave behind at that moment.
     """
     output_dir, copies = tmp_path / "output", []
     output_dir.mkdir()
@@ -200,7 +201,7 @@ def test_killed_before_any_line_of_saving_leaves_whole_checkpoints(tmp_path, ste
         code = frame.f_code
         if code.co_filename not in (checkpoint.__file__, state.__file__, files.__file__,
                                     shutil.__file__) or code is state._encode.__code__:
-            return None  # not our line, or one of thousands that touch no file
+            return None  # not a line of saving, or in `_encode`: thousands that touch no file
         if event == "line" and code.co_name != "<listcomp>":
             copies.append(tmp_path / str(len(copies)))
             shutil.copytree(output_dir, copies[-1])
@@ -291,7 +292,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(tmp_path, 
     assert open_run(tmp_path, "auto", False, {}).step == 1
     (message,) = caplog.messages
     assert "checkpoint-2" in message and reason in message and "\n" not in message
-    if damage is not link_folder:  # whoever names a link means what it points to
+    if damage is not link_folder:  # a link that is named explicitly is followed
         with pytest.raises(UsageError,
                            match="--resume_from_checkpoint .*checkpoint-2: ") as refusal:
             find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"))
@@ -309,23 +310,23 @@ def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(
         save(tmp_path, step, save_total_limit=2)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-15"]
     truncate(tmp_path / "checkpoint-15")
-    save(
-        tmp_path, 12,
-        save_total_limit=1)  # the resumed run; 15 is still there, but is not counted as one to keep
+    # The resumed run saves step 12. The damaged step 15 still exists, but does not count as one to
+    # keep.
+    save(tmp_path, 12, save_total_limit=1)
     assert find_checkpoint(tmp_path, "auto").name == "checkpoint-12"
     save(tmp_path, 15, save_total_limit=1)
-    assert names(tmp_path) == ["checkpoint-15"] and find_checkpoint(tmp_path,
-                                                                    "auto").name == "checkpoint-15"
+    assert (names(tmp_path) == ["checkpoint-15"]
+            and find_checkpoint(tmp_path, "auto").name == "checkpoint-15")
 
 
 def test_a_step_that_is_saved_is_not_saved_again_when_a_signal_comes_in_it(tmp_path):
     written = []
     device = SimpleNamespace(copyWeightsToHost=lambda: None, rng_state=[1])
-    training = Training(None, SimpleNamespace(state_dict=dict), device, lambda folder:
-                        (written.append(folder), write_model(folder)))
+    training = Training(None, SimpleNamespace(state_dict=dict), device,
+                        lambda folder: (written.append(folder), write_model(folder)))
     checkpoints = Checkpoints(tmp_path, {})
-    assert checkpoints.save(training, 2, []) == checkpoints.save(training, 2,
-                                                                 []) == tmp_path / "checkpoint-2"
+    assert (checkpoints.save(training, 2, []) == checkpoints.save(training, 2, [])
+            == tmp_path / "checkpoint-2")
     assert len(written) == 1
     checkpoints.save(training, 3, [])
     assert len(written) == 2
@@ -382,7 +383,7 @@ def test_a_file_appears_whole_or_not_at_all_and_several_writers_do_not_meet(tmp_
         one.write("\u00e9")
         other.write(b"\xff")
         assert not path.exists()
-    assert path.read_text("utf-8") == "\u00e9"  # the one that ended last
+    assert path.read_text("utf-8") == "\u00e9"  # from the writer that was closed last
     with pytest.raises(KeyError):
         with files.written_whole(path) as one:
             one.write("half")
@@ -396,8 +397,8 @@ def test_a_file_appears_whole_or_not_at_all_and_several_writers_do_not_meet(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_text("utf-8") == "\u00e9" and names(tmp_path) == ["answers"]
     (tmp_path / "other").touch()
-    assert path.stat().st_mode == (
-        tmp_path / "other").stat().st_mode  # others may read it, as any file of the user's
+    # The file has the same permissions as any other file of the user.
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_going_on_with_something_else_is_refused_by_name(tmp_path):
@@ -433,6 +434,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.slow
 def test_full_and_read_only_disks_are_one_line_and_lose_nothing(tmp_path):
     script = textwrap.dedent(FULL_DISK).format(root=str(ROOT))
     run = subprocess.run([
@@ -441,16 +443,19 @@ def test_full_and_read_only_disks_are_one_line_and_lose_nothing(tmp_path):
     if "unshare" in run.stderr or "mount" in run.stderr:
         pytest.skip("no user namespaces here: " + run.stderr.strip().splitlines()[-1])
     assert run.stderr == "" and run.stdout.replace(str(tmp_path), "DISK").splitlines() == [
-        "could not save DISK/checkpoint-2: No space left on device; the newest checkpoint in DISK is checkpoint-1",
+        "could not save DISK/checkpoint-2: No space left on device; "
+        "the newest checkpoint in DISK is checkpoint-1",
         "['checkpoint-1']",
-        "could not save DISK/checkpoint-4: Read-only file system; the newest checkpoint in DISK is checkpoint-3",
+        "could not save DISK/checkpoint-4: Read-only file system; "
+        "the newest checkpoint in DISK is checkpoint-3",
         "['checkpoint-1', 'checkpoint-3'] checkpoint-3", ]
 
 
 @pytest.mark.parametrize("limit", [10, 1500, 20_000])
 def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path, limit):
-    """10 and 1500 bytes strike our own writers or safetensors', 20,000 only the optimizer's state,
-    written in Rust.
+    """Small limits stop our own writers or safetensors', 20,000 bytes only the optimizer's state.
+
+    The optimizer's state is written in Rust.
     """
     save(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -475,8 +480,8 @@ def test_the_final_model_is_put_in_place_whole_or_not_at_all(tmp_path):
     (tmp_path / "config.json").write_text("old")
     with pytest.raises(
             RunError,
-            match="could not save .*final-model: No space left on device; the newest .* checkpoint-1"
-    ):
+            match="could not save .*final-model: No space left on device; "
+            "the newest .* checkpoint-1"):
         save_final(tmp_path, broken)
     assert (tmp_path / "config.json").read_text() == "old" and names(tmp_path) == [
         "checkpoint-1", "config.json"]
@@ -487,9 +492,9 @@ def test_the_final_model_is_put_in_place_whole_or_not_at_all(tmp_path):
 
 def test_a_removed_output_folder_is_one_line(tmp_path):
     with pytest.raises(
-            RunError, match=
-            "could not save .*checkpoint-2: No such file or directory; there is no checkpoint in .*/gone"
-    ):
+            RunError,
+            match="could not save .*checkpoint-2: No such file or directory; "
+            "there is no checkpoint in .*/gone"):
         save(tmp_path / "gone", 2)
 
 
@@ -523,7 +528,7 @@ class Trap:
 
 
 def forge(folder, name, content):
-    """Put `content` in a checkpoint, with a manifest that says it belongs there."""
+    """Write `content` to a file of a checkpoint, and make the manifest agree with it."""
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -570,7 +575,7 @@ def test_a_forged_random_state_is_refused(tmp_path, key, value):
 
 
 def test_a_model_folder_of_someone_else_runs_no_code(tmp_path, monkeypatch):
-    """Neither a pickle in place of safetensors nor a module that config.json names is executed."""
+    """Neither a pickle instead of safetensors nor a module named in config.json is executed."""
     from transformers import RobertaConfig
 
     from qa.model.pretrained import load_config, load_model
@@ -599,9 +604,8 @@ def test_a_model_of_impossible_size_is_refused_by_name(tmp_path, name, value):
     from qa.model.pretrained import load_config
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta", name: value}))
-    with pytest.raises(
-        (RunError, UsageError),
-            match=f"--model_name_or_path .*: .*{name}"):  # transformers 5 checks some itself
+    # Some of these are a RunError with transformers 5, which checks them itself.
+    with pytest.raises((RunError, UsageError), match=f"--model_name_or_path .*: .*{name}"):
         load_config(str(tmp_path))
 
 
@@ -624,7 +628,7 @@ def test_damaged_files_of_a_model_are_one_line(tmp_path):
 
 
 def legacy_torch_file():
-    """A file of torch.save's with an object in it that would run code."""
+    """The content of a file written by torch.save, with an object that runs code when loaded."""
     buffer = io.BytesIO()
     torch.save({"roberta.embeddings.word_embeddings.weight": Trap()}, buffer)
     return buffer.getvalue()

@@ -1,5 +1,6 @@
-"""Pushing to the hub, spoken to by huggingface_hub itself: a server on the loopback interface
-stands for the hub.
+"""Pushing to the hub, with huggingface_hub itself as the client.
+
+A server on the loopback interface takes the place of the hub.
 """
 from __future__ import annotations
 
@@ -36,12 +37,13 @@ def mode(path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The endpoints that an upload uses: who am I, create, pre-upload, large-file batch and
-    content, commit.
+    """The endpoints that an upload uses.
+
+    These are who-am-I, creation, pre-upload, batch and content of large files, and commit.
     """
 
     def do_GET(self):
-        if self.require_token():  # whoami, the one GET
+        if self.require_token():  # the only GET request is who-am-I
             self.reply({"type": "user", "name": "ada", "auth": {"type": "access_token"}})
 
     def do_PUT(self):
@@ -137,8 +139,9 @@ sys.exit(run_script(lambda: print(getattr(hub, name)(argument))))
 
 
 def call(url, name, argument):
-    """qa.run.hub's function in a process of its own, as huggingface_hub reads its environment when
-    imported.
+    """Call a function of qa.run.hub in a new process.
+
+    huggingface_hub reads the environment only when it is imported.
     """
     environment = {
         **os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0",
@@ -223,6 +226,6 @@ def test_the_card_says_what_was_done(trained):
     (trained / "run.json").write_text(json.dumps(local))
     card = model_card(trained, "ada/my-model")
     head = yaml.safe_load(card.split("---\n")[1])
-    assert "base_model" not in head and "datasets" not in head and "/home" not in card and str(
-        trained) not in card
+    assert ("base_model" not in head and "datasets" not in head and "/home" not in card
+            and str(trained) not in card)
     assert "on train.json, evaluated on dev.json" in card and "SQuAD v2" in card

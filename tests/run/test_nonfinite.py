@@ -1,4 +1,7 @@
-"""What is said of numbers gone wrong: real ones, from a least-squares fit by gradient descent."""
+"""How losses that are not finite are explained.
+
+The losses are real ones, from a least-squares fit by gradient descent.
+"""
 from __future__ import annotations
 
 import math
@@ -9,8 +12,9 @@ from qa.run.nonfinite import explain_nonfinite, find_nonfinite
 
 
 def fit(*, learning_rate, loss_scaling=1.0, half_gradients=False, growth=1.0, steps=200):
-    """Losses up to the first that is not finite. Gradients are scaled, held in float16 as an IPU
-    holds them, and unscaled.
+    """The losses of a fit, up to the first that is not finite.
+
+    Gradients are scaled, with `half_gradients` rounded to float16 as on an IPU, and unscaled.
     """
     torch.manual_seed(0)
     weight, losses = torch.zeros(8), []
@@ -22,8 +26,8 @@ def fit(*, learning_rate, loss_scaling=1.0, half_gradients=False, growth=1.0, st
         if not math.isfinite(losses[-1]):
             return losses
         gradient = inputs.t() @ error / 32 * loss_scaling * growth ** step
-        weight = weight - learning_rate * (gradient.half().float()
-                                           if half_gradients else gradient) / loss_scaling
+        weight = weight - learning_rate * (
+            gradient.half().float() if half_gradients else gradient) / loss_scaling
     return losses
 
 
@@ -35,34 +39,36 @@ def explained(losses, **known):
 def test_divergence_and_overflow_are_told_apart():
     diverged = fit(learning_rate=3.0)
     message = explained(diverged, learning_rate=3.0, loss_scaling=64.0, precision="float16")
-    assert f"step {len(diverged)}: the loss is" in message and "the run diverged" in message and "--learning_rate 1 " in message
+    assert (f"step {len(diverged)}: the loss is" in message and "the run diverged" in message
+            and "--learning_rate 1 " in message)
     overflowed = fit(learning_rate=0.01, loss_scaling=1024.0, half_gradients=True, growth=1.1)
     assert len(overflowed) > 10
     message = explained(overflowed, learning_rate=0.01, loss_scaling=1024.0, precision="float16")
-    assert "float16 overflowed" in message and "--loss_scaling 128" in message and "diverged" not in message
+    assert ("float16 overflowed" in message and "--loss_scaling 128" in message
+            and "diverged" not in message)
     assert "\n" not in message
     steady = explained([2.0] * 8 + [math.nan], learning_rate=0.3, loss_scaling=1.0,
                        precision="float32")
     assert "--learning_rate 0.1" in steady and "overflow" not in steady
-    assert all(
-        map(math.isfinite, fit(learning_rate=0.01, loss_scaling=1024.0 / 8,
-                               half_gradients=True)))  # the advice is good
+    # With the loss scaling that the message advises, every loss is finite.
+    assert all(map(math.isfinite,
+                   fit(learning_rate=0.01, loss_scaling=1024.0 / 8, half_gradients=True)))
 
 
 def test_the_first_step_and_weights_found_bad_before_a_save_are_explained_too():
     known = dict(learning_rate=2e-5, loss_scaling=64.0, precision="float16")
     assert "step 1: the loss is nan" in explain_nonfinite(step=1, loss=math.nan, earlier_losses=[],
                                                           **known)
-    tensors = {
-        "count": torch.tensor(3), "good": torch.ones(2), "half": torch.tensor([1.0,
-                                                                               70000.0]).half()}
+    tensors = {"count": torch.tensor(3), "good": torch.ones(2),
+               "half": torch.tensor([1.0, 70000.0]).half()}
     bad = find_nonfinite(tensors.items())
     message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad, **known)
-    assert bad == "half" and "half is not finite after the update (the loss was 1.5)" in message and "--loss_scaling 8" in message
+    assert (bad == "half" and "half is not finite after the update (the loss was 1.5)" in message
+            and "--loss_scaling 8" in message)
     bad = "Gradient___embeddings.bias"
     message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad, **known)
-    assert "the gradient of embeddings.bias is not finite (the loss was 1.5)" in message and message.endswith(
-        "try --loss_scaling 8")
+    assert ("the gradient of embeddings.bias is not finite (the loss was 1.5)" in message
+            and message.endswith("try --loss_scaling 8"))
     unscaled = dict(known, loss_scaling=1.0)
     for precision, remedy in (("float16", "--precision float32"), ("float32", "--learning_rate")):
         message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad,

@@ -1,4 +1,4 @@
-"""The lock of the output folder, and signals."""
+"""The lock on the output folder, and how signals are handled."""
 from __future__ import annotations
 
 import os
@@ -16,18 +16,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(script, *arguments):
-    """A Python process with the project on its path, that talks to the test line by line."""
-    return subprocess.Popen([
-        sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}",
-        *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, universal_newlines=True)
+    """Start a script in a Python process that can import the project and has text pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}",
+         *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True)
 
 
 HOLD = """
 import os, signal
 from qa.run.process import output_lock
 with output_lock(sys.argv[1]):
-    forked = os.fork()  # as the workers that prepare data are; it outlives its parent
+    forked = os.fork()  # like the workers that prepare data; it lives longer than its parent
     if forked == 0:
         signal.pause()
     print(os.getpid(), forked, flush=True)
@@ -56,9 +57,9 @@ def test_a_second_run_is_refused_while_the_first_is_alive_and_only_then(tmp_path
 def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-            UsageError, match=
-            "--output_dir .*file/output: cannot be written .Not a directory.; name a folder that can"
-    ):
+            UsageError,
+            match="--output_dir .*file/output: cannot be written .Not a directory.; "
+            "name a folder that can"):
         with output_lock(tmp_path / "file" / "output"):
             pass
 
@@ -81,8 +82,8 @@ def test_the_first_signal_lets_the_step_finish_and_the_second_kills(number, stat
     assert loop.stdout.readline() == "begun\n"
     loop.send_signal(number)
     assert loop.stderr.readline() == "\n"
-    assert loop.stderr.readline(
-    ) == f"{number.name}: saving after this step; once more to stop at once\n"
+    assert loop.stderr.readline() == (
+        f"{number.name}: saving after this step; once more to stop at once\n")
     out, err = loop.communicate("1\n")
     assert (out, err, loop.returncode) == ("step 1\nsaved\n", "", status)
 
@@ -92,7 +93,7 @@ def test_the_first_signal_lets_the_step_finish_and_the_second_kills(number, stat
     loop.stderr.readline(), loop.stderr.readline()
     loop.send_signal(number)
     loop.wait()
-    assert loop.returncode == -number  # a shell reports 128 + number
+    assert loop.returncode == -number  # which a shell reports as 128 + number
 
 
 def test_signals_are_handled_as_before_when_the_loop_is_over():

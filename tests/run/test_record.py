@@ -1,4 +1,4 @@
-"""run.json."""
+"""run.json, the record of a run's settings, versions and data."""
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Runs of train.py that are killed, stopped, refused or spoilt, and what is left of them."""
+"""Runs of train.py that are killed, stopped or refused, or that diverge, and what they leave."""
 from __future__ import annotations
 
 import os
@@ -14,13 +14,17 @@ from qa.run.checkpoint import find_checkpoint
 from qa.run.nonfinite import find_nonfinite
 from tests.tools.kill_and_resume import ROOT, differences
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Data, configurations and uninterrupted runs, left by the command that kills and compares; its
-    output is in `said`.
+    """A folder with data, configurations and uninterrupted runs.
+
+    tests.tools.kill_and_resume makes them while it kills and compares runs; what it prints is in
+    the file `said`.
     """
     work = tmp_path_factory.mktemp("work")
     command = [
@@ -33,7 +37,7 @@ def work(tmp_path_factory):
 
 
 def start(work, name, output_dir, *flags):
-    """train.py in a process group of its own; what it prints, line by line, in .stdout."""
+    """Start train.py in a new process group; what it prints can be read from `.stdout`."""
     command = [
         sys.executable,
         str(ROOT / "train.py"), "--config",
@@ -46,7 +50,7 @@ def start(work, name, output_dir, *flags):
 
 
 def end(run):
-    """Its exit status and the rest of what it printed."""
+    """Wait for a run; returns its exit status and the rest of what it printed."""
     with run:
         said = run.stdout.read()
     return run.wait(), said
@@ -58,8 +62,9 @@ def test_killed_runs_end_bit_for_bit_as_if_never_interrupted(work):
 
 
 def test_a_signal_stops_after_the_step_with_a_checkpoint_from_which_the_run_goes_on_exactly(work):
-    """SIGINT as a terminal sends it, to the loader's worker too; then SIGTERM; then the rest of the
-    run.
+    """The run is stopped by SIGINT, resumed, stopped by SIGTERM, and resumed to its end.
+
+    SIGINT is sent as a terminal does, to the loader's worker as well.
     """
     for number, status, after in ((signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 5)):
         run = start(work, "packed", work / "stopped", "--resume_from_checkpoint", "auto")
@@ -69,11 +74,12 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint_from_which_the_run_goes
         found, said = end(run)
         assert found == status and "Traceback" not in said, said
         assert re.search(
-            f"(?m)^stopped by {number.name} after step .*; the same command with --resume_from_checkpoint auto",
-            said)
+            f"(?m)^stopped by {number.name} after step .*; "
+            "the same command with --resume_from_checkpoint auto", said)
     found, said = end(start(work, "packed", work / "stopped", "--resume_from_checkpoint", "auto"))
     assert found == 0, said
-    # Python's own generator is seeded from the system in each process. Nothing draws from it.
+    # The file holds the state of Python's generator, which the system seeds in each process.
+    # Nothing draws from it.
     assert set(differences(work / "packed-reference", work / "stopped")) <= {
         "checkpoint-12/training_state.json"}
 

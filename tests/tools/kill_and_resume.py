@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Kill training runs at random moments, resume them, and compare the end with a run that was never
-interrupted, bit for bit.
+"""Kill training runs at random moments, resume them, and compare their results.
 
     python -m tests.tools.kill_and_resume --kills 100
 
-A tiny model learns some of the demo's questions for several epochs, packed in float16 and unpacked
-in float32 in turn, with a checkpoint every second step. Half of the kills (SIGKILL) strike at any
-time from the start of a process to its end, half of them while a checkpoint is written. Every
-process is this one, forked after the imports: that saves five seconds a kill.
+Each run must end, bit for bit, like a run that was never interrupted. A tiny model learns some of
+the demo's questions for several epochs, in turn packed in float16 and unpacked in float32, with a
+checkpoint every second step. Half of the kills (SIGKILL) come at any time between the start of a
+process and its end, the other half while a checkpoint is being written. Every run is a fork of this
+process, made after the imports, which saves five seconds per kill.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork must not find the threads of its parent gone
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork does not get the threads of its parent
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1",
                   TOKENIZERS_PARALLELISM="false")
 
@@ -47,14 +47,12 @@ save_steps: 2
 save_total_limit: 2
 layers_per_ipu: [1, 1, 1, 1]
 """
-# What a run leaves, beside the last checkpoint. run.json has the time in it.
+# What is compared apart from the last checkpoint. run.json contains the time, so it differs.
 RESULTS = ("model.safetensors", "metrics.json", "predictions.json", "nbest_predictions.json")
 
 
 def prepare(work: Path) -> None:
-    """Write the data, the model and a configuration for packed and for unpacked runs; import all
-    that a run needs.
-    """
+    """Write the data, the model and two configurations, and import all that a run needs."""
     os.environ["HF_DATASETS_CACHE"] = str(work / "cache")
     import train  # noqa: F401
     from ipu_options import poptorch  # noqa: F401
@@ -64,15 +62,16 @@ def prepare(work: Path) -> None:
     from qa.data import demo
 
     demo.write_demo(work / "demo", seed=0)
-    for name, pack, precision, epochs in (("packed", "true", "float16", 3), ("unpacked", "false",
-                                                                             "float32", 2)):
+    for name, pack, precision, epochs in (("packed", "true", "float16", 3),
+                                          ("unpacked", "false", "float32", 2)):
         (work / f"{name}.yaml").write_text(
             CONFIG.format(work=work, pack=pack, precision=precision, epochs=epochs))
 
 
 def start(work: Path, name: str, output_dir: Path) -> int:
-    """The process id of `train.py --config NAME.yaml --resume_from_checkpoint auto`; what it prints
-    is added to NAME.log.
+    """Start `train.py --config NAME.yaml --resume_from_checkpoint auto`; returns the process id.
+
+    What the process prints is appended to NAME.log.
     """
     pid = os.fork()
     if pid:
@@ -85,7 +84,7 @@ def start(work: Path, name: str, output_dir: Path) -> int:
         import train
         from ipu_options.errors import run_script
 
-        random.seed(0)  # a fork seeds it from the system, and its state is compared too
+        random.seed(0)  # its state is compared too, and each process seeds it from the system
         sys.argv = [
             "train.py", "--config",
             str(work / f"{name}.yaml"), "--output_dir",
@@ -97,18 +96,20 @@ def start(work: Path, name: str, output_dir: Path) -> int:
 
 
 def end_of(pid: int) -> int:
-    """Wait for the process; its exit status, or minus the signal that ended it."""
+    """Wait for the process; returns its exit status, or minus the signal that ended it."""
     status = os.waitpid(pid, 0)[1]
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
 def killed(pid: int, output_dir: Path, seconds: float, while_saving: bool, delay: float) -> bool:
-    """Kill the process after `seconds`, or `delay` seconds into a save after that; False if it has
-    ended before.
+    """Kill the process after `seconds`; returns False if it has ended before.
+
+    With `while_saving`, wait for the next save after that and kill the process `delay` seconds
+    after the save begins.
     """
     begin = time.monotonic()
-    while time.monotonic() < begin + seconds or (while_saving and
-                                                 not any(output_dir.glob(".checkpoint-*"))):
+    while time.monotonic() < begin + seconds or (
+            while_saving and not any(output_dir.glob(".checkpoint-*"))):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return False
         time.sleep(0.0005)
@@ -119,7 +120,7 @@ def killed(pid: int, output_dir: Path, seconds: float, while_saving: bool, delay
 
 
 def differences(reference: Path, output_dir: Path) -> list:
-    """The files of the results and of the last checkpoint that are not the same, byte by byte."""
+    """The names of those files of the results and the last checkpoint that are not identical."""
     last = sorted(reference.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
     files = [
         *RESULTS,
@@ -128,8 +129,9 @@ def differences(reference: Path, output_dir: Path) -> list:
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file; of config.json without the folder the model was read from, which
-    transformers 4.46 writes there.
+    """The bytes of a file.
+
+    config.json is read without the folder that the model came from, which transformers 4.46 adds.
     """
     lines = path.read_bytes().splitlines(keepends=True)
     return b"".join(
@@ -137,11 +139,10 @@ def content(path: Path) -> bytes:
 
 
 def kill_and_resume(work: Path, name: str, kills: int, rng: random.Random) -> int:
-    """One run of configuration `name`, killed up to `kills` times before it ends. Returns the kills
-    it survived.
+    """Do one run of configuration `name`, killing it up to `kills` times before it ends.
 
-    Raises RuntimeError if a process fails or the end is not, bit for bit, that of the run that was
-    never interrupted.
+    Returns the number of kills. Raises RuntimeError if a process fails, or if the result is not bit
+    for bit that of the run that was never interrupted.
     """
     reference, output_dir = work / f"{name}-reference", work / f"{name}-killed"
     if not reference.exists():
@@ -187,8 +188,8 @@ def main() -> None:
             total += kill_and_resume(work, ("packed", "unpacked")[runs % 2], kills, rng)
             runs += 1
             print(
-                f"{total} kills survived in {runs} runs, each ending bit for bit as if never interrupted",
-                flush=True)
+                f"{total} kills survived in {runs} runs, "
+                "each ending bit for bit as if never interrupted", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""PopTorch's own tests, run against poptorch_host:  python -m tests.tools.poptorch_conformance
-PATH_TO_POPTORCH [--only FILE ...]
+"""Run PopTorch's own tests against poptorch_host.
 
-PATH_TO_POPTORCH is a checkout of graphcore/poptorch; FILE a name like "batching" (default: FILES).
-Each test file runs in a process of its own. Prints the failed tests, how many tests each reason
-excludes, and a table with passed, failed and out of scope by file. Exit status 1 if fewer than 90 %
-of the tests in scope pass. A test is out of scope if it looks at something that cannot exist on a
-host: see OUT_OF_SCOPE. It needs what those tests need: Python 3.8, torch 2.0.1, and for fine_tuning
-torchvision (`pip install --no-deps torchvision==0.15.2`).
+    python -m tests.tools.poptorch_conformance PATH_TO_POPTORCH [--only FILE ...]
+
+PATH_TO_POPTORCH is a checkout of graphcore/poptorch; FILE is a name like "batching" (default: all
+of FILES). Each test file runs in a process of its own. Prints the failed tests, how many tests are
+excluded for which reason, and a table of the tests passed, failed and out of scope in each file.
+The exit status is 1 if fewer than 90 % of the tests in scope pass. A test is out of scope if it
+looks at something that cannot exist on a host (see OUT_OF_SCOPE). The command needs what PopTorch's
+tests need: Python 3.8, torch 2.0.1 and, for fine_tuning, torchvision
+(`pip install --no-deps torchvision==0.15.2`).
 """
 from __future__ import annotations
 
@@ -26,52 +28,58 @@ from pathlib import Path
 import pytest
 
 FILES = (
-    "batching dataloader options optimizers outputs inputs replicated_graph custom_loss losses pipelining sharding precompilation "
-    "requires_grad fine_tuning hooks buffers attach_detach attach_detach_wait_for_ipu ops half_float poplar_executor "
-    "weights_writing").split()
+    "batching dataloader options optimizers outputs inputs replicated_graph custom_loss losses "
+    "pipelining sharding precompilation requires_grad fine_tuning hooks buffers attach_detach "
+    "attach_detach_wait_for_ipu ops half_float poplar_executor weights_writing").split()
 EXCLUDED = "out of scope: "
-TEST_SECONDS = 300  # a test that takes longer has failed
+TEST_SECONDS = 300  # a test that takes longer counts as failed
 
-# (what the test's source says, why it is out of scope)
-OUT_OF_SCOPE = ((r"_debugGetPopartIR|getTensorNames", "reads PopART's graph"), (
-    r"Graph before lowering|mode\(Pipelined\)|graph optimizer|MatMulPartialsType|strides=\[1\]|\"lossScaling=2\"",
-    "reads the graph or optimizer that PopTorch's compiled core logs when it makes them for PopART"
-), (r"poptorch\.Options (set|added)|set enableEngineCaching|user configuration: Ipu model|IPU cycles: |Acquired 1 IPU",
-    "reads what PopTorch's compiled core logs of its options, devices and executable cache"), (
-        r"finalLossScale",
-        "reads the loss scaling that a device chooses from the range of its float16 gradients"),
-                (r"custom_op|customCodelets",
-                 "runs an operation compiled for an IPU"), (r"import pva|pva\.|profile\.pop",
-                                                            "reads the Poplar compiler's profile"),
-                (r"saveInitializersToFile|\.onnx|export_proto", "reads a file that PopART writes"),
-                (r"compileAndExport|loadExecutable|poptorch\.load\(|test_precompile_then_load",
-                 "keeps an executable compiled for an IPU in a file"),
-                (r"Failed to acquire|waitForIpu|wait_for_ipu",
-                 "waits for an IPU that another process holds"),
-                (r"_accessor\._worker|_data_buffers|_restoreWrapperIfNecessary",
-                 "looks into private parts of PopTorch"),
-                (r"def test_get_compilation_time|timedelta\(seconds=1\)",
-                 "expects a compilation to take longer than a second"), (r"cycleCount\(\) > 0",
-                                                                         "counts IPU cycles"),
-                )
+# (pattern in the source of a test, why such a test is out of scope)
+OUT_OF_SCOPE = (
+    (r"_debugGetPopartIR|getTensorNames", "reads PopART's graph"),
+    (r"Graph before lowering|mode\(Pipelined\)|graph optimizer|MatMulPartialsType|"
+     r"strides=\[1\]|\"lossScaling=2\"",
+     "reads the graph or optimizer that PopTorch's compiled core logs "
+     "when it makes them for PopART"),
+    (r"poptorch\.Options (set|added)|set enableEngineCaching|user configuration: Ipu model|"
+     r"IPU cycles: |Acquired 1 IPU",
+     "reads what PopTorch's compiled core logs of its options, devices and executable cache"),
+    (r"finalLossScale",
+     "reads the loss scaling that a device chooses from the range of its float16 gradients"),
+    (r"custom_op|customCodelets", "runs an operation compiled for an IPU"),
+    (r"import pva|pva\.|profile\.pop", "reads the Poplar compiler's profile"),
+    (r"saveInitializersToFile|\.onnx|export_proto", "reads a file that PopART writes"),
+    (r"compileAndExport|loadExecutable|poptorch\.load\(|test_precompile_then_load",
+     "keeps an executable compiled for an IPU in a file"),
+    (r"Failed to acquire|waitForIpu|wait_for_ipu",
+     "waits for an IPU that another process holds"),
+    (r"_accessor\._worker|_data_buffers|_restoreWrapperIfNecessary",
+     "looks into private parts of PopTorch"),
+    (r"def test_get_compilation_time|timedelta\(seconds=1\)",
+     "expects a compilation to take longer than a second"),
+    (r"cycleCount\(\) > 0", "counts IPU cycles"),
+)
 
 SHIM = """
 import importlib, pkgutil, sys, types
 import poptorch_host
 for module in pkgutil.iter_modules(poptorch_host.__path__):
     if module.name != "__main__":
-        sys.modules["poptorch." + module.name] = importlib.import_module("poptorch_host." + module.name)
-poptorch_host._impl = types.SimpleNamespace(isDispatchTracing=lambda: False)  # helpers.py asks on which device to make tensors
+        sys.modules["poptorch." + module.name] = importlib.import_module(
+            "poptorch_host." + module.name)
+# PopTorch's tests/helpers.py asks this to decide on which device it creates tensors.
+poptorch_host._impl = types.SimpleNamespace(isDispatchTracing=lambda: False)
 poptorch_host.ipuHardwareVersion = lambda: 2
-poptorch_host.ipuHardwareIsAvailable = lambda num_ipus=1: True  # so that the tests marked ipuHardwareRequired run too
+# With this the tests marked ipuHardwareRequired run too.
+poptorch_host.ipuHardwareIsAvailable = lambda num_ipus=1: True
 sys.modules["poptorch"] = poptorch_host
 """
 
 
 def pytest_collection_modifyitems(items):
-    """In the pytest process: skip what is out of scope."""
+    """Skip the tests that are out of scope; pytest calls this in the process of a test file."""
     for item in items:
-        source = "".join(inspect.getsourcelines(item.function)[0])  # with its decorators
+        source = "".join(inspect.getsourcelines(item.function)[0])  # including decorators
         reason = next((why for pattern, why in OUT_OF_SCOPE if re.search(pattern, source)), None)
         if reason:
             item.add_marker(pytest.mark.skip(reason=EXCLUDED + reason))
@@ -79,7 +87,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item):
-    """In the pytest process: end a test that hangs."""
+    """End a test that hangs; pytest calls this in the process of a test file."""
     def too_long(number, frame):
         raise TimeoutError(f"{item.name} took longer than {TEST_SECONDS} seconds")
 
@@ -90,19 +98,17 @@ def pytest_runtest_call(item):
 
 
 def run(checkout: Path, name: str, folder: Path) -> dict:
-    """{(outcome, reason): [test names]} of one test file."""
+    """Run one test file; returns {(outcome, reason): [test names]}."""
     report = folder / f"{name}.xml"
-    ours = [
-        str(folder),
-        str(Path(__file__).resolve().parents[2]),
-        str(Path(__file__).resolve().parent)]
+    ours = [str(folder), str(Path(__file__).resolve().parents[2]),
+            str(Path(__file__).resolve().parent)]
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "poptorch_conformance", f"--junitxml={report}",
         f"--rootdir={folder}", "-p", "no:cacheprovider",
         str(checkout / "tests" / f"{name}_test.py")]
     env = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([*ours, os.environ.get(
-            "PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+        **os.environ, "PYTHONPATH": os.pathsep.join([*ours, os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
         "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)
@@ -120,7 +126,7 @@ def run(checkout: Path, name: str, folder: Path) -> dict:
 
 
 def main() -> int:
-    """Run and report; returns the exit status."""
+    """Run all test files and print the report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", metavar="PATH_TO_POPTORCH", type=Path)
@@ -153,9 +159,8 @@ def main() -> int:
         print(f"  {number:>4}  {reason}")
     print(f"\n{'file':<28}{'passed':>8}{'failed':>8}{'out of scope':>14}{'seconds':>9}")
     for name, count, seconds in [*table, ("total", total, time.monotonic() - begin)]:
-        print(
-            f"{name:<28}{count['passed']:>8}{count['failed']:>8}{count['skipped']:>14}{seconds:>9.0f}"
-        )
+        print(f"{name:<28}{count['passed']:>8}{count['failed']:>8}"
+              f"{count['skipped']:>14}{seconds:>9.0f}")
     passed, in_scope = total["passed"], total["passed"] + total["failed"]
     print(f"\n{passed} of {in_scope} tests in scope pass ({100 * passed / max(1, in_scope):.1f} %)")
     return 0 if passed >= 0.9 * in_scope else 1

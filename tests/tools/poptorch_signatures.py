@@ -1,10 +1,10 @@
-"""Compares poptorch_host's public names and signatures with PopTorch's source:
+"""Compare poptorch_host's public names and signatures with PopTorch's source.
 
     python -m tests.tools.poptorch_signatures PATH_TO_POPTORCH
 
-PATH_TO_POPTORCH is a checkout of graphcore/poptorch; nothing of it is run. Names of parameters,
-their order, kind and defaults have to agree. Prints every difference with the reason for it, and
-exits with 1 if one has no reason.
+PATH_TO_POPTORCH is a checkout of graphcore/poptorch, of which nothing is run. The names, order,
+kinds and defaults of parameters have to agree. Prints every difference with the reason for it, and
+exits with status 1 if a difference has no reason.
 """
 from __future__ import annotations
 
@@ -25,34 +25,37 @@ NOT_EXPORTED = {
     "poptorchAtExit", "OptimizerWrapper", "NameScopeHook", "WeakPtr", "WeakKeyPtrDict",
     "NoExecutable"}
 
-# Differences that are meant: name -> why
+# The intended differences: {name: reason}
 REASONS = {
-    "registerGeometricCustomArgParsers": "registers PyTorch Geometric's types when poptorch_geometric is installed",
-    "ConfigFileError": "what Options.loadFromFile raises, which runs code from a file and is not offered",
+    "registerGeometricCustomArgParsers":
+        "registers PyTorch Geometric's types when poptorch_geometric is installed",
+    "ConfigFileError":
+        "what Options.loadFromFile raises, which runs code from a file and is not offered",
     **{f"PoplarExecutor.{name}": why for name, why in NOT_OFFERED_METHODS.items()}, }
 
 
 def public_signatures(path: Path) -> Iterator[Tuple[str, ast.FunctionDef]]:
-    """(name or Class.name, definition) of every public function, class constructor and method in a
-    source file.
+    """Yield (name, definition) of what is public in a source file.
+
+    These are functions, classes (without a definition), and, as Class.name, constructors and
+    methods.
     """
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield node.name, node
-        elif isinstance(node, ast.ClassDef) and (not node.name.startswith("_") or
-                                                 node.name in PRIVATE_CLASSES):
+        elif isinstance(node, ast.ClassDef) and (
+                not node.name.startswith("_") or node.name in PRIVATE_CLASSES):
             yield node.name, None
             for item in node.body:
                 setter = any(
                     getattr(d, "attr", "") == "setter" for d in getattr(item, "decorator_list", []))
-                if isinstance(item,
-                              ast.FunctionDef) and not setter and (item.name == "__init__" or
-                                                                   not item.name.startswith("_")):
+                if isinstance(item, ast.FunctionDef) and not setter and (
+                        item.name == "__init__" or not item.name.startswith("_")):
                     yield f"{node.name}.{item.name}", item
 
 
 def parameters_of(node: ast.FunctionDef) -> list:
-    """[(kind and name, default's source or None)] of a definition."""
+    """[(name with a prefix for its kind, dump of its default or None)] of a definition."""
     args = node.args
     plain = [a.arg for a in args.args]
     defaults = [None] * (len(plain) - len(args.defaults)) + [ast.dump(d) for d in args.defaults]
@@ -64,7 +67,10 @@ def parameters_of(node: ast.FunctionDef) -> list:
 
 
 def our_definition(name: str):
-    """Our object called `name` and its definition, or (None, None) if there is none."""
+    """poptorch_host's object called `name` and its definition; (None, None) if it does not exist.
+
+    The definition alone is None where Python code for it is not available.
+    """
     owner, _, method = name.rpartition(".")
     for place in (poptorch_host, poptorch_host.options, poptorch_host.optim,
                   poptorch_host.profiling, poptorch_host.ops):
@@ -82,7 +88,7 @@ def our_definition(name: str):
 
 
 def normal(parameters: list) -> list:
-    """The same with defaults that mean the same written the same way."""
+    """The same parameters, with equivalent defaults written in the same way."""
     return [(name, default and default.replace("enums", "").replace("poptorch", ""))
             for name, default in parameters]
 
@@ -110,7 +116,7 @@ def differences(checkout: Path) -> Dict[str, str]:
 
 
 def main(checkout: str) -> int:
-    """Print the comparison; returns the exit status."""
+    """Compare, print the differences and return the exit status."""
     unexplained = 0
     for name, difference in sorted(differences(Path(checkout)).items()):
         reason = REASONS.get(name) or (difference if difference.startswith("not offered") else "")

@@ -1,0 +1,144 @@
+"""Every option that options.py sets, by the names and values that PopTorch hands to its compiler.
+
+The names are those of PopTorch's Options.toDict() (python/options.py) and of PopART's
+SessionOptions.
+"""
+import pytest
+import torch
+
+from ipu_options import poptorch
+from ipu_options.config import DeviceSettings, IPUConfig
+from ipu_options.options import inference_options, mean_loss, training_options, watched_gradient
+
+CONFIG = IPUConfig(layers_per_ipu=[0, 4, 4, 4], replication_factor=4)
+
+
+def training(device=DeviceSettings(), seed=7, watched=None, watch=None, **changes):
+    config = IPUConfig(**{**CONFIG.values(), **changes})
+    return training_options(config, device, seed=seed, watched=watched, watch=watch).toDict()
+
+
+def inference(device=DeviceSettings(), **changes):
+    return inference_options(
+        IPUConfig(**{**CONFIG.values(), **changes}).inference(), device).toDict()
+
+
+def test_what_both_pipelines_set():
+    for options, name in ((training(), "training"), (inference(), "inference")):
+        assert options["model_name"] == name
+        assert options["auto_round_num_ipus"] is True
+        assert options["execution_mode"] == 0  # pipelined
+        assert options["available_memory_proportion"] == {ipu: 0.25 for ipu in range(4)}
+        assert options["replication_factor"] == 4
+        assert options["partialsTypeMatMuls"] == "half"
+        assert options["convolutionOptions"] == {"partialsType": "half"}
+        assert options["subgraphCopyingStrategy"] == 1  # just in time
+        assert options["patterns"] == {"TiedGather": True, "TiedGatherAccumulate": True,
+                                       "UpdateInplacePrioritiesForIpu": True}
+        assert options["engineOptions"]["opt.useAutoloader"] == "true"
+        assert options["engineOptions"]["target.syncReplicasIndependently"] == "true"
+        assert options["connection_type"] == poptorch.ConnectionType.Always.value
+
+
+def test_what_training_sets():
+    options = training()
+    assert options["gradient_accumulation"] == 32 and options["device_iterations"] == 1
+    assert options["accumulation_and_replication_reduction_type"] == poptorch.ReductionType.Mean
+    assert options["output_mode"] == poptorch.OutputMode.All.value
+    assert options["random_seed"] == 7
+    assert options["enableStochasticRounding"] is True
+    assert options["location_optimizer"] == {"onChip": 1, "useReplicatedTensorSharding": 1}
+    assert options["disableGradAccumulationTensorStreams"] is True
+    assert options["accumulateOuterFragmentSettings.schedule"] == 3  # overlap, memory optimised
+    assert options["accumulateOuterFragmentSettings.excludedVirtualGraphs"] == ["0"]
+    assert options["scheduleNonWeightUpdateGradientConsumersEarly"] is True
+    assert "automaticLossScalingSettings.enabled" not in options
+
+
+def test_what_inference_sets():
+    options = inference()
+    assert options["gradient_accumulation"] == 1 and options["device_iterations"] == 5
+    assert options["output_mode"] == poptorch.OutputMode.All.value
+    assert options["enableStochasticRounding"] is False
+    assert "location_optimizer" not in options and "random_seed" not in options
+
+
+@pytest.mark.parametrize("changes, expected", [
+    (dict(gradient_accumulation_steps=9), {"gradient_accumulation": 9}),
+    (dict(device_iterations=3), {"device_iterations": 3}),
+    (dict(replication_factor=2), {"replication_factor": 2}),
+    (dict(replication_factor=1),  # there is no other replica to share the state with
+     {"location_optimizer": {"onChip": 1, "useReplicatedTensorSharding": 0}}),
+    (dict(replicated_tensor_sharding=False),
+     {"location_optimizer": {"onChip": 1, "useReplicatedTensorSharding": 0}}),
+    (dict(optimizer_state_offchip=True),
+     {"location_optimizer": {"onChip": 0, "useReplicatedTensorSharding": 1}}),
+    (dict(stochastic_rounding=False), {"enableStochasticRounding": False}),
+    (dict(auto_loss_scaling=True), {"automaticLossScalingSettings.enabled": True}),
+    (dict(output_mode="final"), {"output_mode": poptorch.OutputMode.Final.value}),
+    (dict(output_mode="sum"), {"output_mode": poptorch.OutputMode.Sum.value}),
+    (dict(matmul_proportion=[0.1, 0.2, 0.3, 0.4]),
+     {"available_memory_proportion": {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}}),
+    (dict(executable_cache_dir="cache"), {"enableEngineCaching": True, "cachePath": "cache"}),
+])
+def test_each_setting_reaches_its_option_and_no_other(changes, expected, monkeypatch):
+    monkeypatch.delenv("POPLAR_EXECUTABLE_CACHE_DIR", raising=False)
+    before, after = training(), training(**changes)
+    different = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    assert set(expected) <= different <= {*expected, "replication_factor", "location_optimizer"}
+    assert {name: after[name] for name in expected} == expected
+
+
+def test_partials_stay_float32_where_half_is_not_asked_for():
+    assert "partialsTypeMatMuls" not in training(enable_half_partials=False)
+
+
+def test_an_inference_twin_takes_the_place_of_its_setting():
+    options = inference(inference_layers_per_ipu=[6, 6], inference_replication_factor=2,
+                        inference_device_iterations=3, inference_matmul_proportion=0.5)
+    assert options["available_memory_proportion"] == {0: 0.5, 1: 0.5}
+    assert (options["replication_factor"], options["device_iterations"]) == (2, 3)
+
+
+@pytest.mark.parametrize("device, expected", [
+    (DeviceSettings(synthetic_data=True), {"syntheticDataMode": 2}),  # random normal
+    (DeviceSettings(ipu_model=True), {"use_model": True}),
+    (DeviceSettings(compile_only=True), {"connection_type": poptorch.ConnectionType.Never.value}),
+])
+def test_the_device_is_what_was_asked_for(device, expected):
+    for options in (training(device), inference(device)):
+        assert {name: int(options[name]) for name in expected} == expected
+
+
+def test_the_environment_names_a_cache_and_a_setting_wins(monkeypatch):
+    monkeypatch.setenv("POPLAR_EXECUTABLE_CACHE_DIR", "from the environment")
+    assert training()["cachePath"] == "from the environment"
+    assert training(executable_cache_dir="set")["cachePath"] == "set"
+
+
+@pytest.mark.parametrize("watch, compile_only, anchored", [
+    (None, False, True), (None, True, False), (True, True, True), (False, False, False)])
+def test_a_gradient_is_watched_where_it_is_asked_for_or_no_ipu_runs(watch, compile_only, anchored):
+    device = DeviceSettings(compile_only=compile_only)
+    options = training_options(CONFIG, device, seed=1, watched="w", watch=watch)
+    assert [name for name, *_ in options.anchored_tensors.values()] == ["Gradient___w"] * anchored
+
+
+def test_a_watched_gradient_is_read_after_a_call():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return poptorch.identity_loss((self.w * x).sum(), reduction="none")
+
+    config = IPUConfig(layers_per_ipu=[1], gradient_accumulation_steps=2, replication_factor=1)
+    options = training_options(config, DeviceSettings(), seed=1, watched="w")
+    model = Model()
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
+    training_model = poptorch.trainingModel(model, options, optimizer)
+    inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert mean_loss(training_model(inputs), config) == 5.0
+    (gradient,) = watched_gradient(options, training_model).values()
+    assert torch.equal(gradient.reshape(2, 2), inputs)  # one row for each micro-batch
