@@ -6,18 +6,21 @@ does not import torch, so that flags are checked before torch is loaded.
 """
 from __future__ import annotations
 
-import json
+import logging
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from ipu_options.errors import UsageError
-from ipu_options.files import write_json
+from ipu_options.files import read_json_object, write_json
 from ipu_options.flags import Settings, flag
 from ipu_options.layout import Layout, make_layout
 
+log = logging.getLogger(__name__)
 IPU_CONFIG_NAME = "ipu_config.json"
+# Keys of published files that say nothing about the pipeline.
+_OF_OTHERS = {"optimum_version", "transformers_version", "ipu_version", "seed"}
 POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64}
 OUTPUT_MODES = ("final", "all", "sum", "default")
 
@@ -56,11 +59,12 @@ class IPUConfig(Settings):
     head_ipu: Optional[int] = flag(None, "IPU of the QA head (default: the last)", type=int, min=0)
     replication_factor: Union[int, Dict[str, int]] = flag(
         {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "default": 1},
-        "replicas of the pipeline that train in parallel", type=int, min=1)
+        "replicas of the pipeline that train in parallel", type=int, min=1, by_pod=True)
     gradient_accumulation_steps: Union[int, Dict[str, int]] = flag(
-        32, "micro-batches per weight update on each replica", type=int, min=1, max=65_536)
-    device_iterations: int = flag(1, "weight updates per call of the device", type=int, min=1,
-                                  max=65_536)
+        32, "micro-batches per weight update on each replica", type=int, min=1, max=65_536,
+        by_pod=True)
+    device_iterations: Union[int, Dict[str, int]] = flag(
+        1, "weight updates per call of the device", type=int, min=1, max=65_536, by_pod=True)
     matmul_proportion: Union[float, List[float]] = flag(
         0.25,
         "share of an IPU's memory for temporaries of matrix multiplications: one number, or one "
@@ -92,10 +96,10 @@ class IPUConfig(Settings):
     inference_ipus_per_replica: Optional[int] = flag(
         None, "ipus_per_replica of the inference pipeline", type=int, min=1)
     inference_replication_factor: Union[int, Dict[str, int], None] = flag(
-        None, "replicas of the inference pipeline", type=int, min=1)
-    inference_device_iterations: int = flag(
+        None, "replicas of the inference pipeline", type=int, min=1, by_pod=True)
+    inference_device_iterations: Union[int, Dict[str, int]] = flag(
         5, "micro-batches per inference call, at least the number of pipeline stages", type=int,
-        min=1, max=65_536)
+        min=1, max=65_536, by_pod=True)
     inference_matmul_proportion: Union[float, List[float], None] = flag(
         None, "matmul_proportion of the inference pipeline", type=float, nargs="+", min=0.0,
         max=1.0)
@@ -174,11 +178,11 @@ class Pipeline:
 def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
     """Return the training pipeline of a model with `num_layers` encoder layers on `pod`.
 
-    config: with by-pod values resolved (`IPUConfig.for_pod`). Raises UsageError, which names the
-    nearest setting that would work, if the layout does not add up, if the pod has too few IPUs, if
-    matmul_proportion has a wrong number of values, or if gradient accumulation is too small for the
-    number of pipeline stages.
+    By-pod values are resolved. Raises UsageError, which names the nearest setting that would work,
+    if the layout does not add up, if the pod has too few IPUs, if matmul_proportion has a wrong
+    number of values, or if gradient accumulation is too small for the number of pipeline stages.
     """
+    config = config.for_pod(pod)
     pipeline = Pipeline(config, config.layout(num_layers))
     stages, needed = len(pipeline.layout.stages()), pipeline.layout.min_gradient_accumulation()
     if config.gradient_accumulation_steps < needed:
@@ -197,7 +201,7 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline
     A pipeline of several stages needs at least one device iteration for each of them. Raises
     UsageError for too few, and otherwise as `training_pipeline` does.
     """
-    config = config.inference()
+    config = config.inference().for_pod(pod)
     pipeline = Pipeline(config, config.layout(num_layers))
     stages = len(pipeline.layout.stages())
     if stages > 1 and config.device_iterations < stages:
@@ -234,22 +238,25 @@ def read_ipu_config(name_or_path: Union[str, Path], source: Optional[str] = None
     name_or_path: a file, a folder that holds an ipu_config.json, or a repository on the hub.
     source: what error messages call the file; by default --ipu_config and its value.
 
-    Keys that belong to other programs (optimum-graphcore's versions, generation settings, ...) are
-    left out. Raises UsageError if the file cannot be found or is not a JSON object.
+    A null counts as not given, and `training_X` of optimum-graphcore as X. Other unknown keys,
+    which belong to other programs, are left out with a warning that names them. Raises UsageError
+    if the file cannot be found or is not a JSON object.
     """
     source = source or f"--ipu_config {name_or_path}"
     path = Path(name_or_path)
     path = path / IPU_CONFIG_NAME if path.is_dir() else path
     if not path.exists():
         path = _from_hub(str(name_or_path))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{source}: not a readable ipu_config.json ({error})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{source}: holds a {type(values).__name__}, it should be a JSON object")
     known = {f.name for f in fields(IPUConfig)} - {"sources"}
-    values = {name: value for name, value in values.items() if name in known}
+    values, unknown = {}, []
+    for name, value in read_json_object(path, source).items():
+        name = name[len("training_"):] if name.startswith("training_") else name
+        if name not in known:
+            unknown.append(name)
+        elif value is not None:
+            values[name] = value
+    if set(unknown) - _OF_OTHERS:
+        log.warning("%s: not used here: %s", source, ", ".join(sorted(set(unknown) - _OF_OTHERS)))
     # The published format allows a single number here.
     for name in ("layers_per_ipu", "inference_layers_per_ipu"):
         if isinstance(values.get(name), int):
@@ -265,7 +272,7 @@ def available_pod(pod_type: Optional[str] = None) -> str:
     """
     if pod_type is not None:
         return pod_type
-    given = os.environ.get("NUM_AVAILABLE_IPU", "4")
+    given = os.environ.get("NUM_AVAILABLE_IPU") or "4"
     for pod, ipus in POD_IPUS.items():
         if given == str(ipus):
             return pod

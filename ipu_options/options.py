@@ -19,6 +19,16 @@ JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime
 _WATCHED = "watched gradient"  # the name of our anchor, free to choose
 
 
+def describe_poptorch(run: DeviceSettings) -> str:
+    """Return one line that says which PopTorch runs, and what cannot be concluded from a host."""
+    text = f"PopTorch: {poptorch.__name__} {poptorch.__version__}, torch {torch.__version__}"
+    asked = [f"--{name}" for name in ("compile_only", "ipu_model", "synthetic_data", "profile_dir")
+             if getattr(run, name)]
+    if poptorch.__name__ == "poptorch_host" and asked:
+        text += f" (no IPU: what {', '.join(asked)} shows is this host's)"
+    return text
+
+
 def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
                      watched: Optional[str] = None,
                      watch: Optional[bool] = None) -> "poptorch.Options":

@@ -44,8 +44,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, tot
     """
     # torch warns that optimizer.step() was not called; the device updates the weights instead.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = int(settings.warmup_ratio * total_steps)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, num_training_steps=total_steps,
-                             num_warmup_steps=int(settings.warmup_ratio * total_steps))
+                             num_warmup_steps=warmup)
     for _ in range(steps_done):
         schedule.step()
     return schedule

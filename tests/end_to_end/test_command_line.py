@@ -23,7 +23,7 @@ MODEL = [
 
 # (arguments, what names the flag in the line, part of what the line says would be right)
 TRAIN = [
-    ("--epochs 3", "--epochs", "--help lists"),
+    ("--epochs 3", "--epochs", "--num_train_epochs"),
     ("--max_seq_lenght 128", "--max_seq_lenght", "did you mean --max_seq_length"),
     ("--learning_rates 1", "--learning_rates", "did you mean --learning_rate"),
     ("extra", "extra", "--help lists"),
@@ -92,7 +92,7 @@ TRAIN = [
     ("--device_iterations 0", "--device_iterations 0", "at least 1"),
     ("--embedding_serialization_factor 0", "--embedding_serialization_factor 0", "at least 1"),
     ("--ipu_config {tmp}/none.json", "--ipu_config", "name a local ipu_config.json"),
-    ("--ipu_config {tmp}/broken.json", "--ipu_config", "not a readable ipu_config.json"),
+    ("--ipu_config {tmp}/broken.json", "--ipu_config", "not readable as JSON"),
     ("--ipu_config {tmp}/list.json", "--ipu_config", "should be a JSON object"),
     ("--train_file {tmp}/none.json --validation_file {tmp}/train.json", "--train_file",
      "does not exist"),
@@ -147,6 +147,7 @@ INFER = [("--question Who?", "--checkpoint", "is missing"),
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import RobertaProcessing
     from transformers import RobertaConfig, RobertaTokenizerFast
 
     tmp = tmp_path_factory.mktemp("command_line")
@@ -173,6 +174,7 @@ def folder(tmp_path_factory):
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([text], vocab_size=270,
                             special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    bpe._tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
     RobertaTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(tmp / "model")
     RobertaConfig(vocab_size=270, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                   intermediate_size=32, max_position_embeddings=66).save_pretrained(tmp / "model")
