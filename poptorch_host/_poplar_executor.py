@@ -116,10 +116,13 @@ class PoplarExecutor:
         return False
 
     def copyWeightsToHost(self) -> None:
-        """Copy all parameters and buffers from the device to the host."""
+        """Copy all parameters and buffers from the device to the host.
+
+        Raises Error with synthetic data, as does all that reads weights or optimizer state.
+        """
         self._require_compiled()
-        self._dirty_host_weights = False
         self._device.download()
+        self._dirty_host_weights = False
         self._host_weights_version += 1
 
     def copyWeightsToDevice(self) -> None:
@@ -163,7 +166,7 @@ class PoplarExecutor:
             self._write_optimizer_state()
 
     def _change_optimizer(self, optimizer):
-        _hyperparameters.warn_subclass(optimizer)
+        _hyperparameters.warn(optimizer)
         if isinstance(self._optimizer, optim.Optimizer):
             self._read_optimizer_state()
             self._optimizer._used_by(None)
@@ -235,7 +238,7 @@ class PoplarExecutor:
             self._attach()
 
     def _attach(self) -> None:
-        self._device.attached = True
+        self._device.attach()
         self.copyWeightsToDevice()
         if self._training:
             self._device.set_optimizer(self._settings, self._groups())
@@ -329,8 +332,9 @@ class PoplarExecutor:
         """Return the gradient that Options.anchorTensor() named `short_name`, of the last call.
 
         Each micro-batch contributes its own gradient, multiplied by the loss scaling. Dimension 0
-        runs over the micro-batches that the anchor's output mode selects. The type is float32 even
-        if the parameter is float16, so that the gradient is finite where the host's update is.
+        runs over the micro-batches that the anchor's output mode selects. The type is the
+        parameter's; what exceeds float16 saturates, or is NaN with Poplar's engine option
+        debug.nanOverflowMode, although the update is made with float32 gradients.
         Raises AssertionError before the first call, and if no anchor has this name.
         """
         assert short_name in self._anchored, f"No tensor with name {short_name} found."
