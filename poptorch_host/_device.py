@@ -5,7 +5,8 @@ row of the micro-batch, because PopART's StepIOSplitter hands micro-batches to t
 
 A float16 model has float16 tensors on the host. On the device its weights are float32, and the
 model runs with a working copy of them: in bfloat16 if the processor can multiply bfloat16, and in
-float32 otherwise. Its gradients are accumulated in float32.
+float32 otherwise. Its gradients are accumulated in float32. What leaves the device has PopTorch's
+types, float16 among them, in both cases.
 """
 from __future__ import annotations
 

@@ -128,6 +128,7 @@ class PoplarExecutor:
     def copyWeightsToDevice(self) -> None:
         """Copy all parameters and buffers from the host to the device."""
         self._require_compiled()
+        self._before_writing()
         self._dirty_host_weights = False
         self._device.upload()
 
@@ -140,7 +141,14 @@ class PoplarExecutor:
         names = self._options._Popart.options.get("updatableNamedBuffers")
         if names is None:
             raise Error("No named buffers marked as updatable via updatableNamedBuffers option")
+        self._before_writing()
         self._device.upload(only=names)
+
+    def _before_writing(self) -> None:
+        # PopTorch first reads the optimizer's state, which PopART writes together with the weights.
+        # Here it could stay where it is, but the reading would fail with synthetic data.
+        if self._device.synthetic:
+            self._read_optimizer_state()
 
     # ---- optimizer ----
 

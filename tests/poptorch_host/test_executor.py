@@ -500,7 +500,8 @@ def test_synthetic_data_leaves_outputs_unwritten_and_nothing_to_read():
     assert all(t.isnan().all() for t in (out, loss, gradient))
     assert executor.rng_state == [0]
     for read in (executor.copyWeightsToHost, model.state_dict, lambda: model.first.weight + 1,
-                 optimizer.state_dict, executor.detachFromDevice, executor.destroy):
+                 optimizer.state_dict, executor.copyWeightsToDevice, executor.detachFromDevice,
+                 executor.destroy):
         for _ in range(2):
             with pytest.raises(poptorch.Error, match=REFUSED):
                 read()
@@ -523,6 +524,8 @@ def test_what_does_not_read_from_the_device_works_with_synthetic_data():
         training.compile(x, y)
         assert model.first.weight.isfinite().all()
         if make is torch.optim.AdamW:
+            training(x, y)
+            training.copyWeightsToDevice()  # overwrites what the step has changed
             training.detachFromDevice()
             training.destroy()
         else:
