@@ -58,8 +58,9 @@ class Outputs:
             out = column[0].clone() if len(column) == 1 else torch.cat([
                 t.reshape(1) if t.dim() == 0 else t for t in column])
             out = self._half(out) if dtype == torch.float16 else out.to(dtype)
-            joined.append(out.fill_(float("nan") if dtype.is_floating_point else 0) if self.
-                          synthetic else out)
+            if self.synthetic:
+                out.fill_(float("nan") if dtype.is_floating_point else 0)
+            joined.append(out)
         return joined
 
     def _half(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -73,5 +74,6 @@ class Outputs:
         overflow = half.isinf() & tensor.isfinite()
         if not overflow.any():
             return half
-        return half.masked_fill(overflow, float("nan")) if self.nan_on_overflow else torch.where(
-            overflow, tensor.float().clamp(-LARGEST, LARGEST).half(), half)
+        if self.nan_on_overflow:
+            return half.masked_fill(overflow, float("nan"))
+        return torch.where(overflow, tensor.float().clamp(-LARGEST, LARGEST).half(), half)
