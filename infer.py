@@ -7,7 +7,6 @@
 """
 import json
 import sys
-from dataclasses import replace
 
 from ipu_options.config import inference_pipeline
 from ipu_options.errors import run_script
@@ -48,10 +47,8 @@ def load_answerer(settings, ipu_config, spans):
     model_config = load_config(settings.checkpoint, source=source)
     check_row_length(settings, model_config)
     pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type)
-    if not settings.input_file:  # single questions: one replica, and a row for each pipeline stage
-        stages = len(pipeline.layout.stages())
-        few = replace(pipeline.config, device_iterations=stages, replication_factor=1)
-        pipeline = replace(pipeline, config=few)
+    if not settings.input_file:
+        pipeline, settings.eval_micro_batch_size = pipeline.for_single_rows(), 1
     tokenizer = load_tokenizer(settings.tokenizer_name or settings.checkpoint, source=source)
     model = load_model(settings.checkpoint, model_config, source=source)
     answering = InferencePipeline(model, pipeline, settings)

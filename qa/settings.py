@@ -20,6 +20,7 @@ from ipu_options.config import (
     DeviceSettings,
     IPUConfig,
     available_pod,
+    check_offline,
     read_ipu_config,
 )
 from ipu_options.errors import UsageError
@@ -37,7 +38,8 @@ MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_deca
               "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision")
 # The settings that qa_settings.json keeps beside a checkpoint, for answering questions with it.
 QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length",
-               "version_2_with_negative", "null_score_diff_threshold", "precision")
+               "version_2_with_negative", "null_score_diff_threshold", "precision",
+               "eval_micro_batch_size")
 
 
 @dataclass
@@ -165,8 +167,8 @@ class QuestionSettings(Settings):
         None, "write the answers to this file, one JSON object per line (default: print them)")
     n_best: int = flag(1, "answers shown for each question", min=1, max=1000)
     json: bool = flag(False, "print one JSON object per question")
-    eval_micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1,
-                                      max=4096)
+    eval_micro_batch_size: int = flag(
+        1, "rows of --input_file that a pipeline stage computes at once", min=1, max=4096)
 
 
 @dataclass
@@ -206,8 +208,9 @@ def parse_train(
     settings.output_dir = settings.output_dir or f"output/{settings.config}"
     settings.pod_type = available_pod(settings.pod_type)
     _check_train(settings)
-    return (settings, ipu_config.for_pod(settings.pod_type),
-            *(make_settings(group, [given]) for group in more))
+    ipu_config = ipu_config.for_pod(settings.pod_type)
+    check_offline(settings, ipu_config)
+    return settings, ipu_config, *(make_settings(group, [given]) for group in more)
 
 
 def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IPUConfig]:
@@ -221,6 +224,7 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
         "infer.py",
         "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.")
     given = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig)
+    _mean_inference(given)
     folder = given.values.get("checkpoint")
     if folder is None:
         raise UsageError(
@@ -276,6 +280,18 @@ def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type) -> Laye
     for group in groups:
         add_flags(parser, group)
     return Layer(vars(parser.parse_args(argv)))
+
+
+def _mean_inference(given: Layer) -> None:
+    """Let a flag of infer.py override the checkpoint's inference pipeline as well.
+
+    The checkpoint's ipu_config.json may set inference_layers_per_ipu, for instance, which would
+    take precedence over the flag --layers_per_ipu.
+    """
+    for f in fields(IPUConfig):
+        twin = f"inference_{f.name}"
+        if f.name in given.values and getattr(IPUConfig, twin, 0) is None:
+            given.values.setdefault(twin, given.values[f.name])
 
 
 def _read_config(name_or_path: str) -> Layer:
@@ -375,6 +391,10 @@ def _check_train(settings: TrainSettings) -> None:
         raise UsageError(
             f"{source('compile_only')} and {source('synthetic_data')} exclude each other: what is "
             "only compiled runs on no data; leave one out")
+    if settings.synthetic_data and resume is not None:
+        raise UsageError(
+            f"{source('synthetic_data')} and {source('resume_from_checkpoint')} exclude each "
+            "other: a run on synthetic data is only timed; leave one out")
     if settings.hub_model_id and not settings.push_to_hub:
         raise UsageError(
             f"{source('hub_model_id')} {settings.hub_model_id} does nothing without --push_to_hub: "
@@ -384,6 +404,9 @@ def _check_train(settings: TrainSettings) -> None:
 def _check_infer(settings: InferSettings) -> None:
     """Raise UsageError for settings of infer.py that exclude each other or name missing files."""
     _check_windows(settings)
+    for name in ("compile_only", "synthetic_data"):
+        if getattr(settings, name):
+            raise UsageError(f"--{name} gives no answers: use it with train.py")
     for one, other in (("context", "context_file"), ("question", "input_file")):
         if getattr(settings, one) is not None and getattr(settings, other) is not None:
             raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
