@@ -93,8 +93,10 @@ class Checkpoints:
                  save_total_limit: Optional[int] = None):
         self.output_dir = Path(output_dir)
         self.must_match, self.save_total_limit = must_match, save_total_limit
-        # The step of the newest checkpoint that this process has written.
-        self._saved_step: Optional[int] = None
+        # The checkpoint that this run started from, if any, and those that it has written since.
+        # The folder may also hold later ones, of an earlier run.
+        self._own: List[Path] = []
+        self._saved_step: Optional[int] = None  # of the newest one that this run has written
 
     @classmethod
     def of_run(cls, settings: TrainSettings, rows: TrainingRows) -> "Checkpoints":
@@ -131,6 +133,7 @@ class Checkpoints:
             return None
         checkpoint = load_checkpoint(folder)
         _check_match(checkpoint, self.must_match)
+        self._own.append(folder)
         return checkpoint
 
     def save(self, training: Training, step: int, losses: List[float]) -> Path:
@@ -146,7 +149,7 @@ class Checkpoints:
         folder = self.output_dir / f"checkpoint-{step}"
         if self._saved_step == step:
             return folder
-        training.training_model.copyWeightsToHost()
+        training.training_model.copyWeightsToHostIfNeeded()  # it may be detached
         with _written(folder) as aside:
             training.write_files(aside)
             write_state(
@@ -159,6 +162,7 @@ class Checkpoints:
             sync_folder(aside)
             rename_folder(aside, folder)
         self._saved_step = step
+        self._own.append(folder)
         _remove_oldest(self.output_dir, step, self.save_total_limit)
         return folder
 
@@ -178,7 +182,7 @@ class Checkpoints:
         Each file is replaced by its complete new version or left unchanged. Raises RunError as
         `save` does.
         """
-        training.training_model.copyWeightsToHost()
+        training.training_model.copyWeightsToHostIfNeeded()
         with _written(self.output_dir / "final-model") as aside:
             training.write_files(aside)
             sync_and_hash(aside)
@@ -187,30 +191,42 @@ class Checkpoints:
             aside.rmdir()
             sync_folder(self.output_dir)
 
-    def go_back(
-            self, training: Training,
-            set_weights: Callable[[torch.nn.Module, Dict[str, torch.Tensor]], None]) -> Checkpoint:
-        """Reset weights and optimizer of a running training to the newest complete checkpoint.
+    def newest_of_run(self) -> Checkpoint:
+        """Return the newest complete checkpoint that this run has written or has started from.
 
-        This is for a step with a loss, gradient or weight that is not finite. The step cannot be
-        left out, because the device has updated the weights before the host sees the loss. After
-        the reset the training loop continues with the next batch, and the batches since the
-        checkpoint are skipped, as in the training of PaLM (Chowdhery et al. 2022, section 5.1).
-
-        set_weights(model, weights) copies the tensors of model.safetensors into the model on the
-        host. Returns the checkpoint. Raises RunError if there is no complete checkpoint.
+        Raises RunError if there is none.
         """
-        folder = find_checkpoint(self.output_dir, "auto")
-        if folder is None:
-            raise RunError(
-                f"there is no whole checkpoint in {self.output_dir} to go back to; "
-                "save some with --save_steps")
-        checkpoint = load_checkpoint(folder)
-        set_weights(training.model, safetensors.torch.load_file(folder / "model.safetensors"))
-        training.training_model.copyWeightsToDevice()
-        training.optimizer.load_state_dict(checkpoint.optimizer)
-        training.training_model.setOptimizer(training.optimizer)
-        return checkpoint
+        for folder in reversed(self._own):
+            if find_fault(folder) is None:
+                return load_checkpoint(folder)
+        raise RunError(
+            f"there is no whole checkpoint of this run in {self.output_dir} to go back to; "
+            "save some with --save_steps")
+
+
+def go_back(checkpoint: Checkpoint, training: Training,
+            set_weights: Callable[[torch.nn.Module, Dict[str, torch.Tensor]], None]) -> None:
+    """Reset weights and optimizer of a running training to those of `checkpoint`.
+
+    This is for a step with a loss, gradient or weight that is not finite. The step cannot be left
+    out, because the device has updated the weights before the host sees the loss. After the reset
+    the training loop continues with the next batch, and the batches since the checkpoint are
+    skipped, as in the training of PaLM (Chowdhery et al. 2022, section 5.1).
+
+    set_weights(model, weights) copies the tensors of model.safetensors into the model on the host.
+
+    The device is detached, and the next call attaches to it again. Only this initialises the
+    gradient accumulators: with accumulators of float16 their mean is a running one (PopTorch,
+    _optimizer_attributes.py, convertOptimizerToDict), for which PopART multiplies the old value by
+    0 instead of setting it to 0 (popart, popx/op/accumulatex.cpp, AccumulationType::Mean), and NaN
+    stays NaN.
+    """
+    if training.training_model.isAttachedToDevice():
+        training.training_model.detachFromDevice()
+    set_weights(training.model, safetensors.torch.load_file(checkpoint.folder /
+                                                            "model.safetensors"))
+    training.optimizer.load_state_dict(checkpoint.optimizer)
+    training.training_model.setOptimizer(training.optimizer)
 
 
 def restore(checkpoint: Checkpoint, training_model: Any, optimizer: Any) -> None:

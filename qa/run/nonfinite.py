@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ipu_options.errors import RunError
 from qa.model.parallelize import set_weights
-from qa.run.checkpoint import Checkpoints, Training
+from qa.run.checkpoint import Checkpoints, Training, go_back
 from qa.settings import TrainSettings
 
 
@@ -18,7 +18,9 @@ class NonfiniteGuard:
 
     def __init__(self, settings: TrainSettings, checkpoints: Checkpoints, training: Training):
         self.settings, self.checkpoints, self.training = settings, checkpoints, training
-        self._passed_over: Optional[int] = None  # the last step that was skipped
+        # The last step that was skipped, and the step of the checkpoint that was gone back to.
+        self._passed_over: Optional[int] = None
+        self._back_at: Optional[int] = None
 
     def passes(self, step: int, loss: float, learning_rate: float, earlier_losses: List[float],
                *tensors: Dict[str, torch.Tensor]) -> bool:
@@ -27,8 +29,9 @@ class NonfiniteGuard:
         tensors: gradients and weights by name. If a number is not finite and --on_nonfinite is
         skip, weights and optimizer are reset to the last checkpoint.
 
-        Raises RunError if --on_nonfinite is stop, if there is no checkpoint, or if the previous
-        step was skipped as well: then the cause is not just one bad batch.
+        Raises RunError if --on_nonfinite is stop, if there is no checkpoint, or if the cause is not
+        just one bad batch: the previous step was skipped as well, or the run would go back to the
+        same checkpoint a second time.
         """
         settings = self.settings
         bad_tensor = find_nonfinite(item for group in tensors for item in group.items())
@@ -39,8 +42,13 @@ class NonfiniteGuard:
                                 precision=settings.precision, bad_tensor=bad_tensor)
         if settings.on_nonfinite == "stop" or self._passed_over == step - 1:
             raise RunError(why)
-        back = self.checkpoints.go_back(self.training, set_weights)
-        self._passed_over = step
+        back = self.checkpoints.newest_of_run()
+        if back.step == self._back_at:
+            raise RunError(
+                f"{why}; it is not one bad batch, for the run had already gone back to the weights "
+                f"of step {back.step} and come to this again")
+        go_back(back, self.training, set_weights)
+        self._passed_over, self._back_at = step, back.step
         tqdm.write(f"warning: {why}; going on from the weights of step {back.step}")
         return False
 
