@@ -12,7 +12,7 @@ import sys
 import time
 from functools import partial
 
-from ipu_options.config import inference_pipeline, training_pipeline
+from ipu_options.config import executable_cache, inference_pipeline, training_pipeline
 from ipu_options.errors import run_script
 from ipu_options.popvision import Spans, profiling_environment
 from qa.planning.flags import TrainPlanSettings
@@ -43,7 +43,7 @@ def fine_tune(settings, ipu_config, stop, spans):
     from transformers import set_seed
 
     from ipu_options import poptorch
-    from ipu_options.options import mean_loss, training_options, watched_gradient
+    from ipu_options.options import mean_loss, training_options
     from qa.answers.evaluation import Evaluation
     from qa.data.demo import use_demo_data
     from qa.data.loader import open_loader
@@ -51,7 +51,7 @@ def fine_tune(settings, ipu_config, stop, spans):
     from qa.data.rows import TrainingRows
     from qa.data.windows import load_questions
     from qa.model.optimizer import make_optimizer, make_schedule
-    from qa.model.parallelize import LAST_GRADIENT, parallelize, weights_of
+    from qa.model.parallelize import LAST_GRADIENT, parallelize
     from qa.model.pretrained import load_config, load_model, load_tokenizer, write_checkpoint_files
     from qa.run import hub
     from qa.run.checkpoint import Checkpoints, Training, restore
@@ -84,7 +84,7 @@ def fine_tune(settings, ipu_config, stop, spans):
 
     # 3. From the beginning, or from a checkpoint of a run that was stopped.
     checkpoints = Checkpoints.of_run(settings, rows)
-    saved = checkpoints.open(settings.resume_from_checkpoint, settings.overwrite_output_dir)
+    saved = checkpoints.open(settings)
     step = saved.step if saved else 0
     rows = rows.starting_at(step)
     write_run_record(settings, pipeline.config, rows, saved)
@@ -108,19 +108,18 @@ def fine_tune(settings, ipu_config, stop, spans):
     evaluation = Evaluation(settings, model_config, evaluation_pipeline, eval_questions)
     if settings.compile_only:
         evaluation.compile()
-        print(f"compiled in {time.perf_counter() - begin:.0f} s; nothing was run")
+        print(f"compiled in {time.perf_counter() - begin:.0f} s, executable cache: "
+              f"{executable_cache(pipeline.config)}; nothing was run")
         return 0
-    if saved:
-        restore(saved, training_model, optimizer)
+    restore(saved, training_model, optimizer)
 
     # 5. The loop. A step is one call of the device: one combined batch, device_iterations updates.
     write_files = partial(write_checkpoint_files, model, tokenizer, ipu_config, settings)
     training = Training(model, optimizer, training_model, write_files)
-    guard = NonfiniteGuard(settings, checkpoints, training)
-    progress = Progress(rows, settings.logging_steps, saved)
+    guard = NonfiniteGuard(settings, checkpoints, training, options)
     loader = open_loader(options, rows, settings.micro_batch_size, settings.dataloader_num_workers)
     stopping = stop.requested
-    with loader as batches, progress:
+    with loader as batches, Progress(rows, settings.logging_steps, saved) as progress:
         while step < rows.total_steps and not stopping:
             learning_rate = schedule.get_last_lr()[0]
             with spans("data"):
@@ -132,9 +131,7 @@ def fine_tune(settings, ipu_config, stop, spans):
             stopping = stop.requested
             # What is saved is finite. Reading weights costs a transfer from the device.
             look_at_weights = saving or stopping or step == rows.total_steps
-            finite = guard.passes(step, loss, learning_rate, progress.losses,
-                                  watched_gradient(options, training_model),
-                                  weights_of(model) if look_at_weights else {})
+            finite = guard.passes(step, loss, learning_rate, progress.losses, look_at_weights)
             with spans("schedule"):
                 schedule.step()
                 training_model.setOptimizer(optimizer)  # before this, the device sees no change
@@ -146,6 +143,9 @@ def fine_tune(settings, ipu_config, stop, spans):
             if settings.evaluate_every_epoch and epoch_ends:
                 with spans("evaluate"):
                     evaluation.run(training, step, step / rows.steps_per_epoch)
+    if settings.synthetic_data:
+        print(f"timed {step} steps on synthetic data; nothing was read from the device or saved")
+        return stop.exit_status if stopping else 0
     if stopping:
         with spans("save"):
             checkpoints.save(training, step, progress.losses)

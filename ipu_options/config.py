@@ -39,6 +39,11 @@ class DeviceSettings(Settings):
     trace: Optional[str] = flag(
         None, "write a Chrome trace of the host's phases (or of the plan) to this file")
 
+    @property
+    def dry_run(self) -> bool:
+        """Whether nothing is trained: the run only compiles, or is only timed."""
+        return self.compile_only or self.synthetic_data
+
 
 @dataclass
 class IPUConfig(Settings):

@@ -208,6 +208,8 @@ def parse_train(
     settings.output_dir = settings.output_dir or f"output/{settings.config}"
     settings.pod_type = available_pod(settings.pod_type)
     _check_train(settings)
+    if settings.synthetic_data:  # such a run is only timed
+        settings.save_steps, settings.evaluate_every_epoch = None, False
     ipu_config = ipu_config.for_pod(settings.pod_type)
     check_offline(settings, ipu_config)
     return settings, ipu_config, *(make_settings(group, [given]) for group in more)

@@ -106,29 +106,31 @@ class Checkpoints:
             **{name: getattr(settings, name) for name in MUST_MATCH}}
         return cls(settings.output_dir, must_match, settings.save_total_limit)
 
-    def open(self, resume_from_checkpoint: Optional[str],
-             overwrite_output_dir: bool) -> Optional[Checkpoint]:
+    def open(self, settings: TrainSettings) -> Optional[Checkpoint]:
         """Return the checkpoint from which this run continues, or None if it starts from scratch.
 
-        resume_from_checkpoint: None, "auto" or a path, see `find_checkpoint`. overwrite_output_dir:
-        whether a run from scratch removes the checkpoints of earlier runs. What a killed run left
-        unfinished is removed in any case.
+        settings.resume_from_checkpoint: None, "auto" or a path, see `find_checkpoint`.
+        settings.overwrite_output_dir: whether a run from scratch removes the checkpoints of earlier
+        runs. What a killed run left unfinished is removed in any case. A run that trains nothing
+        (settings.dry_run) leaves the folder as it is.
 
         Raises UsageError if the checkpoint's must_match differs from that of this run, if there is
         no complete checkpoint at the given path, or if a run from scratch would mix its checkpoints
         with those of an earlier run.
         """
+        if settings.dry_run:
+            return None
         _clear_leftovers(self.output_dir)
-        if resume_from_checkpoint is None:
+        if settings.resume_from_checkpoint is None:
             for folder in list_checkpoints(self.output_dir):
-                if not overwrite_output_dir:
+                if not settings.overwrite_output_dir:
                     raise UsageError(
                         f"--output_dir {self.output_dir}: holds {folder.name} of an earlier run; "
                         "go on with --resume_from_checkpoint auto, start over with "
                         "--overwrite_output_dir, or name another folder")
                 delete_folder(folder)
             return None
-        folder = find_checkpoint(self.output_dir, resume_from_checkpoint)
+        folder = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
         if folder is None:
             return None
         checkpoint = load_checkpoint(folder)
@@ -229,13 +231,15 @@ def go_back(checkpoint: Checkpoint, training: Training,
     training.training_model.setOptimizer(training.optimizer)
 
 
-def restore(checkpoint: Checkpoint, training_model: Any, optimizer: Any) -> None:
-    """Restore the states of the optimizer and of the random generators from `checkpoint`.
+def restore(checkpoint: Optional[Checkpoint], training_model: Any, optimizer: Any) -> None:
+    """Restore the states of the optimizer and of the random generators from `checkpoint`, if any.
 
     training_model: a compiled poptorch.PoplarExecutor that has the checkpoint's weights already.
     optimizer: its poptorch optimizer. Raises UsageError if the checkpoint's random state cannot be
     used.
     """
+    if checkpoint is None:
+        return
     optimizer.load_state_dict(checkpoint.optimizer)
     training_model.setOptimizer(optimizer)
     training_model.rng_state = checkpoint.rng_state

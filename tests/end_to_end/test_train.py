@@ -236,10 +236,21 @@ def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(demo, tmp_path, c
                      capsys.readouterr().err)
 
 
+def test_a_run_on_synthetic_data_is_timed_and_reads_and_saves_nothing(demo, tmp_path, capsys):
+    assert fit(demo / "v1", tmp_path / "out", "--synthetic_data", "--max_steps", "4",
+               "--save_steps", "1", "--evaluate_every_epoch", "--logging_steps", "2") == 0
+    said = capsys.readouterr().out
+    assert "timed 4 steps on synthetic data; nothing was read from the device or saved" in said
+    assert len(re.findall(r"windows/s [\d.]+", said)) == 2 and "loss" not in said
+    assert "saved to" not in said and "evaluation" not in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_compile_only_runs_nothing(demo, tmp_path, capsys):
     assert fit(demo / "v1", tmp_path / "out", "--compile_only") == 0
-    assert "nothing was run" in capsys.readouterr().out
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert re.search(r"compiled in .* s, executable cache: \S+; nothing was run",
+                     capsys.readouterr().out)
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_of_reach_the_hub_ends_in_one_line_that_names_the_ways_out(

@@ -22,7 +22,9 @@ import safetensors.torch
 import torch
 
 from ipu_options import files, poptorch
+from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.errors import RunError, UsageError
+from ipu_options.options import training_options
 from qa.run import checkpoint, state
 from qa.run.checkpoint import (
     Checkpoints,
@@ -33,6 +35,7 @@ from qa.run.checkpoint import (
     load_checkpoint,
 )
 from qa.run.state import set_random_state
+from qa.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,8 +60,10 @@ def save_final(output_dir, write_model):
     Checkpoints(output_dir, {}).save_final(Training(None, None, device, write_model))
 
 
-def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_match):
-    return Checkpoints(output_dir, must_match).open(resume_from_checkpoint, overwrite_output_dir)
+def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_match, **settings):
+    return Checkpoints(output_dir, must_match).open(TrainSettings(
+        resume_from_checkpoint=resume_from_checkpoint, overwrite_output_dir=overwrite_output_dir,
+        **settings))
 
 
 def names(output_dir):
@@ -153,8 +158,8 @@ def start(output_dir, dtype=torch.float32):
     torch.manual_seed(0)
     model = Loss().to(dtype)
     optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1, accum_type=dtype)
-    options = poptorch.Options()
-    options.Training.gradientAccumulation(2)
+    config = IPUConfig(layers_per_ipu=[1], gradient_accumulation_steps=2, replication_factor=1)
+    options = training_options(config, DeviceSettings(), seed=1)
     training_model = poptorch.trainingModel(model, options, optimizer)
     return (Training(model, optimizer, training_model, partial(write_weights, model)),
             Checkpoints(output_dir, {}))
@@ -196,7 +201,7 @@ def test_a_run_never_goes_back_to_a_checkpoint_of_another_run(tmp_path):
             RunError,
             match="there is no whole checkpoint of this run in .*; save some with --save_steps"):
         checkpoints.newest_of_run()
-    checkpoints.open(str(tmp_path / "checkpoint-2"), False)
+    checkpoints.open(TrainSettings(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
     assert checkpoints.newest_of_run().step == 2
     training = Training(
         None, SimpleNamespace(state_dict=dict),
@@ -367,6 +372,10 @@ def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
     (tmp_path / ".checkpoint-6.tmp" / "model.safetensors").write_text("half")
     with pytest.raises(UsageError, match="--resume_from_checkpoint auto.*--overwrite_output_dir"):
         open_run(tmp_path, None, False, {})
+    assert names(tmp_path) == ["checkpoint-4"]
+    # A run that trains nothing has no use for them and does them no harm.
+    for dry_run in ("compile_only", "synthetic_data"):
+        assert open_run(tmp_path, "auto", True, {}, **{dry_run: True}) is None
     assert names(tmp_path) == ["checkpoint-4"]
     assert open_run(tmp_path, None, True, {}) is None
     assert names(tmp_path) == []

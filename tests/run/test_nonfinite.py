@@ -93,17 +93,18 @@ def test_a_run_that_comes_back_to_the_same_checkpoint_a_second_time_stops(tmp_pa
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=14, type_vocab_size=1)).train()
     optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.01)
-    training_model = poptorch.trainingModel(model, poptorch.Options(), optimizer)
+    options = poptorch.Options()
+    training_model = poptorch.trainingModel(model, options, optimizer)
     training = Training(model, optimizer, training_model,
                         lambda folder: save_model(model, folder))
     checkpoints = Checkpoints(tmp_path, {})
-    guard = NonfiniteGuard(TrainSettings(on_nonfinite="skip"), checkpoints, training)
+    guard = NonfiniteGuard(TrainSettings(on_nonfinite="skip"), checkpoints, training, options)
     ids, label, passed = torch.ones(1, 12, dtype=torch.int32), torch.tensor([[3]]), []
     with pytest.raises(RunError, match="^step 5: the loss is inf.* had already gone back to the "
                                        "weights of step 2 and come to this again$"):
         for step, weight in enumerate([1.0, 1.0, math.inf, 1.0, math.inf, 1.0], start=1):
             loss = training_model(ids, ids, ids, label.int(), label.int(), torch.tensor([[weight]]))
-            passed.append(guard.passes(step, loss.item(), 0.01, []))
+            passed.append(guard.passes(step, loss.item(), 0.01, [], False))
             if step == 2:
                 checkpoints.save(training, 2, [])
     assert passed == [True, True, False, True]
