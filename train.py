@@ -83,7 +83,7 @@ def fine_tune(settings, ipu_config, stop, spans):
     print(describe_rows(rows, len(questions.examples), settings, pipeline.config))
 
     # 3. From the beginning, or from a checkpoint of a run that was stopped.
-    checkpoints = Checkpoints.of_run(settings, rows)
+    checkpoints = Checkpoints.of_run(settings, pipeline.config, rows)
     saved = checkpoints.open(settings)
     step = saved.step if saved else 0
     rows = rows.starting_at(step)

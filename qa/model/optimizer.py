@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any, Dict
 
 import torch
 from transformers import get_scheduler
 
 from ipu_options import poptorch
 from ipu_options.config import IPUConfig
+from qa.model.parallelize import join_parts, split_parts
 from qa.settings import TrainSettings
+
+_DEVICE_STATE = ("ipu_state", "ipu_param")  # the keys that PopTorch adds to an optimizer's state
 
 
 def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
@@ -32,6 +36,29 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
         second_order_momentum_accum_type=torch.float32)
     optimizer.variable_attrs.markAsConstant("weight_decay")
     return optimizer
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+    """Return optimizer.state_dict(), with the parts of a serialised word embedding joined."""
+    state = optimizer.state_dict()
+    return {name: join_parts(value) if name in _DEVICE_STATE and value else value
+            for name, value in state.items()}
+
+
+def set_optimizer_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module,
+                        state: Dict[str, Any]) -> None:
+    """Load what `optimizer_state` returned, also for another number of embedding parts.
+
+    model: the one whose parameters `optimizer` updates. PopTorch would leave state that it does not
+    find under a parameter's name as it is, with only a warning (poptorch.cpp, writeOptimizerState).
+    """
+    divided = {name: split_parts(model, value) if name in _DEVICE_STATE and value else value
+               for name, value in state.items()}
+    # PyTorch compares the numbers of parameters in each group, which depend on that of the parts.
+    own = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+    divided["param_groups"] = [
+        {**group, "params": mine["params"]} for group, mine in zip(state["param_groups"], own)]
+    optimizer.load_state_dict(divided)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, total_steps: int,

@@ -77,9 +77,11 @@ class EncoderLayer(nn.Module):
         weight = torch.cat((own.query.weight, own.key.weight, own.value.weight))
         bias = torch.cat((own.query.bias, own.key.bias, own.value.bias))
         batch, length, width = hidden.shape
-        fused = nn.functional.linear(hidden, weight, bias).view(batch, length, 3, self.heads,
-                                                                width // self.heads)
-        query, key, value = fused.permute(2, 0, 3, 1, 4)
+        # split becomes slices. unbind would become gathers, which PopTorch joins to a single one
+        # over three copies of its input (SliceOps.cpp, unbindHandler; GNNOptimizations.cpp).
+        fused = nn.functional.linear(hidden, weight, bias).split(width, dim=-1)
+        query, key, value = (part.view(batch, length, self.heads, -1).transpose(1, 2)
+                             for part in fused)
         mixed = self.kernels.attention(query, key, value, window_ids, own.dropout.p, self.training)
         return mixed.transpose(1, 2).reshape(batch, length, width)
 

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ipu_options.config import IPUConfig
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import (
     delete,
@@ -43,6 +44,7 @@ from ipu_options.files import (
     write_json,
 )
 from qa.data.rows import TrainingRows
+from qa.model.optimizer import optimizer_state, set_optimizer_state
 from qa.run.state import STRUCTURE, TENSORS, random_state, read_state, set_random_state, write_state
 from qa.settings import MUST_MATCH, TrainSettings
 
@@ -63,7 +65,7 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     step: int
-    optimizer: Dict[str, Any]  # for optimizer.load_state_dict()
+    optimizer: Dict[str, Any]  # for set_optimizer_state()
     rng_state: Optional[List[int]]  # for training_model.rng_state, once the model is compiled
     random_state: Dict[str, Any]  # for set_random_state()
     progress: Dict[str, Any]  # "losses" of the last steps, and "must_match"
@@ -99,11 +101,19 @@ class Checkpoints:
         self._saved_step: Optional[int] = None  # of the newest one that this run has written
 
     @classmethod
-    def of_run(cls, settings: TrainSettings, rows: TrainingRows) -> "Checkpoints":
-        """Return the checkpoints of a run with these settings and these training rows."""
+    def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig,
+               rows: TrainingRows) -> "Checkpoints":
+        """Return the checkpoints of a run with these settings and these training rows.
+
+        ipu_config: that of the training pipeline.
+        """
         must_match = {
             **rows.arguments, "data": rows.windows.fingerprint,
             **{name: getattr(settings, name) for name in MUST_MATCH}}
+        # LAMB scales the update of each parameter tensor by its norm, and so that of each part.
+        if settings.optimizer == "lamb":
+            name = "embedding_serialization_factor"
+            must_match[name] = getattr(ipu_config, name)
         return cls(settings.output_dir, must_match, settings.save_total_limit)
 
     def open(self, settings: TrainSettings) -> Optional[Checkpoint]:
@@ -156,7 +166,7 @@ class Checkpoints:
             training.write_files(aside)
             write_state(
                 aside, {
-                    "optimizer": training.optimizer.state_dict(),
+                    "optimizer": optimizer_state(training.optimizer),
                     "rng_state": training.training_model.rng_state, "random_state": random_state()})
             progress = {"must_match": self.must_match, "losses": losses[-200:]}
             write_json(aside / TRAINER_STATE, {"step": step, "progress": progress})
@@ -227,7 +237,7 @@ def go_back(checkpoint: Checkpoint, training: Training,
         training.training_model.detachFromDevice()
     set_weights(training.model, safetensors.torch.load_file(checkpoint.folder /
                                                             "model.safetensors"))
-    training.optimizer.load_state_dict(checkpoint.optimizer)
+    set_optimizer_state(training.optimizer, training.model, checkpoint.optimizer)
     training.training_model.setOptimizer(training.optimizer)
 
 
@@ -240,7 +250,7 @@ def restore(checkpoint: Optional[Checkpoint], training_model: Any, optimizer: An
     """
     if checkpoint is None:
         return
-    optimizer.load_state_dict(checkpoint.optimizer)
+    set_optimizer_state(optimizer, training_model.model, checkpoint.optimizer)
     training_model.setOptimizer(optimizer)
     training_model.rng_state = checkpoint.rng_state
     set_random_state(checkpoint.random_state)
