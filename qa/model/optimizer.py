@@ -19,9 +19,13 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
                    ipu_config: IPUConfig) -> torch.optim.Optimizer:
     """Return poptorch.optim.AdamW or LAMB for the parameters of `model` that require gradients.
 
-    Weight decay applies to matrices only, not to biases and LayerNorm; it is marked as a constant,
-    so that PopART can compile it in. Gradients are accumulated in the model's own type (float16 for
-    a half model). Moments are float32; with enable_half_first_order_momentum the first is float16.
+    Weight decay applies to matrices only, not to biases and LayerNorm. Gradients are accumulated in
+    the model's own type (float16 for a half model). Moments are float32; with
+    enable_half_first_order_momentum the first is float16.
+
+    Weight decay, betas and epsilon never change and are marked as constants, so that PopART can
+    compile them in (popart, popx/op/adamupdaterx.cpp). PopTorch takes every argument that is given
+    for a variable (python/optim.py, _parseArgs).
     """
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
@@ -34,7 +38,8 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
         eps=settings.adam_epsilon, loss_scaling=settings.loss_scaling, accum_type=decayed[0].dtype,
         first_order_momentum_accum_type=torch.float16 if half_first_moment else torch.float32,
         second_order_momentum_accum_type=torch.float32)
-    optimizer.variable_attrs.markAsConstant("weight_decay")
+    for name in ("weight_decay", "betas", "eps"):
+        optimizer.variable_attrs.markAsConstant(name)
     return optimizer
 
 
