@@ -41,8 +41,10 @@ def parallelize(model: RobertaForSpans, layout: Layout, *,
     """Place each block of `model` on its IPU; returns the blocks in the order of execution.
 
     layout: the IPU of each block. recompute_checkpoint_every_layer: keep each layer's output for
-    the backward pass and recompute what lies between. embedding_serialization_factor: number of
-    parts of the word embedding (see SerializedEmbedding).
+    the backward pass and recompute what lies between. The last layer's output is not kept: its
+    backward pass follows at once, so that recomputing it would only take time (graphcore/examples,
+    nlp/bert/pytorch/modeling.py, PipelinedBertForQuestionAnswering, leaves it out as well).
+    embedding_serialization_factor: number of parts of the word embedding (see SerializedEmbedding).
 
     The embedding's LayerNorm gets an outlining attribute of its own. If it were outlined together
     with the encoder's LayerNorms, it would get their tensor layout, which spoils the tile mapping
@@ -59,12 +61,14 @@ def parallelize(model: RobertaForSpans, layout: Layout, *,
     parts, places = _parts(model), layout.blocks()
     if len(parts) != len(places):
         raise ValueError(f"the layout has {len(places)} blocks, the model has {len(parts)}")
-    handles = _outline(embeddings.LayerNorm, "embedding")
-    if recompute_checkpoint_every_layer:
-        handles += [
-            module.register_forward_hook(_checkpoint_output) for kind, module in parts
-            if kind == "layer"]
     blocks = [Block(name, kind, ipu, module) for (name, ipu), (kind, module) in zip(places, parts)]
+    handles = _outline(embeddings.LayerNorm, "embedding")
+    layers = [block for block in blocks if block.kind == "layer"]
+    if recompute_checkpoint_every_layer:
+        handles += [block.module.register_forward_hook(_checkpoint_output) for block in layers[:-1]]
+    stage_of = {name: i for i, (_, names) in enumerate(layout.stages()) for name in names}
+    for block in layers:
+        block.module.stage = stage_of[block.name]
     for block in blocks:
         poptorch.BeginBlock(block.module, block.name, ipu_id=block.ipu)
     model.annotation_handles = handles
@@ -76,6 +80,8 @@ def deparallelize(model: RobertaForSpans) -> None:
     for handle in model.__dict__.pop("annotation_handles", []):
         handle.remove()
     poptorch.removeBlocks(model)
+    for layer in model.roberta.encoder.layer:
+        layer.stage = 0
     embeddings = model.roberta.embeddings
     if isinstance(embeddings.word_embeddings, SerializedEmbedding):
         embeddings.word_embeddings = embeddings.word_embeddings.to_embedding()

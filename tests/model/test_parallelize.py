@@ -1,4 +1,8 @@
-"""The serialised embedding: its parts stay apart on an IPU, and a checkpoint does not know them."""
+"""What an annotated model makes of its blocks on an IPU.
+
+The serialised embedding's parts stay apart and are unknown to a checkpoint; each stage has one
+attention mask; and the last layer is not recomputed.
+"""
 from __future__ import annotations
 
 import json
@@ -14,7 +18,8 @@ import qa.planning
 from ipu_options import poptorch
 from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.errors import UsageError
-from ipu_options.ipu_kernels import IPU_KERNELS
+from ipu_options.host_kernels import HOST_KERNELS
+from ipu_options.ipu_kernels import IPU_KERNELS, Kernels
 from ipu_options.layout import make_layout
 from ipu_options.options import training_options
 from qa.model.optimizer import make_optimizer, optimizer_state, set_optimizer_state
@@ -27,6 +32,12 @@ SIZES = json.loads(Path(qa.planning.__path__[0], "models.json").read_text())
 # equal parts would be as large as the position embedding.
 EMBEDDINGS = sorted({(model["vocab_size"], model["max_position_embeddings"])
                      for model in SIZES.values()} | {(2000, 258), (1030, 514), (2066, 514)})
+
+
+def tiny(vocabulary=60, positions=26, layers=2, kernels=IPU_KERNELS):
+    return RobertaForSpans(RobertaConfig(
+        vocab_size=vocabulary, max_position_embeddings=positions, hidden_size=8,
+        num_hidden_layers=layers, num_attention_heads=2, intermediate_size=8), kernels).train()
 
 
 class Gathers(TorchDispatchMode):
@@ -68,10 +79,8 @@ class Gathers(TorchDispatchMode):
 @pytest.mark.parametrize("parts", range(2, 9))
 @pytest.mark.parametrize("vocabulary, positions", EMBEDDINGS)
 def test_poptorch_finds_no_gathers_to_merge(vocabulary, positions, parts):
-    config = RobertaConfig(vocab_size=vocabulary, max_position_embeddings=positions, hidden_size=8,
-                           num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
     with torch.device("meta"):
-        model = RobertaForSpans(config, IPU_KERNELS).half().train()
+        model = tiny(vocabulary, positions).half()
         row = torch.zeros(1, 24, dtype=torch.int32)
         label = row[:, :1]
     gathers = Gathers()
@@ -165,3 +174,45 @@ def test_what_a_checkpoint_holds_does_not_change_with_the_number_of_parts():
                            (state["ipu_param"], other_state["ipu_param"])):
             assert one.keys() == other.keys()
             assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("layers_per_ipu", [[4], [0, 2, 2], [1, 1, 1, 1], [0, 3, 1]])
+@pytest.mark.parametrize("kernels", [HOST_KERNELS, IPU_KERNELS], ids=["host", "ipu"])
+def test_a_mask_is_made_once_in_each_stage_and_used_there(layers_per_ipu, kernels):
+    current, made, used = [None], [], []
+
+    def window_mask(window_ids, dtype):
+        made.append((current[0], kernels.window_mask(window_ids, dtype)))
+        return made[-1][1]
+
+    def attention(query, key, value, mask, *rest):
+        used.append((current[0], mask))
+        return kernels.attention(query, key, value, mask, *rest)
+
+    model = tiny(layers=4, kernels=Kernels(attention, kernels.dropout, window_mask)).eval()
+    for block in parallelize(model, make_layout(layers_per_ipu, 4)):
+        block.module.register_forward_pre_hook(
+            lambda module, args, ipu=block.ipu: current.__setitem__(0, ipu))
+    row = torch.ones(1, 24, dtype=torch.int32)
+    for _ in range(2):
+        made.clear()
+        used.clear()
+        model(row, row, row)
+        holds_layers = [ipu for ipu, count in enumerate(layers_per_ipu) if count]
+        assert [ipu for ipu, _ in made] == holds_layers
+        assert len(used) == 4 and all(mask is dict(made)[ipu] for ipu, mask in used)
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_every_layer_but_the_last_is_a_recomputation_checkpoint(checkpoints, monkeypatch):
+    kept = []
+    monkeypatch.setattr(poptorch, "recomputationCheckpoint",
+                        lambda output: kept.append(output) or output)
+    model, outputs = tiny(layers=4).eval(), []
+    parallelize(model, make_layout([0, 2, 2], 4), recompute_checkpoint_every_layer=checkpoints)
+    for layer in model.roberta.encoder.layer:
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    row = torch.ones(1, 24, dtype=torch.int32)
+    model(row, row, row)
+    expected = outputs[:3] if checkpoints else []
+    assert len(kept) == len(expected) and all(a is b for a, b in zip(kept, expected))
