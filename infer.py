@@ -46,9 +46,8 @@ def load_answerer(settings, ipu_config, spans):
     if not settings.input_file:  # single questions: one replica, whatever the training took
         ipu_config = replace(ipu_config, inference_replication_factor=1)
     pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type)
-    if not settings.input_file:  # and a row for each pipeline stage
-        few = replace(pipeline.config, device_iterations=len(pipeline.layout.stages()))
-        pipeline = replace(pipeline, config=few)
+    if not settings.input_file:
+        pipeline, settings.eval_micro_batch_size = pipeline.for_single_rows(), 1
     tokenizer = load_tokenizer(settings, model_config)
     answering = InferencePipeline(load_model(settings, model_config), pipeline, settings)
 

@@ -12,7 +12,7 @@ import sys
 import time
 from functools import partial
 
-from ipu_options.config import inference_pipeline, training_pipeline
+from ipu_options.config import executable_cache, inference_pipeline, training_pipeline
 from ipu_options.errors import keep_running_without_reader, run_script
 from ipu_options.hub import offline_unless_reachable
 from ipu_options.popvision import Spans, profiling_environment
@@ -31,7 +31,6 @@ def main(argv=None):
     keep_running_without_reader()
     if settings.needs_hub:
         offline_unless_reachable()
-
     from qa.run.process import StopSignals, output_lock
     with output_lock(settings.output_dir), StopSignals() as stop, Spans("train", settings) as spans:
         return fine_tune(settings, ipu_config, stop, spans)
@@ -46,7 +45,7 @@ def fine_tune(settings, ipu_config, stop, spans):
     from transformers import set_seed
 
     from ipu_options import poptorch
-    from ipu_options.options import describe_poptorch, mean_loss, training_options, watched_gradient
+    from ipu_options.options import describe_poptorch, mean_loss, training_options
     from qa.answers.evaluation import Evaluation
     from qa.data.demo import use_demo_data
     from qa.data.loader import open_loader
@@ -86,8 +85,8 @@ def fine_tune(settings, ipu_config, stop, spans):
     print(describe_rows(rows, len(questions.examples), settings, pipeline.config))
 
     # 3. From the beginning, or from a checkpoint of a run that was stopped.
-    checkpoints = Checkpoints.of_run(settings, rows, spans)
-    saved = checkpoints.open(settings.resume_from_checkpoint)
+    checkpoints = Checkpoints.of_run(settings, pipeline.config, rows, spans)
+    saved = checkpoints.open(settings)
     step = saved.step if saved else 0
     rows = rows.starting_at(step)
     write_run_record(settings, pipeline.config, rows, saved)
@@ -110,15 +109,15 @@ def fine_tune(settings, ipu_config, stop, spans):
         training_model.compile(**rows.first_batch())
         if settings.compile_only:
             evaluation.compile(questions.windows)
-            print(f"compiled in {time.perf_counter() - begin:.0f} s; nothing was run")
+            print(f"compiled in {time.perf_counter() - begin:.0f} s, executable cache: "
+                  f"{executable_cache(pipeline.config)}; nothing was run")
             return 0
-    if saved:
-        restore(saved, training_model, optimizer)
+    restore(saved, training_model, optimizer)
 
     # 5. The loop. A step is one call of the device: one combined batch, device_iterations updates.
     write_files = partial(write_checkpoint_files, model, tokenizer, ipu_config, settings)
     training = Training(model, optimizer, training_model, write_files)
-    guard = NonfiniteGuard(settings, checkpoints, training)
+    guard = NonfiniteGuard(settings, checkpoints, training, options)
     progress = Progress(rows, settings, saved, spans)
     loader = open_loader(options, rows, settings.micro_batch_size, settings.dataloader_num_workers)
     with stop.deferred(), loader as batches, progress:
@@ -134,8 +133,7 @@ def fine_tune(settings, ipu_config, stop, spans):
             last = stop.requested or step == rows.total_steps
             # What is saved is finite. Reading weights costs a transfer from the device.
             finite = guard.passes(step, loss, learning_rate, progress.losses,
-                                  watched_gradient(options, training_model),
-                                  weights_of(model) if saving or evaluating or last else {})
+                                  look_at_weights=saving or evaluating or last)
             with spans("schedule"):
                 schedule.step()
                 training_model.setOptimizer(optimizer)  # before this, the device sees no change
@@ -147,6 +145,9 @@ def fine_tune(settings, ipu_config, stop, spans):
                     epoch = rows.epoch_after(step)
                     metrics = evaluation.run(training.weights(), eval_questions, step, epoch)
                     checkpoints.save_if_best(training, step, progress.losses, metrics)
+        if settings.synthetic_data:
+            print(f"{step} steps on synthetic data were timed; nothing was read or saved")
+            return stop.exit_status
         if stop.requested:
             checkpoints.save(training, step, progress.losses)
             print(f"stopped by {stop.requested.name} after step {step}; "

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 IPU_CONFIG_NAME = "ipu_config.json"
 # Keys of published files that say nothing about the pipeline.
 _OF_OTHERS = {"optimum_version", "transformers_version", "ipu_version", "seed"}
+NO_CACHE = ("", "disabled")  # values of executable_cache_dir; optimum-graphcore's is "disabled"
 POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64}
 OUTPUT_MODES = ("final", "all", "sum", "default")
 
@@ -40,6 +41,11 @@ class DeviceSettings(Settings):
         None, "folder for PopVision reports of training and inference")
     trace: Optional[str] = flag(
         None, "write a Chrome trace of the host's phases (or of the plan) to this file")
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether nothing is trained: the run only compiles, or is only timed."""
+        return self.compile_only or self.synthetic_data
 
 
 @dataclass
@@ -89,16 +95,18 @@ class IPUConfig(Settings):
         "losses that a training call returns: of all micro-batches, of the final one, or their sum",
         choices=OUTPUT_MODES)
     executable_cache_dir: Optional[str] = flag(
-        None, "folder that caches compiled executables (default: POPLAR_EXECUTABLE_CACHE_DIR)")
+        None, "folder that caches compiled executables; an empty text switches the cache off "
+        "(default: POPLAR_EXECUTABLE_CACHE_DIR, POPTORCH_CACHE_DIR, else a folder in ~/.cache)")
 
     inference_layers_per_ipu: Optional[List[int]] = flag(
         None, "layers_per_ipu of the inference pipeline", type=int, nargs="+", min=-1)
     inference_ipus_per_replica: Optional[int] = flag(
         None, "ipus_per_replica of the inference pipeline", type=int, min=1)
     inference_replication_factor: Union[int, Dict[str, int], None] = flag(
-        None, "replicas of the inference pipeline", type=int, min=1, by_pod=True)
+        None, "replicas of the inference pipeline (default: as many as fit on the IPUs that "
+        "training uses)", type=int, min=1, by_pod=True)
     inference_device_iterations: Union[int, Dict[str, int]] = flag(
-        5, "micro-batches per inference call, at least the number of pipeline stages", type=int,
+        16, "micro-batches per inference call, at least the number of pipeline stages", type=int,
         min=1, max=65_536, by_pod=True)
     inference_matmul_proportion: Union[float, List[float], None] = flag(
         None, "matmul_proportion of the inference pipeline", type=float, nargs="+", min=0.0,
@@ -126,7 +134,12 @@ class IPUConfig(Settings):
         """Return the inference pipeline's configuration: each `inference_X` that is set replaces X.
 
         Gradient accumulation is 1. The copy's `sources` name the `inference_X` that a value came
-        from, so that error messages do too.
+        from, so that error messages do too. By-pod values must have been resolved (`for_pod`).
+
+        Where inference has its own layout, two values follow from it unless they are set: the
+        replicas share the IPUs that training uses (as in graphcore/examples,
+        nlp/bert/pytorch/run_squad.py), and a matmul_proportion with one value for each training IPU
+        gives way to its default (as in optimum-graphcore, ipu_configuration.py).
         """
         twins = {name[len("inference_"):]: value for name, value in self.values().items()
                  if name.startswith("inference_") and value is not None}
@@ -135,7 +148,15 @@ class IPUConfig(Settings):
         if "layers_per_ipu" in twins:
             twins.setdefault("ipus_per_replica", None)
             twins.update(embedding_ipu=0, head_ipu=None)
-        return replace(self, gradient_accumulation_steps=1, sources=sources, **twins)
+        config = replace(self, gradient_accumulation_steps=1, sources=sources, **twins)
+        replicas = max(1, self.replication_factor * self.reserved_ipus() // config.reserved_ipus())
+        if "replication_factor" not in twins and replicas != self.replication_factor:
+            sources["replication_factor"] = "--inference_replication_factor, by default"
+            config.replication_factor = replicas
+        if "matmul_proportion" not in twins and config.num_ipus() != self.num_ipus() and isinstance(
+                self.matmul_proportion, list):
+            config.matmul_proportion = IPUConfig().matmul_proportion
+        return config
 
     def layout(self, num_layers: int) -> Layout:
         """Return the Layout of a model with `num_layers` encoder layers on one replica's IPUs.
@@ -148,6 +169,10 @@ class IPUConfig(Settings):
     def num_ipus(self) -> int:
         """Return the number of IPUs of one replica."""
         return self.ipus_per_replica or len(self.layers_per_ipu)
+
+    def reserved_ipus(self) -> int:
+        """Return the number of IPUs that are reserved for one replica: a power of two."""
+        return 1 << (self.num_ipus() - 1).bit_length()
 
     def matmul_shares(self) -> List[float]:
         """Return matmul_proportion as a list; one number is repeated for each IPU of a replica.
@@ -169,10 +194,25 @@ class IPUConfig(Settings):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A checked pipeline: the configuration with every by-pod value resolved, and the layout."""
+    """A checked pipeline: the configuration with every by-pod value resolved, and the layout.
+
+    sharded: whether the stages run one after the other for each micro-batch, instead of working on
+    several micro-batches at the same time.
+    """
 
     config: IPUConfig
     layout: Layout
+    sharded: bool = False
+
+    def for_single_rows(self) -> "Pipeline":
+        """Return the inference pipeline that answers a single row in the least time.
+
+        A row takes S steps through S stages with poptorch.ShardedExecution. Pipelined execution
+        needs at least S rows a call, which take 2S - 1 steps. optimum-graphcore answers single
+        questions in the same way (pipelines/__init__.py, get_poplar_executor).
+        """
+        config = replace(self.config, device_iterations=1, replication_factor=1)
+        return replace(self, config=config, sharded=True)
 
 
 def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
@@ -201,7 +241,7 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline
     A pipeline of several stages needs at least one device iteration for each of them. Raises
     UsageError for too few, and otherwise as `training_pipeline` does.
     """
-    config = config.inference().for_pod(pod)
+    config = config.for_pod(pod).inference()
     pipeline = Pipeline(config, config.layout(num_layers))
     stages = len(pipeline.layout.stages())
     if stages > 1 and config.device_iterations < stages:
@@ -215,7 +255,7 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline
 def _check_ipus(pipeline: Pipeline, pod: str) -> None:
     """Raise UsageError if the pod has too few IPUs or matmul_proportion the wrong length."""
     config = pipeline.config
-    replica = 1 << (config.num_ipus() - 1).bit_length()  # IPUs are reserved in powers of two
+    replica = config.reserved_ipus()
     replicas, ipus = config.replication_factor, POD_IPUS[pod]
     if replica > ipus:
         raise UsageError(
@@ -230,6 +270,52 @@ def _check_ipus(pipeline: Pipeline, pod: str) -> None:
         raise UsageError(
             f"{config.source('matmul_proportion')} {' '.join(map(str, shares))} has {len(shares)} "
             f"values: give one, or one for each of the {config.num_ipus()} IPUs of a replica")
+
+
+def executable_cache(config: IPUConfig) -> Optional[str]:
+    """Return the folder that caches compiled executables, or None if there is to be no cache.
+
+    Compiling takes minutes, so that there is one by default: the folder that either of the two
+    environment variables names which IPU hosts set, else one in the user's cache folder (XDG Base
+    Directory Specification).
+    """
+    if config.executable_cache_dir is not None:
+        folder = config.executable_cache_dir
+        return None if folder in NO_CACHE else folder
+    given = (os.environ.get("POPLAR_EXECUTABLE_CACHE_DIR") or
+             os.environ.get("POPTORCH_CACHE_DIR"))  # PopTorch reads it too (python/options.py)
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return given or os.path.join(caches, "ipu_options", "executables")
+
+
+def check_offline(run: DeviceSettings, config: IPUConfig) -> None:
+    """Raise UsageError if --compile_only could not compile, or if nothing could use the result.
+
+    config: with by-pod values resolved. PopTorch has no offline target for the IPU Model. Its
+    offline target has as many IPUs as the model needs, whereas a run reserves a power of two
+    (CompilerImpl.cpp, createDevice). The key of a cached executable contains that number (popart,
+    devicemanager.cpp, std::hash<DeviceInfo>), so that the run would compile again.
+    """
+    if not run.compile_only:
+        return
+    offline = run.source("compile_only")
+    if run.ipu_model:
+        raise UsageError(
+            f"{offline} and {run.source('ipu_model')} exclude each other: there is no offline "
+            "target for the IPU Model; leave one out")
+    if executable_cache(config) is None:
+        raise UsageError(
+            f"{offline} keeps nothing without a cache: name a folder with "
+            f"{config.source('executable_cache_dir')}, or leave it out")
+    for pipeline in (config, config.inference()):
+        ipus = pipeline.num_ipus() * pipeline.replication_factor
+        if ipus & (ipus - 1):
+            raise UsageError(
+                f"{offline}: {pipeline.source('layers_per_ipu')} "
+                f"{' '.join(map(str, pipeline.layers_per_ipu))} takes {pipeline.num_ipus()} IPUs, "
+                f"with replication {pipeline.replication_factor} {ipus} in all, but a run reserves "
+                f"{1 << ipus.bit_length()} and would not find what was compiled for {ipus}: "
+                "use a power of two")
 
 
 def read_ipu_config(name_or_path: Union[str, Path], source: Optional[str] = None) -> Dict[str, Any]:

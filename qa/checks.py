@@ -35,7 +35,7 @@ def check_train(settings: Any) -> None:
             "folder, or auto")
     for one, other, why in (
             ("compile_only", "synthetic_data", "what is only compiled runs on no data"),
-            ("compile_only", "ipu_model", "the IPU Model compiles for no hardware")):
+            ("synthetic_data", "resume_from_checkpoint", "such a run is only timed")):
         if getattr(settings, one) and getattr(settings, other):
             raise UsageError(f"{source(one)} and {source(other)} exclude each other: {why}; leave "
                              "one out")

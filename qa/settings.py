@@ -18,6 +18,7 @@ from ipu_options.config import (
     DeviceSettings,
     IPUConfig,
     available_pod,
+    check_offline,
     read_ipu_config,
 )
 from ipu_options.errors import UsageError
@@ -36,7 +37,8 @@ MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_step
               "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision")
 # The settings that qa_settings.json keeps beside a checkpoint, for answering questions with it.
 QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length",
-               "version_2_with_negative", "null_score_diff_threshold", "precision")
+               "version_2_with_negative", "null_score_diff_threshold", "precision",
+               "eval_micro_batch_size")
 # Flags of run_qa.py and Trainer that are no flags here: what does their work.
 HINTS = {
     "lr": "the learning rate is --learning_rate here",
@@ -203,8 +205,8 @@ class QuestionSettings(Settings):
         None, "write the answers to this file, one JSON object per line (default: print them)")
     n_best: int = flag(1, "answers shown for each question", min=1, max=1000)
     json: bool = flag(False, "print one JSON object per question")
-    eval_micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1,
-                                      max=4096)
+    eval_micro_batch_size: int = flag(
+        1, "rows of --input_file that a pipeline stage computes at once", min=1, max=4096)
 
 
 @dataclass
@@ -262,6 +264,9 @@ def parse_train(
     settings.output_dir = settings.output_dir or f"output/{settings.config}"
     settings.pod_type = available_pod(settings.pod_type)
     check_train(settings)
+    if settings.synthetic_data:  # such a run is only timed
+        settings.save_steps, settings.evaluate_every_epoch, settings.eval_steps = None, False, None
+    check_offline(settings, ipu_config.for_pod(settings.pod_type))
     return (settings, ipu_config, *(make_settings(group, [given]) for group in more))
 
 
@@ -279,6 +284,7 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
     without = ("model_name_or_path", "model_revision", "compile_only", "synthetic_data")
     given = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig,
                    without=without)
+    _mean_inference(given)
     folder = given.values.get("checkpoint")
     if folder is None:
         raise UsageError(
@@ -324,6 +330,18 @@ def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,
     for group in groups:
         add_flags(parser, group, without)
     return Layer(vars(parser.parse_args(argv)))
+
+
+def _mean_inference(given: Layer) -> None:
+    """Let a flag of infer.py override the checkpoint's inference pipeline as well.
+
+    The checkpoint's ipu_config.json may set inference_layers_per_ipu, for instance, which would
+    take precedence over the flag --layers_per_ipu.
+    """
+    for f in fields(IPUConfig):
+        twin = f"inference_{f.name}"
+        if f.name in given.values and getattr(IPUConfig, twin, 0) is None:
+            given.values.setdefault(twin, given.values[f.name])
 
 
 def _read_config(name_or_path: str) -> Layer:

@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ipu_options.config import IPUConfig
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import (
     delete,
@@ -45,6 +46,7 @@ from ipu_options.files import (
 )
 from ipu_options.popvision import Spans
 from qa.data.rows import TrainingRows
+from qa.model.optimizer import optimizer_state, set_optimizer_state
 from qa.model.parallelize import set_weights, weights_of
 from qa.run.state import STRUCTURE, TENSORS, random_state, read_state, set_random_state, write_state
 from qa.settings import MUST_MATCH, TrainSettings
@@ -74,7 +76,7 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     step: int
-    optimizer: Dict[str, Any]  # for optimizer.load_state_dict()
+    optimizer: Dict[str, Any]  # for set_optimizer_state()
     rng_state: Optional[List[int]]  # for training_model.rng_state, once the model is compiled
     random_state: Dict[str, Any]  # for set_random_state()
     progress: Dict[str, Any]  # "losses" of the last steps, and "must_match"
@@ -90,11 +92,6 @@ class Training(NamedTuple):
     optimizer: Any  # a poptorch optimizer, whose state_dict() reads its state from the device
     training_model: Any  # a poptorch.PoplarExecutor
     write_files: Callable[[Path], Any]
-
-    def fetch_weights(self) -> None:
-        """Copy the weights from the device to the host, unless detaching has done so."""
-        if self.training_model.isAttachedToDevice():
-            self.training_model.copyWeightsToHost()
 
     def weights(self) -> Dict[str, torch.Tensor]:
         """Free the IPUs, and return the weights as `weights_of` gives them."""
@@ -119,36 +116,49 @@ class Checkpoints:
         self.must_match, self.save_total_limit = must_match, save_total_limit
         self._metric = best_by
         self._span = partial(spans, "save") if spans else nullcontext
-        # The step of the newest checkpoint that this process has written.
-        self._saved_step: Optional[int] = None
+        # The checkpoint that this run started from, if any, and those that it has written since.
+        # The folder may also hold later ones, of an earlier run.
+        self._own: List[Path] = []
+        self._saved_step: Optional[int] = None  # of the newest one that this run has written
         # The best evaluation so far: its step and its metric.
         self._best: Optional[Dict[str, float]] = None
 
     @classmethod
-    def of_run(cls, settings: TrainSettings, rows: TrainingRows, spans: Spans) -> "Checkpoints":
-        """Return the checkpoints of a run with these settings and these training rows."""
+    def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
+               spans: Spans) -> "Checkpoints":
+        """Return the checkpoints of a run with these settings and these training rows.
+
+        ipu_config: that of the training pipeline.
+        """
         must_match = {
             **rows.arguments, "data": rows.windows.fingerprint,
             **{name: getattr(settings, name) for name in MUST_MATCH}}
+        # LAMB scales the update of each parameter tensor by its norm, and so that of each part.
+        if settings.optimizer == "lamb":
+            name = "embedding_serialization_factor"
+            must_match[name] = getattr(ipu_config, name)
         best_by = settings.metric_for_best_model if settings.load_best_model_at_end else None
         return cls(settings.output_dir, must_match, settings.save_total_limit, spans, best_by)
 
-    def open(self, resume_from_checkpoint: Optional[str]) -> Optional[Checkpoint]:
+    def open(self, settings: TrainSettings) -> Optional[Checkpoint]:
         """Return the checkpoint from which this run continues, or None if it starts from scratch.
 
-        resume_from_checkpoint: None, "auto" or a path, see `find_checkpoint`. A run from scratch
-        removes the checkpoints of earlier runs, which `check_output_folder` has allowed. What a
-        killed run left unfinished is removed in any case. Says where a resumed run continues.
+        settings.resume_from_checkpoint: None, "auto" or a path, see `find_checkpoint`. A run from
+        scratch removes the checkpoints of earlier runs, which `check_output_folder` has allowed.
+        What a killed run left unfinished is removed in any case. A run that trains nothing
+        (settings.dry_run) leaves the folder as it is. Says where a resumed run continues.
 
         Raises UsageError if the checkpoint's must_match differs from that of this run, or if there
         is no complete checkpoint at the given path.
         """
+        if settings.dry_run:
+            return None
         _clear_leftovers(self.output_dir)
-        if resume_from_checkpoint is None:
+        if settings.resume_from_checkpoint is None:
             for folder in list_checkpoints(self.output_dir):
                 delete_folder(folder)
             return None
-        folder = find_checkpoint(self.output_dir, resume_from_checkpoint)
+        folder = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
         if folder is None:
             print(f"no checkpoint in {self.output_dir}: the run starts from the beginning")
             return None
@@ -156,6 +166,7 @@ class Checkpoints:
         _check_match(checkpoint, self.must_match)
         self._best = checkpoint.progress.get("best")
         print(f"resuming from {folder}, after step {checkpoint.step}")
+        self._own.append(folder)
         return checkpoint
 
     def save(self, training: Training, step: int, losses: List[float]) -> Path:
@@ -173,11 +184,11 @@ class Checkpoints:
         if self._saved_step == step:
             return folder
         with self._span(), _written(folder) as aside:
-            training.fetch_weights()
+            training.training_model.copyWeightsToHostIfNeeded()  # it may be detached
             training.write_files(aside)
             write_state(
                 aside, {
-                    "optimizer": training.optimizer.state_dict(),
+                    "optimizer": optimizer_state(training.optimizer),
                     "rng_state": training.training_model.rng_state, "random_state": random_state()})
             progress = {"must_match": self.must_match, "losses": losses[-200:]}
             if self._best:
@@ -187,6 +198,7 @@ class Checkpoints:
             sync_folder(aside)
             rename_folder(aside, folder)
         self._saved_step = step
+        self._own.append(folder)
         _remove_oldest(self.output_dir, step, self.save_total_limit,
                        keep=self._best["step"] if self._best else None)
         return folder
@@ -233,7 +245,7 @@ class Checkpoints:
         `save` does.
         """
         with self._span(), _written(self.output_dir / "final-model") as aside:
-            training.fetch_weights()
+            training.training_model.copyWeightsToHostIfNeeded()
             training.write_files(aside)
             sync_and_hash(aside)
             for path in sorted(aside.iterdir()):
@@ -241,30 +253,39 @@ class Checkpoints:
             aside.rmdir()
             sync_folder(self.output_dir)
 
-    def go_back(
-            self, training: Training,
-            set_weights: Callable[[torch.nn.Module, Dict[str, torch.Tensor]], None]) -> Checkpoint:
-        """Reset weights and optimizer of a running training to the newest complete checkpoint.
+    def newest_of_run(self) -> Checkpoint:
+        """Return the newest complete checkpoint that this run has written or has started from.
 
-        This is for a step with a loss, gradient or weight that is not finite. The step cannot be
-        left out, because the device has updated the weights before the host sees the loss. After
-        the reset the training loop continues with the next batch, and the batches since the
-        checkpoint are skipped, as in the training of PaLM (Chowdhery et al. 2022, section 5.1).
-
-        set_weights(model, weights) copies the tensors of model.safetensors into the model on the
-        host. Returns the checkpoint. Raises RunError if there is no complete checkpoint.
+        Raises RunError if there is none.
         """
-        folder = find_checkpoint(self.output_dir, "auto")
-        if folder is None:
-            raise RunError(
-                f"there is no whole checkpoint in {self.output_dir} to go back to; "
-                "save some with --save_steps")
-        checkpoint = load_checkpoint(folder)
-        set_weights(training.model, safetensors.torch.load_file(folder / "model.safetensors"))
-        training.training_model.copyWeightsToDevice()
-        training.optimizer.load_state_dict(checkpoint.optimizer)
-        training.training_model.setOptimizer(training.optimizer)
-        return checkpoint
+        for folder in reversed(self._own):
+            if find_fault(folder) is None:
+                return load_checkpoint(folder)
+        raise RunError(
+            f"there is no whole checkpoint of this run in {self.output_dir} to go back to; "
+            "save some with --save_steps")
+
+
+def go_back(checkpoint: Checkpoint, training: Training) -> None:
+    """Reset weights and optimizer of a running training to those of `checkpoint`.
+
+    This is for a step with a loss, gradient or weight that is not finite. The step cannot be left
+    out, because the device has updated the weights before the host sees the loss. After the reset
+    the training loop continues with the next batch, and the batches since the checkpoint are
+    skipped, as in the training of PaLM (Chowdhery et al. 2022, section 5.1).
+
+    The device is detached, and the next call attaches to it again. Only this initialises the
+    gradient accumulators: with accumulators of float16 their mean is a running one (PopTorch,
+    _optimizer_attributes.py, convertOptimizerToDict), for which PopART multiplies the old value by
+    0 instead of setting it to 0 (popart, popx/op/accumulatex.cpp, AccumulationType::Mean), and NaN
+    stays NaN.
+    """
+    if training.training_model.isAttachedToDevice():
+        training.training_model.detachFromDevice()
+    set_weights(training.model, safetensors.torch.load_file(checkpoint.folder /
+                                                            "model.safetensors"))
+    set_optimizer_state(training.optimizer, training.model, checkpoint.optimizer)
+    training.training_model.setOptimizer(training.optimizer)
 
 
 def check_output_folder(settings: TrainSettings) -> None:
@@ -273,7 +294,7 @@ def check_output_folder(settings: TrainSettings) -> None:
     That is: checkpoints or a finished model, unless --overwrite_output_dir is set.
     """
     folder, resume = Path(settings.output_dir), settings.resume_from_checkpoint
-    if settings.overwrite_output_dir or not settings.trains or settings.synthetic_data:
+    if settings.overwrite_output_dir or not settings.trains or settings.dry_run:
         return
     checkpoints = list_checkpoints(folder)
     if resume is None and checkpoints:
@@ -287,14 +308,16 @@ def check_output_folder(settings: TrainSettings) -> None:
                          "--overwrite_output_dir, or name another folder")
 
 
-def restore(checkpoint: Checkpoint, training_model: Any, optimizer: Any) -> None:
-    """Restore the states of the optimizer and of the random generators from `checkpoint`.
+def restore(checkpoint: Optional[Checkpoint], training_model: Any, optimizer: Any) -> None:
+    """Restore the states of the optimizer and of the random generators from `checkpoint`, if any.
 
     training_model: a compiled poptorch.PoplarExecutor that has the checkpoint's weights already.
     optimizer: its poptorch optimizer. Raises UsageError if the checkpoint's random state cannot be
     used.
     """
-    optimizer.load_state_dict(checkpoint.optimizer)
+    if checkpoint is None:
+        return
+    set_optimizer_state(optimizer, training_model.model, checkpoint.optimizer)
     training_model.setOptimizer(optimizer)
     training_model.rng_state = checkpoint.rng_state
     set_random_state(checkpoint.random_state)

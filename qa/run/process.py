@@ -74,9 +74,9 @@ class StopSignals:
     def exit_status(self) -> int:
         """143 after SIGTERM, 130 after SIGINT, as a shell reports a process killed by the signal.
 
-        Only defined after a signal has been received.
+        0 as long as no signal has been received.
         """
-        return 128 + self.requested
+        return 128 + self.requested if self.requested else 0
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

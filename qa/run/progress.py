@@ -67,7 +67,7 @@ class Progress:
         """Record that a step is done, and print a log line if it is time for one.
 
         step: its number, counted from 1. loss: the mean loss of the step, or None if the step was
-        skipped.
+        skipped or ran on synthetic data.
         """
         self._step = step
         self._windows += self.rows.windows_in_step(step - 1)
@@ -80,12 +80,12 @@ class Progress:
         self._earlier_windows += self._windows
         self._windows, self._since = 0, time.perf_counter()
         last = self.losses[-self.settings.logging_steps:]
-        mean = sum(last) / len(last) if last else float("nan")
+        loss_text = f"loss {sum(last) / len(last):.4f}  " if last else ""
         tqdm.write(
             f"step {step}/{self.rows.total_steps}  epoch {self.rows.epoch_after(step):.2f}  "
-            f"loss {mean:.4f}  learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
+            f"{loss_text}learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
         self._bar.set_postfix_str(
-            f"loss {mean:.3f}, learning rate {learning_rate:.3g}, {speed:.0f} windows/s")
+            f"{loss_text}learning rate {learning_rate:.3g}  windows/s {speed:.0f}")
 
     def write_summary(self) -> None:
         """Print the summary of the training and write it to train_results.json.

@@ -184,7 +184,10 @@ def test_sweep_goes_on_where_it_was_for_the_same_job_alone(tmp_path, capsys):
 
 
 def recorded_profile(slow_ipu):
-    """A profile as pva gives it, of 4 IPUs with 4 tiles each; one IPU computes for longer."""
+    """A profile as pva gives it, of 4 replicas on 4 IPUs each that have 4 tiles each.
+
+    One IPU computes for longer.
+    """
     def tile(size, code):
         return SimpleNamespace(memory=SimpleNamespace(
             total=SimpleNamespace(excludingGaps=size),
@@ -198,7 +201,8 @@ def recorded_profile(slow_ipu):
     compute[slow_ipu] = 4000
     return SimpleNamespace(
         compilation=SimpleNamespace(
-            target=SimpleNamespace(numIPUs=4, bytesPerTile=638976, clockFrequency=1.33e9),
+            target=SimpleNamespace(numIPUs=16, ipusPerReplica=4, tilesPerIpu=4,
+                                   bytesPerTile=638976, clockFrequency=1.33e9),
             tiles=[tile(1000 * (1 + i // 4), 100) for i in range(16)]),
         execution=SimpleNamespace(steps=[
             step("OnTileExecute", *compute),

@@ -328,8 +328,9 @@ def test_attention_equals_its_definition(loop_cost, monkeypatch):
     same = (window_ids.unsqueeze(2) == window_ids.unsqueeze(1)).unsqueeze(1)
     scores = (query @ key.transpose(-1, -2) / 8 ** 0.5).masked_fill(~same, -math.inf)
     real = (window_ids > 0)[:, None, :, None]
+    windows = kernels.window_mask(window_ids, query.dtype)
     expected, ours = (torch.softmax(scores, -1) @ value * real,
-                      kernels.attention(query, key, value, window_ids) * real)
+                      kernels.attention(query, key, value, windows) * real)
     torch.testing.assert_close(ours, expected)
     gradient = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, (query, key, value), gradient),

@@ -22,13 +22,16 @@ import safetensors.torch
 import torch
 
 from ipu_options import files, poptorch
+from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.errors import RunError, UsageError
+from ipu_options.options import training_options
 from qa.run import checkpoint, state
 from qa.run.checkpoint import (
     Checkpoints,
     Training,
     check_output_folder,
     find_checkpoint,
+    go_back,
     list_checkpoints,
     load_checkpoint,
 )
@@ -47,7 +50,7 @@ def save(output_dir, step, write_model=write_model, optimizer=None, rng_state=(4
          losses=(0.5, ), must_match=None, save_total_limit=None):
     state = optimizer if optimizer is not None else {
         "ipu_state": {"Accl1___w": torch.full((5, ), step)}}
-    device = SimpleNamespace(isAttachedToDevice=lambda: False, rng_state=list(rng_state))
+    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=list(rng_state))
     training = Training(None, SimpleNamespace(state_dict=lambda: state), device, write_model)
     return Checkpoints(output_dir, must_match or {}, save_total_limit).save(
         training, step, list(losses))
@@ -58,15 +61,16 @@ def model_at(folder):
 
 
 def save_final(output_dir, write_model):
-    device = SimpleNamespace(isAttachedToDevice=lambda: False)
+    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None)
     Checkpoints(output_dir, {}).save_final(Training(None, None, device, write_model))
 
 
-def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_match):
-    check_output_folder(TrainSettings(
+def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_match, **settings):
+    settings = TrainSettings(
         output_dir=str(output_dir), resume_from_checkpoint=resume_from_checkpoint,
-        overwrite_output_dir=overwrite_output_dir))
-    return Checkpoints(output_dir, must_match).open(resume_from_checkpoint)
+        overwrite_output_dir=overwrite_output_dir, **settings)
+    check_output_folder(settings)
+    return Checkpoints(output_dir, must_match).open(settings)
 
 
 def names(output_dir):
@@ -153,38 +157,66 @@ class Loss(torch.nn.Module):
         self.linear = torch.nn.Linear(3, 2)
 
     def forward(self, x):
-        return poptorch.identity_loss(self.linear(x).square().sum(), reduction="none")
+        return poptorch.identity_loss(self.linear(x).float().square().sum(), reduction="none")
 
 
-def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path):
+def start(output_dir, dtype=torch.float32):
+    """A training of `Loss` that accumulates the gradients of two micro-batches in `dtype`."""
+    torch.manual_seed(0)
+    model = Loss().to(dtype)
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1, accum_type=dtype)
+    config = IPUConfig(layers_per_ipu=[1], gradient_accumulation_steps=2, replication_factor=1)
+    options = training_options(config, DeviceSettings(), seed=1)
+    training_model = poptorch.trainingModel(model, options, optimizer)
+    return (Training(model, optimizer, training_model, partial(write_weights, model)),
+            Checkpoints(output_dir, {}))
+
+
+GOOD = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)))
+BAD = torch.full((4, 3), float("inf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path, dtype):
     """The run ends as if the batch that went wrong, one of infinities, had been left out.
 
     That batch comes after two steps and a checkpoint.
     """
 
     def run(batches):
-        torch.manual_seed(0)
-        model = Loss()
-        optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
-        training_model = poptorch.trainingModel(model, poptorch.Options(), optimizer)
-        training = Training(model, optimizer, training_model, partial(write_weights, model))
-        checkpoints = Checkpoints(tmp_path, {})
+        training, checkpoints = start(tmp_path, dtype)
         for number, batch in enumerate(batches, start=1):
-            if not torch.isfinite(training_model(batch)).all():
-                assert checkpoints.go_back(training, torch.nn.Module.load_state_dict).step == 2
+            if not torch.isfinite(training.training_model(batch.to(dtype))).all():
+                back = checkpoints.newest_of_run()
+                go_back(back, training)
+                # Only a device that is attached anew has accumulators of 0, see `go_back`.
+                assert back.step == 2 and not training.training_model.isAttachedToDevice()
             if number == 2:
                 checkpoints.save(training, 2, [])
-        training_model.copyWeightsToHost()
-        return {name: tensor.clone()
-                for name, tensor in model.state_dict().items()}, optimizer.state_dict()
+        return {name: tensor.clone() for name, tensor in training.model.state_dict().items()
+                }, training.optimizer.state_dict()
 
-    good = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)))
-    assert_same(run([*good[:2], torch.full((4, 3), float("inf")), *good[2:]]), run(good))
-    truncate(tmp_path / "checkpoint-2")
+    assert_same(run([*GOOD[:2], BAD, *GOOD[2:]]), run(GOOD))
+
+
+def test_a_run_never_goes_back_to_a_checkpoint_of_another_run(tmp_path):
+    """Checkpoint 4 is of a run whose checkpoint 2 this one continues; it is later than step 3."""
+    for step in (2, 4):
+        save(tmp_path, step)
+    checkpoints = Checkpoints(tmp_path, {})
     with pytest.raises(
             RunError,
-            match="there is no whole checkpoint in .* to go back to; save some with --save_steps"):
-        Checkpoints(tmp_path, {}).go_back(None, None)
+            match="there is no whole checkpoint of this run in .*; save some with --save_steps"):
+        checkpoints.newest_of_run()
+    checkpoints.open(TrainSettings(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+    assert checkpoints.newest_of_run().step == 2
+    training = Training(
+        None, SimpleNamespace(state_dict=dict),
+        SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1]), write_model)
+    checkpoints.save(training, 3, [])
+    assert checkpoints.newest_of_run().step == 3
+    truncate(tmp_path / "checkpoint-3")
+    assert checkpoints.newest_of_run().step == 2
 
 
 def test_a_state_that_json_cannot_hold_is_an_error_not_a_pickle(tmp_path):
@@ -330,7 +362,7 @@ def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(
 
 def test_a_step_that_is_saved_is_not_saved_again_when_a_signal_comes_in_it(tmp_path):
     written = []
-    device = SimpleNamespace(isAttachedToDevice=lambda: False, rng_state=[1])
+    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1])
     training = Training(None, SimpleNamespace(state_dict=dict), device,
                         lambda folder: (written.append(folder), write_model(folder)))
     checkpoints = Checkpoints(tmp_path, {})
@@ -347,6 +379,10 @@ def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
     (tmp_path / ".checkpoint-6.tmp" / "model.safetensors").write_text("half")
     with pytest.raises(UsageError, match="--resume_from_checkpoint auto.*--overwrite_output_dir"):
         open_run(tmp_path, None, False, {})
+    assert "checkpoint-4" in names(tmp_path)
+    # A run that trains nothing has no use for them and does them no harm.
+    for dry_run in ("compile_only", "synthetic_data"):
+        assert open_run(tmp_path, "auto", True, {}, **{dry_run: True}) is None
     assert "checkpoint-4" in names(tmp_path)
     assert open_run(tmp_path, None, True, {}) is None
     assert names(tmp_path) == []
