@@ -129,5 +129,5 @@ def _debug(arguments: Sequence[str]) -> bool:
         name, _, value = word.partition("=")
         if name == "--debug":
             value = value or "".join(arguments[place + 1:place + 2])
-            return value.lower() not in ("false", "no", "0")
+            return value.lower() in ("true", "yes", "1") or not value or value.startswith("--")
     return False

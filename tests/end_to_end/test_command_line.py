@@ -114,7 +114,16 @@ TRAIN = [
     ("--compile_only --pod_type pod16 --replication_factor 3", "replication 3",
      "use a power of two"),
     ("--synthetic_data --resume_from_checkpoint auto", "--synthetic_data", "leave one out"),
-    ("--hub_model_id me/model", "--hub_model_id", "--push_to_hub"), ]
+    ("--hub_model_id me/model", "--hub_model_id", "--push_to_hub"),
+    ("--hub_private_repo", "--hub_private_repo", "--push_to_hub"),
+    ("--save_total_limit 2", "--save_total_limit", "--save_steps"),
+    ("--null_score_diff_threshold 0.5", "--null_score_diff_threshold", "--version_2_with_negative"),
+    ("--on_nonfinite skip", "--on_nonfinite", "--save_steps"),
+    ("--load_best_model_at_end", "--load_best_model_at_end", "--eval_steps"),
+    ("--dataset_name x --train_file {tmp}/train.json --validation_file {tmp}/train.json",
+     "--dataset_name", "leave it out"),
+    ("--lr 1e-5", "--lr", "--learning_rate"), ("--fp16", "--fp16", "--precision float16"),
+    ("--max_sequence_length 3", "--max_sequence_length", "did you mean"), ]
 # The same for refusals that depend on the model: a folder with a tokenizer and a config.json of 3
 # layers.
 TRAIN_WITH_MODEL = [
@@ -227,6 +236,46 @@ def test_infer_refuses(arguments, names, remedy, folder, monkeypatch, capsys):
     assert names in message and remedy in message
 
 
+# A value by pod, a list in a list, a number of 5,000 digits and a value nested 100,000 deep.
+ODD_VALUES = [
+    ("yaml", "precision: {pod4: float16}", "precision is a dictionary"),
+    ("yaml", "pack: {pod4: true}", "pack is a dictionary"),
+    ("yaml", "learning_rate: [[1]]", "learning_rate is a list"),
+    ("yaml", "layers_per_ipu: [[3], 3]", "layers_per_ipu holds a list"),
+    ("yaml", "gradient_accumulation_steps: {pod4: {a: 1}}", "a whole number for each of pod4"),
+    ("yaml", "gradient_accumulation_steps: {pod5: 3}", "a whole number for each of pod4"),
+    ("yaml", "seed: " + "9" * 5000, "seed" if sys.version_info < (3, 10, 7) else "not readable"),
+    ("json", "[" * 100_000, "nested too deep"),
+    ("json", '{"a":' * 100_000, "nested too deep"),
+    ("json", '{"embedding_ipu": {"pod4": 1}}', "embedding_ipu is a dictionary"), ]
+
+
+@pytest.mark.parametrize("kind, text, says", ODD_VALUES,
+                         ids=[text[:30] for _, text, _ in ODD_VALUES])
+def test_odd_values_in_files_are_one_line(folder, tmp_path, monkeypatch, capsys, kind, text, says):
+    path = tmp_path / f"odd.{kind}"
+    path.write_text(text)
+    flag = "--config" if kind == "yaml" else "--ipu_config"
+    message = refusal(train.main, f"{flag} {path}", folder, monkeypatch, capsys)
+    assert str(path) in message and says in message and len(message) < 1000
+
+
+def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
+    """YAML 1.1 reads 1e-5 as text, users of run_qa write its names, and others write dashes."""
+    (tmp_path / "mine.yaml").write_text("learning_rate: 1e-5\nseed: 1_000\n")
+    settings, _ = parse_train(["--config", str(tmp_path / "mine.yaml"),
+                               "--per_device_train_batch_size", "3", "--max-eval-samples=7"])
+    assert (settings.learning_rate, settings.seed) == (1e-5, 1000)
+    assert (settings.micro_batch_size, settings.max_eval_samples) == (3, 7)
+    # A published file of optimum-graphcore: what means something here is read, the rest is named.
+    (tmp_path / "ipu_config.json").write_text(json.dumps({
+        "optimum_version": "1.6", "training_layers_per_ipu": [5, 7], "ipus_per_replica": None,
+        "wibble": 3}))
+    _, ipu_config = parse_train(["--ipu_config", str(tmp_path)])
+    assert ipu_config.layers_per_ipu == [5, 7] and ipu_config.ipus_per_replica is None
+    assert "wibble" in caplog.text and "optimum_version" not in caplog.text
+
+
 def test_the_scripts_themselves_end_with_status_2_and_show_a_traceback_only_when_asked():
     def run(*arguments):
         return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT,
@@ -235,7 +284,10 @@ def test_the_scripts_themselves_end_with_status_2_and_show_a_traceback_only_when
     refused = run("--seed", "-1")
     assert refused.returncode == 2 and refused.stderr.count(
         "\n") == 1 and "Traceback" not in refused.stderr
-    assert "Traceback" in run("--seed", "-1", "--debug").stderr
+    for debug, shown in ((["--debug"], True), (["--debug=true"], True),
+                         (["--debug", "false"], False), (["--debug=maybe"], False)):
+        refused = run("--seed", "-1", *debug)
+        assert refused.returncode == 2 and ("Traceback" in refused.stderr) == shown
 
 
 @pytest.mark.parametrize("cache, used", [("./exe_cache", "./exe_cache"), ("/etc/cron.d", None),
