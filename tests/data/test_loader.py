@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 WORKER = """
 import multiprocessing, os, signal
-from qa.data.loader import workers_ignore_interrupt
+from qa.data.workers import workers_ignore_signals
 def work(pipe):
     for word in iter(pipe.recv, None):
         pipe.send(word)
@@ -23,15 +23,15 @@ if __name__ == "__main__":
     # A shell starts its background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    with workers_ignore_interrupt():
+    with workers_ignore_signals():
         worker = multiprocessing.get_context("spawn").Process(target=work, args=(theirs,),
                                                               daemon=True)
         worker.start()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    for turn in range(2):
+    for turn in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         ours.send(turn)
         assert ours.recv() == turn
-        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, turn)
     ours.send(None)
     worker.join()
     print("worker ended with", worker.exitcode)
@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_the_loaders_worker_alive(tmp_path):
+def test_signals_leave_the_loaders_worker_alive(tmp_path):
     """The script is in a file, since a spawned process imports the main module again."""
     (tmp_path / "main.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WORKER}")
     assert subprocess.check_output([sys.executable, str(tmp_path / "main.py")],
