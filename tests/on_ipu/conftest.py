@@ -7,6 +7,7 @@ Each test checks one assumption of this project that could not be tried without 
 line of its docstring states the assumption. The suite ends with a table of all assumptions and
 whether they were held, and with a JSON report. What a host cannot show is "not on a host" there.
 """
+import gc
 import json
 import platform
 from datetime import datetime, timezone
@@ -71,7 +72,15 @@ def pytest_runtest_makereport(item, call):
         error = call.excinfo.value
         first = (str(error).strip().splitlines() or [""])[0]
         seen = "; ".join(filter(None, (f"{type(error).__name__}: {first}"[:200], seen)))
+        free_ipus()
     ROWS.append((item.function.__doc__.splitlines()[0].rstrip(".") + which, verdict, seen))
+
+
+def free_ipus():
+    """Free the IPUs that a failed test still holds, so that the next test can have them."""
+    for held in gc.get_objects():
+        if isinstance(held, poptorch.PoplarExecutor) and held.isAttachedToDevice():
+            held.detachFromDevice()
 
 
 def pytest_terminal_summary(terminalreporter, config):

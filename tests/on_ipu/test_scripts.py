@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +12,17 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import RobertaConfig, RobertaForQuestionAnswering
 
 import infer
 import train
+from ipu_options.plan.profile import open_profile
+from qa.data.demo import write_demo
 from qa.planning.commands import main as ipu_options_command
+from qa.planning.job import MODELS
+from qa.planning.sweep import read_rows
 from tests.end_to_end.test_train import SMALL, flat, run
+from tests.on_ipu.conftest import on_host
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = [*SMALL, "--pack", "--precision", "float16", "--loss_scaling", "64"]
@@ -197,7 +202,7 @@ def test_profile(demo, tmp_path, seen, only_on_ipu, capsys):
 
 
 def test_signals(demo, tmp_path, seen):
-    """SIGTERM ends a run after its step, saved, with status 143; the same command goes on."""
+    """SIGTERM lets a run finish its step and save, and ends it with status 143."""
     command = flags(demo, tmp_path / "out", "--max_steps", "100000", "--logging_steps", "1",
                     "--resume_from_checkpoint", "auto")
     with start(*command) as process:
@@ -211,4 +216,41 @@ def test_signals(demo, tmp_path, seen):
     (step,) = stopped.groups()
     seen(stopped[0])
     assert (tmp_path / "out" / f"checkpoint-{step}" / "manifest.json").is_file()
-    shutil.rmtree(tmp_path / "out" / "checkpoint-1", ignore_errors=step != "1")
+
+
+def test_calibration(demo, tmp_path, seen, only_on_ipu, capsys):
+    """The planner's constants are measured on this machine, and saved for later plans."""
+    job, splits, sizes = calibration_job(demo, tmp_path)
+    table, profile = tmp_path / "sweep.csv", tmp_path / "profile"
+    status = ipu_options_command([
+        "sweep", "--layers_per_ipu", *splits, "--micro_batch_size", *sizes, "--run", "--output",
+        str(table), "--steps", "10", "--", *job])
+    rows = read_rows(table)
+    assert status == 0 and all(row["status"].startswith("measured") for row in rows), rows
+    with start(*job, "--layers_per_ipu", *splits[0].split(), "--micro_batch_size", sizes[0],
+               "--output_dir", tmp_path / "out", "--max_steps", "1", "--synthetic_data",
+               "--profile_dir", profile) as process:
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    only_on_ipu("; ".join(f"{row['setting']}: {row['status']}" for row in rows))
+    ipu = "bow" if open_profile(str(profile)).clock_hz > 1.6e9 else "mk2"
+    assert ipu_options_command(["calibrate", "--measured", str(table), "--profile", str(profile),
+                                "--ipu", ipu, *job]) == 0
+    seen("; ".join(capsys.readouterr().out.splitlines()[-1 - len(rows):]))
+
+
+def calibration_job(demo, folder):
+    """Return (train.py's flags, splits, micro-batch sizes) of the runs that calibrate the planner.
+
+    On IPUs the model has the size of roberta-base and random weights, so that nothing is
+    downloaded; its speed is that of the trained one. A host, whose speed says nothing about IPUs,
+    runs the demo's.
+    """
+    if on_host():
+        return list(map(str, flags(demo, folder / "out"))), ["1 1 1 1"], ["2", "4"]
+    write_demo(folder, seed=5)  # enough questions to fill the rows of all steps
+    RobertaForQuestionAnswering(RobertaConfig(**MODELS["roberta-base"])).save_pretrained(
+        folder / "model")
+    return (["--config", "squad_base_384", *(f"--{name}={folder / file}" for name, file in (
+        ("model_name_or_path", "model"), ("train_file", "train.json"),
+        ("validation_file", "validation.json")))], ["0 4 4 4", "3 3 3 3"], ["1", "2", "4"])

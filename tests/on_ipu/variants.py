@@ -5,8 +5,8 @@ torch.optim.AdamW. The optimizer's epsilon is 1, so that an update is nearly pro
 gradient. With the usual one, the first update of Adam is the sign of the gradient, which says
 nothing where the gradient is 0 except for rounding.
 """
-from dataclasses import dataclass, fields
-from typing import Dict, List, Tuple
+from dataclasses import fields
+from types import SimpleNamespace
 
 import torch
 from transformers.activations import ACT2FN
@@ -29,7 +29,7 @@ BASE = dict(
     max_windows_per_row=4, num_train_epochs=1, learning_rate=1.0, adam_epsilon=1.0, loss_scaling=1,
     precision="float32")
 HALF = dict(precision="float16", loss_scaling=64)
-# Together they have each option of ipu_options/options.py on and off, and each choice.
+# Together they have each switch of ipu_options/options.py on and off, and each choice.
 VARIANTS = {
     "float32": {},
     "float32, packed, 2 replicas, RTS": dict(pack=True, replication_factor=2),
@@ -39,7 +39,7 @@ VARIANTS = {
     "float16, packed, 2 replicas, no RTS, state off chip": dict(
         HALF, pack=True, replication_factor=2, replicated_tensor_sharding=False,
         optimizer_state_offchip=True),
-    "float16, half first moment, embedding in 2 parts, no checkpoints": dict(
+    "float16, half moment, embedding in 2 parts, no checkpoints": dict(
         HALF, enable_half_first_order_momentum=True, embedding_serialization_factor=2,
         recompute_checkpoint_every_layer=False, matmul_proportion=[0.2, 0.4],
         stochastic_rounding=False),
@@ -56,114 +56,94 @@ VARIANTS = {
 TOLERANCE = {"float32": 5e-3, "float16": 5e-2}
 
 
-@dataclass
-class Seen:
-    """What the device gave for a variant. Tensors are float32; gradients are without the scaling.
-
-    options: of PopTorch, by name, for training and inference. loss: the mean of the losses that one
-    training call returned. update: the change of each weight by that call. watched: gradient of
-    LAST_GRADIENT, [micro-batches, ...]. logits: (start, end) of each window before training.
-    """
-
-    settings: TrainSettings
-    ipu_config: IPUConfig
-    rows: TrainingRows
-    options: Dict[str, object]
-    loss: float
-    update: Dict[str, torch.Tensor]
-    watched: torch.Tensor
-    logits: List[Tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass
-class Plain:
-    """The same of plain PyTorch."""
-
-    loss: float
-    update: Dict[str, torch.Tensor]
-    watched: torch.Tensor
-    logits: List[Tuple[torch.Tensor, torch.Tensor]]
-
-
 def settings_of(**changes):
     """Return (TrainSettings, IPUConfig) with the values of BASE and `changes`."""
-    values = {**BASE, **changes}
-    ours = {f.name for f in fields(IPUConfig)}
+    values, ours = {**BASE, **changes}, {f.name for f in fields(IPUConfig)}
     return (TrainSettings(**{name: value for name, value in values.items() if name not in ours}),
             IPUConfig(**{name: value for name, value in values.items() if name in ours}))
 
 
-def initial_model():
+def initial_model(config=CONFIG):
     """Return a new model, always with the same weights."""
     torch.manual_seed(0)
-    return RobertaForSpans(CONFIG)
+    return RobertaForSpans(config)
 
 
-def make_training(settings, config, layout, windows, model=None, watch=True):
-    """Return (rows, model, optimizer, options, training model), made as train.py makes them."""
-    rows = TrainingRows.of_run(settings, config, (model or initial_model()).config, windows)
-    model = (model or initial_model()).train()
-    parallelize(model, layout,
+def make_training(model_config=CONFIG, watch=True, **changes):
+    """Return what train.py makes for BASE with `changes`, by the names that it has there.
+
+    Unpacked, the last row of the first call is empty.
+    """
+    settings, ipu_config = settings_of(**changes)
+    pipeline = training_pipeline(ipu_config, model_config.num_hidden_layers, "pod4")
+    config, model = pipeline.config, initial_model(model_config).train()
+    size = (settings.micro_batch_size * config.gradient_accumulation_steps *
+            config.replication_factor * config.device_iterations)
+    windows = SyntheticWindows(LENGTHS if settings.pack else LENGTHS[:size - 1], seed=4)
+    rows = TrainingRows.of_run(settings, config, model_config, windows)
+    parallelize(model, pipeline.layout,
                 recompute_checkpoint_every_layer=config.recompute_checkpoint_every_layer,
                 embedding_serialization_factor=config.embedding_serialization_factor)
     if settings.precision == "float16":
         model.half()
     optimizer = make_optimizer(model, settings, config)
     options = training_options(config, settings, seed=1, watched=LAST_GRADIENT, watch=watch)
-    return rows, model, optimizer, options, poptorch.trainingModel(model, options, optimizer)
+    return SimpleNamespace(settings=settings, ipu_config=config, rows=rows, model=model,
+                           optimizer=optimizer, options=options,
+                           training_model=poptorch.trainingModel(model, options, optimizer))
 
 
-def windows_for(settings, config):
-    """Return windows of which the first call has an empty row, or if packed several rows."""
-    rows = (settings.micro_batch_size * config.gradient_accumulation_steps *
-            config.replication_factor * config.device_iterations)
-    lengths = LENGTHS if settings.pack else LENGTHS[:rows - 1]
-    return SyntheticWindows(lengths, seed=4)
+def make_answering(model_config=CONFIG, **changes):
+    """Return the InferencePipeline for BASE with `changes`."""
+    settings, ipu_config = settings_of(**changes)
+    pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers, "pod4")
+    return InferencePipeline(initial_model(model_config), pipeline, settings)
 
 
-def run(variant):
-    """Return what the device gives for VARIANTS[variant]."""
-    settings, ipu_config = settings_of(**VARIANTS[variant])
-    pipeline = training_pipeline(ipu_config, CONFIG.num_hidden_layers, "pod4")
-    windows = windows_for(settings, pipeline.config)
-    answering = InferencePipeline(
-        initial_model(), inference_pipeline(ipu_config, CONFIG.num_hidden_layers, "pod4"), settings)
-    logits = logits_of(answering, windows, settings)
+def run(**changes):
+    """Return what the device gives for BASE with `changes`: `make_training`'s names, and more.
 
-    rows, model, _, options, training_model = make_training(
-        settings, pipeline.config, pipeline.layout, windows)
-    before = {name: tensor.detach().float().clone() for name, tensor in weights_of(model).items()}
-    loss = mean_loss(training_model(**rows.first_batch()), pipeline.config)
-    (watched,) = watched_gradient(options, training_model).values()
-    training_model.detachFromDevice()  # frees the IPUs, and copies the weights
-    update = {name: tensor.detach().float() - before[name]
-              for name, tensor in weights_of(model).items()}
-    set_options = {**answering.options.toDict(), **training_model.options.toDict()}
-    watched = watched.float().reshape(-1, CONFIG.hidden_size) / settings.loss_scaling
-    return Seen(settings, pipeline.config, rows, set_options, loss, update, watched, logits)
+    logits: (start, end) of each window before training. loss: the mean of the losses that one
+    training call returns. update: the change of each weight by that call. watched: gradient of
+    LAST_GRADIENT, [micro-batches, hidden], without the loss scaling. compiled_with: all options.
+    """
+    made, answering = make_training(**changes), make_answering(**changes)
+    logits = logits_of(answering, made.rows.windows)
+    before = {name: tensor.float().clone() for name, tensor in weights_of(made.model).items()}
+    loss = mean_loss(made.training_model(**made.rows.first_batch()), made.ipu_config)
+    (watched,) = watched_gradient(made.options, made.training_model).values()
+    made.training_model.detachFromDevice()  # frees the IPUs, and copies the weights
+    update = {name: tensor.float() - before[name]
+              for name, tensor in weights_of(made.model).items()}
+    watched = watched.float().reshape(-1, CONFIG.hidden_size) / made.settings.loss_scaling
+    compiled_with = {*answering.options.toDict(), *made.training_model.options.toDict()}
+    return SimpleNamespace(**vars(made), logits=logits, loss=loss, update=update, watched=watched,
+                           compiled_with=compiled_with)
 
 
-def logits_of(answering, windows, settings):
-    """Return the (start, end) logits of each window from an InferencePipeline."""
-    rows = InferenceRows(windows, row_length=settings.max_seq_length,
-                         max_windows_per_row=settings.row_capacity(), pad_token_id=1,
-                         rows_per_step=answering.rows_per_step)
-    found = {}
+def logits_of(answering, windows):
+    """Return the (start, end) logits of each window from an InferencePipeline; frees the IPUs."""
+    rows, found = InferenceRows(
+        windows, row_length=answering.settings.max_seq_length, pad_token_id=1,
+        max_windows_per_row=answering.settings.row_capacity(),
+        rows_per_step=answering.rows_per_step), {}
     for first in range(0, len(rows), answering.rows_per_step):
         indices = range(first, first + answering.rows_per_step)
         starts, ends = answering.inference_model(**rows.__getitems__(indices))
         for place, index in enumerate(indices):
             for window, begin, count in rows.slices(index):
-                found[window] = tuple(logits[place, begin:begin + count].float().clone()
-                                      for logits in (starts, ends))
+                found[window] = [logits[place, begin:begin + count].float().clone()
+                                 for logits in (starts, ends)]
     answering.detach()
     return [found[window] for window in range(len(windows))]
 
 
-def run_plainly(seen):
-    """Return what plain PyTorch gives for what the device has run."""
-    settings, config, rows = seen.settings, seen.ipu_config, seen.rows
-    windows, plain, initial = rows.windows, plain_model(initial_model()), initial_model()
+def run_plainly(result):
+    """Return loss, update, watched and logits of what the device has run, in plain PyTorch."""
+    settings, config, rows = result.settings, result.ipu_config, result.rows
+    windows, plain = rows.windows, plain_model(initial_model())
+    logits = plain_logits(plain, windows, range(len(windows)))
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     groups = [{"params": [p for p in plain.parameters() if (p.dim() > 1) == matrices],
                "weight_decay": settings.weight_decay * matrices} for matrices in (True, False)]
     kind = {"adamw": torch.optim.AdamW, "lamb": FirstStepOfLamb}[settings.optimizer]
@@ -183,10 +163,9 @@ def run_plainly(seen):
         for name, parameter in plain.named_parameters():
             parameter.grad = gradients[name]
         optimizer.step()
-    before = initial.state_dict()
     update = {name: tensor - before[name] for name, tensor in plain.state_dict().items()}
-    return Plain(sum(losses) / len(losses), update, watched[0],
-                 plain_logits(initial, windows, range(len(windows))))
+    return SimpleNamespace(loss=sum(losses) / len(losses), update=update, watched=watched[0],
+                           logits=logits)
 
 
 class FirstStepOfLamb(torch.optim.Optimizer):
@@ -208,35 +187,27 @@ class FirstStepOfLamb(torch.optim.Optimizer):
                 weight -= group["lr"] * trust * change
 
 
-def tanh_logits(windows):
-    """Return what `plain_logits` does for the initial model with the tanh approximation of GELU."""
-    model = initial_model()
-    for layer in model.roberta.encoder.layer:
-        layer.intermediate.intermediate_act_fn = ACT2FN["gelu_pytorch_tanh"]
-    return plain_logits(model, windows, range(len(windows)))
-
-
-def plain_logits(model, windows, chosen):
+def plain_logits(plain, windows, chosen, activation="gelu"):
     """Return the (start, end) logits of Hugging Face's model on each window by itself.
 
-    model: one with the same weights.
+    activation: of transformers, in place of the model's own.
     """
-    plain, found = plain_model(model).eval(), []
-    for mine, its in zip(model.roberta.encoder.layer, plain.roberta.encoder.layer):
-        its.intermediate.intermediate_act_fn = mine.intermediate.intermediate_act_fn
+    found = []
+    for layer in plain.eval().roberta.encoder.layer:
+        layer.intermediate.intermediate_act_fn = ACT2FN[activation]
     with torch.no_grad():
         for window in chosen:
             out = plain(torch.from_numpy(windows.input_ids(window).astype("int64")).unsqueeze(0))
-            found.append((out.start_logits[0], out.end_logits[0]))
+            found.append([out.start_logits[0], out.end_logits[0]])
     return found
 
 
-def plain_losses(model, windows, chosen):
+def plain_losses(plain, windows, chosen):
     """Return the loss of Hugging Face's model on each of the chosen windows."""
     return [
         -(start.log_softmax(0)[int(windows.start_position[window])] +
           end.log_softmax(0)[int(windows.end_position[window])]).item() / 2
-        for window, (start, end) in zip(chosen, plain_logits(model, windows, chosen))]
+        for window, (start, end) in zip(chosen, plain_logits(plain, windows, chosen))]
 
 
 def distance(found, expected):
