@@ -49,11 +49,10 @@ def why_skipped(config):
 def pytest_collection_modifyitems(config, items):
     ours = [item for item in items if HERE in Path(item.fspath).parents]
     why = why_skipped(config) if ours else None
-    for item in ours:
-        if why:
-            item.add_marker(pytest.mark.skip(reason=why))
-        elif item.name == "test_calibration" and not config.getoption("calibrate"):
-            item.add_marker(pytest.mark.skip(reason="--calibrate asks for it"))
+    for item in ours if why else ():
+        item.add_marker(pytest.mark.skip(reason=why))
+    if not config.getoption("calibrate"):
+        items[:] = [item for item in items if item.name != "test_calibration"]
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -24,6 +24,7 @@ from qa.planning.sweep import read_rows
 from tests.end_to_end.test_train import SMALL, flat, run
 from tests.on_ipu.conftest import on_host
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = [*SMALL, "--pack", "--precision", "float16", "--loss_scaling", "64"]
 
