@@ -110,7 +110,7 @@ def fine_tune(settings, ipu_config, stop, spans):
         if settings.compile_only:
             evaluation.compile(questions.windows)
             print(f"compiled in {time.perf_counter() - begin:.0f} s, executable cache: "
-                  f"{executable_cache(pipeline.config)}; nothing was run")
+                  f"{executable_cache(pipeline.config, settings)}; nothing was run")
             return 0
     restore(saved, training_model, optimizer)
 

@@ -272,13 +272,19 @@ def _check_ipus(pipeline: Pipeline, pod: str) -> None:
             f"values: give one, or one for each of the {config.num_ipus()} IPUs of a replica")
 
 
-def executable_cache(config: IPUConfig) -> Optional[str]:
+def executable_cache(config: IPUConfig, run: DeviceSettings) -> Optional[str]:
     """Return the folder that caches compiled executables, or None if there is to be no cache.
+
+    There is none for the IPU Model, of which PopTorch would warn (CompilerImpl.cpp), nor for a
+    profile, whose memory report is made in compiling: graphcore/examples refuses the two together
+    (tutorials/feature_examples/pytorch/octconv/octconv_example.py).
 
     Compiling takes minutes, so that there is one by default: the folder that either of the two
     environment variables names which IPU hosts set, else one in the user's cache folder (XDG Base
     Directory Specification).
     """
+    if run.ipu_model or run.profile_dir:
+        return None
     if config.executable_cache_dir is not None:
         folder = config.executable_cache_dir
         return None if folder in NO_CACHE else folder
@@ -303,7 +309,7 @@ def check_offline(run: DeviceSettings, config: IPUConfig) -> None:
         raise UsageError(
             f"{offline} and {run.source('ipu_model')} exclude each other: there is no offline "
             "target for the IPU Model; leave one out")
-    if executable_cache(config) is None:
+    if executable_cache(config, run) is None and not run.profile_dir:
         raise UsageError(
             f"{offline} keeps nothing without a cache: name a folder with "
             f"{config.source('executable_cache_dir')}, or leave it out")

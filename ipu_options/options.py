@@ -129,8 +129,7 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str,
     options.setAvailableMemoryProportion(memory_proportions(config))
     if config.enable_half_partials:
         options.Precision.setPartialsType(torch.float16)
-    # The IPU Model cannot use a cache, and PopTorch would warn of one (CompilerImpl.cpp).
-    options.enableExecutableCaching(None if run.ipu_model else executable_cache(config))
+    options.enableExecutableCaching(executable_cache(config, run))
     if run.synthetic_data:
         options.enableSyntheticData(True)
     if run.ipu_model:

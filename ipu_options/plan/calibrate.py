@@ -107,17 +107,20 @@ def fit_published(runs: Sequence[PublishedRun]) -> Efficiencies:
                NOISE, "published runs")
 
 
-def fit_own(job: Job, windows_per_second: float, start: Efficiencies) -> Efficiencies:
-    """Return the fit to one run of the user's own, which counts more than the published runs.
+def fit_own(runs: Sequence[Tuple[Job, float]], start: Efficiencies) -> Efficiencies:
+    """Return the fit to runs of the user's own, which count more than the published runs.
 
-    job: the run as the planner sees it. start: the efficiencies fitted to the published runs.
-    Raises UsageError unless `windows_per_second` is a finite number above 0.
+    runs: (the run as the planner sees it, measured windows/s) of each. start: the efficiencies
+    fitted to the published runs. Raises UsageError unless each windows/s is a finite number above
+    0.
     """
-    if not (windows_per_second > 0 and math.isfinite(windows_per_second)):
-        raise UsageError(
-            f"--measured windows_per_second={windows_per_second:g}: it should be more than 0")
-    return fit([(job, windows_per_second)], start, OWN_NOISE,
-               f"your run at {windows_per_second:g} windows/s")
+    for _, measured in runs:
+        if not (measured > 0 and math.isfinite(measured)):
+            raise UsageError(
+                f"--measured windows_per_second={measured:g}: it should be more than 0")
+    source = (f"your run at {runs[0][1]:g} windows/s" if len(runs) == 1 else
+              f"your {len(runs)} runs")
+    return fit(runs, start, OWN_NOISE, source)
 
 
 def fit_table(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Dict[str, Any]]:

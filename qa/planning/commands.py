@@ -5,7 +5,7 @@ Commands, each of which has a --help:
     plan        predict memory, time and throughput of a training run
     search      find the best split and settings for a number of IPUs
     sweep       plan or measure every combination of some flags
-    calibrate   fit the planner to your own run
+    calibrate   fit the planner to your own runs
     report      compare a PopVision profile with the plan
 """
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from dataclasses import replace
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from ipu_options.config import POD_IPUS, IPUConfig
 from ipu_options.errors import UsageError
@@ -82,9 +82,8 @@ def sweep(argv: List[str]) -> int:
 
 
 def calibrate(argv: List[str]) -> int:
-    """Fit the planner to your own run, or show its errors on published runs."""
-    settings, ipu_config, planning, calibrating = _parse(argv, calibrate, PlanSettings,
-                                                         CalibrateSettings)
+    """Fit the planner to your own runs, or show its errors on published runs."""
+    _, _, planning, calibrating = _parse(argv, calibrate, PlanSettings, CalibrateSettings)
     from ipu_options.plan import calibrate as calibration
     from ipu_options.plan.text import fit_text
     from qa.planning.job import published
@@ -96,7 +95,7 @@ def calibrate(argv: List[str]) -> int:
         now = calibration.load(planning.calibration)
         print(fit_text(calibration.fit_table(published(), now), now))
         return 0
-    return _calibrate_own(settings, ipu_config, planning, calibrating)
+    return _calibrate_own(argv, planning, calibrating)
 
 
 def report(argv: List[str]) -> int:
@@ -138,32 +137,46 @@ def _parse(argv: List[str], command, *groups: type):
                        description=command.__doc__)
 
 
-def _calibrate_own(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings,
+def _calibrate_own(argv: List[str], planning: PlanSettings,
                    calibrating: CalibrateSettings) -> int:
     from ipu_options.plan import calibrate as calibration
     from ipu_options.plan.machine import Efficiencies
     from ipu_options.plan.planner import make_plan
     from qa.planning.job import make_job
 
-    name, _, value = (calibrating.measured or "").partition("=")
+    runs = []
+    for swept, measured in _measured(calibrating.measured or ""):
+        settings, ipu_config, own, _ = _parse([*argv, *swept], calibrate, PlanSettings,
+                                              CalibrateSettings)
+        runs.append((" ".join([*swept, "measured"]), make_job(settings, ipu_config, own), measured))
+    fitted = calibration.fit_own([run[1:] for run in runs], Efficiencies())
+    if calibrating.profile:
+        from ipu_options.plan.profile import open_profile
+        fitted = replace(fitted, code_bytes=open_profile(calibrating.profile).code_bytes)
+    file = calibration.calibration_file(planning.calibration)
+    calibration.save(fitted, file)
+    for name, job, measured in runs:
+        before, now = (make_plan(job, each).windows_per_second
+                       for each in (Efficiencies(), fitted))
+        print(f"{name} {measured:,.0f} windows/s; planned {before:,.0f} before and {now:,.0f} now")
+    print(
+        f"saved to {file}; plans use it from now on and say so; delete it to go back to the "
+        "published runs")
+    return 0
+
+
+def _measured(given: str) -> List[Tuple[List[str], float]]:
+    """Return (the flags of its own, windows/s) of each run that --measured gives."""
+    if given.endswith(".csv"):
+        from qa.planning.sweep import measured_runs
+        return measured_runs(given)
+    name, _, value = given.partition("=")
     try:
         measured = float(value)
     except ValueError:
         measured = 0.0
     if name != "windows_per_second" or not measured > 0:
         raise UsageError(
-            "--measured: give what the run reached, as --measured windows_per_second=1234")
-    job = make_job(settings, ipu_config, planning)
-    before = make_plan(job, Efficiencies()).windows_per_second
-    fitted = calibration.fit_own(job, measured, Efficiencies())
-    if calibrating.profile:
-        from ipu_options.plan.profile import open_profile
-        fitted = replace(fitted, code_bytes=open_profile(calibrating.profile).code_bytes)
-    file = calibration.calibration_file(planning.calibration)
-    calibration.save(fitted, file)
-    now = make_plan(job, fitted).windows_per_second
-    print(
-        f"measured {measured:,.0f} windows/s; planned {before:,.0f} before and {now:,.0f} now\n"
-        f"saved to {file}; plans use it from now on and say so; delete it to go back to the "
-        "published runs")
-    return 0
+            "--measured: give what the run reached, as --measured windows_per_second=1234, or a "
+            "table of `sweep --run`")
+    return [([], measured)]

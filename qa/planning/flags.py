@@ -71,9 +71,10 @@ class CalibrateSettings(Settings):
     """Calibration."""
 
     measured: Optional[str] = flag(
-        None, "measured throughput of the run with these flags, as windows_per_second=N")
+        None, "measured throughput of the run with these flags, as windows_per_second=N, or the "
+        "table of `sweep --run`: a file.csv")
     profile: Optional[str] = flag(
-        None, "PopVision profile of that run, from which the size of the code is taken")
+        None, "PopVision profile of such a run, from which the size of the code is taken")
     show: bool = flag(False, "print the planner's error on each published run")
     refit_published: bool = flag(
         False, "fit to the published runs and print the efficiencies")

@@ -152,10 +152,10 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
         "status": f"measured on {device} in {time.perf_counter() - begin:.0f} s"}
 
 
-def read_rows(path: Path) -> List[Dict[str, str]]:
+def read_rows(path: Path, flag: str = "--output") -> List[Dict[str, str]]:
     """Return the rows of an earlier sweep, [] if there is no such file.
 
-    Raises UsageError if the file was not written by a sweep.
+    flag: the one that named the file. Raises UsageError if the file was not written by a sweep.
     """
     if not path.is_file():
         return []
@@ -163,8 +163,27 @@ def read_rows(path: Path) -> List[Dict[str, str]]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise UsageError(
-                f"--output {path} is not a CSV that sweep has written: name another file")
+                f"{flag} {path} is not a CSV that sweep has written: name another file")
         return list(reader)
+
+
+def measured_runs(path: str) -> List[Tuple[List[str], float]]:
+    """Return (the flags that were swept, windows/s) of each run that a sweep measured on IPUs.
+
+    path: the table that `sweep --run --output` wrote. Raises UsageError if there is none, or if
+    it has no such run.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"--measured {path}: no such file; `python -m ipu_options sweep --run "
+                         f"--output {path}` writes one")
+    rows = read_rows(Path(path), "--measured")
+    found = [(row["setting"].split(), float(row["measured_windows_per_second"]))
+             for row in rows if row["measured_on"] == "IPU"]
+    if not found:
+        raise UsageError(
+            f"--measured {path}: none of its {len(rows)} rows was measured on an IPU; "
+            "`sweep --run` on an IPU host measures them")
+    return found
 
 
 def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:

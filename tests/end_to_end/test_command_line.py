@@ -14,6 +14,7 @@ import infer
 import train
 from ipu_options.config import inference_pipeline, training_pipeline
 from ipu_options.errors import run_script
+from ipu_options.popvision import Spans
 from qa.planning.flags import TrainPlanSettings
 from qa.settings import named_configs, parse_infer, parse_train
 
@@ -322,6 +323,30 @@ def test_a_flag_of_infer_wins_over_the_checkpoints_inference_pipeline(folder, tm
     _, ipu_config = parse_infer([*flags, "--layers_per_ipu", "3", "--replication_factor", "1"])
     assert (ipu_config.inference().layers_per_ipu, ipu_config.inference().replication_factor) == (
         [3], 1)
+
+
+def test_a_single_question_runs_as_one_row_and_a_file_fills_the_pipeline(folder, tmp_path,
+                                                                         monkeypatch):
+    from transformers import RobertaConfig, RobertaForQuestionAnswering
+
+    from qa.answers import inference
+    shutil.copytree(folder / "model", tmp_path / "model")
+    RobertaForQuestionAnswering(RobertaConfig.from_pretrained(folder / "model")).save_pretrained(
+        tmp_path / "model")
+    made, real = [], inference.inference_options
+    monkeypatch.setattr(inference, "inference_options",
+                        lambda *given: made.append(real(*given)) or made[-1])
+    flags = ["--checkpoint", str(tmp_path / "model"), "--max_seq_length", "64",
+             "--layers_per_ipu", "2", "1", "--inference_device_iterations", "6",
+             "--replication_factor", "2", "--doc_stride", "16"]
+    for more in (["--question", "Where?", "--context", "Here."],
+                 ["--input_file", str(folder / "train.json")]):
+        settings, ipu_config = parse_infer([*flags, *more])
+        infer.load_answerer(settings, ipu_config, Spans("infer", settings))
+    single, of_file = (options.toDict() for options in made)
+    names = ("execution_mode", "device_iterations", "replication_factor")
+    assert [single[name] for name in names] == [1, 1, 1]  # sharded: one stage after the other
+    assert [of_file[name] for name in names] == [0, 6, 2]  # pipelined
 
 
 @pytest.mark.parametrize("name", named_configs())

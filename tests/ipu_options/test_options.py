@@ -157,6 +157,8 @@ def test_a_profile_is_written_below_the_folder_under_the_models_name_as_poptorch
         assert options["engineOptions"]["autoReport.directory"] == str(tmp_path)
         assert options["model_name"] == phase
         assert options["engineOptions"]["opt.useAutoloader"] == "true"  # is still there
+        # An executable from the cache would bring no memory report.
+        assert options["enableEngineCaching"] is False
 
 
 @pytest.mark.parametrize("watch, compile_only, anchored", [

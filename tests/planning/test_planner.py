@@ -121,6 +121,39 @@ def test_own_measurement_is_reproduced_saved_and_used(runs, tmp_path, capsys):
     assert calibrate.load(None) == Efficiencies()
 
 
+@pytest.mark.slow
+def test_a_measured_sweep_is_reproduced(tmp_path, capsys):
+    table, mine, true = (tmp_path / name for name in ("sweep.csv", "mine.json", "true.json"))
+    common = ["--config", "squad_base_384"]
+
+    def planned(calibration, setting):
+        capsys.readouterr()
+        assert main(["plan", "--json", "--calibration", str(calibration), *common,
+                     *setting.split()]) == 0
+        return json.loads(capsys.readouterr().out)["windows_per_second"]
+
+    assert run_sweep(["--layers_per_ipu", "0 4 4 4", "3 3 3 3", "--micro_batch_size", "1", "4",
+                      "--output", str(table), "--", *common]) == 0
+    with pytest.raises(UsageError, match="none of its 4 rows was measured on an IPU"):
+        main(["calibrate", "--measured", str(table), *common])
+    # As if IPUs with other efficiencies had run the sweep.
+    now = Efficiencies()
+    calibrate.save(replace(now, peak_utilisation=0.8 * now.peak_utilisation,
+                           matmul_cycles=1.3 * now.matmul_cycles), true)
+    rows = [{**row, "measured_on": "IPU",
+             "measured_windows_per_second": f"{planned(true, row['setting']):.1f}"}
+            for row in read_rows(table)]
+    write_rows(table, [*rows, {**rows[0], "setting": "--micro_batch_size 2",
+                               "measured_on": "this host", "measured_windows_per_second": "1.0"}])
+    assert main(["calibrate", "--measured", str(table), "--calibration", str(mine), *common]) == 0
+    *lines, last = capsys.readouterr().out.strip().splitlines()[-5:]
+    assert all("measured" in line for line in lines) and str(mine) in last
+    assert "your 4 runs" in calibrate.load(str(mine)).source
+    for row in rows:
+        assert planned(mine, row["setting"]) == pytest.approx(
+            float(row["measured_windows_per_second"]), rel=0.02)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--layers_per_ipu", "3", "3", "3", "4"], "the sum must be 12"),
     (["--gradient_accumulation_steps", "6"], "needs at least 7"),
