@@ -114,12 +114,8 @@ def read_text(path: str) -> str:
     return text
 
 
-def check_row_length(settings: Any, model_config: Any) -> None:
-    """Raise UsageError unless the model has positions for a window of max_seq_length tokens.
-
-    RoBERTa counts positions from padding_idx + 1.
-    """
-    most = model_config.max_position_embeddings - model_config.pad_token_id - 1
+def check_row_length(settings: Any, most: int) -> None:
+    """Raise UsageError unless the model's `most` positions suffice for max_seq_length tokens."""
     if settings.max_seq_length > most:
         raise UsageError(
             f"{settings.source('max_seq_length')} {settings.max_seq_length}: "
