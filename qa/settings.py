@@ -65,7 +65,8 @@ class ModelSettings(Settings):
     """Which model, and how its answers are read off."""
 
     model_name_or_path: str = flag(
-        "roberta-base", "checkpoint of RoBERTa's family: a local folder or a name on the hub")
+        "roberta-base", "checkpoint of a RoBERTa, XLM-RoBERTa, CamemBERT, BERT, DistilBERT or "
+        "ELECTRA: a local folder or a name on the hub")
     model_revision: str = flag("main", "branch, tag or commit of a checkpoint on the hub")
     tokenizer_name: Optional[str] = flag(None, "tokenizer (default: the checkpoint's own)")
     precision: str = flag(
@@ -244,7 +245,7 @@ class InferSettings(QuestionSettings, ModelSettings, RunSettings):
 
 def parse_train(
     argv: Optional[Sequence[str]] = None, *more: type, program: str = "train.py",
-    description: str = ("Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, "
+    description: str = ("Fine-tune an encoder for extractive question answering on Graphcore IPUs, "
                         "or on this host."),
 ) -> Tuple[Any, ...]:
     """Return (TrainSettings, IPUConfig, one instance per dataclass in `more`).

@@ -280,7 +280,8 @@ def test_a_flag_of_infer_wins_over_the_checkpoints_inference_pipeline(folder, tm
 @pytest.mark.parametrize("name", named_configs())
 def test_a_named_configuration_evaluates_on_all_its_ipus_with_a_full_pipeline(name):
     settings, ipu_config = parse_train(["--config", name])
-    layers = 4 if name == "demo" else 24 if "large" in name else 12
+    layers = next((number for part, number in (("demo", 4), ("large", 24), ("distil", 6))
+                   if part in name), 12)
     training, inference = (pipeline(ipu_config, layers, settings.pod_type)
                            for pipeline in (training_pipeline, inference_pipeline))
     used = [made.config.num_ipus() * made.config.replication_factor
