@@ -145,13 +145,15 @@ class ForSpans:
         input_ids, position_ids, window_ids: int [B, S]. start_positions, end_positions: int [B, K],
         the labels of up to K windows in a row. loss_weights: [B, K]. token_type_ids: int [B, S], of
         models with several token types; last, so that other models' arguments are as without it.
+        PopTorch takes arguments that stay None at any place (python/_args_parser.py).
 
         Without labels, returns (start_logits, end_logits), float32 [B, S] each. With labels,
         returns the sum over the windows of loss_weight x (start loss + end loss) / 2, a scalar that
         is marked for PopTorch by identity_loss.
         """
         encoder, masks = self.base_model, {}
-        hidden = encoder.embeddings(input_ids, position_ids, token_type_ids)
+        types = () if token_type_ids is None else (token_type_ids, )
+        hidden = encoder.embeddings(input_ids, position_ids, *types)
         if self.family.projection and hasattr(encoder, self.family.projection):
             hidden = getattr(encoder, self.family.projection)(hidden)
         for layer in self.layers:

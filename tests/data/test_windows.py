@@ -16,7 +16,7 @@ from tests.reference.windows import plain_windows, tokenizer_of
 
 FAMILIES = [("roberta", "right"), ("roberta", "left"), ("bert", "right"), ("bert", "left"),
             ("xlm-roberta", "right"), ("xlnet", "left")]
-XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad-en" / "validation.json"
+XQUAD = Path(__file__).resolve().parents[3] / "shared" / "data" / "xquad-en" / "validation.json"
 
 
 def examples_of(rows):
