@@ -73,7 +73,7 @@ def main(data, *families):
             printed = subprocess.run(
                 [sys.executable, str(script), "--model_name_or_path", out / "model", "--train_file",
                  data / "train.json", "--validation_file", data / "validation.json", "--output_dir",
-                 out / "run", "--pack", "--num_train_epochs", "12", "--learning_rate", "2e-3",
+                 out / "run", "--pack", "--num_train_epochs", "4", "--learning_rate", "2e-3",
                  "--gradient_accumulation_steps", "16", "--layers_per_ipu", "1", "1", "1", "1",
                  "--logging_steps", "5", "--show_predictions", "0"],
                 check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
