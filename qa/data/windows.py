@@ -310,21 +310,23 @@ def _frame(tokenizer, name: str) -> Tuple[Tokenizer, List[int], List[int], List[
     return (backend, *special)
 
 
-def _token_types(tokenizer) -> bool:
+def _token_types(tokenizer, backend: Tokenizer) -> bool:
     """Return whether a model gets the token types 0 and 1 for the two texts of a pair.
 
-    If so, the special tokens before the second text have type 0 and those after it type 1, as in
-    BERT's template. A tokenizer may make them for a model that knows none, such as DistilBERT.
+    backend: its Rust tokenizer without padding. If so, the special tokens before the second text
+    have type 0 and those after it type 1, as in BERT's template. A tokenizer may make them for a
+    model that has only one type.
     """
     return ("token_type_ids" in tokenizer.model_input_names
-            and 1 in tokenizer.backend_tokenizer.encode("a", "b").type_ids)
+            and 1 in backend.encode("a", "b").type_ids)
 
 
 def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_row):
     """Return the _Recipe for these settings. Raises UsageError as `make_windows` does."""
-    recipe = _Recipe(*_frame(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__),
-                     tokenizer.cls_token_id, tokenizer.padding_side == "left", max_seq_length,
-                     doc_stride, labels, offsets, on_bad_row == "skip", _token_types(tokenizer))
+    frame = _frame(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__)
+    recipe = _Recipe(*frame, tokenizer.cls_token_id, tokenizer.padding_side == "left",
+                     max_seq_length, doc_stride, labels, offsets, on_bad_row == "skip",
+                     _token_types(tokenizer, frame[0]))
     if max_seq_length > numpy.iinfo(numpy.int16).max:
         raise UsageError(
             f"--max_seq_length {max_seq_length} is too long: "
