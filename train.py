@@ -5,8 +5,7 @@
     python train.py                    roberta-base on SQuAD v1, on 4 IPUs
     python train.py --plan             what that would take: memory, balance and speed
 
-`fine_tune` is the whole job, from top to bottom. Its parts are in qa/ (data, model, answers, run),
-and ipu_options/ says how the job is mapped to IPUs.
+`fine_tune` is the whole job. Its parts are in qa/, and how it is mapped to IPUs in ipu_options/.
 """
 import sys
 import time
@@ -52,8 +51,9 @@ def fine_tune(settings, ipu_config, stop, spans):
     from qa.data.packing import for_packed_rows
     from qa.data.rows import TrainingRows
     from qa.data.windows import load_questions
+    from qa.model.families import row_kind
     from qa.model.optimizer import make_optimizer, make_schedule
-    from qa.model.parallelize import LAST_GRADIENT, parallelize, weights_of
+    from qa.model.parallelize import last_gradient, parallelize, weights_of
     from qa.model.pretrained import load_config, load_model, load_tokenizer, write_checkpoint_files
     from qa.run import hub
     from qa.run.checkpoint import Checkpoints, Training, check_output_folder, restore
@@ -81,7 +81,7 @@ def fine_tune(settings, ipu_config, stop, spans):
         weights = weights_of(load_model(settings, model_config))
         return evaluation.report(weights, eval_questions, test_questions)
     pipeline = for_packed_rows(pipeline, questions.windows.lengths, settings)
-    rows = TrainingRows.of_run(settings, pipeline.config, model_config, questions.windows)
+    rows = TrainingRows.of_run(settings, pipeline.config, row_kind(model_config), questions.windows)
     print(describe_rows(rows, len(questions.examples), settings, pipeline.config))
 
     # 3. From the beginning, or from a checkpoint of a run that was stopped.
@@ -103,7 +103,7 @@ def fine_tune(settings, ipu_config, stop, spans):
     optimizer = make_optimizer(model, settings, pipeline.config)
     schedule = make_schedule(optimizer, settings, rows.total_steps, steps_done=step)
     options = training_options(pipeline.config, settings, seed=settings.seed,
-                               watched=LAST_GRADIENT, watch=settings.watch_gradients)
+                               watched=last_gradient(model), watch=settings.watch_gradients)
     training_model = poptorch.trainingModel(model, options, optimizer)
     with stop.killable(), spans("compile"):
         training_model.compile(**rows.first_batch())

@@ -48,6 +48,26 @@ def check_train(settings: Any) -> None:
                          "from: add --eval_steps or --evaluate_every_epoch")
 
 
+def check_clipping(settings: Any, ipu_config: Any) -> None:
+    """Raise UsageError for a --max_grad_norm that an IPU could not keep, or not exactly.
+
+    Of PopTorch's optimizers, LAMB takes no max_grad_norm (python/optim.py). PopART computes the
+    norm in the type of the gradient that goes into the moments. It casts a float16 gradient to
+    float32 only if both moments are float32 (popart, patterns/adamdecompose.cpp); in float16 a sum
+    of squares beyond 65,504 would overflow.
+    """
+    clips = f"{settings.source('max_grad_norm')} {settings.max_grad_norm}"
+    if settings.max_grad_norm is None:
+        return
+    if settings.optimizer == "lamb":
+        raise UsageError(f"{clips}: PopTorch's LAMB has no clipping; use --optimizer adamw")
+    if settings.precision == "float16" and ipu_config.enable_half_first_order_momentum:
+        raise UsageError(
+            f"{clips}: with {ipu_config.source('enable_half_first_order_momentum')} an IPU would "
+            "compute the norm in float16, where it overflows; add "
+            "--enable_half_first_order_momentum false")
+
+
 def _check_data(settings: Any) -> None:
     source = settings.source
     for name in ("train_file", "validation_file", "test_file"):
@@ -114,12 +134,8 @@ def read_text(path: str) -> str:
     return text
 
 
-def check_row_length(settings: Any, model_config: Any) -> None:
-    """Raise UsageError unless the model has positions for a window of max_seq_length tokens.
-
-    RoBERTa counts positions from padding_idx + 1.
-    """
-    most = model_config.max_position_embeddings - model_config.pad_token_id - 1
+def check_row_length(settings: Any, most: int) -> None:
+    """Raise UsageError unless the model's `most` positions suffice for max_seq_length tokens."""
     if settings.max_seq_length > most:
         raise UsageError(
             f"{settings.source('max_seq_length')} {settings.max_seq_length}: "

@@ -24,7 +24,7 @@ from ipu_options.config import (
 from ipu_options.errors import UsageError
 from ipu_options.files import read_json_object, write_json
 from ipu_options.flags import Layer, Parser, Settings, add_flags, did_you_mean, flag, make_settings
-from qa.checks import check_infer, check_train, read_text
+from qa.checks import check_clipping, check_infer, check_train, read_text
 
 log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
@@ -34,7 +34,8 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial
 # The settings that a resumed run must share with the run that it continues, besides those of its
 # data and its batches.
 MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay",
-              "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision")
+              "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision",
+              "max_grad_norm")
 # The settings that qa_settings.json keeps beside a checkpoint, for answering questions with it.
 QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length",
                "version_2_with_negative", "null_score_diff_threshold", "precision",
@@ -53,7 +54,6 @@ HINTS = {
     "eval_strategy": "evaluate with --eval_steps N or --evaluate_every_epoch",
     "save_strategy": "save with --save_steps N",
     "logging_dir": "the log is log.jsonl in the output folder",
-    "max_grad_norm": "gradients are not clipped, as in the published recipe for IPUs",
     "use_fast_tokenizer": "the tokenizer is always a fast one",
     "use_auth_token": "the hub's token is --hub_token here",
     "lr_scheduler": "the schedule is --lr_scheduler_type here",
@@ -65,7 +65,8 @@ class ModelSettings(Settings):
     """Which model, and how its answers are read off."""
 
     model_name_or_path: str = flag(
-        "roberta-base", "checkpoint of RoBERTa's family: a local folder or a name on the hub")
+        "roberta-base", "checkpoint of a RoBERTa, XLM-RoBERTa, CamemBERT, BERT, DistilBERT or "
+        "ELECTRA: a local folder or a name on the hub")
     model_revision: str = flag("main", "branch, tag or commit of a checkpoint on the hub")
     tokenizer_name: Optional[str] = flag(None, "tokenizer (default: the checkpoint's own)")
     precision: str = flag(
@@ -149,6 +150,9 @@ class TrainingSettings(Settings):
     adam_beta2: float = flag(0.999, "decay of the second moment", min=0, below=1)
     adam_epsilon: float = flag(
         1e-8, "term added to the denominator, which keeps the update finite", above=0)
+    max_grad_norm: Optional[float] = flag(
+        None, "clip the gradient of an update to this norm (default: it is not clipped; 1 is "
+        "run_qa's default)", type=float, above=0)
     loss_scaling: float = flag(
         64.0, "factor on the loss that prevents underflow of float16 gradients", above=0)
     on_nonfinite: str = flag(
@@ -241,7 +245,7 @@ class InferSettings(QuestionSettings, ModelSettings, RunSettings):
 
 def parse_train(
     argv: Optional[Sequence[str]] = None, *more: type, program: str = "train.py",
-    description: str = ("Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, "
+    description: str = ("Fine-tune an encoder for extractive question answering on Graphcore IPUs, "
                         "or on this host."),
 ) -> Tuple[Any, ...]:
     """Return (TrainSettings, IPUConfig, one instance per dataclass in `more`).
@@ -264,6 +268,7 @@ def parse_train(
     settings.output_dir = settings.output_dir or f"output/{settings.config}"
     settings.pod_type = available_pod(settings.pod_type)
     check_train(settings)
+    check_clipping(settings, ipu_config)
     if settings.synthetic_data:  # such a run is only timed
         settings.save_steps, settings.evaluate_every_epoch, settings.eval_steps = None, False, None
     check_offline(settings, ipu_config.for_pod(settings.pod_type))

@@ -17,7 +17,7 @@ from qa.answers.inference import InferencePipeline
 from qa.answers.metrics import squad_metrics
 from qa.data.windows import Questions, Windows
 from qa.model.parallelize import set_weights
-from qa.model.roberta import RobertaForSpans
+from qa.model.roberta import model_class
 from qa.settings import TrainSettings
 
 
@@ -31,7 +31,8 @@ class Evaluation:
     def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline,
                  spans: Spans):
         self.settings, self.spans = settings, spans
-        self.pipeline = InferencePipeline(RobertaForSpans(model_config), pipeline, settings)
+        model = model_class(model_config)(model_config)
+        self.pipeline = InferencePipeline(model, pipeline, settings)
 
     def compile(self, windows: Windows) -> None:
         """Compile the inference pipeline without running it. windows: any, for their shapes."""

@@ -11,8 +11,9 @@ from ipu_options.options import inference_options
 from qa.answers.spans import AnswerFinder
 from qa.data.loader import open_loader
 from qa.data.rows import InferenceRows
+from qa.model.families import row_kind
 from qa.model.parallelize import parallelize
-from qa.model.roberta import RobertaForSpans
+from qa.model.roberta import ForSpans
 
 # Below this number of rows, making them in this process takes less time than starting a worker
 # process, which has to import torch.
@@ -28,7 +29,7 @@ class InferencePipeline:
     RunSettings, and eval_micro_batch_size.
     """
 
-    def __init__(self, model: RobertaForSpans, pipeline: Pipeline, settings):
+    def __init__(self, model: ForSpans, pipeline: Pipeline, settings):
         self.model, self.settings = model, settings
         config = pipeline.config
         parallelize(model, pipeline.layout, recompute_checkpoint_every_layer=False,
@@ -70,8 +71,7 @@ class InferencePipeline:
     def _rows(self, windows) -> InferenceRows:
         return InferenceRows(windows, row_length=self.settings.max_seq_length,
                              max_windows_per_row=self.settings.row_capacity(),
-                             pad_token_id=self.model.config.pad_token_id,
-                             rows_per_step=self.rows_per_step)
+                             rows_per_step=self.rows_per_step, **row_kind(self.model.config))
 
 
 def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,

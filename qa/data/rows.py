@@ -4,8 +4,10 @@ Packed and unpacked rows have the same format. A row of S tokens with slots for 
 dictionary of
     input_ids        int32 [S]    the tokens of the windows, one window after another, then padding
     position_ids     int32 [S]    padding_idx + 1, padding_idx + 2, ... in each window, as in
-                                  RoBERTa; padding_idx on padding
+                                  RoBERTa, or 0, 1, ..., as in BERT; padding_idx or 0 on padding
     window_ids       int32 [S]    the slot, 1..K, of the window a token belongs to; 0 on padding
+for models that tell the two texts of a window apart by more than one token type,
+    token_type_ids   int32 [S]    1 from the window's second text on; 0 before it and on padding
 and, for training,
     start_positions  int32 [K]    index in the row of each window's first answer token
     end_positions    int32 [K]    index in the row of each window's last answer token
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy
 import torch
@@ -39,13 +41,16 @@ def _by_length(lengths: numpy.ndarray) -> numpy.ndarray:
 class _RowWriter:
     """Writes windows into the numpy arrays of a batch of rows."""
 
-    def __init__(self, windows, rows: int, row_length: int, pad_token_id: int):
+    def __init__(self, windows, rows: int, row_length: int, pad_token_id: int,
+                 first_position: Optional[int], token_types: Optional[bool]):
         self.windows = windows
-        self.positions = numpy.arange(pad_token_id + 1, pad_token_id + 1 + row_length,
-                                      dtype=numpy.int32)
+        first = pad_token_id + 1 if first_position is None else first_position
+        self.positions = numpy.arange(first, first + row_length, dtype=numpy.int32)
         self.input_ids = numpy.full((rows, row_length), pad_token_id, numpy.int32)
-        self.position_ids = numpy.full((rows, row_length), pad_token_id, numpy.int32)
+        self.position_ids = numpy.full((rows, row_length), max(first - 1, 0), numpy.int32)
         self.window_ids = numpy.zeros((rows, row_length), numpy.int32)
+        self.token_type_ids = (numpy.zeros((rows, row_length), numpy.int32)
+                               if token_types and windows.second_text is not None else None)
 
     def write(self, row: int, chosen: numpy.ndarray, starts: numpy.ndarray) -> None:
         """Write the windows `chosen` into row `row`, with the window ids 1, 2, ...
@@ -60,12 +65,15 @@ class _RowWriter:
             input_ids[start:end] = tokens
             position_ids[start:end] = self.positions[:len(tokens)]
             window_ids[start:end] = number
+            if self.token_type_ids is not None:
+                self.token_type_ids[row, start + self.windows.second_text[window]:end] = 1
 
     def tensors(self) -> dict:
         """Return the arrays as tensors [rows, row_length] by name, sharing their memory."""
-        return {
-            name: torch.from_numpy(getattr(self, name))
-            for name in ("input_ids", "position_ids", "window_ids")}
+        arrays = {name: getattr(self, name)
+                  for name in ("input_ids", "position_ids", "window_ids", "token_type_ids")}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()
+                if array is not None}
 
 
 class _EpochOrder(NamedTuple):
@@ -106,20 +114,23 @@ class TrainingRows(_Rows):
 
     windows: qa.data.windows.Windows with labels. row_length: tokens of a row. max_windows_per_row:
     its slots, 1 for unpacked rows. epochs: may be fractional. max_steps: overrides `epochs` if
-    positive. first_step: how many steps of the run have been done already.
+    positive. first_step: how many steps of the run have been done already. first_position: that of
+    a window's first token (default: pad_token_id + 1). token_types: whether the model has several
+    token types; the rows have them if the windows have them, too.
 
     Pickling keeps only the arguments: each worker of a loader repeats the packing and the shuffle.
     """
 
     def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int,
                  micro_batch_size: int, micro_batches_per_update: int, updates_per_step: int = 1,
-                 epochs: float = 1.0, max_steps: int = -1, seed: int = 0, first_step: int = 0):
+                 epochs: float = 1.0, max_steps: int = -1, seed: int = 0, first_step: int = 0,
+                 first_position: Optional[int] = None, token_types: Optional[bool] = None):
         self.arguments = {
             name: value for name, value in locals().items()
             if name not in ("self", "windows", "first_step")}
         self.windows = windows
         self._row_length, self._room = row_length, max_windows_per_row
-        self._pad_token_id, self._seed = pad_token_id, seed
+        self._tokens, self._seed = (pad_token_id, first_position, token_types), seed
         self._micro_batches, self._updates_per_step = micro_batches_per_update, updates_per_step
         self._rows_per_update = micro_batches_per_update * micro_batch_size
         self.rows_per_step = updates_per_step * self._rows_per_update
@@ -134,16 +145,17 @@ class TrainingRows(_Rows):
         self._order = self._shuffle(first_step // self.steps_per_epoch)
 
     @classmethod
-    def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, model_config,
+    def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, row_kind: dict,
                windows) -> "TrainingRows":
         """Return the rows of a run with these settings.
 
-        ipu_config: that of the training pipeline, with the values for the whole pod. windows:
+        ipu_config: that of the training pipeline, with the values for the whole pod. row_kind: the
+        arguments pad_token_id, first_position and token_types, as the model needs them. windows:
         qa.data.windows.Windows with labels.
         """
         return cls(
             windows, row_length=settings.max_seq_length,
-            max_windows_per_row=settings.row_capacity(), pad_token_id=model_config.pad_token_id,
+            max_windows_per_row=settings.row_capacity(), **row_kind,
             micro_batch_size=settings.micro_batch_size,
             micro_batches_per_update=ipu_config.gradient_accumulation_steps *
             ipu_config.replication_factor, updates_per_step=ipu_config.device_iterations,
@@ -173,7 +185,7 @@ class TrainingRows(_Rows):
 
         torch's DataLoader (torch >= 2.0) calls this method and gives the batch to `collate`.
         """
-        writer = _RowWriter(self.windows, len(indices), self._row_length, self._pad_token_id)
+        writer = _RowWriter(self.windows, len(indices), self._row_length, *self._tokens)
         start_positions = numpy.zeros((len(indices), self._room), numpy.int32)
         end_positions = numpy.zeros((len(indices), self._room), numpy.int32)
         loss_weights = numpy.zeros((len(indices), self._room), numpy.float32)
@@ -235,15 +247,17 @@ class InferenceRows(_Rows):
     later rows are still to come. The last combined batch is filled up with empty rows.
 
     windows: qa.data.windows.Windows. row_length: tokens of a row. max_windows_per_row: its slots, 1
-    for unpacked rows. rows_per_step: rows of a combined batch. Pickling keeps only the arguments.
+    for unpacked rows. rows_per_step: rows of a combined batch. first_position, token_types: see
+    TrainingRows. Pickling keeps only the arguments.
     """
 
     def __init__(self, windows, *, row_length: int, max_windows_per_row: int, pad_token_id: int,
-                 rows_per_step: int):
+                 rows_per_step: int, first_position: Optional[int] = None,
+                 token_types: Optional[bool] = None):
         self._arguments = {
             name: value for name, value in locals().items() if name not in ("self", "windows")}
         self.windows = windows
-        self._row_length, self._pad_token_id = row_length, pad_token_id
+        self._row_length, self._tokens = row_length, (pad_token_id, first_position, token_types)
         row_slots, slot_start, window_of_slot = [numpy.zeros(1, numpy.int32)], [], []
         for first in range(0, len(windows), _BLOCK):
             lengths = windows.lengths[first:first + _BLOCK]
@@ -268,7 +282,7 @@ class InferenceRows(_Rows):
 
         torch's DataLoader (torch >= 2.0) calls this method and gives the batch to `collate`.
         """
-        writer = _RowWriter(self.windows, len(indices), self._row_length, self._pad_token_id)
+        writer = _RowWriter(self.windows, len(indices), self._row_length, *self._tokens)
         for place, index in enumerate(indices):
             writer.write(place, *self._windows_of(index))
         return writer.tensors()

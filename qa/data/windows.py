@@ -57,7 +57,7 @@ class _Recipe(NamedTuple):
 
     before, between, after: the ids of the special tokens around the two texts. labels, offsets:
     whether the windows get these columns. cut_long_questions: whether a question that is too long
-    is shortened; otherwise it is an error.
+    is shortened; otherwise it is an error. token_types: whether the two texts have different ones.
     """
 
     tokenizer: Tokenizer
@@ -71,6 +71,12 @@ class _Recipe(NamedTuple):
     labels: bool
     offsets: bool
     cut_long_questions: bool
+    token_types: bool
+
+    @property
+    def key(self):
+        """What the windows depend on besides the tokenizer's definition and the examples."""
+        return self[1:] if self.token_types else self[1:-1]  # older windows stay as they are
 
     @property
     def room(self):
@@ -88,6 +94,8 @@ class _Recipe(NamedTuple):
         columns = {
             "input_ids": pa.list_(pa.from_numpy_dtype(self.token_type)), "example": pa.int32(),
             "cls_position": pa.int16(), "context_start": pa.int16()}
+        if self.token_types:
+            columns["second_text"] = pa.int16()
         if self.labels:
             columns.update(start_position=pa.int16(), end_position=pa.int16())
         if self.offsets:
@@ -166,6 +174,8 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
         example            index in `examples`
         cls_position       index of the CLS token in input_ids
         context_start      index of the first context token in input_ids
+    with a tokenizer that gives the two texts different token types, 0 and 1
+        second_text        index of the second text's first token in input_ids
     with `labels`
         start_position     indices of the labels in input_ids, as defined at the top of this file
         end_position
@@ -186,7 +196,7 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
     recipe = _recipe(tokenizer, max_seq_length=max_seq_length, doc_stride=doc_stride, labels=labels,
                      offsets=offsets, on_bad_row=on_bad_row)
     fingerprint = datasets.fingerprint.Hasher.hash(
-        (_VERSION, examples._fingerprint, recipe.tokenizer.to_str(), recipe[1:]))
+        (_VERSION, examples._fingerprint, recipe.tokenizer.to_str(), recipe.key))
     make = partial(
         examples.with_format("arrow").map, partial(_windows_of_batch, recipe=recipe),
         with_indices=True, batched=True, remove_columns=examples.column_names, num_proc=num_proc,
@@ -300,11 +310,23 @@ def _frame(tokenizer, name: str) -> Tuple[Tokenizer, List[int], List[int], List[
     return (backend, *special)
 
 
+def _token_types(tokenizer, backend: Tokenizer) -> bool:
+    """Return whether a model gets the token types 0 and 1 for the two texts of a pair.
+
+    backend: its Rust tokenizer without padding. If so, the special tokens before the second text
+    have type 0 and those after it type 1, as in BERT's template. A tokenizer may make them for a
+    model that has only one type.
+    """
+    return ("token_type_ids" in tokenizer.model_input_names
+            and 1 in backend.encode("a", "b").type_ids)
+
+
 def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_row):
     """Return the _Recipe for these settings. Raises UsageError as `make_windows` does."""
-    recipe = _Recipe(*_frame(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__),
-                     tokenizer.cls_token_id, tokenizer.padding_side == "left", max_seq_length,
-                     doc_stride, labels, offsets, on_bad_row == "skip")
+    frame = _frame(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__)
+    recipe = _Recipe(*frame, tokenizer.cls_token_id, tokenizer.padding_side == "left",
+                     max_seq_length, doc_stride, labels, offsets, on_bad_row == "skip",
+                     _token_types(tokenizer, frame[0]))
     if max_seq_length > numpy.iinfo(numpy.int16).max:
         raise UsageError(
             f"--max_seq_length {max_seq_length} is too long: "
@@ -349,13 +371,13 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
     begin, end = begin + context_first[example], end + context_first[example]
 
     texts = (first[example], question_length[example]), (begin, end - begin)
-    input_ids, lists, context_start = _assemble(ids, texts, recipe)
+    input_ids, lists, context_start, second_text = _assemble(ids, texts, recipe)
     cls_position = _first_of_each_list(input_ids == recipe.cls_token_id, lists)
     columns = {
         "input_ids": pa.ListArray.from_arrays(lists, input_ids),
         "example": numpy.array(indices)[example],
         "cls_position": cls_position,
-        "context_start": context_start}
+        "context_start": context_start, "second_text": second_text}
     if recipe.labels or recipe.offsets:
         characters = _context_characters(encodings[len(questions):])
         context_tokens = begin - length[:len(questions)].sum(), end - length[:len(questions)].sum()
@@ -414,8 +436,8 @@ def _assemble(ids, texts, recipe):
     ids: the tokens of all texts. texts: two pairs, for the question and for the slice of the
     context, of (its first token's index in ids [windows], its length [windows]).
 
-    Returns the tokens of all windows, where each window begins in them [windows + 1], and the index
-    of the first context token in each window [windows].
+    Returns the tokens of all windows, where each window begins in them [windows + 1], and the
+    indices in each window of the first token of the context and of the second text [windows].
     """
     pool = numpy.concatenate([
         ids, numpy.array(recipe.before + recipe.between + recipe.after, ids.dtype)])
@@ -429,8 +451,9 @@ def _assemble(ids, texts, recipe):
             segments.append(text)
     first, length = (numpy.stack(parts, axis=1) for parts in zip(*segments))
     taken, begins = _ranges(first.ravel(), length.ravel())
-    context_start = length[:, :1 if recipe.context_first else 3].sum(axis=1)
-    return pool[taken], begins[::len(segments)], context_start
+    first_text, second_text = length[:, :1].sum(axis=1), length[:, :3].sum(axis=1)
+    context_start = first_text if recipe.context_first else second_text
+    return pool[taken], begins[::len(segments)], context_start, second_text
 
 
 def _first_of_each_list(mask, lists):
@@ -506,8 +529,9 @@ class Windows:
     source: the result of `make_windows`, a memory-mapped Arrow file, or a table in memory. Token
     ids and character offsets are views of it.
 
-    Attributes, int32 [windows] each: lengths (in tokens), example, cls_position, context_start, and
-    start_position and end_position (None without labels). `make_windows` defines them.
+    Attributes, int32 [windows] each: lengths (in tokens), example, cls_position, context_start,
+    second_text (None without token types), and start_position and end_position (None without
+    labels). `make_windows` defines them.
 
     Pickling stores a memory-mapped source by the name of its file, so that the worker processes of
     a loader open the file again instead of receiving a copy.
@@ -521,7 +545,8 @@ class Windows:
         self._tokens = _Lists(table["input_ids"])
         self._characters = _Lists(table["offsets"]) if "offsets" in table.column_names else None
         self.lengths = self._tokens.lengths
-        for name in ("example", "cls_position", "context_start", "start_position", "end_position"):
+        for name in ("example", "cls_position", "context_start", "second_text", "start_position",
+                     "end_position"):
             setattr(self, name, table[name].to_numpy().astype(numpy.int32)
                     if name in table.column_names else None)
 

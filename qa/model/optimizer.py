@@ -23,6 +23,18 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
     the model's own type (float16 for a half model). Moments are float32; with
     enable_half_first_order_momentum the first is float16.
 
+    With max_grad_norm, the gradient of all weights is scaled so that its norm is at most that, as
+    by torch.nn.utils.clip_grad_norm_. It is the mean gradient of the whole update: PopART clips
+    what goes into the moments (transforms/clipweightgradientsbynorm.cpp, getGrads), after the
+    gradient was accumulated, reduced over the replicas and freed of the loss scaling
+    (patterns/adamdecompose.cpp, AdamDecompose::apply). The sums of squares of all pipeline stages
+    meet on one IPU, from which the factor goes back to the others (copyToSameVGraph); a replica
+    that holds a shard of the optimizer's state adds up those of all shards (op/reducesumsquare.cpp,
+    configureForReplicatedTensorSharding). Unlike torch, PopART adds no 1e-6 to the norm.
+    accumulateOuterFragmentSettings.schedule must not be Serial; with the one that
+    ipu_options/options.py sets, PopART tests clipping in a pipeline with accumulation
+    (tests/integration/clip_by_norm_test.py, test_pipelined).
+
     Weight decay, betas and epsilon never change and are marked as constants, so that PopART can
     compile them in (popart, popx/op/adamupdaterx.cpp). PopTorch takes every argument that is given
     for a variable (python/optim.py, _parseArgs).
@@ -33,11 +45,12 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
               {"params": others, "weight_decay": 0.0}]
     kind = {"adamw": poptorch.optim.AdamW, "lamb": poptorch.optim.LAMB}[settings.optimizer]
     half_first_moment = ipu_config.enable_half_first_order_momentum
+    clipping = {"max_grad_norm": settings.max_grad_norm} if settings.max_grad_norm else {}
     optimizer = kind(
         groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon, loss_scaling=settings.loss_scaling, accum_type=decayed[0].dtype,
         first_order_momentum_accum_type=torch.float16 if half_first_moment else torch.float32,
-        second_order_momentum_accum_type=torch.float32)
+        second_order_momentum_accum_type=torch.float32, **clipping)
     for name in ("weight_decay", "betas", "eps"):
         optimizer.variable_attrs.markAsConstant(name)
     return optimizer

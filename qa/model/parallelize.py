@@ -13,12 +13,9 @@ from torch import nn
 from ipu_options import poptorch
 from ipu_options.errors import UsageError
 from ipu_options.layout import Layout
-from qa.model.roberta import RobertaForSpans
+from qa.model.roberta import ForSpans
 
-# The parameter whose gradient is computed last in a backward pass. A value that is not finite
-# anywhere in the pass makes this gradient not finite, too.
-LAST_GRADIENT = "roberta.embeddings.LayerNorm.bias"
-WORD_EMBEDDING = "roberta.embeddings.word_embeddings."
+WORD_EMBEDDING = "embeddings.word_embeddings."  # in the names of parameters, behind the encoder's
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Block:
     module: nn.Module
 
 
-def parallelize(model: RobertaForSpans, layout: Layout, *,
+def parallelize(model: ForSpans, layout: Layout, *,
                 recompute_checkpoint_every_layer: bool = True,
                 embedding_serialization_factor: int = 1) -> List[Block]:
     """Place each block of `model` on its IPU; returns the blocks in the order of execution.
@@ -52,12 +49,14 @@ def parallelize(model: RobertaForSpans, layout: Layout, *,
     is for a model with another number of layers.
     """
     deparallelize(model)
-    embeddings = model.roberta.embeddings
+    embeddings = model.base_model.embeddings
     if embedding_serialization_factor > 1:
         embeddings.word_embeddings = SerializedEmbedding(
             embeddings.word_embeddings,
             part_sizes(embeddings.word_embeddings.num_embeddings, embedding_serialization_factor,
-                       embeddings.position_embeddings.num_embeddings))
+                       *(each.num_embeddings for each in embeddings.children()
+                         if isinstance(each, nn.Embedding)
+                         and each is not embeddings.word_embeddings)))
     parts, places = _parts(model), layout.blocks()
     if len(parts) != len(places):
         raise ValueError(f"the layout has {len(places)} blocks, the model has {len(parts)}")
@@ -75,14 +74,14 @@ def parallelize(model: RobertaForSpans, layout: Layout, *,
     return blocks
 
 
-def deparallelize(model: RobertaForSpans) -> None:
+def deparallelize(model: ForSpans) -> None:
     """Remove all that `parallelize` has added; does nothing to a model without annotations."""
     for handle in model.__dict__.pop("annotation_handles", []):
         handle.remove()
     poptorch.removeBlocks(model)
-    for layer in model.roberta.encoder.layer:
+    for layer in model.layers:
         layer.stage = 0
-    embeddings = model.roberta.embeddings
+    embeddings = model.base_model.embeddings
     if isinstance(embeddings.word_embeddings, SerializedEmbedding):
         embeddings.word_embeddings = embeddings.word_embeddings.to_embedding()
 
@@ -122,10 +121,10 @@ class SerializedEmbedding(nn.Module):
                                             freeze=False)
 
 
-def part_sizes(rows: int, parts: int, other: int) -> List[int]:
+def part_sizes(rows: int, parts: int, *others: int) -> List[int]:
     """Return the number of rows of each part of an embedding of `rows` rows: nearly equal numbers.
 
-    They all differ, and none is `other`, the number of rows of another embedding in the same block.
+    They all differ, and none is in `others`, the numbers of rows of other embeddings in the block.
     PopTorch joins all gathers of a block whose data and indices have the same shapes to a single
     one over the concatenated data (poptorch/source/GNNOptimizations.cpp, groupGatherNodes and
     dispatch), so that parts of equal sizes would be one embedding again, and so would their
@@ -134,14 +133,22 @@ def part_sizes(rows: int, parts: int, other: int) -> List[int]:
     for first in range((rows - parts * (parts - 1) // 2) // parts, 0, -1):
         sizes = list(range(first, first + parts - 1))
         sizes.append(rows - sum(sizes))
-        if other not in sizes:
+        if not {*others} & {*sizes}:
             return sizes
     raise UsageError(
         f"--embedding_serialization_factor {parts}: an embedding of {rows} rows cannot be divided "
         "into so many parts of different sizes; use fewer")
 
 
-def weights_of(model: RobertaForSpans) -> Dict[str, torch.Tensor]:
+def last_gradient(model: ForSpans) -> str:
+    """Return the name of the parameter whose gradient is computed last in a backward pass.
+
+    A value that is not finite anywhere in the pass makes this gradient not finite, too.
+    """
+    return f"{model.base_model_prefix}.embeddings.LayerNorm.bias"
+
+
+def weights_of(model: ForSpans) -> Dict[str, torch.Tensor]:
     """Return the model's state_dict under Hugging Face's names.
 
     The parts of a serialised word embedding are joined to one tensor. This is a function and not a
@@ -150,7 +157,7 @@ def weights_of(model: RobertaForSpans) -> Dict[str, torch.Tensor]:
     return join_parts(model.state_dict())
 
 
-def set_weights(model: RobertaForSpans, weights: Dict[str, torch.Tensor]) -> None:
+def set_weights(model: ForSpans, weights: Dict[str, torch.Tensor]) -> None:
     """Load weights that `weights_of` returned, also for another number of embedding parts.
 
     Raises RuntimeError, as load_state_dict does, for weights of another model.
@@ -183,7 +190,7 @@ def join_parts(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 def split_parts(model: nn.Module, tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Return what `join_parts` returned, divided as the word embedding of `model` is."""
     sizes = [parameter.shape[0] for name, parameter in model.named_parameters()
-             if name.startswith(WORD_EMBEDDING + "parts.")]
+             if WORD_EMBEDDING + "parts." in name]
     divided = dict(tensors)
     for name in tensors:
         if sizes and name.endswith(WORD_EMBEDDING + "weight"):
@@ -194,10 +201,10 @@ def split_parts(model: nn.Module, tensors: Dict[str, torch.Tensor]) -> Dict[str,
     return divided
 
 
-def _parts(model: RobertaForSpans) -> List[Tuple[str, nn.Module]]:
+def _parts(model: ForSpans) -> List[Tuple[str, nn.Module]]:
     """Return (kind, module) of each block in the order of execution, that of Layout.blocks()."""
-    return [("embedding", model.roberta.embeddings),
-            *(("layer", layer) for layer in model.roberta.encoder.layer),
+    return [("embedding", model.base_model.embeddings),
+            *(("layer", layer) for layer in model.layers),
             ("head", model.qa_outputs)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from ipu_options.config import IPUConfig
@@ -14,17 +15,10 @@ from ipu_options.errors import RunError, UsageError, first_line
 from ipu_options.flags import Settings
 from qa.checks import check_row_length
 from qa.data.windows import check_tokenizer
+from qa.model.families import SIZES, family_of, first_position
 from qa.model.parallelize import weights_of
-from qa.model.roberta import RobertaForSpans
+from qa.model.roberta import ForSpans, model_class
 from qa.settings import TrainSettings, write_qa_settings
-
-# The model types that share RoBERTa's parameters, with the prefix of their classes in transformers.
-# distilroberta has the type "roberta".
-FAMILY = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
-_SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
-          "intermediate_size": 1, "max_position_embeddings": 1, "type_vocab_size": 1,
-          "pad_token_id": 0}  # fields of config.json that are whole numbers, and the least of each
-_NUMBERS = ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 def load_config(settings: Settings):
@@ -36,15 +30,13 @@ def load_config(settings: Settings):
     """
     name, source = settings.model_name_or_path, settings.source("model_name_or_path")
     config = _fetch(AutoConfig, settings, name)
-    if config.model_type not in FAMILY:
-        raise UsageError(f"{source} {name} is a {config.model_type} model; this program fine-tunes "
-                         f"RoBERTa's family: {', '.join(FAMILY)}")
-    for field, least in _SIZES.items():
-        size = getattr(config, field, None)
+    family = family_of(config, f"{source} {name}")
+    for field in family.sizes:
+        size, least = getattr(config, field, None), SIZES.get(field, 1)
         if type(size) is not int or size < least:
             raise UsageError(f"{source} {name}: {field} is {size!r} in its config.json; it should "
                              f"be a whole number from {least} on")
-    for field in _NUMBERS:
+    for field in family.fractions:
         number = getattr(config, field, 0.0)
         if type(number) not in (int, float) or not 0 <= number < 1:
             raise UsageError(f"{source} {name}: {field} is {number!r} in its config.json; it "
@@ -52,7 +44,7 @@ def load_config(settings: Settings):
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         raise UsageError(f"{source} {name} has {config.position_embedding_type} positions; "
                          "only absolute ones are built")
-    check_row_length(settings, config)
+    check_row_length(settings, config.max_position_embeddings - first_position(config))
     return config
 
 
@@ -75,7 +67,7 @@ def load_tokenizer(settings: Settings, model_config):
     return tokenizer
 
 
-def load_model(settings: Settings, model_config, folder: Optional[Path] = None) -> RobertaForSpans:
+def load_model(settings: Settings, model_config, folder: Optional[Path] = None) -> ForSpans:
     """Return the model of `folder`, or else of settings.model_name_or_path, in float32.
 
     model_config: the return value of `load_config`. A QA head that the checkpoint lacks is
@@ -83,7 +75,7 @@ def load_model(settings: Settings, model_config, folder: Optional[Path] = None) 
     had or read, or if one of its weights is not finite.
     """
     name, source = str(folder or settings.model_name_or_path), settings.source("model_name_or_path")
-    model, found = _fetch(RobertaForSpans, settings, name, config=model_config,
+    model, found = _fetch(model_class(model_config), settings, name, config=model_config,
                           output_loading_info=True)
     for parameter, weight in model.named_parameters():
         if not weight.isfinite().all():
@@ -94,7 +86,7 @@ def load_model(settings: Settings, model_config, folder: Optional[Path] = None) 
     return model
 
 
-def save_model(model: RobertaForSpans, folder: Union[str, Path]) -> None:
+def save_model(model: ForSpans, folder: Union[str, Path]) -> None:
     """Write config.json and model.safetensors to `folder`.
 
     AutoModelForQuestionAnswering.from_pretrained can read them. Raises OSError, or what safetensors
@@ -104,11 +96,12 @@ def save_model(model: RobertaForSpans, folder: Union[str, Path]) -> None:
     # Older transformers would write the folder that the model was loaded from.
     model.config._name_or_path = ""
     # save_pretrained has written the name of this program's class, unknown to transformers.
-    model.config.architectures = [FAMILY[model.config.model_type] + "ForQuestionAnswering"]
+    kind = model.config.model_type
+    model.config.architectures = [MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES[kind]]
     model.config.save_pretrained(folder)
 
 
-def write_checkpoint_files(model: RobertaForSpans, tokenizer, ipu_config: IPUConfig,
+def write_checkpoint_files(model: ForSpans, tokenizer, ipu_config: IPUConfig,
                            settings: TrainSettings, folder: Union[str, Path]) -> None:
     """Write all that infer.py needs to `folder`.
 

@@ -3,24 +3,31 @@
 The parameters, their names and the saved files are those of Hugging Face's
 RobertaForQuestionAnswering. The forward pass is written out here, because an IPU needs fixed
 shapes, masks made from the row format, and one callable module for each block.
+
+BERT, DistilBERT and ELECTRA run through the same code, which finds their parts by the tables in
+qa/model/families.py.
 """
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Tuple, Union
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any, Dict, Optional, Tuple, Type, Union
 
 import torch
+import transformers
 from torch import nn
-from transformers import RobertaForQuestionAnswering
 
 import ipu_options
 from ipu_options import poptorch
 from ipu_options.ipu_kernels import MASKED, Kernels
+from qa.model.families import ROBERTA, LayerParts, family_of
 
 
 class Embeddings(nn.Module):
     """The sum of word, position and token type embeddings, with LayerNorm and dropout.
 
-    Position ids come from the row format (qa/data/rows.py); the token type is always 0.
+    Position ids and token types come from the row format (qa/data/rows.py). Rows without token
+    types have tokens of type 0; DistilBERT has no token types at all.
     """
 
     def __init__(self, embeddings: nn.Module, kernels: Kernels):
@@ -28,33 +35,39 @@ class Embeddings(nn.Module):
         self.kernels = kernels
         self.word_embeddings = embeddings.word_embeddings
         self.position_embeddings = embeddings.position_embeddings
-        self.token_type_embeddings = embeddings.token_type_embeddings
+        self.token_type_embeddings = getattr(embeddings, "token_type_embeddings", None)
         self.LayerNorm = embeddings.LayerNorm
         self.dropout = embeddings.dropout
         # PopTorch does not support padding_idx. It is not needed: no loss depends on a padding
         # token, so that its gradient is zero anyway.
         self.word_embeddings.padding_idx = self.position_embeddings.padding_idx = None
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings, [B, S, hidden]. input_ids, position_ids: int [B, S]."""
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
+                token_type_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Return the embeddings, [B, S, width]. The arguments are int [B, S]."""
         total = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-        return self.kernels.dropout(self.LayerNorm(total + self.token_type_embeddings.weight[0]),
-                                    self.dropout.p, self.training)
+        if token_type_ids is not None:
+            total = total + self.token_type_embeddings(token_type_ids)
+        elif self.token_type_embeddings is not None:
+            total = total + self.token_type_embeddings.weight[0]
+        return self.kernels.dropout(self.LayerNorm(total), self.dropout.p, self.training)
 
 
 class EncoderLayer(nn.Module):
     """One post-norm transformer layer (Vaswani et al. 2017).
 
     Query, key and value are computed by one matrix multiplication. stage: the pipeline stage of the
-    layer, which qa/model/parallelize.py sets.
+    layer, which qa/model/parallelize.py sets. layer: transformers' own. paths: of its parts in it.
     """
 
     stage = 0
 
-    def __init__(self, layer: nn.Module, heads: int, kernels: Kernels):
+    def __init__(self, layer: nn.Module, paths: LayerParts, heads: int, kernels: Kernels):
         super().__init__()
-        self.attention, self.intermediate, self.output = (layer.attention, layer.intermediate,
-                                                          layer.output)
+        for name, module in layer.named_children():  # under the names of its parameters
+            self.add_module(name, module)
+        # A tuple's modules are not registered once more.
+        self.parts = LayerParts(*(path and attrgetter(path)(layer) for path in paths))
         self.heads, self.kernels = heads, kernels
 
     def forward(self, hidden: torch.Tensor, window_ids: torch.Tensor,
@@ -71,64 +84,83 @@ class EncoderLayer(nn.Module):
         masks = {} if masks is None else masks
         if self.stage not in masks:
             masks[self.stage] = self.kernels.window_mask(window_ids, hidden.dtype)
-        out = self.attention.output
-        mixed = out.dense(self.self_attention(hidden, masks[self.stage]))
-        hidden = out.LayerNorm(hidden + self.kernels.dropout(mixed, out.dropout.p, self.training))
-        inner = self.intermediate.intermediate_act_fn(self.intermediate.dense(hidden))
-        return self.output.LayerNorm(
-            hidden +
-            self.kernels.dropout(self.output.dense(inner), self.output.dropout.p, self.training))
+        parts = self.parts
+        mixed = parts.mixed(self.self_attention(hidden, masks[self.stage]))
+        if parts.mixed_dropout:
+            mixed = self.kernels.dropout(mixed, parts.mixed_dropout.p, self.training)
+        hidden = parts.mixed_norm(hidden + mixed)
+        inner = parts.activation(parts.inner(hidden))
+        return parts.outer_norm(
+            hidden + self.kernels.dropout(parts.outer(inner), parts.outer_dropout.p, self.training))
 
     def self_attention(self, hidden: torch.Tensor, mask: Any) -> torch.Tensor:
         """Return the multi-head attention within windows, [B, S, hidden], before its output layer.
 
         hidden: [B, S, hidden]; mask: of the kernels' window_mask.
         """
-        own = self.attention.self
-        weight = torch.cat((own.query.weight, own.key.weight, own.value.weight))
-        bias = torch.cat((own.query.bias, own.key.bias, own.value.bias))
+        parts = self.parts
+        weight = torch.cat((parts.query.weight, parts.key.weight, parts.value.weight))
+        bias = torch.cat((parts.query.bias, parts.key.bias, parts.value.bias))
         batch, length, width = hidden.shape
         # split becomes slices. unbind would become gathers, which PopTorch joins to a single one
         # over three copies of its input (SliceOps.cpp, unbindHandler; GNNOptimizations.cpp).
         fused = nn.functional.linear(hidden, weight, bias).split(width, dim=-1)
         query, key, value = (part.view(batch, length, self.heads, -1).transpose(1, 2)
                              for part in fused)
-        mixed = self.kernels.attention(query, key, value, mask, own.dropout.p, self.training)
+        mixed = self.kernels.attention(query, key, value, mask, parts.attention_dropout.p,
+                                       self.training)
         return mixed.transpose(1, 2).reshape(batch, length, width)
 
 
-class RobertaForSpans(RobertaForQuestionAnswering):
-    """RobertaForQuestionAnswering over rows of one or several windows.
+class ForSpans:
+    """Makes transformers' model for question answering one over rows of one or several windows.
 
-    qa/data/rows.py describes the row format. kernels: the attention and dropout functions to use;
-    by default those for this machine's PopTorch.
+    It comes before that model's class in the bases of a class, see `model_class`. qa/data/rows.py
+    describes the row format. kernels: the attention and dropout functions to use; by default those
+    for this machine's PopTorch.
     """
 
     def __init__(self, config, kernels: Optional[Kernels] = None):
         super().__init__(config)
-        kernels = kernels or ipu_options.kernels
-        encoder = self.roberta.encoder
-        self.roberta.embeddings = Embeddings(self.roberta.embeddings, kernels)
-        encoder.layer = nn.ModuleList(
-            EncoderLayer(layer, config.num_attention_heads, kernels) for layer in encoder.layer)
+        self.family, self.kernels = family_of(config), kernels or ipu_options.kernels
+        encoder = self.base_model
+        encoder.embeddings = Embeddings(encoder.embeddings, self.kernels)
+        for index, layer in enumerate(self.layers):
+            self.layers[index] = EncoderLayer(layer, self.family.parts, config.num_attention_heads,
+                                              self.kernels)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The encoder layers, in order."""
+        return attrgetter(self.family.layers)(self.base_model)
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, window_ids: torch.Tensor,
         start_positions: Optional[torch.Tensor] = None,
-        end_positions: Optional[torch.Tensor] = None, loss_weights: Optional[torch.Tensor] = None
+        end_positions: Optional[torch.Tensor] = None, loss_weights: Optional[torch.Tensor] = None,
+        token_type_ids: Optional[torch.Tensor] = None
     ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
         """Return the logits, or with labels the loss, of a micro-batch of B rows.
 
         input_ids, position_ids, window_ids: int [B, S]. start_positions, end_positions: int [B, K],
-        the labels of up to K windows in a row. loss_weights: [B, K].
+        the labels of up to K windows in a row. loss_weights: [B, K]. token_type_ids: int [B, S], of
+        models with several token types; last, so that other models' arguments are as without it.
+        PopTorch takes arguments that stay None at any place (python/_args_parser.py).
 
         Without labels, returns (start_logits, end_logits), float32 [B, S] each. With labels,
         returns the sum over the windows of loss_weight x (start loss + end loss) / 2, a scalar that
         is marked for PopTorch by identity_loss.
         """
-        hidden, masks = self.roberta.embeddings(input_ids, position_ids), {}
-        for layer in self.roberta.encoder.layer:
+        encoder, masks = self.base_model, {}
+        types = () if token_type_ids is None else (token_type_ids, )
+        hidden = encoder.embeddings(input_ids, position_ids, *types)
+        if self.family.projection and hasattr(encoder, self.family.projection):
+            hidden = getattr(encoder, self.family.projection)(hidden)
+        for layer in self.layers:
             hidden = layer(hidden, window_ids, masks=masks)
+        if self.family.head_dropout:
+            hidden = self.kernels.dropout(hidden, getattr(self.config, self.family.head_dropout),
+                                          self.training)
         logits = self.qa_outputs(hidden).float()
         start_logits, end_logits = logits[:, :, 0], logits[:, :, 1]
         if start_positions is None:
@@ -136,6 +168,21 @@ class RobertaForSpans(RobertaForQuestionAnswering):
         losses = window_losses(start_logits, start_positions, window_ids) + window_losses(
             end_logits, end_positions, window_ids)
         return poptorch.identity_loss((loss_weights * losses).sum() / 2, reduction="none")
+
+
+def model_class(config: Any) -> Type[ForSpans]:
+    """Return the class of the model over rows with this configuration of transformers."""
+    return _with_spans(family_of(config).model)
+
+
+@lru_cache(maxsize=None)
+def _with_spans(name: str) -> Type[ForSpans]:
+    """Return the class with the bases ForSpans and transformers' class of this name."""
+    return type(name.replace("QuestionAnswering", "Spans"),
+                (ForSpans, getattr(transformers, name)), {"__module__": __name__})
+
+
+RobertaForSpans = _with_spans(ROBERTA.model)
 
 
 def window_losses(logits: torch.Tensor, positions: torch.Tensor,

@@ -12,12 +12,12 @@ from ipu_options.layout import make_layout
 from ipu_options.plan.count import CountedBlock, count_blocks, for_micro_batch
 from ipu_options.plan.job import BlockCounter
 from qa.model.parallelize import parallelize
-from qa.model.roberta import RobertaForSpans
+from qa.model.roberta import model_class
 
 
 def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
                  precision: str = "float16") -> BlockCounter:
-    """Return a function that counts the blocks of a RobertaForSpans for given settings.
+    """Return a function that counts the blocks of a model for given settings.
 
     Its signature is count(micro_batch_size, embedding_serialization_factor=1), and it returns the
     CountedBlocks in the order of execution. Rows have `max_seq_length` tokens and room for
@@ -51,7 +51,7 @@ def count_model(model_config, max_seq_length: int, windows_per_row: int, precisi
     arguments.
     """
     with torch.device("meta"):
-        model = RobertaForSpans(model_config, IPU_KERNELS)
+        model = model_class(model_config)(model_config, IPU_KERNELS)
     model = (model.half() if precision == "float16" else model).train()
     layout = make_layout([model_config.num_hidden_layers], model_config.num_hidden_layers)
     blocks = parallelize(model, layout,

@@ -37,10 +37,11 @@ def make_job(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSetti
     loaded.
     """
     from qa.data.packing import packed_accumulation
+    from qa.model.families import first_position
     from qa.planning.counting import make_counter
 
     model_config = planned_model(settings, planning)
-    check_row_length(settings, model_config)
+    check_row_length(settings, model_config.max_position_embeddings - first_position(model_config))
     pipeline = training_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type)
     packed = _packed_windows_per_row(settings, planning)
     windows_per_row = (packed or 1.0) if settings.pack else 1.0

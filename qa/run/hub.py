@@ -119,15 +119,16 @@ def model_card(folder: Union[str, Path], repo_id: str) -> str:
     """Return the model card for the hub, the text of README.md.
 
     It has metadata with the results (YAML), and says how to use the model, which data, settings and
-    layout it was trained with, and with which versions of the packages. The source is run.json and
-    metrics.json in `folder`. Local files are named without their folders. Raises OSError if one of
-    the two cannot be read.
+    layout it was trained with, and with which versions of the packages. The sources are run.json,
+    metrics.json and config.json in `folder`. Local files are named without their folders. Raises
+    OSError if one of the three cannot be read.
     """
     run = json.loads((Path(folder) / "run.json").read_text("utf-8"))
     metrics = {
         name: value
         for name, value in json.loads((Path(folder) / "metrics.json").read_text("utf-8")).items()
         if name not in ("step", "epoch")}
+    model_type = json.loads((Path(folder) / "config.json").read_text("utf-8"))["model_type"]
     settings, layout = run["settings"], run["ipu_config"]
     name = repo_id.split("/")[-1]
     base = settings["model_name_or_path"]
@@ -137,9 +138,9 @@ def model_card(folder: Union[str, Path], repo_id: str) -> str:
         for kind, file in (("training", settings["train_file"]),
                            ("evaluation", settings["validation_file"]))}
     return _CARD.format(
-        metadata=_metadata(name, settings, metrics, None if base_is_local else base),
+        metadata=_metadata(name, model_type, settings, metrics, None if base_is_local else base),
         name=name, repo_id=repo_id,
-        base="A local RoBERTa" if base_is_local else f"[{base}](https://huggingface.co/{base})",
+        base="A local model" if base_is_local else f"[{base}](https://huggingface.co/{base})",
         task="extractive question answering" +
         " with unanswerable questions (SQuAD v2)" * settings["version_2_with_negative"],
         training_data=data["training"], evaluation_data=data["evaluation"],
@@ -155,7 +156,7 @@ def model_card(folder: Union[str, Path], repo_id: str) -> str:
     )
 
 
-def _metadata(name: str, settings: Dict[str, Any], metrics: Dict[str, Any],
+def _metadata(name: str, model_type: str, settings: Dict[str, Any], metrics: Dict[str, Any],
               base_model: Optional[str]) -> str:
     """Return the card's YAML header, which the search and the leaderboards of the hub read."""
     data_set = settings["dataset_name"] if not settings["train_file"] else None
@@ -168,7 +169,7 @@ def _metadata(name: str, settings: Dict[str, Any], metrics: Dict[str, Any],
         for kind, label in (("exact_match", "Exact Match"), ("f1", "F1"))]
     card = ModelCardData(model_name=name, base_model=base_model, datasets=data_set,
                          metrics=["exact_match", "f1"], library_name="transformers",
-                         pipeline_tag="question-answering", tags=["roberta", "ipu", "poptorch"],
+                         pipeline_tag="question-answering", tags=[model_type, "ipu", "poptorch"],
                          eval_results=results)
     return card.to_yaml()
 

@@ -160,6 +160,33 @@ def test_inference_rows_hold_every_window_once(most):
     assert same(pickle.loads(pickle.dumps(rows))[7], rows[7])
 
 
+@pytest.mark.parametrize("rows", ["training", "inference"])
+def test_positions_from_zero_and_token_types_are_of_each_window(rows):
+    """As BERT wants them, by brute force from the windows; RoBERTa's rows lack the types."""
+    windows = SyntheticWindows(numpy.random.default_rng(2).integers(8, 30, 50), seed=5)
+    windows.second_text = windows.context_start
+    own = {tuple(windows.input_ids(i).tolist()): int(windows.second_text[i]) for i in range(50)}
+    bert = dict(first_position=0, token_types=True, pad_token_id=0)
+    made = {"training": training_rows(windows, **bert),
+            "inference": InferenceRows(windows, row_length=64, max_windows_per_row=4,
+                                       rows_per_step=8, **bert)}[rows]
+    seen = 0
+    for row in (made[index] for index in range(len(made))):
+        for number in range(1, int(row["window_ids"].max()) + 1):
+            places = row["window_ids"] == number
+            second = own[tuple(row["input_ids"][places].tolist())]
+            assert row["position_ids"][places].tolist() == list(range(int(places.sum())))
+            assert row["token_type_ids"][places].tolist() == [
+                int(place >= second) for place in range(int(places.sum()))]
+            seen += 1
+        assert not row["position_ids"][row["window_ids"] == 0].any()
+        assert not row["token_type_ids"][row["window_ids"] == 0].any()
+    assert seen >= 50 and same(pickle.loads(pickle.dumps(made))[3], made[3])
+    assert "token_type_ids" not in training_rows(windows)[0]
+    windows.second_text = None
+    assert "token_type_ids" not in training_rows(windows, **bert)[0]
+
+
 def test_packed_accumulation_keeps_the_windows_of_an_update():
     lengths = numpy.full(100, 90)
     factor = windows_per_row(lengths, 384, 8)

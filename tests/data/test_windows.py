@@ -14,9 +14,9 @@ from qa.data.windows import FewQuestions, Windows, make_windows, windows_for_ans
 from qa.settings import InferSettings
 from tests.reference.windows import plain_windows, tokenizer_of
 
-FAMILIES = [("roberta", "right"), ("roberta", "left"), ("bert", "right"), ("xlm-roberta", "right"),
-            ("xlnet", "left")]
-XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad-en" / "validation.json"
+FAMILIES = [("roberta", "right"), ("roberta", "left"), ("bert", "right"), ("bert", "left"),
+            ("xlm-roberta", "right"), ("xlnet", "left")]
+XQUAD = Path(__file__).resolve().parents[3] / "shared" / "data" / "xquad-en" / "validation.json"
 
 
 def examples_of(rows):
@@ -47,6 +47,9 @@ def assert_plain(examples, tokenizer, max_seq_length, doc_stride):
     order, and inside the context.
     """
     windows, crossed = windows_of(examples, tokenizer, max_seq_length, doc_stride), 0
+    # Not of a long pair: the later parts of one have type 1 in spite of a template without it.
+    pair_types = tokenizer("a", "b").get("token_type_ids", [])
+    assert (windows.second_text is not None) == (1 in pair_types)
     plain = plain_windows(examples, tokenizer, max_seq_length, doc_stride)
     assert len(windows) == len(plain)
     for i, expected in enumerate(plain):
@@ -54,6 +57,9 @@ def assert_plain(examples, tokenizer, max_seq_length, doc_stride):
         assert windows.offsets(i).tolist() == expected["offsets"]
         for name in ("example", "cls_position", "context_start"):
             assert getattr(windows, name)[i] == expected[name], name
+        if windows.second_text is not None:
+            second, types = windows.second_text[i], expected["token_type_ids"]
+            assert types == [0] * second + [1] * (len(types) - second)
         labels = expected["start_position"], expected["end_position"]
         if labels[0] > labels[1]:
             crossed += 1

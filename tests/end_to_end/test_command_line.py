@@ -66,6 +66,11 @@ TRAIN = [
     ("--adam_beta1 1", "--adam_beta1 1", "less than 1"),
     ("--adam_beta2 -0.5", "--adam_beta2 -0.5", "at least 0"),
     ("--adam_epsilon 0", "--adam_epsilon 0", "more than 0"),
+    ("--max_grad_norm 0", "--max_grad_norm 0", "more than 0"),
+    ("--max_grad_norm 1 --optimizer lamb", "--max_grad_norm 1.0: PopTorch's LAMB",
+     "--optimizer adamw"),
+    ("--max_grad_norm 1 --enable_half_first_order_momentum", "--max_grad_norm 1.0",
+     "--enable_half_first_order_momentum false"),
     ("--logging_steps 0", "--logging_steps 0", "at least 1"),
     ("--save_steps 0", "--save_steps 0", "at least 1"),
     ("--save_total_limit 0", "--save_total_limit 0", "at least 1"),
@@ -352,7 +357,8 @@ def test_a_single_question_runs_as_one_row_and_a_file_fills_the_pipeline(folder,
 @pytest.mark.parametrize("name", named_configs())
 def test_a_named_configuration_evaluates_on_all_its_ipus_with_a_full_pipeline(name):
     settings, ipu_config = parse_train(["--config", name])
-    layers = 4 if name == "demo" else 24 if "large" in name else 12
+    layers = next((number for part, number in (("demo", 4), ("large", 24), ("distil", 6))
+                   if part in name), 12)
     training, inference = (pipeline(ipu_config, layers, settings.pod_type)
                            for pipeline in (training_pipeline, inference_pipeline))
     used = [made.config.num_ipus() * made.config.replication_factor

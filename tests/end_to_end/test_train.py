@@ -17,6 +17,7 @@ import train
 from ipu_options.errors import run_script
 from qa.data.demo import write_demo
 from tests.run.test_checkpoint import forge
+from tests.tools.families import FAMILIES, losses_of, texts_of, write_model
 from tests.tools.kill_and_resume import differences
 
 SMALL = [
@@ -102,28 +103,50 @@ def test_every_format_trains_the_same_model_and_the_files_are_run_qas(demo, tmp_
         record["versions"]["torch"]) and record["data_fingerprint"]
 
 
-@pytest.mark.slow
-def test_a_float16_model_loads_with_transformers_and_answers_as_infer_does(demo, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert fit(demo / "v1", out, "--num_train_epochs", "2", "--precision", "float16",
-               "--loss_scaling", "64", "--pack") == 0
-    capsys.readouterr()
-    model, tokenizer = (AutoModelForQuestionAnswering.from_pretrained(out).float().eval(),
-                        AutoTokenizer.from_pretrained(out))
-    question = flat(demo / "v1" / "validation.json")[0]
-    assert run(infer, "--checkpoint", out, "--question", question["question"], "--context",
-               question["context"], "--json", "--n_best", "3", "--precision", "float32") == 0
-    answer = json.loads(capsys.readouterr().out)
+def best_span(folder, question):
+    """The best answer by transformers' own model and tokenizer: (first character, end)."""
+    model, tokenizer = (AutoModelForQuestionAnswering.from_pretrained(folder).float().eval(),
+                        AutoTokenizer.from_pretrained(folder))
     encoded = tokenizer(question["question"], question["context"], return_tensors="pt",
                         return_offsets_mapping=True)
     offsets, sequence = encoded.pop("offset_mapping")[0], encoded.sequence_ids(0)
     with torch.no_grad():
         logits = model(**encoded)
     context = [i for i, which in enumerate(sequence) if which == 1]
-    best = max(
-        ((s, e) for s in context for e in context if s <= e < s + 30),
-        key=lambda span: float(logits.start_logits[0, span[0]] + logits.end_logits[0, span[1]]))
-    assert (answer["start"], answer["end"]) == (int(offsets[best[0]][0]), int(offsets[best[1]][1]))
+    scores = {(s, e): float(logits.start_logits[0, s] + logits.end_logits[0, e])
+              for s in context for e in context if s <= e < s + 30}
+    first, last = max(scores, key=scores.get)
+    return int(offsets[first][0]), int(offsets[last][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_learns_packed_and_answers_as_transformers_does(demo, tmp_path, capsys, family):
+    data, out = demo / "v1", tmp_path / "out"
+    write_model(tmp_path / "model", family, texts_of(data / "train.json"))
+    assert run(train, *SMALL, "--model_name_or_path", tmp_path / "model", "--train_file",
+               data / "train.json", "--validation_file", data / "validation.json", "--output_dir",
+               out, "--pack", "--num_train_epochs", "6", "--learning_rate", "3e-3") == 0
+    losses = losses_of(capsys.readouterr().out)
+    assert losses[-1] < 0.7 * losses[0]
+    for question in flat(data / "validation.json")[:2]:
+        assert run(infer, "--checkpoint", out, "--question", question["question"], "--context",
+                   question["context"], "--json") == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert (answer["start"], answer["end"]) == best_span(out, question)
+
+
+@pytest.mark.slow
+def test_a_float16_model_loads_with_transformers_and_answers_as_infer_does(demo, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert fit(demo / "v1", out, "--num_train_epochs", "2", "--precision", "float16",
+               "--loss_scaling", "64", "--pack") == 0
+    capsys.readouterr()
+    question = flat(demo / "v1" / "validation.json")[0]
+    assert run(infer, "--checkpoint", out, "--question", question["question"], "--context",
+               question["context"], "--json", "--n_best", "3", "--precision", "float32") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["start"], answer["end"]) == best_span(out, question)
     assert answer["answer"] == question["context"][answer["start"]:answer["end"]] and len(
         answer["nbest"]) == 3
     assert set(answer) == {"id", "question", "answer", "score", "start", "end", "nbest"}

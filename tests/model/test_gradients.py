@@ -2,14 +2,19 @@
 
 The reference is the gradient of the mean loss of Hugging Face's model, run on each window alone.
 """
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import RobertaConfig, RobertaForQuestionAnswering
 
 from ipu_options import poptorch
+from ipu_options.config import IPUConfig
 from qa.data.loader import collate
 from qa.data.rows import InferenceRows, TrainingRows
+from qa.model.optimizer import make_optimizer
 from qa.model.roberta import RobertaForSpans
+from qa.settings import TrainSettings
 from tests.reference.synthetic_windows import SyntheticWindows
 
 CONFIG = RobertaConfig(vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -97,6 +102,55 @@ def test_gradient_of_a_step_is_that_of_the_mean_loss(model, windows, most, micro
             difference = (before[name] - parameter.detach()) / RATE - expected[name]
             assert difference.norm() <= 1e-5 * max(expected[name].norm(), least), name
     assert len(chosen) < 8 * most
+
+
+@pytest.mark.parametrize("accumulation, replicas", [(4, 1), (2, 2)])
+def test_clipping_is_torchs_over_the_mean_gradient_of_an_update(model, windows, accumulation,
+                                                                replicas):
+    """The weights after some updates are those of clip_grad_norm_ and torch's AdamW.
+
+    The norms that a plain run has lie on both sides of the limit.
+    """
+    # With this epsilon, gradients that are 0 except for rounding move no weight.
+    settings = TrainSettings(learning_rate=1e-2, max_grad_norm=0.5, loss_scaling=64.0,
+                             adam_epsilon=1e-3)
+    arguments = dict(row_length=64, max_windows_per_row=4, pad_token_id=1, micro_batch_size=1,
+                     micro_batches_per_update=accumulation * replicas, seed=1, epochs=2)
+    rows = TrainingRows(windows, **arguments)
+    trained = {}
+    for limit in (settings.max_grad_norm, None):
+        options = poptorch.Options()
+        options.replicationFactor(replicas)
+        options.Training.gradientAccumulation(accumulation)
+        options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
+        mine = RobertaForSpans(CONFIG).train()
+        mine.load_state_dict(model.state_dict())
+        optimizer = make_optimizer(mine, replace(settings, max_grad_norm=limit), IPUConfig())
+        training_model = poptorch.trainingModel(mine, options, optimizer)
+        for step in range(rows.total_steps):
+            first = step * rows.rows_per_step
+            training_model(**rows.__getitems__(range(first, first + rows.rows_per_step)))
+        training_model.copyWeightsToHost()
+        trained[limit] = mine
+
+    plain, norms = plain_model(model), []
+    groups = [{"params": [p for p in plain.parameters() if (p.dim() > 1) == decayed],
+               "weight_decay": settings.weight_decay * decayed} for decayed in (True, False)]
+    reference = torch.optim.AdamW(groups, lr=settings.learning_rate, eps=settings.adam_epsilon)
+    for step in range(rows.total_steps):
+        first = step * rows.rows_per_step
+        chosen = windows_in(rows, range(first, first + rows.rows_per_step), windows)
+        gradients = plain_gradient(plain, windows, chosen)
+        for name, parameter in plain.named_parameters():
+            parameter.grad = gradients[name]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(plain.parameters(),
+                                                          settings.max_grad_norm)))
+        reference.step()
+    assert min(norms) < settings.max_grad_norm < max(norms), norms
+    clipped, free = (torch.cat([(p - plain.get_parameter(name)).flatten()
+                                for name, p in each.named_parameters()]).norm()
+                     for each in (trained[settings.max_grad_norm], trained[None]))
+    assert clipped < 1e-3 * free, (float(clipped), float(free))
 
 
 def test_packing_leaves_a_windows_logits_as_they_are(model, windows):

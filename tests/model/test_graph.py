@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from transformers import RobertaConfig
+from transformers import AutoConfig
 
 from ipu_options.ipu_kernels import IPU_KERNELS, Kernels
 from ipu_options.layout import make_layout
 from qa.model.parallelize import parallelize
-from qa.model.roberta import RobertaForSpans
+from qa.model.roberta import model_class
 
 POPTORCH = json.loads(Path(__file__).with_name("poptorch_operations.json").read_text())
 HANDLED = {name for names in POPTORCH["handlers"].values() for name in names}
@@ -63,29 +63,38 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def graph(windows, training, parts, kernels=IPU_KERNELS, batch=2, length=24):
+# ELECTRA's embedding is 128 wide by default, and projected to the width of the layers.
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+FAMILIES = {
+    "roberta": {**SIZES, "type_vocab_size": 1}, "bert": SIZES, "electra": SIZES,
+    "distilbert": dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32)}
+
+
+def graph(windows, training, parts, kernels=IPU_KERNELS, batch=2, length=24, family="roberta"):
     """{operation: types of its tensors} in a forward pass over rows of `windows` windows."""
-    config = RobertaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                           intermediate_size=32, vocab_size=60, max_position_embeddings=length + 2,
-                           type_vocab_size=1)
-    model = RobertaForSpans(config, kernels).half().train(training)
+    config = AutoConfig.for_model(family, **FAMILIES[family], vocab_size=60,
+                                  max_position_embeddings=length + 2)
+    model = model_class(config)(config, kernels).half().train(training)
     parallelize(model, make_layout([1, 1], 2), embedding_serialization_factor=parts)
     model = model.to("meta")
     tokens = [torch.zeros(batch, length, dtype=torch.int32, device="meta") for _ in range(3)]
     labels = [
         torch.zeros(batch, windows, dtype=kind, device="meta")
         for kind in (torch.int32, torch.int32, torch.float32)]
+    types = {"token_type_ids": tokens[0]} if getattr(config, "type_vocab_size", 1) > 1 else {}
     operations = Operations()
     with torch.device("meta"), operations:
-        model(*tokens, *(labels if training else []))
+        model(*tokens, *(labels if training else []), **types)
     return operations.types
 
 
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("windows", [1, 4])
-def test_only_supported_operations_and_types_and_no_dependence_on_data(windows, training, parts):
-    found = graph(windows, training, parts)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_supported_operations_and_types_and_no_dependence_on_data(windows, training, parts,
+                                                                       family):
+    found = graph(windows, training, parts, family=family)
     assert "aten::bmm" in found and ("aten::nll_loss_forward" in found) == training
     unknown = sorted(name for name in found if not is_handled(name))
     assert not unknown, f"no handler in PopTorch {POPTORCH['version']}: {unknown}"

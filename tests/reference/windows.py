@@ -52,7 +52,9 @@ def plain_windows(examples, tokenizer, max_seq_length, doc_stride):
         windows.append({
             "input_ids": [ids[k] for k in real], "example": example, "cls_position": cls - real[0],
             "context_start": context[0] - real[0], "start_position": start - real[0],
-            "end_position": end - real[0], "offsets": [list(offsets[k]) for k in context]})
+            "end_position": end - real[0], "offsets": [list(offsets[k]) for k in context],
+            "token_type_ids": [encoded["token_type_ids"][i][k] for k in real]
+                              if "token_type_ids" in encoded else None})
     return windows
 
 

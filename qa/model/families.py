@@ -1,0 +1,124 @@
+"""The families of encoders: where transformers keeps their parts, and what differs between them.
+
+qa/model/roberta.py is written for RoBERTa. The other families are the same post-norm encoder under
+other names, and their differences are entries of a Family. CONTRIBUTING says how to add one.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ipu_options.errors import UsageError
+
+
+class LayerParts(NamedTuple):
+    """The parts of an encoder layer: in a Family, their paths; in an EncoderLayer, the modules.
+
+    The paths begin at transformers' module of a layer. A part that a family lacks is None.
+    """
+
+    query: Any = "attention.self.query"
+    key: Any = "attention.self.key"
+    value: Any = "attention.self.value"
+    attention_dropout: Any = "attention.self.dropout"
+    mixed: Any = "attention.output.dense"
+    mixed_dropout: Any = "attention.output.dropout"
+    mixed_norm: Any = "attention.output.LayerNorm"
+    inner: Any = "intermediate.dense"
+    activation: Any = "intermediate.intermediate_act_fn"
+    outer: Any = "output.dense"
+    outer_dropout: Any = "output.dropout"
+    outer_norm: Any = "output.LayerNorm"
+
+
+# The fields of config.json that are whole numbers, and the least of each.
+SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
+         "intermediate_size": 1, "max_position_embeddings": 1, "type_vocab_size": 1,
+         "pad_token_id": 0}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models; the defaults are those of BERT.
+
+    model: transformers' class with the head for question answering. layers: the path of the layers
+    in its encoder. parts: those of a layer. projection: the name in the encoder of the linear layer
+    that follows the embeddings if they are narrower than the layers. head_dropout: the field of
+    config.json with the dropout before the head. positions_after_padding: whether positions count
+    from padding_idx + 1, and not from 0. sizes, fractions: the fields of config.json that are
+    checked, see `load_config`.
+    """
+
+    model: str
+    layers: str = "encoder.layer"
+    parts: LayerParts = LayerParts()
+    projection: Optional[str] = None
+    head_dropout: Optional[str] = None
+    positions_after_padding: bool = False
+    sizes: Tuple[str, ...] = tuple(SIZES)
+    fractions: Tuple[str, ...] = ("layer_norm_eps", "hidden_dropout_prob",
+                                  "attention_probs_dropout_prob")
+
+
+ROBERTA = Family("RobertaForQuestionAnswering", positions_after_padding=True)
+BERT = Family("BertForQuestionAnswering")
+ELECTRA = Family("ElectraForQuestionAnswering", projection="embeddings_project",
+                 sizes=(*SIZES, "embedding_size"))
+DISTILBERT = Family(
+    "DistilBertForQuestionAnswering", layers="transformer.layer", head_dropout="qa_dropout",
+    parts=LayerParts(
+        query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
+        attention_dropout="attention.dropout", mixed="attention.out_lin", mixed_dropout=None,
+        mixed_norm="sa_layer_norm", inner="ffn.lin1", activation="ffn.activation",
+        outer="ffn.lin2", outer_dropout="ffn.dropout", outer_norm="output_layer_norm"),
+    sizes=("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_position_embeddings",
+           "pad_token_id"),
+    fractions=("dropout", "attention_dropout", "qa_dropout"))
+# By the model_type of config.json. distilroberta has the type "roberta", MiniLM the type "bert".
+FAMILIES = {"roberta": ROBERTA, "xlm-roberta": ROBERTA, "camembert": ROBERTA, "bert": BERT,
+            "distilbert": DISTILBERT, "electra": ELECTRA}
+
+_RELATIVE = ("its attention depends on the distance between tokens, which the attention here does "
+             "not; a roberta or an electra model of its size works")
+# Why a model cannot be run, and what works instead, by its model_type.
+REFUSED = {
+    "albert": "its layers share one set of weights, and PopTorch cannot share weights between the "
+              "IPUs of a pipeline; a bert or an electra model works",
+    "deberta": _RELATIVE, "deberta-v2": _RELATIVE, "mpnet": _RELATIVE}
+_DECODER = ("it is a decoder, whose tokens do not see what follows them; an encoder of the "
+            "families {families} works")
+
+
+def family_of(config: Any, name: str = "the model") -> Family:
+    """Return the family of the model with this configuration of transformers.
+
+    name: what to call the model in messages. Raises UsageError if it is of none, with the reason.
+    """
+    kind, families = config.model_type, ", ".join(FAMILIES)
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    if kind in FAMILIES and not decodes:
+        return FAMILIES[kind]
+    reason = REFUSED.get(kind, f"this program has the families {families}")
+    if decodes or kind not in REFUSED and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        reason = _DECODER.format(families=families)
+    raise UsageError(f"{name} is a {kind} model: {reason}")
+
+
+def first_position(config: Any) -> int:
+    """Return the position of a window's first token, as the model counts."""
+    return config.pad_token_id + 1 if family_of(config).positions_after_padding else 0
+
+
+def row_kind(config: Any) -> Dict[str, Any]:
+    """Return what the rows of qa/data/rows.py need to know of a model, as their arguments.
+
+    They are left out where they are RoBERTa's, which are the rows' defaults.
+    """
+    wanted: Dict[str, Any] = {"pad_token_id": config.pad_token_id}
+    if not family_of(config).positions_after_padding:
+        wanted["first_position"] = 0
+    if getattr(config, "type_vocab_size", 1) > 1:
+        wanted["token_types"] = True
+    return wanted
