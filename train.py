@@ -11,7 +11,7 @@ import sys
 import time
 from functools import partial
 
-from ipu_options.config import executable_cache, inference_pipeline, training_pipeline
+from ipu_options.config import training_pipeline
 from ipu_options.errors import keep_running_without_reader, run_script
 from ipu_options.hub import offline_unless_reachable
 from ipu_options.popvision import Spans, profiling_environment
@@ -30,15 +30,17 @@ def main(argv=None):
     keep_running_without_reader()
     if settings.needs_hub:
         offline_unless_reachable()
+    from qa.run.log import RunLog
     from qa.run.process import StopSignals, output_lock
-    with output_lock(settings.output_dir), StopSignals() as stop, Spans("train", settings) as spans:
-        return fine_tune(settings, ipu_config, stop, spans)
+    with output_lock(settings.output_dir), StopSignals() as stop, \
+            Spans("train", settings) as spans, RunLog(settings) as log:
+        return fine_tune(settings, ipu_config, stop, spans, log)
 
 
-def fine_tune(settings, ipu_config, stop, spans):
+def fine_tune(settings, ipu_config, stop, spans, log):
     """Train, evaluate and save one model; returns the exit status.
 
-    stop: the signals that ask the run to save and end.  spans: names its phases for PopVision.
+    stop: signals that ask it to save and end.  spans: times its phases.  log: its log.jsonl.
     """
     # 0. Imports, here because every process of the data loader imports this file once more.
     from transformers import set_seed
@@ -58,7 +60,7 @@ def fine_tune(settings, ipu_config, stop, spans):
     from qa.run import hub
     from qa.run.checkpoint import Checkpoints, Training, check_output_folder, restore
     from qa.run.nonfinite import NonfiniteGuard
-    from qa.run.progress import Progress, describe_rows
+    from qa.run.progress import Progress, describe_compiled, describe_rows
     from qa.run.record import write_run_record
 
     # 1. What is trained, and where: the model, and its blocks on the IPUs of both pipelines.
@@ -69,9 +71,8 @@ def fine_tune(settings, ipu_config, stop, spans):
     settings = use_demo_data(settings)
     model_config = load_config(settings)
     tokenizer = load_tokenizer(settings, model_config)
-    size = model_config.num_hidden_layers, settings.pod_type
-    pipeline = training_pipeline(ipu_config, *size)
-    evaluation = Evaluation(settings, model_config, inference_pipeline(ipu_config, *size), spans)
+    pipeline = training_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type)
+    evaluation = Evaluation(settings, model_config, ipu_config, spans, log)
     print(pipeline.layout.table())
 
     # 2. Questions -> windows -> rows. A packed row holds several windows, so fewer micro-batches
@@ -85,11 +86,12 @@ def fine_tune(settings, ipu_config, stop, spans):
     print(describe_rows(rows, len(questions.examples), settings, pipeline.config))
 
     # 3. From the beginning, or from a checkpoint of a run that was stopped.
-    checkpoints = Checkpoints.of_run(settings, pipeline.config, rows, spans)
+    checkpoints = Checkpoints.of_run(settings, pipeline.config, rows, spans, log)
     saved = checkpoints.open(settings)
     step = saved.step if saved else 0
     rows = rows.starting_at(step)
     write_run_record(settings, pipeline.config, rows, saved)
+    log.begin(saved)
 
     # 4. The model on the IPUs: annotated, in its precision, compiled for one combined batch.
     set_seed(settings.seed)
@@ -109,8 +111,7 @@ def fine_tune(settings, ipu_config, stop, spans):
         training_model.compile(**rows.first_batch())
         if settings.compile_only:
             evaluation.compile(questions.windows)
-            print(f"compiled in {time.perf_counter() - begin:.0f} s, executable cache: "
-                  f"{executable_cache(pipeline.config, settings)}; nothing was run")
+            print(describe_compiled(begin, pipeline.config, settings))
             return 0
     restore(saved, training_model, optimizer)
 
@@ -118,7 +119,7 @@ def fine_tune(settings, ipu_config, stop, spans):
     write_files = partial(write_checkpoint_files, model, tokenizer, ipu_config, settings)
     training = Training(model, optimizer, training_model, write_files)
     guard = NonfiniteGuard(settings, checkpoints, training, options)
-    progress = Progress(rows, settings, saved, spans)
+    progress = Progress(rows, settings, saved, spans, log)
     loader = open_loader(options, rows, settings.micro_batch_size, settings.dataloader_num_workers)
     with stop.deferred(), loader as batches, progress:
         while step < rows.total_steps and not stop.requested:
@@ -150,8 +151,7 @@ def fine_tune(settings, ipu_config, stop, spans):
             return stop.exit_status
         if stop.requested:
             checkpoints.save(training, step, progress.losses)
-            print(f"stopped by {stop.requested.name} after step {step}; "
-                  "the same command with --resume_from_checkpoint auto goes on")
+            log.stopped(step, stop.requested)
             return stop.exit_status
 
     # 6. The end: the model is saved, evaluated, shown and shared.

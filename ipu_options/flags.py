@@ -124,7 +124,8 @@ def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[st
         if kind is bool:
             options.update(nargs="?", const=True, metavar="true|false")
         elif "choices" in f.metadata:
-            options.update(metavar="|".join(map(str, f.metadata["choices"])))
+            options.update(metavar="|".join(map(str, f.metadata["choices"])),
+                           nargs=f.metadata.get("nargs"))
         else:
             options.update(metavar={int: "N", float: "X"}.get(kind, "TEXT"),
                            nargs=f.metadata.get("nargs"))

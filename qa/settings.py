@@ -163,6 +163,9 @@ class TrainingSettings(Settings):
         "to return to the host (default: only where no IPU is used)", type=bool)
     seed: int = flag(42, "seed of data order, initial weights and dropout", min=0, max=2 ** 32 - 1)
     logging_steps: int = flag(20, "steps between two log lines", min=1)
+    report_to: List[str] = flag(
+        ["none"], "who gets the numbers of log.jsonl too, in the output folder: tensorboard, wandb",
+        type=str, nargs="+", choices=("tensorboard", "wandb", "none"))
     save_steps: Optional[int] = flag(
         None, "steps between two checkpoints (default: only the final model)", type=int, min=1)
     save_total_limit: int = flag(2, "number of checkpoints to keep", min=1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
 import torch
 from tqdm import tqdm
 
-from ipu_options.config import Pipeline
+from ipu_options.config import IPUConfig, inference_pipeline
 from ipu_options.files import write_json, writing, written_whole
 from ipu_options.popvision import Spans
 from qa.answers.inference import InferencePipeline
@@ -18,19 +19,21 @@ from qa.answers.metrics import squad_metrics
 from qa.data.windows import Questions, Windows
 from qa.model.parallelize import set_weights
 from qa.model.roberta import model_class
+from qa.run.log import RunLog
 from qa.settings import TrainSettings
 
 
 class Evaluation:
     """The inference pipeline of a training run, which answers its validation and test questions.
 
-    model_config: the configuration of the model, as of transformers. pipeline: the mapping of the
-    inference model to IPUs. spans: names the phase for PopVision.
+    model_config: the configuration of the model, as of transformers. spans: names the phase for
+    PopVision. log: gets the metrics.
     """
 
-    def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline,
-                 spans: Spans):
-        self.settings, self.spans = settings, spans
+    def __init__(self, settings: TrainSettings, model_config: Any, ipu_config: IPUConfig,
+                 spans: Spans, log: RunLog):
+        self.settings, self.spans, self.log = settings, spans, log
+        pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type)
         model = model_class(model_config)(model_config)
         self.pipeline = InferencePipeline(model, pipeline, settings)
 
@@ -60,6 +63,7 @@ class Evaluation:
         where the training is. Raises RunError if a file cannot be written.
         """
         folder, prefix = Path(self.settings.output_dir), questions.prefix
+        begin = time.perf_counter()
         with self.spans("evaluate"):
             set_weights(self.pipeline.model, weights)
             examples, windows, _ = questions
@@ -74,6 +78,8 @@ class Evaluation:
             with writing(f"--output_dir {folder}"):
                 write_json(folder / f"{prefix}metrics.json",
                            {**metrics, "step": step, "epoch": epoch})
+            self.log.add("evaluation", step, epoch, questions="test" if prefix else "validation",
+                         seconds=time.perf_counter() - begin, **metrics)
         self._last = questions, predictions
         return metrics
 

@@ -1,11 +1,11 @@
 """The inference pipeline, with which train.py evaluates and infer.py answers questions."""
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Iterator
 
-from tqdm import tqdm
-
 from ipu_options import poptorch
+from ipu_options.bars import progress_bar
 from ipu_options.config import Pipeline
 from ipu_options.options import inference_options
 from qa.answers.spans import AnswerFinder
@@ -85,13 +85,13 @@ def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
     """
     loader = open_loader(options, rows, micro_batch_size,
                          asynchronous=len(rows) > _ROWS_WORTH_A_WORKER)
-    bar = tqdm(total=len(rows.windows), desc="Answers", unit="window", dynamic_ncols=True,
-               disable=not progress)
+    bar = progress_bar(len(rows.windows), "Answers", "window") if progress else nullcontext()
     first = 0
     with loader as batches, bar:
         for batch in batches:
             slices = [rows.slices(first + place) for place in range(len(batch["input_ids"]))]
             first += len(slices)
             yield from finder.add(slices, *inference_model(**batch))
-            bar.update(sum(map(len, slices)))
+            if progress:
+                bar.update(sum(map(len, slices)))
     yield from finder.finish()

@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
+from ipu_options.bars import in_terminal
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import delete, folder_written_aside, rename_folder
 from qa.data.workers import forked_workers
@@ -122,7 +123,12 @@ def load_questions(settings: TrainSettings, tokenizer,
     not need is None. Prints as many training examples as --show_examples asks for. Raises the
     exceptions of `load_examples` and `make_windows`.
     """
+    import datasets
+
     from qa.data.dataset import load_examples, random_examples
+
+    if not in_terminal():  # a bar would fill a file with lines
+        datasets.disable_progress_bars()
 
     def load(split, file, max_samples=None, need_answers=True, **kind):
         examples = load_examples(
@@ -132,6 +138,7 @@ def load_questions(settings: TrainSettings, tokenizer,
             version_2_with_negative=settings.version_2_with_negative)
         if split == "train" and settings.show_examples:
             print(random_examples(examples, settings.show_examples, settings.seed))
+        print(f"{split}: {len(examples)} questions to windows", flush=True)
         windows = make_windows(
             examples, tokenizer, max_seq_length=settings.max_seq_length,
             doc_stride=settings.doc_stride, on_bad_row=settings.on_bad_row,

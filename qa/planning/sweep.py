@@ -8,7 +8,6 @@ import csv
 import hashlib
 import itertools
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -49,6 +48,7 @@ def run_sweep(argv: Sequence[str]) -> int:
         if done:
             row = done[0]
         elif own.run and row["status"] == "planned":
+            print(f"{row['setting']}: measuring", file=sys.stderr, flush=True)
             row.update(measure_run(flags + list(common), own.steps, own.timeout))
         if row not in earlier:
             rows = [old for old in rows if _key(old) != _key(row)] + [row]
@@ -129,9 +129,11 @@ def _key(row: Dict[str, str]) -> Tuple[str, str]:
 def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
     """Run train.py for `steps` steps on synthetic data, in a separate process.
 
-    Returns the columns to update: the status and, if the run succeeded, the windows/s of its last
-    log line. timeout: in seconds.
+    Returns the columns to update: the status and, if the run succeeded, the windows/s of the last
+    log point in its log. timeout: in seconds.
     """
+    from qa.run.log import SYNTHETIC_LOG, read_log
+
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -142,13 +144,14 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
             done = subprocess.run(command, capture_output=True, timeout=timeout, text=True)
         except subprocess.TimeoutExpired:
             return {"status": f"failed: no result after {timeout} s"}
-    speeds = re.findall(r"windows/s ([\d.]+)", done.stdout + done.stderr)
-    device = "this host" if "PopTorch: poptorch_host" in done.stdout else "IPU"
+        log = read_log(Path(folder, "run", SYNTHETIC_LOG))
+    speeds = [line["windows_per_second"] for line in log if line["event"] == "log"]
     if done.returncode or not speeds:
         lines = done.stderr.strip().splitlines() or ["no output"]
         return {"status": f"failed ({done.returncode}): {lines[-1]}"}
+    device = {"host": "this host"}.get(log[0]["device"], log[0]["device"])
     return {
-        "measured_windows_per_second": speeds[-1], "measured_on": device,
+        "measured_windows_per_second": f"{speeds[-1]:.1f}", "measured_on": device,
         "status": f"measured on {device} in {time.perf_counter() - begin:.0f} s"}
 
 

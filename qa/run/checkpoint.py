@@ -48,6 +48,7 @@ from ipu_options.popvision import Spans
 from qa.data.rows import TrainingRows
 from qa.model.optimizer import optimizer_state, set_optimizer_state
 from qa.model.parallelize import set_weights, weights_of
+from qa.run.log import RunLog
 from qa.run.state import STRUCTURE, TENSORS, random_state, read_state, set_random_state, write_state
 from qa.settings import MUST_MATCH, TrainSettings
 
@@ -105,16 +106,17 @@ class Checkpoints:
 
     must_match: the settings, by name, that must be the same in the checkpoint and in a run that
     resumes from it. save_total_limit: how many checkpoints to keep (default: all); the oldest are
-    removed first. spans: names the phase for PopVision. best_by: the metric of the evaluations
-    whose best checkpoint is kept and becomes the final model (default: none).
+    removed first. spans: names the phase for PopVision. log: gets a line when the run begins and
+    when something is saved. best_by: the metric of the evaluations whose best checkpoint is kept
+    and becomes the final model (default: none).
     """
 
     def __init__(self, output_dir: Union[str, Path], must_match: Dict[str, Any],
                  save_total_limit: Optional[int] = None, spans: Optional[Spans] = None,
-                 best_by: Optional[str] = None):
+                 log: Optional[RunLog] = None, best_by: Optional[str] = None):
         self.output_dir = Path(output_dir)
         self.must_match, self.save_total_limit = must_match, save_total_limit
-        self._metric = best_by
+        self._metric, self._log = best_by, log
         self._span = partial(spans, "save") if spans else nullcontext
         # The checkpoint that this run started from, if any, and those that it has written since.
         # The folder may also hold later ones, of an earlier run.
@@ -125,7 +127,7 @@ class Checkpoints:
 
     @classmethod
     def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
-               spans: Spans) -> "Checkpoints":
+               spans: Spans, log: RunLog) -> "Checkpoints":
         """Return the checkpoints of a run with these settings and these training rows.
 
         ipu_config: that of the training pipeline.
@@ -138,7 +140,7 @@ class Checkpoints:
             name = "embedding_serialization_factor"
             must_match[name] = getattr(ipu_config, name)
         best_by = settings.metric_for_best_model if settings.load_best_model_at_end else None
-        return cls(settings.output_dir, must_match, settings.save_total_limit, spans, best_by)
+        return cls(settings.output_dir, must_match, settings.save_total_limit, spans, log, best_by)
 
     def open(self, settings: TrainSettings) -> Optional[Checkpoint]:
         """Return the checkpoint from which this run continues, or None if it starts from scratch.
@@ -199,6 +201,7 @@ class Checkpoints:
             rename_folder(aside, folder)
         self._saved_step = step
         self._own.append(folder)
+        self.note("saved", step, path=str(folder))
         _remove_oldest(self.output_dir, step, self.save_total_limit,
                        keep=self._best["step"] if self._best else None)
         return folder
@@ -252,6 +255,11 @@ class Checkpoints:
                 os.replace(path, self.output_dir / path.name)
             aside.rmdir()
             sync_folder(self.output_dir)
+
+    def note(self, event: str, step: int, **values: Any) -> None:
+        """Add a line to the log of the run, if it keeps one (see `RunLog.add`)."""
+        if self._log:
+            self._log.add(event, step, **values)
 
     def newest_of_run(self) -> Checkpoint:
         """Return the newest complete checkpoint that this run has written or has started from.

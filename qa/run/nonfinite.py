@@ -57,6 +57,7 @@ class NonfiniteGuard:
         why = explain_nonfinite(step=step, loss=loss, earlier_losses=earlier_losses,
                                 learning_rate=learning_rate, loss_scaling=settings.loss_scaling,
                                 precision=settings.precision, bad_tensor=bad_tensor)
+        self.checkpoints.note("nonfinite", step, why=why)
         if settings.on_nonfinite == "stop" or self._passed_over == step - 1:
             raise RunError(why)
         back = self.checkpoints.newest_of_run()

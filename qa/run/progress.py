@@ -3,15 +3,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from tqdm import tqdm
 
-from ipu_options.config import IPUConfig
+from ipu_options.bars import progress_bar
+from ipu_options.config import IPUConfig, executable_cache
 from ipu_options.files import write_json, writing
 from ipu_options.popvision import Spans
 from qa.data.rows import TrainingRows
 from qa.run.checkpoint import Checkpoint
+from qa.run.log import RunLog
 from qa.settings import TrainSettings
 
 
@@ -34,23 +36,29 @@ def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
         f"{rows.steps_per_epoch} steps an epoch, {rows.total_steps} in all")
 
 
+def describe_compiled(begin: float, ipu_config: IPUConfig, settings: TrainSettings) -> str:
+    """Return the last line of a run that only compiles. begin: its time.perf_counter()."""
+    return (f"compiled in {time.perf_counter() - begin:.0f} s, executable cache: "
+            f"{executable_cache(ipu_config, settings)}; nothing was run")
+
+
 class Progress:
     """The progress bar, the log lines and the summary of a run, and the losses of its steps.
 
     saved: the checkpoint from which the run continues, or None. spans: has the time of each phase.
+    log: gets a line at each log point.
     """
 
     def __init__(self, rows: TrainingRows, settings: TrainSettings, saved: Optional[Checkpoint],
-                 spans: Spans):
-        self.rows, self.settings, self.spans = rows, settings, spans
+                 spans: Spans, log: RunLog):
+        self.rows, self.settings, self.spans, self.log = rows, settings, spans, log
         self.losses: List[float] = list(saved.progress["losses"]) if saved else []
         self._first_step = self._step = saved.step if saved else 0
         self._first_loss = len(self.losses)  # of the losses of this process
-        # The number of windows since the last log line and before it, and the time of that line.
+        # The number of windows since the last log line and before it, and what was reached then.
         self._windows = self._earlier_windows = 0
-        self._since = time.perf_counter()
-        self._bar = tqdm(total=rows.total_steps, initial=self._step, desc="Training", unit="step",
-                         dynamic_ncols=True)
+        self._since = self._now()
+        self._bar = progress_bar(rows.total_steps, "Training", "step", self._step)
 
     def evaluation_is_due(self, step: int) -> bool:
         """Return whether the model is to be evaluated after `step`, before the end of the run.
@@ -76,16 +84,30 @@ class Progress:
         self._bar.update()
         if step % self.settings.logging_steps and step < self.rows.total_steps:
             return
-        speed = self._windows / (time.perf_counter() - self._since)
+        now = self._now()
+        seconds = {name: now[name] - self._since[name] for name in now}
+        total, steps = seconds.pop("total"), seconds.pop("steps")
+        speed = self._windows / total
         self._earlier_windows += self._windows
-        self._windows, self._since = 0, time.perf_counter()
+        self._windows, self._since = 0, now
         last = self.losses[-self.settings.logging_steps:]
+        shares = {f"{name}_share": seconds[name] / total for name in seconds}
+        self.log.add(
+            "log", step, self.rows.epoch_after(step), loss=sum(last) / len(last) if last else None,
+            learning_rate=learning_rate, windows_per_second=speed,
+            rows_per_second=steps * self.rows.rows_per_step / total, **shares,
+            rest_share=1 - sum(shares.values()))
         loss_text = f"loss {sum(last) / len(last):.4f}  " if last else ""
         tqdm.write(
             f"step {step}/{self.rows.total_steps}  epoch {self.rows.epoch_after(step):.2f}  "
             f"{loss_text}learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
         self._bar.set_postfix_str(
             f"{loss_text}learning rate {learning_rate:.3g}  windows/s {speed:.0f}")
+
+    def _now(self) -> Dict[str, float]:
+        """Return the time, the steps done and the seconds spent in data and step, all so far."""
+        return {"total": time.perf_counter(), "steps": self._step,
+                **{phase: self.spans.seconds[phase] for phase in ("data", "step")}}
 
     def write_summary(self) -> None:
         """Print the summary of the training and write it to train_results.json.
@@ -104,6 +126,8 @@ class Progress:
                                        for name, value in summary.items() if value is not None))
         with writing(f"--output_dir {self.settings.output_dir}"):
             write_json(Path(self.settings.output_dir) / "train_results.json", summary)
+        summary.pop("epoch")
+        self.log.add("trained", self._step, self.rows.epoch_after(self._step), **summary)
 
     def __enter__(self) -> "Progress":
         return self

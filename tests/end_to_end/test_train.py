@@ -16,6 +16,7 @@ import infer
 import train
 from ipu_options.errors import run_script
 from qa.data.demo import write_demo
+from qa.run.log import read_log
 from tests.run.test_checkpoint import forge
 from tests.tools.families import FAMILIES, losses_of, texts_of, write_model
 from tests.tools.kill_and_resume import differences
@@ -266,7 +267,42 @@ def test_a_run_on_synthetic_data_is_timed_and_reads_and_saves_nothing(demo, tmp_
     assert "4 steps on synthetic data were timed; nothing was read or saved" in said
     assert len(re.findall(r"windows/s [\d.]+", said)) == 2 and "loss" not in said
     assert "saved to" not in said and "evaluation" not in said
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".lock", "synthetic_log.jsonl"]
+    started, *points = read_log(tmp_path / "out" / "synthetic_log.jsonl")
+    assert started["device"] == "host" and [point["step"] for point in points] == [2, 4]
+    assert all("loss" not in point and point["windows_per_second"] > 0 for point in points)
+
+
+@pytest.mark.slow
+def test_a_log_continues_over_a_resume_and_tensorboard_reads_the_same(demo, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    flags = ["--max_steps", "6", "--save_steps", "2", "--save_total_limit", "9",
+             "--report_to", "tensorboard"]
+    assert fit(demo / "v1", out, *flags) == 0
+    first = read_log(out / "log.jsonl")
+    assert fit(demo / "v1", out, *flags, "--resume_from_checkpoint", out / "checkpoint-2") == 0
+    lines = read_log(out / "log.jsonl")
+    assert [(line["event"], line["step"]) for line in lines] == [
+        ("started", 0), ("log", 2), ("saved", 2), ("resumed", 2), ("log", 4), ("saved", 4),
+        ("log", 6), ("saved", 6), ("trained", 6), ("evaluation", 6)]
+    points, again = ([line for line in log if line["event"] == "log"] for log in (first, lines))
+    for point, other in zip(points, again):
+        assert {key: point[key] for key in ("loss", "learning_rate", "epoch")} == {
+            key: other[key] for key in ("loss", "learning_rate", "epoch")}
+        assert sum(other[f"{part}_share"] for part in ("data", "step", "rest")) == pytest.approx(1)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert lines[-1]["f1"] == metrics["f1"] and lines[-1]["questions"] == "validation"
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+
+    board = EventAccumulator(str(out / "runs"))
+    board.Reload()
+    for name in ("loss", "learning_rate", "windows_per_second"):
+        read = {event.step: event.value for event in board.Scalars(f"train/{name}")}
+        assert read == pytest.approx({point["step"]: point[name] for point in again})
+    assert [event.value for event in board.Scalars("eval/f1")] == pytest.approx([metrics["f1"]])
 
 
 def test_compile_only_runs_nothing(demo, tmp_path, capsys):

@@ -16,8 +16,9 @@ from ipu_options.config import IPUConfig, inference_pipeline, training_pipeline
 from ipu_options.options import mean_loss, training_options, watched_gradient
 from qa.answers.inference import InferencePipeline
 from qa.data.rows import InferenceRows, TrainingRows
+from qa.model.families import row_kind
 from qa.model.optimizer import make_optimizer
-from qa.model.parallelize import LAST_GRADIENT, parallelize, weights_of
+from qa.model.parallelize import last_gradient, parallelize, weights_of
 from qa.model.roberta import RobertaForSpans
 from qa.settings import TrainSettings
 from tests.model.test_gradients import CONFIG, LENGTHS, plain_gradient, plain_model, windows_in
@@ -80,14 +81,14 @@ def make_training(model_config=CONFIG, watch=True, **changes):
     size = (settings.micro_batch_size * config.gradient_accumulation_steps *
             config.replication_factor * config.device_iterations)
     windows = SyntheticWindows(LENGTHS if settings.pack else LENGTHS[:size - 1], seed=4)
-    rows = TrainingRows.of_run(settings, config, model_config, windows)
+    rows = TrainingRows.of_run(settings, config, row_kind(model_config), windows)
     parallelize(model, pipeline.layout,
                 recompute_checkpoint_every_layer=config.recompute_checkpoint_every_layer,
                 embedding_serialization_factor=config.embedding_serialization_factor)
     if settings.precision == "float16":
         model.half()
     optimizer = make_optimizer(model, settings, config)
-    options = training_options(config, settings, seed=1, watched=LAST_GRADIENT, watch=watch)
+    options = training_options(config, settings, seed=1, watched=last_gradient(model), watch=watch)
     return SimpleNamespace(settings=settings, ipu_config=config, rows=rows, model=model,
                            optimizer=optimizer, options=options,
                            training_model=poptorch.trainingModel(model, options, optimizer))
@@ -105,7 +106,7 @@ def run(**changes):
 
     logits: (start, end) of each window before training. loss: the mean of the losses that one
     training call returns. update: the change of each weight by that call. watched: gradient of
-    LAST_GRADIENT, [micro-batches, hidden], without the loss scaling. compiled_with: all options.
+    last_gradient(), [micro-batches, hidden], without the loss scaling. compiled_with: all options.
     """
     made, answering = make_training(**changes), make_answering(**changes)
     logits = logits_of(answering, made.rows.windows)
@@ -159,7 +160,7 @@ def run_plainly(result):
             weight *= size / last
         losses.append(weight * sum(plain_losses(plain, windows, returned)))
         gradients = plain_gradient(plain, windows, chosen)
-        watched.append(gradients[LAST_GRADIENT])
+        watched.append(gradients[last_gradient(plain)])
         for name, parameter in plain.named_parameters():
             parameter.grad = gradients[name]
         optimizer.step()

@@ -67,8 +67,9 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint_from_which_the_run_goes
     SIGINT is sent as a terminal does, to the loader's worker as well.
     """
     for number, status, after in ((signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 5)):
-        run = start(work, "packed", work / "stopped", "--resume_from_checkpoint", "auto")
-        while f"| {after}/12 " not in run.stdout.readline():
+        run = start(work, "packed", work / "stopped", "--resume_from_checkpoint", "auto",
+                    "--logging_steps", "1")
+        while not run.stdout.readline().startswith(f"step {after}/12 "):
             assert run.poll() is None
         os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
         found, said = end(run)
