@@ -208,10 +208,15 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline
     return pipeline
 
 
+def reserved_ipus(ipus: int) -> int:
+    """Return how many IPUs are reserved for `ipus` IPUs: the next power of two."""
+    return 1 << (ipus - 1).bit_length()
+
+
 def _check_ipus(pipeline: Pipeline, pod: str) -> None:
     """Raise UsageError if the pod has too few IPUs or matmul_proportion the wrong length."""
     config = pipeline.config
-    replica = 1 << (config.num_ipus() - 1).bit_length()  # IPUs are reserved in powers of two
+    replica = reserved_ipus(config.num_ipus())
     replicas, ipus = config.replication_factor, POD_IPUS[pod]
     if replica > ipus:
         raise UsageError(

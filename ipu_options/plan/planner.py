@@ -8,7 +8,7 @@ from ipu_options.plan.job import Job
 from ipu_options.plan.machine import Efficiencies
 from ipu_options.plan.memory import ipu_memory
 from ipu_options.plan.schedule import KINDS, Schedule, StageWork, bubble_fraction, simulate
-from ipu_options.plan.throughput import copy_seconds, stage_work, update_seconds
+from ipu_options.plan.throughput import copy_seconds, host_seconds, stage_work, update_seconds
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,9 @@ def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
     """Return the Plan of `job`; efficiencies: by default those fitted to published runs."""
     work = stage_work(job, efficiencies)
     copies = copy_seconds(job)
-    schedule = simulate(work, job.config.gradient_accumulation_steps, copies)
-    reduction, update = update_seconds(job)
-    host = efficiencies.call_seconds / job.config.device_iterations
+    schedule = simulate(work, job.micro_batches, copies, job.training)
     return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), work, copies, schedule,
-                reduction, update, host)
+                *update_seconds(job), host_seconds(job, efficiencies))
 
 
 def with_config(job: Job, **changes: Any) -> Job:

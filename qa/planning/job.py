@@ -67,8 +67,8 @@ def planned(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettin
     return make_plan(make_job(settings, ipu_config, planning), calibrate.load(planning.calibration))
 
 
-def published() -> List[calibrate.PublishedRun]:
-    """Return the published runs with their blocks counted.
+def published(path: Path = calibrate.PUBLISHED) -> List[calibrate.PublishedRun]:
+    """Return the published runs of a file with their blocks counted.
 
     A model that several runs have at the same length is counted once.
     """
@@ -77,11 +77,32 @@ def published() -> List[calibrate.PublishedRun]:
     from qa.planning.counting import make_counter
 
     @lru_cache(maxsize=None)
-    def counter(model: str, max_seq_length: int):
-        return make_counter(RobertaConfig(**MODELS[model]), max_seq_length=max_seq_length)
+    def counter(sizes: str, max_seq_length: int, training: bool):
+        return make_counter(RobertaConfig(**json.loads(sizes)), max_seq_length=max_seq_length,
+                            training=training)
 
-    return calibrate.published_runs(lambda model, config, length, micro_batch_size: counter(
-        model, length)(micro_batch_size, config.embedding_serialization_factor))
+    def count(run):
+        config = run["ipu_config"]
+        sizes = _published_model(run["model"], pretraining=config.get("head_ipu") == 0)
+        of = counter(json.dumps(sizes, sort_keys=True), run["max_seq_length"],
+                     run.get("phase") != "inference")
+        return of(run["micro_batch_size"], config.get("embedding_serialization_factor", 1),
+                  "att_ffn_placement" in run)
+
+    return calibrate.published_runs(count, path)
+
+
+def _published_model(model: Any, pretraining: bool) -> dict:
+    """Return the sizes of a published run's model: a name in MODELS, or sizes with or without one.
+
+    Attention dropout is 0 in graphcore/examples' pretraining (nlp/bert, "no_attn_dropout" and
+    attention_probs_dropout_prob).
+    """
+    sizes = {"base": model} if isinstance(model, str) else dict(model)
+    sizes = {**MODELS.get(sizes.pop("base", None), {}), **sizes}
+    if pretraining:
+        sizes.setdefault("attention_probs_dropout_prob", 0.0)
+    return _as_roberta(sizes)
 
 
 def planned_model(settings: TrainSettings, planning: PlanSettings) -> Any:
@@ -129,12 +150,18 @@ def _config_from_json(path: str, shape: dict) -> Any:
         raise UsageError(
             f"--config_json {path}: has no {missing[0]}; name the config.json of a RoBERTa "
             "checkpoint")
-    if ("roberta" not in values.get("model_type", "roberta") and
-            values.get("model_type") != "camembert"):
-        # BERT counts positions from 0, RoBERTa from padding_idx + 1 = 2.
-        values.update(pad_token_id=1,
-                      max_position_embeddings=values.get("max_position_embeddings", 512) + 2)
-    return RobertaConfig(**{**values, **shape})
+    return RobertaConfig(**_as_roberta({**values, **shape}))
+
+
+def _as_roberta(sizes: dict) -> dict:
+    """Return the sizes of a model of RoBERTa's family with positions as RoBERTa counts them.
+
+    BERT counts positions from 0, RoBERTa from padding_idx + 1 = 2.
+    """
+    if sizes.get("model_type", "bert") != "bert":
+        return sizes
+    return {**sizes, "pad_token_id": 1,
+            "max_position_embeddings": sizes.get("max_position_embeddings", 512) + 2}
 
 
 def _derived(shape: dict) -> dict:
