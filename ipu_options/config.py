@@ -18,7 +18,10 @@ from ipu_options.flags import Settings, flag
 from ipu_options.layout import Layout, make_layout
 
 IPU_CONFIG_NAME = "ipu_config.json"
-POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64}
+POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64, "pod128": 128,
+            "pod256": 256}
+# The IPUs that one host feeds. Larger pods take several hosts (poprun): they can only be planned.
+IPUS_OF_A_HOST = 64
 OUTPUT_MODES = ("final", "all", "sum", "default")
 
 
@@ -55,7 +58,8 @@ class IPUConfig(Settings):
     embedding_ipu: int = flag(0, "IPU of the embedding", type=int, min=0)
     head_ipu: Optional[int] = flag(None, "IPU of the QA head (default: the last)", type=int, min=0)
     replication_factor: Union[int, Dict[str, int]] = flag(
-        {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "default": 1},
+        {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "pod128": 32, "pod256": 64,
+         "default": 1},
         "replicas of the pipeline that train in parallel", type=int, min=1)
     gradient_accumulation_steps: Union[int, Dict[str, int]] = flag(
         32, "micro-batches per weight update on each replica", type=int, min=1, max=65_536)
@@ -66,7 +70,8 @@ class IPUConfig(Settings):
         "share of an IPU's memory for temporaries of matrix multiplications: one number, or one "
         "for each IPU", type=float, nargs="+", min=0.0, max=1.0)
     embedding_serialization_factor: int = flag(
-        1, "parts into which the word embedding is split, to save memory", type=int, min=1)
+        1, "parts into which the word embedding is split, to save memory", type=int, min=1,
+        max=256)
     recompute_checkpoint_every_layer: bool = flag(
         True, "keep only each layer's input and recompute the rest in the backward pass", type=bool)
     optimizer_state_offchip: bool = flag(
@@ -100,7 +105,7 @@ class IPUConfig(Settings):
         None, "matmul_proportion of the inference pipeline", type=float, nargs="+", min=0.0,
         max=1.0)
     inference_embedding_serialization_factor: Optional[int] = flag(
-        None, "embedding_serialization_factor of the inference pipeline", type=int, min=1)
+        None, "embedding_serialization_factor of the inference pipeline", type=int, min=1, max=256)
 
     def for_pod(self, pod: str) -> "IPUConfig":
         """Return a copy in which every by-pod dictionary is replaced by its value for `pod`.
@@ -208,9 +213,25 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline
     return pipeline
 
 
+def packed_accumulation(accumulation: int, windows_per_row: float, minimum: int = 1) -> int:
+    """Return the gradient accumulation for packed rows that keeps the windows in an update.
+
+    An update then uses, on average, as many windows as one with `accumulation` micro-batches of
+    unpacked rows. minimum: the number of micro-batches that fill the pipeline, 2 S - 1 for S
+    stages; the result is never smaller.
+    """
+    return max(minimum, round(accumulation / windows_per_row))
+
+
 def reserved_ipus(ipus: int) -> int:
     """Return how many IPUs are reserved for `ipus` IPUs: the next power of two."""
     return 1 << (ipus - 1).bit_length()
+
+
+def pod_of(ipus: int) -> str:
+    """Return the smallest pod that has `ipus` IPUs, or the largest one if none has so many."""
+    fitting = [pod for pod in POD_IPUS if POD_IPUS[pod] >= ipus]
+    return min(fitting, key=POD_IPUS.get) if fitting else max(POD_IPUS, key=POD_IPUS.get)
 
 
 def _check_ipus(pipeline: Pipeline, pod: str) -> None:

@@ -17,6 +17,8 @@ import yaml
 
 from ipu_options.config import (
     IPU_CONFIG_NAME,
+    IPUS_OF_A_HOST,
+    POD_IPUS,
     DeviceSettings,
     IPUConfig,
     available_pod,
@@ -102,9 +104,10 @@ class TrainingSettings(Settings):
     overwrite_output_dir: bool = flag(False, "start over in a folder that holds checkpoints")
     micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1, max=4096)
     eval_micro_batch_size: int = flag(1, "micro_batch_size in evaluation", min=1, max=4096)
-    num_train_epochs: float = flag(3.0, "passes over the training windows", above=0)
+    num_train_epochs: float = flag(3.0, "passes over the training windows", above=0,
+                                   max=1_000_000)
     max_steps: Optional[int] = flag(
-        None, "end after N steps, whatever num_train_epochs is", type=int, min=1)
+        None, "end after N steps, whatever num_train_epochs is", type=int, min=1, max=10 ** 9)
     learning_rate: float = flag(2e-5, "peak learning rate", above=0)
     lr_scheduler_type: str = flag("linear", "learning-rate schedule", choices=SCHEDULES)
     warmup_ratio: float = flag(
@@ -269,6 +272,14 @@ def check_row_length(settings: ModelSettings, model_config: Any) -> None:
             f"{settings.model_name_or_path} has positions for {most} tokens; use at most {most}")
 
 
+def refuse_several_hosts(settings: DeviceSettings) -> None:
+    """Raise UsageError for a pod with more IPUs than one host feeds: a run has one host."""
+    if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST:
+        raise UsageError(
+            f"{settings.source('pod_type')} {settings.pod_type} takes several hosts (poprun), a "
+            f"run has one: use at most pod{IPUS_OF_A_HOST}; larger pods can be planned")
+
+
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type) -> Layer:
     """Add --ipu_config and the flags of `groups` to the parser; return what `argv` gives."""
     parser.add_argument("--ipu_config", metavar="PATH",
@@ -384,6 +395,7 @@ def _check_train(settings: TrainSettings) -> None:
 def _check_infer(settings: InferSettings) -> None:
     """Raise UsageError for settings of infer.py that exclude each other or name missing files."""
     _check_windows(settings)
+    refuse_several_hosts(settings)
     for one, other in (("context", "context_file"), ("question", "input_file")):
         if getattr(settings, one) is not None and getattr(settings, other) is not None:
             raise UsageError(f"--{one} and --{other} exclude each other: leave one out")

@@ -3,9 +3,9 @@
 Five numbers are fitted to few runs, sometimes to one, so that the runs alone do not determine them.
 Each fit therefore has a prior, centred on its starting values. It minimises the sum of two terms:
 the squared errors of the logarithm of the predicted throughput, in units of the error that is to be
-expected, and the squared changes of the logarithms of the five numbers, in units of the prior's standard deviations.
-This is a maximum a posteriori estimate with log-normal noise and prior. Its curvature at the
-minimum gives the covariance of the five logarithms (Laplace's approximation).
+expected, and the squared changes of the logarithms of the five numbers, in units of the prior's
+standard deviations. This is a maximum a posteriori estimate with log-normal noise and prior. Its
+curvature at the minimum gives the covariance of the five logarithms (Laplace's approximation).
 """
 from __future__ import annotations
 

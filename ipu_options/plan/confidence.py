@@ -24,6 +24,9 @@ INFERENCE_ERROR = 0.20  # of inference, of which no throughput is published with
 # Half of the 90 % range of Student's t distribution in standard deviations, for the published runs'
 # 6 publishers (5 degrees of freedom).
 QUANTILE = 2.02
+# Relative errors of the default efficiencies against the measured published runs, root of the mean
+# square: as fitted, and in cross-validation (`calibrate --show` prints both).
+PUBLISHED_RMS = (0.035, 0.052)
 
 
 def sensitivity(plan: Plan) -> np.ndarray:

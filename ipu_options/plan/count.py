@@ -1,10 +1,10 @@
 """Counts what each block of a model needs, by running the model itself once.
 
-Training is counted forward and backward, inference forward only. On the meta device this needs neither weights nor arithmetic. In the forward pass, an operation is
-counted for the block that began last, which is also PopTorch's rule ("operations after a BeginBlock
-belong to the last one begun"). In the backward pass, it is counted for the block that saved the
-tensors in use. Since the real model runs, the counts follow from the checkpoint, the row length and
-any edit to a layer.
+Training is counted forward and backward, inference forward only. On the meta device this needs
+neither weights nor arithmetic. In the forward pass, an operation is counted for the block that
+began last, which is also PopTorch's rule ("operations after a BeginBlock belong to the last one
+begun"). In the backward pass, it is counted for the block that saved the tensors in use. Since the
+real model runs, the counts follow from the checkpoint, the row length and any edit to a layer.
 """
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from ipu_options.config import IPUConfig, reserved_ipus
-from ipu_options.layout import Layout
+from ipu_options.config import IPUConfig, packed_accumulation, reserved_ipus
+from ipu_options.layout import Layout, least_accumulation
 from ipu_options.plan.count import CountedBlock
 from ipu_options.plan.machine import Machine
 
@@ -17,12 +17,13 @@ class Job:
     """A pipeline to plan.
 
     blocks: the counted blocks, for one micro-batch, in the order of execution. layout: their IPUs.
-    config: with by-pod values resolved; for inference, what `IPUConfig.inference` returns.
-    micro_batch_size: in rows. max_seq_length: tokens of a row. precision: "float16" or "float32".
-    training: whether the pipeline trains or only answers. windows_per_row: mean number of real
-    windows in a row, more than 1 with packing. packed_windows_per_row: the number with packing,
-    None if it is not known. windows: of the whole run, None if not known: those of all epochs, or
-    those to answer. epochs: their number. count(micro_batch_size, embedding_serialization_factor):
+    config: as the user would give it, with by-pod values resolved; for inference, what
+    `IPUConfig.inference` returns. micro_batch_size: in rows. max_seq_length: tokens of a row.
+    precision: "float16" or "float32". training: whether the pipeline trains or only answers.
+    windows_per_row: mean number of real windows in a row, more than 1 with packing.
+    packed_windows_per_row: the number with packing, None if it is not known. windows: of an epoch,
+    or to answer; None if not known. epochs: their number. updates: of the whole run, if that is
+    given in place of epochs. count(micro_batch_size, embedding_serialization_factor, halves):
     counts the blocks for other settings.
     """
 
@@ -38,6 +39,7 @@ class Job:
     packed_windows_per_row: Optional[float] = None
     windows: Optional[int] = None
     epochs: float = 1.0
+    updates: Optional[int] = None
     count: Optional[BlockCounter] = field(default=None, compare=False, repr=False)
 
     @property
@@ -47,12 +49,25 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches that follow each other through the pipeline before it runs empty.
+        """Micro-batches that follow each other through the pipeline before it runs empty."""
+        return self.micro_batches_over(len(self.layout.stages()))
 
-        These are the ones of a weight update, or in inference those of a call of the device.
+    def micro_batches_over(self, stages: int) -> int:
+        """Return what `micro_batches` would be with the given number of pipeline stages.
+
+        These are the micro-batches of a weight update, fewer with packing as train.py has them, or
+        in inference those of a call of the device.
         """
-        return (self.config.gradient_accumulation_steps if self.training else
-                self.config.device_iterations)
+        if not self.training:
+            return self.config.device_iterations
+        return packed_accumulation(self.config.gradient_accumulation_steps, self.windows_per_row,
+                                   least_accumulation(stages))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of one weight update as the user gives them, that is, without packing."""
+        return (self.micro_batch_size * self.config.gradient_accumulation_steps *
+                self.config.replication_factor)
 
     @property
     def rows_per_update(self) -> int:

@@ -99,5 +99,3 @@ LINK_SHARE = 0.5
 # fitted: a recorded validation of BERT-large on 16 IPUs (optimum-graphcore,
 # introduction_to_optimum_graphcore.ipynb) takes 30 ms a call of 96 rows, most of it on the device.
 INFERENCE_CALL_SECONDS = 0.005
-# One host server feeds at most this many IPUs; more IPUs have as many servers more.
-IPUS_PER_HOST = 64

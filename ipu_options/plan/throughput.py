@@ -3,13 +3,9 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Tuple
 
+from ipu_options.config import IPUS_OF_A_HOST
 from ipu_options.plan.job import Job
-from ipu_options.plan.machine import (
-    INFERENCE_CALL_SECONDS,
-    IPUS_PER_HOST,
-    LINK_SHARE,
-    Efficiencies,
-)
+from ipu_options.plan.machine import INFERENCE_CALL_SECONDS, LINK_SHARE, Efficiencies
 from ipu_options.plan.schedule import StageWork
 from ipu_options.plan.totals import Totals, stage_totals
 
@@ -107,7 +103,7 @@ def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
 
 def host_seconds(job: Job, efficiencies: Efficiencies) -> float:
     """Return the seconds that the host adds to one weight update, or to one inference call."""
-    hosts = -(-job.ipus // IPUS_PER_HOST)
+    hosts = -(-job.ipus // IPUS_OF_A_HOST)
     tokens = job.rows_per_update * job.max_seq_length / hosts
     call = (efficiencies.call_seconds / job.config.device_iterations if job.training else
             INFERENCE_CALL_SECONDS)

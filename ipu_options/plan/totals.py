@@ -56,7 +56,7 @@ def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
     Each has the shape [len(blocks), len(blocks) + 1] and is 0 where j <= i.
     """
     def of(value) -> np.ndarray:
-        return np.array([value(block) for block in blocks], dtype=np.int64)
+        return np.array([value(block) for block in blocks], dtype=float)
 
     heads = of(lambda b: b.kind == "head")
     layers = np.flatnonzero(of(lambda b: b.kind == "layer"))
@@ -97,7 +97,7 @@ def _sums(values: np.ndarray) -> np.ndarray:
 
 def _maxima(values: np.ndarray) -> np.ndarray:
     """Return the maximum of values[i:j] for every i and j, 0 where j <= i."""
-    table = np.zeros((len(values), len(values) + 1), dtype=np.int64)
+    table = np.zeros((len(values), len(values) + 1), dtype=float)
     for first in range(len(values)):
         table[first, first + 1:] = np.maximum.accumulate(values[first:])
     return table

@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import writing, written_whole
 from ipu_options.plan.text import table
-from qa.planning.flags import PlanSettings
+from qa.planning.flags import JobSettings
 from qa.settings import parse_train
 
 USAGE = (
@@ -110,13 +110,13 @@ def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
 
     row = {**dict.fromkeys(COLUMNS, ""), "setting": setting, "status": "planned"}
     try:
-        plan = planned(*parse_train(list(flags), PlanSettings, program="sweep", description=USAGE))
+        plan = planned(*parse_train(list(flags), JobSettings, program="sweep", description=USAGE))
     except (UsageError, RunError) as error:
         return {**row, "status": "refused: " + " ".join(str(error).split())}
     return {
         **row, "fits": "yes" if plan.fits else "no",
         "planned_windows_per_second": f"{plan.windows_per_second:.1f}",
-        "bubble_percent": f"{100 * plan.bubble_fraction:.1f}",
+        "bubble_percent": f"{100 * plan.schedule.bubble_fraction:.1f}",
         "fullest_mib": f"{max(sum(parts.values()) for parts in plan.memory.values()) / 2**20:.0f}"}
 
 
