@@ -6,18 +6,22 @@ does not import torch, so that flags are checked before torch is loaded.
 """
 from __future__ import annotations
 
-import json
+import logging
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from ipu_options.errors import UsageError
-from ipu_options.files import write_json
+from ipu_options.files import read_json_object, write_json
 from ipu_options.flags import Settings, flag
 from ipu_options.layout import Layout, make_layout
 
+log = logging.getLogger(__name__)
 IPU_CONFIG_NAME = "ipu_config.json"
+# Keys of published files that say nothing about the pipeline.
+_OF_OTHERS = {"optimum_version", "transformers_version", "ipu_version", "seed"}
+NO_CACHE = ("", "disabled")  # values of executable_cache_dir; optimum-graphcore's is "disabled"
 POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64, "pod128": 128,
             "pod256": 256}
 # The IPUs that one host feeds. Larger pods take several hosts (poprun): they can only be planned.
@@ -41,6 +45,11 @@ class DeviceSettings(Settings):
     trace: Optional[str] = flag(
         None, "write a Chrome trace of the host's phases (or of the plan) to this file")
 
+    @property
+    def dry_run(self) -> bool:
+        """Whether nothing is trained: the run only compiles, or is only timed."""
+        return self.compile_only or self.synthetic_data
+
 
 @dataclass
 class IPUConfig(Settings):
@@ -60,11 +69,12 @@ class IPUConfig(Settings):
     replication_factor: Union[int, Dict[str, int]] = flag(
         {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "pod128": 32, "pod256": 64,
          "default": 1},
-        "replicas of the pipeline that train in parallel", type=int, min=1)
+        "replicas of the pipeline that train in parallel", type=int, min=1, by_pod=True)
     gradient_accumulation_steps: Union[int, Dict[str, int]] = flag(
-        32, "micro-batches per weight update on each replica", type=int, min=1, max=65_536)
-    device_iterations: int = flag(1, "weight updates per call of the device", type=int, min=1,
-                                  max=65_536)
+        32, "micro-batches per weight update on each replica", type=int, min=1, max=65_536,
+        by_pod=True)
+    device_iterations: Union[int, Dict[str, int]] = flag(
+        1, "weight updates per call of the device", type=int, min=1, max=65_536, by_pod=True)
     matmul_proportion: Union[float, List[float]] = flag(
         0.25,
         "share of an IPU's memory for temporaries of matrix multiplications: one number, or one "
@@ -90,17 +100,19 @@ class IPUConfig(Settings):
         "losses that a training call returns: of all micro-batches, of the final one, or their sum",
         choices=OUTPUT_MODES)
     executable_cache_dir: Optional[str] = flag(
-        None, "folder that caches compiled executables (default: POPLAR_EXECUTABLE_CACHE_DIR)")
+        None, "folder that caches compiled executables; an empty text switches the cache off "
+        "(default: POPLAR_EXECUTABLE_CACHE_DIR, POPTORCH_CACHE_DIR, else a folder in ~/.cache)")
 
     inference_layers_per_ipu: Optional[List[int]] = flag(
         None, "layers_per_ipu of the inference pipeline", type=int, nargs="+", min=-1)
     inference_ipus_per_replica: Optional[int] = flag(
         None, "ipus_per_replica of the inference pipeline", type=int, min=1)
     inference_replication_factor: Union[int, Dict[str, int], None] = flag(
-        None, "replicas of the inference pipeline", type=int, min=1)
-    inference_device_iterations: int = flag(
-        5, "micro-batches per inference call, at least the number of pipeline stages", type=int,
-        min=1, max=65_536)
+        None, "replicas of the inference pipeline (default: as many as fit on the IPUs that "
+        "training uses)", type=int, min=1, by_pod=True)
+    inference_device_iterations: Union[int, Dict[str, int]] = flag(
+        16, "micro-batches per inference call, at least the number of pipeline stages", type=int,
+        min=1, max=65_536, by_pod=True)
     inference_matmul_proportion: Union[float, List[float], None] = flag(
         None, "matmul_proportion of the inference pipeline", type=float, nargs="+", min=0.0,
         max=1.0)
@@ -127,7 +139,12 @@ class IPUConfig(Settings):
         """Return the inference pipeline's configuration: each `inference_X` that is set replaces X.
 
         Gradient accumulation is 1. The copy's `sources` name the `inference_X` that a value came
-        from, so that error messages do too.
+        from, so that error messages do too. By-pod values must have been resolved (`for_pod`).
+
+        Where inference has its own layout, two values follow from it unless they are set: the
+        replicas share the IPUs that training uses (as in graphcore/examples,
+        nlp/bert/pytorch/run_squad.py), and a matmul_proportion with one value for each training IPU
+        gives way to its default (as in optimum-graphcore, ipu_configuration.py).
         """
         twins = {name[len("inference_"):]: value for name, value in self.values().items()
                  if name.startswith("inference_") and value is not None}
@@ -136,7 +153,16 @@ class IPUConfig(Settings):
         if "layers_per_ipu" in twins:
             twins.setdefault("ipus_per_replica", None)
             twins.update(embedding_ipu=0, head_ipu=None)
-        return replace(self, gradient_accumulation_steps=1, sources=sources, **twins)
+        config = replace(self, gradient_accumulation_steps=1, sources=sources, **twins)
+        replicas = max(1, self.replication_factor * reserved_ipus(self.num_ipus())
+                       // reserved_ipus(config.num_ipus()))
+        if "replication_factor" not in twins and replicas != self.replication_factor:
+            sources["replication_factor"] = "--inference_replication_factor, by default"
+            config.replication_factor = replicas
+        if "matmul_proportion" not in twins and config.num_ipus() != self.num_ipus() and isinstance(
+                self.matmul_proportion, list):
+            config.matmul_proportion = IPUConfig().matmul_proportion
+        return config
 
     def layout(self, num_layers: int) -> Layout:
         """Return the Layout of a model with `num_layers` encoder layers on one replica's IPUs.
@@ -170,20 +196,35 @@ class IPUConfig(Settings):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A checked pipeline: the configuration with every by-pod value resolved, and the layout."""
+    """A checked pipeline: the configuration with every by-pod value resolved, and the layout.
+
+    sharded: whether the stages run one after the other for each micro-batch, instead of working on
+    several micro-batches at the same time.
+    """
 
     config: IPUConfig
     layout: Layout
+    sharded: bool = False
+
+    def for_single_rows(self) -> "Pipeline":
+        """Return the inference pipeline that answers a single row in the least time.
+
+        A row takes S steps through S stages with poptorch.ShardedExecution. Pipelined execution
+        needs at least S rows a call, which take 2S - 1 steps. optimum-graphcore answers single
+        questions in the same way (pipelines/__init__.py, get_poplar_executor).
+        """
+        config = replace(self.config, device_iterations=1, replication_factor=1)
+        return replace(self, config=config, sharded=True)
 
 
 def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
     """Return the training pipeline of a model with `num_layers` encoder layers on `pod`.
 
-    config: with by-pod values resolved (`IPUConfig.for_pod`). Raises UsageError, which names the
-    nearest setting that would work, if the layout does not add up, if the pod has too few IPUs, if
-    matmul_proportion has a wrong number of values, or if gradient accumulation is too small for the
-    number of pipeline stages.
+    By-pod values are resolved. Raises UsageError, which names the nearest setting that would work,
+    if the layout does not add up, if the pod has too few IPUs, if matmul_proportion has a wrong
+    number of values, or if gradient accumulation is too small for the number of pipeline stages.
     """
+    config = config.for_pod(pod)
     pipeline = Pipeline(config, config.layout(num_layers))
     stages, needed = len(pipeline.layout.stages()), pipeline.layout.min_gradient_accumulation()
     if config.gradient_accumulation_steps < needed:
@@ -202,7 +243,7 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline
     A pipeline of several stages needs at least one device iteration for each of them. Raises
     UsageError for too few, and otherwise as `training_pipeline` does.
     """
-    config = config.inference()
+    config = config.for_pod(pod).inference()
     pipeline = Pipeline(config, config.layout(num_layers))
     stages = len(pipeline.layout.stages())
     if stages > 1 and config.device_iterations < stages:
@@ -254,28 +295,77 @@ def _check_ipus(pipeline: Pipeline, pod: str) -> None:
             f"values: give one, or one for each of the {config.num_ipus()} IPUs of a replica")
 
 
+def executable_cache(config: IPUConfig) -> Optional[str]:
+    """Return the folder that caches compiled executables, or None if there is to be no cache.
+
+    Compiling takes minutes, so that there is one by default: the folder that either of the two
+    environment variables names which IPU hosts set, else one in the user's cache folder (XDG Base
+    Directory Specification).
+    """
+    if config.executable_cache_dir is not None:
+        folder = config.executable_cache_dir
+        return None if folder in NO_CACHE else folder
+    given = (os.environ.get("POPLAR_EXECUTABLE_CACHE_DIR") or
+             os.environ.get("POPTORCH_CACHE_DIR"))  # PopTorch reads it too (python/options.py)
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return given or os.path.join(caches, "ipu_options", "executables")
+
+
+def check_offline(run: DeviceSettings, config: IPUConfig) -> None:
+    """Raise UsageError if --compile_only could not compile, or if nothing could use the result.
+
+    config: with by-pod values resolved. PopTorch has no offline target for the IPU Model. Its
+    offline target has as many IPUs as the model needs, whereas a run reserves a power of two
+    (CompilerImpl.cpp, createDevice). The key of a cached executable contains that number (popart,
+    devicemanager.cpp, std::hash<DeviceInfo>), so that the run would compile again.
+    """
+    if not run.compile_only:
+        return
+    offline = run.source("compile_only")
+    if run.ipu_model:
+        raise UsageError(
+            f"{offline} and {run.source('ipu_model')} exclude each other: there is no offline "
+            "target for the IPU Model; leave one out")
+    if executable_cache(config) is None:
+        raise UsageError(
+            f"{offline} keeps nothing without a cache: name a folder with "
+            f"{config.source('executable_cache_dir')}, or leave it out")
+    for pipeline in (config, config.inference()):
+        ipus = pipeline.num_ipus() * pipeline.replication_factor
+        if ipus & (ipus - 1):
+            raise UsageError(
+                f"{offline}: {pipeline.source('layers_per_ipu')} "
+                f"{' '.join(map(str, pipeline.layers_per_ipu))} takes {pipeline.num_ipus()} IPUs, "
+                f"with replication {pipeline.replication_factor} {ipus} in all, but a run reserves "
+                f"{1 << ipus.bit_length()} and would not find what was compiled for {ipus}: "
+                "use a power of two")
+
+
 def read_ipu_config(name_or_path: Union[str, Path], source: Optional[str] = None) -> Dict[str, Any]:
     """Return the IPUConfig fields of an ipu_config.json by name; values are not checked here.
 
     name_or_path: a file, a folder that holds an ipu_config.json, or a repository on the hub.
     source: what error messages call the file; by default --ipu_config and its value.
 
-    Keys that belong to other programs (optimum-graphcore's versions, generation settings, ...) are
-    left out. Raises UsageError if the file cannot be found or is not a JSON object.
+    A null counts as not given, and `training_X` of optimum-graphcore as X. Other unknown keys,
+    which belong to other programs, are left out with a warning that names them. Raises UsageError
+    if the file cannot be found or is not a JSON object.
     """
     source = source or f"--ipu_config {name_or_path}"
     path = Path(name_or_path)
     path = path / IPU_CONFIG_NAME if path.is_dir() else path
     if not path.exists():
         path = _from_hub(str(name_or_path))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{source}: not a readable ipu_config.json ({error})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{source}: holds a {type(values).__name__}, it should be a JSON object")
     known = {f.name for f in fields(IPUConfig)} - {"sources"}
-    values = {name: value for name, value in values.items() if name in known}
+    values, unknown = {}, []
+    for name, value in read_json_object(path, source).items():
+        name = name[len("training_"):] if name.startswith("training_") else name
+        if name not in known:
+            unknown.append(name)
+        elif value is not None:
+            values[name] = value
+    if set(unknown) - _OF_OTHERS:
+        log.warning("%s: not used here: %s", source, ", ".join(sorted(set(unknown) - _OF_OTHERS)))
     # The published format allows a single number here.
     for name in ("layers_per_ipu", "inference_layers_per_ipu"):
         if isinstance(values.get(name), int):
@@ -291,7 +381,7 @@ def available_pod(pod_type: Optional[str] = None) -> str:
     """
     if pod_type is not None:
         return pod_type
-    given = os.environ.get("NUM_AVAILABLE_IPU", "4")
+    given = os.environ.get("NUM_AVAILABLE_IPU") or "4"
     for pod, ipus in POD_IPUS.items():
         if given == str(ipus):
             return pod

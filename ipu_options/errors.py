@@ -1,12 +1,19 @@
-"""The two kinds of errors that end a script, and the function that turns them into an exit status.
+"""The kinds of errors that end a script, and the function that turns them into an exit status.
 
 Exit status 2 (UsageError): the command line or an input file is wrong; found before work starts.
 Exit status 1 (RunError and any other exception): the run started and failed.
+Exit status 128 + N (Stopped): signal N ended the run.
 """
 from __future__ import annotations
 
+import io
+import os
 import sys
-from typing import Callable, Optional
+import traceback
+from contextlib import suppress
+from typing import Any, Callable, Optional, Sequence
+
+_BROKEN_PIPE = 141  # what a shell reports for a process that was killed by SIGPIPE
 
 
 class UsageError(ValueError):
@@ -23,6 +30,10 @@ class RunError(RuntimeError):
     """
 
 
+class Stopped(SystemExit):
+    """A signal has stopped the run. `code` is 128 + the signal's number, as a shell reports it."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of the error's message, or else the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()),
@@ -32,17 +43,33 @@ def first_line(error: BaseException) -> str:
 def run_script(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and return the exit status of the script.
 
-    It is what `main` returns (None counts as 0), 2 for a UsageError, 1 for any other exception, and
-    130 for a Ctrl-C that `main` does not handle. An error is printed as one line on standard error;
-    with `--debug` on the command line the exception is raised instead, for its traceback.
+    It is what `main` returns (None counts as 0), 2 for a UsageError, 1 for any other exception, 130
+    for a Ctrl-C that `main` does not handle, and 141 if the reader of the output has gone away. An
+    error is printed as one line on standard error, after its traceback if `--debug` is on the
+    command line. Characters that the terminal's encoding lacks are printed as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return main() or 0
+        if sys.flags.optimize > 1:
+            raise UsageError("python -OO removes docstrings, which transformers reads: run python, "
+                             "or python -O")
+        status = main() or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        with suppress(OSError):  # what is still buffered would fail again when Python exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except Exception as error:  # pylint: disable=broad-except
-        if "--debug" in sys.argv:
-            raise
+        stopped = _stopped(error)
+        if stopped:
+            return stopped.code
+        if _debug(sys.argv):
+            traceback.print_exc()
         message = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.filename and error.strerror:
             message = f"{error.filename}: {error.strerror}"
@@ -50,3 +77,57 @@ def run_script(main: Callable[[], Optional[int]]) -> int:
             message = f"{type(error).__name__}: {message} (--debug shows where)"
         print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+class LastingOutput:
+    """A text stream that drops what is written to it once its reader has gone away.
+
+    With it `train.py | head` does not end a training. `stream`: standard output or standard error.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text`, or drop it if nobody reads it any more. Returns the length of the text."""
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._attempt(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _attempt(self, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except BrokenPipeError:
+            # What is buffered goes nowhere, too: the descriptor itself is replaced.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def keep_running_without_reader() -> None:
+    """From now on, output that nobody reads any more is dropped in place of ending the run."""
+    sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
+
+
+def _stopped(error: BaseException) -> Optional[Stopped]:
+    """Return the Stopped that `error` was raised on the way of, if any.
+
+    `datasets` has its worker processes finish in a `finally`, and raises another error there.
+    """
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
+
+
+def _debug(arguments: Sequence[str]) -> bool:
+    """Return whether `--debug` is on the command line, which may not have been parsed yet."""
+    for place, word in enumerate(arguments):
+        name, _, value = word.partition("=")
+        if name == "--debug":
+            value = value or "".join(arguments[place + 1:place + 2])
+            return value.lower() not in ("false", "no", "0")
+    return False

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Dict, Iterator, Optional, Union
 
-from ipu_options.errors import RunError
+from ipu_options.errors import RunError, UsageError, first_line
 
 
 @contextmanager
@@ -44,11 +44,40 @@ def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
         raise
 
 
+@contextmanager
+def user_file(path: Union[str, Path]) -> Iterator[IO]:
+    """Context manager that yields a text file for output to a path that the user has named.
+
+    A new or regular file is written as `written_whole` does, at the place that a link points to.
+    A pipe, a terminal or another device is written to as it is. Raises OSError.
+    """
+    path = Path(path)
+    if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
+        with open(path, "a", encoding="utf-8") as file:
+            yield file
+    else:
+        with written_whole(path.resolve()) as file:
+            yield file
+
+
 def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) -> None:
     """Write `value` to `path` as ASCII JSON, atomically. Raises OSError."""
     with written_whole(path) as file:
         json.dump(value, file, indent=indent)
         file.write("\n")
+
+
+def read_json_object(path: Union[str, Path], source: str) -> Dict[str, Any]:
+    """Return the JSON object in a file. Raises UsageError, which calls the file `source`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UsageError(f"{source}: its values are nested too deep") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source}: not readable as JSON ({first_line(error)})") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{source}: holds a {type(value).__name__}, it should be a JSON object")
+    return value
 
 
 @contextmanager
@@ -64,13 +93,13 @@ def writing(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def folder_written_aside(target: Path) -> Iterator[Path]:
+def folder_written_aside(target: Path, tag: str = "") -> Iterator[Path]:
     """Context manager that yields an empty folder .NAME.tmp beside `target`, to be filled.
 
-    If the block fails, the folder is removed; otherwise it is left for `rename_folder`. Raises
-    OSError.
+    If the block fails, the folder is removed; otherwise it is left for `rename_folder`. `tag` goes
+    between NAME and .tmp where several processes may write the same target. Raises OSError.
     """
-    aside = target.with_name(f".{target.name}.tmp")
+    aside = target.with_name(f".{target.name}{tag}.tmp")
     try:
         delete(aside)
         aside.mkdir()

@@ -12,12 +12,16 @@ import argparse
 import difflib
 import math
 import re
+import sys
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 from ipu_options.errors import UsageError
 
 S = TypeVar("S", bound="Settings")
+# Keys of a dictionary that stands for a value: what the published ipu_config.json files use.
+PODS = ("pod4", "pod8", "pod16", "pod32", "pod64", "pod128", "pod256", "default")
 
 
 @dataclass
@@ -52,7 +56,9 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     """Return a dataclass field that is also a command-line flag.
 
     metadata: `min` and `max` (inclusive bounds), `above` and `below` (exclusive bounds), `choices`,
-    `type` (needed where the default does not show it), `nargs` ("+" for a list), `positional`.
+    `type` (needed where the default does not show it), `nargs` ("+" for a list), `positional`,
+    `by_pod` (a dictionary by pod type may stand for the value), `aliases` (other names of the flag,
+    which --help does not show).
     """
     metadata["help"] = help
     if isinstance(default, (list, dict)):
@@ -63,14 +69,16 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError with a one-line message instead of exiting.
 
-    It accepts no abbreviated flags, and its result holds only the flags that were given.
+    It accepts no abbreviated flags, but dashes for underscores, and its result holds only the flags
+    that were given. hints: {flag of another program, without dashes: what to do here}.
     """
 
-    def __init__(self, program: str, description: str):
+    def __init__(self, program: str, description: str, hints: Optional[Dict[str, str]] = None):
         super().__init__(
             program, description=description, allow_abbrev=False,
             argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(
                 prog, max_help_position=42, width=120))
+        self._hints = hints or {}
         # argparse's own pattern knows no exponents, so that it would take -2e-5 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
@@ -80,17 +88,22 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """Parse `args` (default: sys.argv[1:]); raises UsageError, also for unknown flags."""
+        args = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
         given, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [option for action in self._actions for option in action.option_strings]
+            hint = self._hints.get(unknown[0].partition("=")[0].lstrip("-"))
+            if hint:
+                raise UsageError(f"{unknown[0]}: {hint}")
+            flags = [option for action in self._actions for option in action.option_strings
+                     if action.help != argparse.SUPPRESS]
             raise UsageError(
                 f"{unknown[0]}: there is no such flag{did_you_mean(unknown[0], flags)}; "
                 "--help lists them")
         return given
 
 
-def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
-    """Add a flag to `parser` for each field of the dataclass `group`.
+def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[str] = ()) -> None:
+    """Add a flag to `parser` for each field of the dataclass `group`, except those in `without`.
 
     The first line of the dataclass's docstring becomes the heading of its section in --help. A
     boolean flag takes an optional true or false; one that is true by default also has a --no_ form.
@@ -99,7 +112,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
     section = parser.add_argument_group(
         (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip("."))
     for f in fields(group):
-        if "help" not in f.metadata:
+        if "help" not in f.metadata or f.name in without:
             continue
         default, kind = _default_and_kind(f)
         shown = ("" if default is None or isinstance(default, dict) else
@@ -116,6 +129,9 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
             options.update(metavar={int: "N", float: "X"}.get(kind, "TEXT"),
                            nargs=f.metadata.get("nargs"))
         section.add_argument("--" + f.name, dest=f.name, **options)
+        for alias in f.metadata.get("aliases", ()):
+            section.add_argument("--" + alias, dest=f.name,
+                                 **{**options, "help": argparse.SUPPRESS})
         if default is True:
             section.add_argument("--no_" + f.name, dest=f.name, action="store_false",
                                  help=argparse.SUPPRESS)
@@ -136,7 +152,8 @@ def make_settings(group: Callable[..., S], layers: Iterable[Layer]) -> S:
             values[name] = layer.values[name]
             sources[name] = f"--{name}" if layer.origin is None else f"{layer.origin}: {name}"
     for name, value in values.items():
-        check_field(group, name, value, sources[name])
+        values[name] = _as_number(group, name, value)
+        check_field(group, name, values[name], sources[name])
     return group(**values, sources=sources)
 
 
@@ -156,14 +173,21 @@ def check_field(group: type, name: str, value: Any, source: Optional[str] = None
         if default is not None and "None" not in str(f.type) and "Optional" not in str(f.type):
             raise UsageError(f"{source} has no value: give {_article(kind)}")
         return
-    if isinstance(value, dict):
-        for by_pod in value.values():
+    if isinstance(value, dict) and f.metadata.get("by_pod") and value:
+        for pod, by_pod in value.items():
+            if pod not in PODS or by_pod is None or isinstance(by_pod, dict):
+                raise UsageError(f"{source}: a dictionary should give {_article(kind)} for each of "
+                                 f"{', '.join(PODS)}; {_shown(pod)} is {_shown(by_pod)}")
             check_field(group, name, by_pod, source)
         return
+    if isinstance(value, dict):
+        raise UsageError(f"{source} is a dictionary: it should be {_article(kind)}")
     if f.metadata.get("nargs") == "+" and isinstance(value, list):
         if not value:
             raise UsageError(f"{source} is an empty list: give at least one value")
         for one in value:
+            if isinstance(one, (list, dict)) or one is None:
+                raise UsageError(f"{source} holds {_shown(one)}: each should be {_article(kind)}")
             check_field(group, name, one, source)
         return
     choices = f.metadata.get("choices")
@@ -172,10 +196,11 @@ def check_field(group: type, name: str, value: Any, source: Optional[str] = None
         raise UsageError(f"{source} is a list: it should be {_article(kind)}" +
                          (f", one of {', '.join(choices)}" if choices else ""))
     if choices and value not in choices:
-        raise UsageError(f"{source} {value}: choose from {', '.join(map(str, choices))}")
+        raise UsageError(f"{source} {_shown(value)}: choose from {', '.join(map(str, choices))}")
     if not isinstance(value, kind) and not (kind is float and isinstance(value, int)) or (
             kind is not bool and isinstance(value, bool)):
-        raise UsageError(f"{source} {value!r}: it should be {_article(kind)}")
+        shown = repr(value) if isinstance(value, str) and len(value) < 80 else _shown(value)
+        raise UsageError(f"{source} {shown}: it should be {_article(kind)}")
     _check_range(f, value, source)
 
 
@@ -192,10 +217,35 @@ def _check_range(f: Field, value: Any, source: str) -> None:
         raise UsageError(f"{source} {value}: it should be a finite number")
     if low is not None and value < low or above is not None and value <= above:
         right = f"at least {low}" if low is not None else f"more than {above}"
-        raise UsageError(f"{source} {value} is too small: it should be {right}")
+        raise UsageError(f"{source} {_shown(value)} is too small: it should be {right}")
     if high is not None and value > high or below is not None and value >= below:
         right = f"at most {high}" if high is not None else f"less than {below}"
-        raise UsageError(f"{source} {value} is too large: it should be {right}")
+        raise UsageError(f"{source} {_shown(value)} is too large: it should be {right}")
+
+
+def _with_underscores(word: str) -> str:
+    """Return a flag of the command line with underscores in place of dashes, as in --max-steps."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def _as_number(group: type, name: str, value: Any) -> Any:
+    """Return a text that is to be a number as one: YAML 1.1 takes 1e-5 for a text."""
+    f = next(f for f in fields(group) if f.name == name)
+    if isinstance(value, str) and "help" in f.metadata and _default_and_kind(f)[1] is float:
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a message shows it: nothing can make the message long."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) > 10 ** 30:
+        return "a number of more than 30 digits"
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _default_and_kind(f: Field) -> Tuple[Any, type]:

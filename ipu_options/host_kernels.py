@@ -4,7 +4,7 @@ Nothing is compiled on the host, so that, unlike on an IPU, the operations may d
 """
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import numpy
 import torch
@@ -16,20 +16,34 @@ from ipu_options.ipu_kernels import MASKED, Kernels
 LOOP_COST = 25_000
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window_ids: torch.Tensor,
+class Windows(NamedTuple):
+    """The windows of some rows: int [B, S] with a number for each token, and `_spans` of it."""
+
+    ids: torch.Tensor
+    spans: List[Tuple[int, int, int]]
+
+
+def window_mask(window_ids: torch.Tensor, dtype: torch.dtype) -> Windows:
+    """Return the windows that attention is restricted to.
+
+    window_ids: int [B, S]; the tokens of a window are consecutive and share a number, 0 is padding.
+    """
+    return Windows(window_ids, _spans(window_ids))
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, windows: Windows,
               dropout_p: float = 0.0, training: bool = False) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) within each window of a row.
 
-    query, key, value: [B, heads, S, head_dim]. window_ids: int [B, S]; the tokens of a window are
-    consecutive and share a number, 0 is padding. dropout_p: dropout of the probabilities, applied
-    if `training`. Returns [B, heads, S, head_dim]; the values at padding are finite but have no
-    meaning.
+    query, key, value: [B, heads, S, head_dim]. windows: of `window_mask`. dropout_p: dropout of the
+    probabilities, applied if `training`. Returns [B, heads, S, head_dim]; the values at padding are
+    finite but have no meaning.
 
     Attention is computed window by window where that skips enough scores between windows to pay for
     the loop, else with a mask.
     """
     dropout_p = dropout_p if training else 0.0
-    spans = _spans(window_ids)
+    window_ids, spans = windows
     batch, heads, length, _ = query.shape
     # Scores between tokens of different windows, which the loop over windows does not compute.
     saved = heads * (batch * length * length - sum((end - begin) ** 2 for _, begin, end in spans))
@@ -119,4 +133,4 @@ class _ByWindow(torch.autograd.Function):
         return (*grads, None, None)
 
 
-HOST_KERNELS = Kernels(attention, dropout)
+HOST_KERNELS = Kernels(attention, dropout, window_mask)

@@ -4,7 +4,7 @@ Source of the supported operations: PopTorch user guide, "Supported PyTorch oper
 """
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch.nn.functional import dropout
@@ -14,26 +14,35 @@ from torch.nn.functional import dropout
 MASKED = -10000.0
 
 
+def window_mask(window_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to attention's scores, so that tokens see their own window alone.
+
+    window_ids: int [B, S], 0 for padding; padding attends to padding, so that every row of the
+    softmax has an unmasked entry. Returns [B, 1, S, S] of type `dtype`.
+    """
+    same_window = window_ids.unsqueeze(2) == window_ids.unsqueeze(1)
+    return (1.0 - same_window.unsqueeze(1).to(dtype)) * MASKED
+
+
 class Kernels(NamedTuple):
     """The functions that a model calls for attention and dropout.
 
-    Their signatures are those of `attention` in this file and of torch.nn.functional.dropout.
+    Their signatures are those of `attention` and `window_mask` in this file and of
+    torch.nn.functional.dropout. The result of window_mask is only passed on to attention.
     """
 
     attention: Callable[..., torch.Tensor]
     dropout: Callable[..., torch.Tensor]
+    window_mask: Callable[[torch.Tensor, torch.dtype], Any] = window_mask
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window_ids: torch.Tensor,
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor,
               dropout_p: float = 0.0, training: bool = False) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) within each window of a row.
 
-    query, key, value: [B, heads, S, head_dim]. window_ids: int [B, S], 0 for padding; padding
-    attends to padding, so that every row of the softmax has an unmasked entry. dropout_p: dropout
-    of the probabilities, applied if `training`. Returns [B, heads, S, head_dim].
+    query, key, value: [B, heads, S, head_dim]. mask: of `window_mask`. dropout_p: dropout of the
+    probabilities, applied if `training`. Returns [B, heads, S, head_dim].
     """
-    same_window = window_ids.unsqueeze(2) == window_ids.unsqueeze(1)
-    mask = (1.0 - same_window.unsqueeze(1).to(query.dtype)) * MASKED
     scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + mask
     probabilities = dropout(torch.softmax(scores, dim=-1), dropout_p, training)
     return torch.matmul(probabilities, value)

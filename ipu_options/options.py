@@ -5,18 +5,27 @@ publish for BERT and RoBERTa.
 """
 from __future__ import annotations
 
-import os
 from typing import Dict, Optional
 
 import torch
 
 from ipu_options import poptorch
-from ipu_options.config import DeviceSettings, IPUConfig
+from ipu_options.config import DeviceSettings, IPUConfig, Pipeline, executable_cache
 
 OUTPUT_MODES = {"final": "Final", "all": "All", "sum": "Sum", "default": "Default"}
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
 JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime
 _WATCHED = "watched gradient"  # the name of our anchor, free to choose
+
+
+def describe_poptorch(run: DeviceSettings) -> str:
+    """Return one line that says which PopTorch runs, and what cannot be concluded from a host."""
+    text = f"PopTorch: {poptorch.__name__} {poptorch.__version__}, torch {torch.__version__}"
+    asked = [f"--{name}" for name in ("compile_only", "ipu_model", "synthetic_data", "profile_dir")
+             if getattr(run, name)]
+    if poptorch.__name__ == "poptorch_host" and asked:
+        text += f" (no IPU: what {', '.join(asked)} shows is this host's)"
+    return text
 
 
 def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
@@ -37,7 +46,13 @@ def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
     not possible to try this pipeline on an IPU, and a refusal by the compiler wastes a booked
     machine: hence the default of `watch`.
     """
-    options = _common_options(config, run, "training")
+    options = _common_options(config, run, "training", {
+        # Without it a float16 number beyond 65,504 becomes 65,504, and no overflow is ever seen
+        # (Poplar API reference, FloatingPointBehaviour::nanoo). PopTorch and PopART hand engine
+        # options on to Poplar (popart_compiler/source/SessionOptions.cpp; popart,
+        # engineoptionscreator.cpp). Stochastic rounding is another bit of the same register, which
+        # PopART sets by itself (irlowering.cpp, setStochasticRoundingBehaviour).
+        "debug.nanOverflowMode": "true"})
     options.Training.gradientAccumulation(config.gradient_accumulation_steps)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
     if config.auto_loss_scaling:
@@ -89,19 +104,22 @@ def mean_loss(output: torch.Tensor, config: IPUConfig) -> float:
     return output.float().mean().item() / losses_in_a_sum
 
 
-def inference_options(config: IPUConfig, run: DeviceSettings) -> "poptorch.Options":
-    """Return the poptorch.Options of the inference pipeline; all logits are returned, in order.
-
-    config: what `IPUConfig.inference` returns, with by-pod values resolved.
-    """
-    options = _common_options(config, run, "inference")
+def inference_options(pipeline: Pipeline, run: DeviceSettings) -> "poptorch.Options":
+    """Return the poptorch.Options of an inference pipeline; all logits are returned, in order."""
+    options = _common_options(pipeline.config, run, "inference", {})
+    if pipeline.sharded:
+        options.setExecutionStrategy(poptorch.ShardedExecution(poptorch.AutoStage.AutoIncrement))
     options.outputMode(poptorch.OutputMode.All)
     options.Precision.enableStochasticRounding(False)
     return options
 
 
-def _common_options(config: IPUConfig, run: DeviceSettings, phase: str) -> "poptorch.Options":
-    """Return what both pipelines set. phase: "training" or "inference"."""
+def _common_options(config: IPUConfig, run: DeviceSettings, phase: str,
+                    engine_options: Dict[str, str]) -> "poptorch.Options":
+    """Return what both pipelines set.
+
+    phase: "training" or "inference". engine_options: Poplar's engine options of that phase alone.
+    """
     options = poptorch.Options()
     options.modelName(phase)
     options.autoRoundNumIPUs(True)
@@ -111,23 +129,26 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str) -> "popt
     options.setAvailableMemoryProportion(memory_proportions(config))
     if config.enable_half_partials:
         options.Precision.setPartialsType(torch.float16)
-    cache = config.executable_cache_dir or os.environ.get("POPLAR_EXECUTABLE_CACHE_DIR")
-    if cache:
-        options.enableExecutableCaching(cache)
+    # The IPU Model cannot use a cache, and PopTorch would warn of one (CompilerImpl.cpp).
+    options.enableExecutableCaching(None if run.ipu_model else executable_cache(config))
     if run.synthetic_data:
         options.enableSyntheticData(True)
     if run.ipu_model:
         options.useIpuModel(True)
     if run.compile_only:
         options.useOfflineIpuTarget()
+    else:  # leave the IPUs to others while compiling
+        options.connectionType(poptorch.ConnectionType.OnDemand)
     options._Popart.set("subgraphCopyingStrategy", JUST_IN_TIME)
     options._Popart.setPatterns({
         "TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True})
     options._Popart.setEngineOptions({
-        "opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"})
+        "opt.useAutoloader": "true", "target.syncReplicasIndependently": "true", **engine_options})
     if run.profile_dir:
-        # After setEngineOptions, because it adds to the engine options.
-        options.enableProfiling(os.path.join(run.profile_dir, phase))
+        # After setEngineOptions, because it adds to the engine options. The report is written to a
+        # sub-folder with the model's name (PopTorch, tests/options_test.py,
+        # test_profile_report_with_model_name), which is `phase`.
+        options.enableProfiling(run.profile_dir)
     return options
 
 

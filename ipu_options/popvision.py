@@ -20,15 +20,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.errors import RunError, UsageError
-from ipu_options.files import writing
-
-_NOTHING = nullcontext()  # shared by all spans of a run that records none
+from ipu_options.files import user_file, writing
 
 
 def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phases: str) -> None:
@@ -68,39 +67,38 @@ def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phas
 
 
 class Spans:
-    """Records the phases of a loop, `with spans("step"): ...`, as named spans.
+    """Measures the phases of a loop, for the log, for System Analyser and for a Chrome trace.
 
-    channel: the name of the group of spans.
+    `with spans("step"): ...` names a phase. `seconds` is {phase: seconds spent in it}. With
+    settings.profile_dir the phases are also marked in PopVision's own trace, through
+    poptorch.profiling.Channel; with settings.trace they are written to that file, in Chrome trace
+    format (https://ui.perfetto.dev opens it), when the `with Spans(...)` block ends, however it
+    ends.
 
-    With settings.trace, this file is written as a Chrome trace (https://ui.perfetto.dev opens it)
-    when the `with Spans(...)` block ends, also by an exception. With settings.profile_dir, the
-    spans are marked in PopVision's trace through poptorch.profiling.Channel, for System Analyser.
-    With neither, a span costs one call that returns a shared empty context.
+    channel: the name of the group of phases.
     """
 
     def __init__(self, channel: str, settings: DeviceSettings) -> None:
-        self._trace = settings.trace
+        self.seconds: Dict[str, float] = defaultdict(float)
+        self._trace, self._name = settings.trace, channel
         self._events: List[Tuple[str, int, int]] = []  # name, start and duration in nanoseconds
         self._channel = None
-        self._name = channel
         if settings.profile_dir is not None:
             from ipu_options import poptorch
             self._channel = poptorch.profiling.Channel(channel)
-        self._off = settings.trace is None and settings.profile_dir is None
-
-    def __call__(self, name: str):
-        """Return a context manager that records its block as one phase called `name`."""
-        return _NOTHING if self._off else self._span(name)
 
     @contextmanager
-    def _span(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Iterator[None]:
+        """Context manager around one phase."""
         start = time.perf_counter_ns()
-        with self._channel.tracepoint(name) if self._channel else _NOTHING:
+        with self._channel.tracepoint(name) if self._channel else nullcontext():
             try:
                 yield
             finally:
+                duration = time.perf_counter_ns() - start
+                self.seconds[name] += duration / 1e9
                 if self._trace:
-                    self._events.append((name, start, time.perf_counter_ns() - start))
+                    self._events.append((name, start, duration))
 
     def __enter__(self) -> "Spans":
         return self
@@ -134,5 +132,5 @@ def write_trace(path: str, events: List[Dict[str, Any]], process: str, lanes: Li
     names = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": process}}]
     names += [{"name": "thread_name", "ph": "M", "pid": 0, "tid": i, "args": {"name": lane}}
               for i, lane in enumerate(lanes)]
-    with writing(f"--trace {path}"), open(path, "w", encoding="utf-8") as file:
+    with writing(f"--trace {path}"), user_file(path) as file:
         json.dump({"traceEvents": names + events, "displayTimeUnit": "ms"}, file)

@@ -63,7 +63,8 @@ class Anchors:
 
         self._latest = {}
         self._outputs = {
-            short: Outputs(mode, period) for short, (_, mode, period) in self._wanted.items()}
+            short: Outputs(self._options, mode, period, [self._weights[name].type])
+            for short, (name, mode, period) in self._wanted.items()}
         hooks = [weight.working.register_hook(keep(name)) for name, weight in self._weights.items()]
         try:
             yield self
@@ -84,7 +85,7 @@ class Anchors:
         self._latest = {}
 
     def joined(self) -> Dict[str, torch.Tensor]:
-        """Return {short name: float32 tensor}, with micro-batches along dimension 0.
+        """Return {short name: gradient in its parameter's type}, micro-batches along dimension 0.
 
         The output mode of each anchor decides which of its micro-batches are included.
         """

@@ -33,7 +33,8 @@ class _SubDataset(torch.utils.data.Dataset):
     A part is a run of consecutive samples, in an order that all processes agree on. If the loader
     shuffles, each epoch draws a new order of the whole data set from the seed that all processes
     share. With `drop_last`, some samples do not fill a step of all processes; they are left over
-    alternately at the beginning and at the end of the order.
+    alternately at the beginning and at the end of the order. (PopTorch takes the number of all
+    samples modulo those of one process, which counts too few, and fails if a process has none.)
 
     `step` is the number of samples that one process reads in one step.
     """
@@ -43,8 +44,8 @@ class _SubDataset(torch.utils.data.Dataset):
         total = len(dataset)
         if drop_last:
             share = step * (total // (step * processes))
-            self.first, self.length, self.left_over = process * share, min(
-                share, total - process * share), total % share
+            self.first, self.length, self.left_over = (
+                process * share, share, total - processes * share)
         else:
             shares = [total // processes + (p < total % processes) for p in range(processes)]
             self.first, self.length, self.left_over = sum(shares[:process]), shares[process], 0

@@ -5,20 +5,23 @@ row of the micro-batch, because PopART's StepIOSplitter hands micro-batches to t
 
 A float16 model has float16 tensors on the host. On the device its weights are float32, and the
 model runs with a working copy of them: in bfloat16 if the processor can multiply bfloat16, and in
-float32 otherwise. Its gradients are accumulated in float32.
+float32 otherwise. Its gradients are accumulated in float32. What leaves the device has PopTorch's
+types, float16 among them, in both cases.
 """
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
 from . import _checks, _formulas, _hyperparameters, _structure, _trace, enums, ops
 from ._anchors import Anchors
+from ._errors import Error
 from ._logging import logger
-from ._outputs import Outputs
+from ._outputs import Outputs, output_type
 
 PIECE = 1 << 20  # number of elements that _add converts at a time; they fit in a processor's cache
 
@@ -27,8 +30,15 @@ PIECE = 1 << 20  # number of elements that _add converts at a time; they fit in 
 def half_type() -> torch.dtype:
     """Return the type that replaces float16 in computations.
 
-    It is bfloat16 if the processor has instructions to multiply it, and float32 otherwise.
+    It is the one that the environment variable POPTORCH_HOST_HALF names. Without the variable it is
+    bfloat16 if the processor has instructions to multiply it, and float32 otherwise. Raises Error
+    if the variable names anything else.
     """
+    named = os.environ.get("POPTORCH_HOST_HALF")
+    if named is not None:
+        if named not in ("bfloat16", "float32"):
+            raise Error(f"POPTORCH_HOST_HALF must be bfloat16 or float32, not {named!r}")
+        return getattr(torch, named)
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
         if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags):
@@ -36,8 +46,8 @@ def half_type() -> torch.dtype:
     return torch.float32
 
 
-def _computed(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(half_type()) if tensor.dtype == torch.float16 else tensor
+def _with_half(half: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.to(half) if tensor.dtype == torch.float16 else tensor
 
 
 class Weight:
@@ -47,11 +57,14 @@ class Weight:
     working: the device's tensor that the model runs with.
     value: the tensor that the optimizer updates. It is float32 if the host's tensor is float16;
         otherwise it shares its memory with `working`.
+    type: the type of PopTorch's tensor.
     has_copy: whether `working` is a separate copy of `value`: only if the host's tensor is float16.
     replicas: the `working` tensors of all replicas for a buffer that each replica changes for
         itself, otherwise `working` alone.
     gradient: the accumulated gradient, in the type of `value`, where autograd cannot accumulate it
         in place.
+    nonfinite: which elements of PopART's accumulator are not finite; None if all are finite (see
+        Device._keep_nonfinite).
     """
 
     def __init__(self, name: str, host: torch.Tensor):
@@ -66,8 +79,16 @@ class Weight:
         if self.is_parameter:
             self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
         self.has_copy = host.dtype == torch.float16
+        self.type = output_type(host.dtype)
         self.replicas: List[torch.Tensor] = [self.working]
         self.gradient: Optional[torch.Tensor] = None
+        self.nonfinite: Optional[torch.Tensor] = None
+
+    def traced(self) -> torch.Tensor:
+        """Return a new tensor that stands for `working` in the trace, in bfloat16 for float16."""
+        traced = self.value.to(torch.bfloat16 if self.has_copy else self.value.dtype, copy=True)
+        return torch.nn.Parameter(
+            traced, self.working.requires_grad) if self.is_parameter else traced
 
     def upload(self) -> None:
         """Copy the host's tensor to the device."""
@@ -93,10 +114,12 @@ class Weight:
     def accumulate(self) -> None:
         """Add the gradient of a micro-batch to `gradient`, where autograd cannot do so in place.
 
-        This concerns sparse gradients, and weights whose `working` is a separate copy.
+        This concerns sparse gradients, weights whose `working` is a separate copy, and all further
+        gradients once there is a `gradient`.
         """
         gradient = self.working.grad
-        if gradient is None or not (self.has_copy or gradient.is_sparse):
+        if gradient is None or not (self.has_copy or gradient.is_sparse or
+                                    self.gradient is not None):
             return
         self.working.grad = None
         if gradient.is_sparse:
@@ -132,6 +155,7 @@ class Device:
     def __init__(self, model: torch.nn.Module, options: Any, training: bool, seed: int):
         self.model, self.options, self.training = model, options, training
         self.attached = False
+        self.synthetic = bool(options._Popart.options.get("syntheticDataMode"))
         self.seed = seed
         self.rng = seeded(seed)
         with torch._C.DisableTorchFunctionSubclass():
@@ -195,22 +219,24 @@ class Device:
     def compile(self, arguments) -> None:
         """Trace the model with one micro-batch.
 
-        Afterwards the device's buffers and random numbers are what they were before.
+        Whatever the device computes in, float16 is bfloat16 in the trace, so that the outputs'
+        types tell the two apart from float32. Afterwards the device's tensors and random numbers
+        are what they were before.
         """
-        rng, buffers = self.rng, [w for w in self.weights.values() if not w.is_parameter]
-        saved = [w.working for w in buffers]
-        for weight in buffers:
-            weight.working = weight.working.clone()  # a clone starts with _version 0
+        rng = self.rng
+        saved = [(w, w.working) for w in self.weights.values() if w.has_copy or not w.is_parameter]
+        for weight, _ in saved:
+            weight.working = weight.traced()  # a new tensor starts with _version 0
         try:
             with self._installed():
-                micro_batch = arguments.micro_batches(_computed, micro_batches_per_call(
-                    self.options))(0)
+                micro_batch = arguments.micro_batches(_with_half(torch.bfloat16),
+                                                      micro_batches_per_call(self.options))(0)
                 self.trace = self._traced(micro_batch)
                 _trace.check_reassigned(self.model, self.slots)
-            changed = [w for w in buffers if w.working._version != 0]
+            changed = [w for w, _ in saved if not w.is_parameter and w.working._version != 0]
         finally:
             self.rng = rng
-            for weight, working in zip(buffers, saved):
+            for weight, working in saved:
                 weight.working = working
         if changed and self.options.replication_factor > 1:
             _checks.buffers(self.options)
@@ -221,26 +247,36 @@ class Device:
             self.replicated = [slot for slot in self.slots if len(slot[2].replicas) > 1]
 
     def _traced(self, micro_batch) -> _trace.Trace:
-        casts = _trace.HalfCasts(half_type())
+        casts = _trace.HalfCasts(torch.bfloat16,
+                                 _trace.PRODUCTS if half_type() == torch.float32 else ())
         with casts:
             trace = _trace.run(self.model, micro_batch, self.options._execution_strategy,
                                self.training)
+        casts.half = half_type()
         if casts.needed:
             self.casts = lambda: casts
         return trace
 
     # ---- weights and optimizer ----
 
+    def attach(self) -> None:
+        """Load the model, with accumulators that are zero."""
+        self.attached = True
+        self._zero_accumulators()
+
     def upload(self, only: Optional[List[str]] = None) -> None:
         """Copy weights from the host to the device: all of them, or only those named."""
         logger.debug("Writing weights from host to IPU memory")
+        if only is None:
+            self._write_accumulators()
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for weight in self.weights.values():
                 if only is None or weight.name in only:
                     weight.upload()
 
     def download(self) -> None:
-        """Copy all weights from the device to the host."""
+        """Copy all weights from the device to the host; Error with synthetic data."""
+        self._refuse_synthetic("weights")
         logger.debug("Writing weights from IPU to host")
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for weight in self.weights.values():
@@ -265,8 +301,9 @@ class Device:
         """Return the optimizer state on the device, in PopTorch's form.
 
         It is {"ipu_state": tensors, "ipu_param": hyperparameters}. Master___NAME is the float32
-        value of a weight that is float16 on the host.
+        value of a weight that is float16 on the host. Raises Error with synthetic data.
         """
+        self._refuse_synthetic("optimizer state")
         logger.debug("Writing optimiser state tensors from IPU to host.")
         state = {
             f"{slot}___{w.name}": self.state[w.name][slot].clone() for w, _ in self.trained
@@ -281,6 +318,7 @@ class Device:
         A Master___NAME that, rounded to float16, is no longer equal to its weight is ignored.
         """
         logger.debug("Writing optimiser state tensors from host to IPU memory")
+        self._write_accumulators()
         for weight, _ in self.trained:
             for slot, tensor in self.state[weight.name].items():
                 tensor.copy_(state["ipu_state"].get(f"{slot}___{weight.name}", tensor))
@@ -292,12 +330,63 @@ class Device:
         self.settings = _hyperparameters.set_parameters(self.settings, self.hyper,
                                                         state["ipu_param"])
 
+    def _refuse_synthetic(self, what: str) -> None:
+        """Raise Error if the model runs with synthetic data, with which PopART cannot read `what`.
+
+        Compiler::copyWeightsToHost and ::fillHostOptimizerStateTensorData (Compiler.cpp) call
+        PopART's Devicex::readWeights, which copies from getD2hWeightData() (devicex.cpp). That
+        buffer is made by initD2hWeightBuffer(), which is not called with synthetic data.
+        """
+        if self.synthetic:
+            raise Error(
+                f"Cannot read {what} from a device that runs with synthetic data "
+                "(Options.enableSyntheticData): PopART has no buffer for it and crashes")
+
+    def _zero_accumulators(self) -> None:
+        for weight in self.weights.values():
+            weight.nonfinite = None
+
+    def _write_accumulators(self) -> None:
+        """Zero PopART's accumulators, which it writes with the weights unless an option stops it.
+
+        See Ir::streamingIsDisabledForTensor (ir.cpp). The host's copies of them are always zero.
+        """
+        if not self.options._Popart.options.get("disableGradAccumulationTensorStreams"):
+            self._zero_accumulators()
+
+    def _keeps_accumulators(self) -> bool:
+        """Return whether PopART never zeroes accumulators (OptimizerDecompose, adamdecompose.cpp).
+
+        It computes a running mean of the gradients as old * (1 - 1 / n) + new / n, and leaves the
+        last update's value where it is, because the first factor is 0 (accumulatex.cpp).
+        """
+        training = self.options.Training
+        return (training.gradient_accumulation > 1 and
+                training.accumulation_and_replication_reduction_type == enums.ReductionType.Mean and
+                training.meanAccumulationAndReplicationReductionStrategy ==
+                enums.MeanReductionStrategy.Running)
+
+    def _keep_nonfinite(self, ready: List[tuple]) -> None:
+        """Make gradients NaN where an earlier one was not finite, because 0 * NaN is NaN.
+
+        `ready` lists (weight, gradient) of an update. Finite gradients cost a sum of each.
+        """
+        for weight, gradient in ready:
+            if weight.nonfinite is not None:
+                gradient.masked_fill_(weight.nonfinite, float("nan"))
+        if not torch.stack([gradient.sum() for _, gradient in ready]).isfinite().all():
+            for weight, gradient in ready:
+                nonfinite = ~gradient.isfinite()
+                weight.nonfinite = nonfinite if nonfinite.any() else None
+
     def _update_weights(self) -> None:
         ready = [
             (w, g) for w, g in ((w, w.take_gradient()) for w, _ in self.trained) if g is not None]
         if not ready:
             return
         with torch.no_grad():
+            if self._keeps_accumulators():
+                self._keep_nonfinite(ready)
             if self.settings["max_grad_norm"] != float("inf"):
                 _formulas.clip([g for _, g in ready], self.settings["max_grad_norm"])
             groups: Dict[tuple, list] = {}
@@ -321,8 +410,12 @@ class Device:
         return None if self.training else executor
 
     def get_rng(self) -> List[int]:
-        """Return the seed, followed by the generator's state as 64-bit integers."""
-        return [self.seed, *self.rng.view(torch.int64).tolist()]
+        """Return the seed, followed by the generator's state as 64-bit integers.
+
+        With synthetic data PopART returns a seed that nothing has written and no state
+        (Devicex::getRandomSeedToHost and ::getRngStateToHost, devicex.cpp): here [0].
+        """
+        return [0] if self.synthetic else [self.seed, *self.rng.view(torch.int64).tolist()]
 
     def set_rng(self, state: List[int]) -> None:
         """Restore what get_rng() returned. If `state` is only a seed, start from that seed."""
@@ -340,10 +433,11 @@ class Device:
         options = self.options
         accumulation, replicas = options.Training.gradient_accumulation, options.replication_factor
         groups, group_of = input_groups(options)
-        synthetic = options._Popart.options.get("syntheticDataMode", 0)
-        micro_batch = arguments.micro_batches(_synthetic if synthetic else _computed,
-                                              micro_batches_per_call(options))
-        outputs = Outputs(options.output_mode, options.output_return_period)
+        micro_batch = arguments.micro_batches(
+            _synthetic if self.synthetic else _with_half(half_type()),
+            micro_batches_per_call(options))
+        outputs = Outputs(options, options.output_mode, options.output_return_period,
+                          self.trace.output_types)
         for weight, _ in self.trained:
             weight.take_gradient()  # discard what an interrupted call may have left
         with self._installed(), torch.set_grad_enabled(
@@ -435,5 +529,5 @@ def micro_batches_per_call(options) -> int:
 
 
 def _synthetic(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.randn_like(
-        _computed(tensor)) if tensor.is_floating_point() else torch.zeros_like(tensor)
+    return torch.randn_like(_with_half(
+        half_type())(tensor)) if tensor.is_floating_point() else torch.zeros_like(tensor)

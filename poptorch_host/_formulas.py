@@ -5,7 +5,6 @@ formula is computed tensor by tensor.
 """
 from __future__ import annotations
 
-import inspect
 from typing import Any, Dict, List
 
 import torch
@@ -15,9 +14,14 @@ STATE = {
     "SGD": ("Accl1", ), "Adam": ("Accl1", "Accl2", "Step"), "AdamW": ("Accl1", "Accl2", "Step"),
     "LAMB": ("Accl1", "Accl2", "Step"),
     "RMSprop": ("Accl1", "Accl3")}
-# torch 2.4 and later have fused kernels for the CPU.
-FUSED = "fused" in inspect.signature(torch.optim.AdamW.__init__).parameters and int(
-    torch.__version__.split(".")[1]) >= 4
+
+
+def has_fused_kernels(version: str) -> bool:
+    """Return whether this version of torch has fused kernels for the CPU: 2.4 and later."""
+    return tuple(int(number) for number in version.split(".")[:2]) >= (2, 4)
+
+
+FUSED = has_fused_kernels(torch.__version__)
 
 
 def new_state(settings: Dict[str, Any], weight: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -69,14 +73,12 @@ def _adam(weights, gradients, state, hyper, numbers, fused=FUSED and
           getattr(torch, "_fused_adam_", None), decoupled=False):
     (beta1, beta2), decay, rate = hyper["betas"], hyper["weight_decay"], hyper["lr"]
     torch._foreach_add_(state["Step"], 1)
-    # An infinite step turns the correction off, because beta ** inf is 0.
-    steps = (state["Step"] if numbers["bias_correction"] else
-             [torch.tensor(float("inf"))] * len(weights))
     if fused:
-        fused(weights, gradients, state["Accl1"], state["Accl2"], [], steps, lr=rate, beta1=beta1,
-              beta2=beta2, weight_decay=decay, eps=hyper["eps"], amsgrad=False, maximize=False)
+        fused(weights, gradients, state["Accl1"], state["Accl2"], [], state["Step"], lr=rate,
+              beta1=beta1, beta2=beta2, weight_decay=decay, eps=hyper["eps"], amsgrad=False,
+              maximize=False)
         return
-    for w, g, m, v, step in zip(weights, gradients, state["Accl1"], state["Accl2"], steps):
+    for w, g, m, v, step in zip(weights, gradients, state["Accl1"], state["Accl2"], state["Step"]):
         if decay and decoupled:
             w.mul_(1 - rate * decay)
         elif decay:
@@ -98,6 +100,7 @@ def _lamb(weights, gradients, state, hyper, numbers):
     for w, g, m, v, step in zip(weights, gradients, state["Accl1"], state["Accl2"], state["Step"]):
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        # An infinite step turns the correction off, because beta ** inf is 0.
         step = step if numbers["bias_correction"] else torch.tensor(float("inf"))
         root = (v / (1 - torch.pow(beta2, step))).sqrt_().add_(hyper["eps"])
         change = (m / (1 - torch.pow(beta1, step))).div_(root).add_(w, alpha=hyper["weight_decay"])

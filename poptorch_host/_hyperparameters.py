@@ -20,11 +20,13 @@ POPART_NAMES = {
     "lr": "learningRate", "weight_decay": "weightDecay", "max_weight_norm": "maxWeightNorm"}
 
 
-def warn_subclass(optimizer: torch.optim.Optimizer) -> None:
-    """Warn if the optimizer's class was derived by the user.
+def warn(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of what PopTorch ignores: `maximize`, and the step() of a class derived by the user.
 
-    Such a class is probably meant to change step(), which is never called.
+    PopTorch itself says nothing about `maximize`, which _optimizer_attributes.py does not read.
     """
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        logger.warning("maximize=True is ignored: PopTorch's optimizers minimise the loss")
     if not {torch.optim.Optimizer, optim.Optimizer} & set(
             type(optimizer).__bases__) and not type(optimizer).__module__.startswith("torch."):
         logger.warning(

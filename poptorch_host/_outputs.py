@@ -10,17 +10,29 @@ from . import enums
 # Outputs of these types are converted: bfloat16 stands for float16, and PopTorch has no 64 bits.
 OUTPUT_TYPES = {
     torch.bfloat16: torch.float16, torch.int64: torch.int32, torch.float64: torch.float32}
+LARGEST = 65504.0  # the largest float16 number
+
+
+def output_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that PopTorch gives to an output that the host's model returns in `dtype`."""
+    return OUTPUT_TYPES.get(dtype, dtype)
 
 
 class Outputs:
     """Collects the output tensors of the micro-batches of one call.
 
+    options: the executor's, which say how float16 overflows and whether outputs are written.
     mode: an OutputMode other than Default.
     period: for EveryN, the number of device iterations of which the last one is kept.
+    types: the type of each output.
     """
 
-    def __init__(self, mode: int, period: int):
-        self.mode, self.period = mode, period
+    def __init__(self, options: Any, mode: int, period: int, types: List[torch.dtype]):
+        self.mode, self.period, self.types = mode, period, types
+        popart = options._Popart.options
+        self.synthetic = bool(popart.get("syntheticDataMode"))
+        self.nan_on_overflow = popart.get("engineOptions", {}).get(
+            "debug.nanOverflowMode") == "true"
         self.kept: Any = {} if mode in (enums.OutputMode.Final, enums.OutputMode.Sum) else []
 
     def add(self, iteration: int, replica: int, tensors: List[torch.Tensor]) -> None:
@@ -36,12 +48,32 @@ class Outputs:
     def joined(self) -> List[torch.Tensor]:
         """Return one new tensor for each output, with the micro-batches joined along dimension 0.
 
-        Scalars are joined to a vector, except that a single scalar stays a scalar.
+        Scalars are joined to a vector, except that a single scalar stays a scalar. With synthetic
+        data PopTorch returns memory that was never written (at::empty in PoplarExecutable.cpp;
+        PopART makes no streams to the host, irlowering.cpp): here NaN, or 0 in integers.
         """
         kept = list(self.kept.values()) if isinstance(self.kept, dict) else self.kept
         joined = []
-        for column in zip(*kept):
+        for dtype, column in zip(self.types, zip(*kept)):
             out = column[0].clone() if len(column) == 1 else torch.cat([
                 t.reshape(1) if t.dim() == 0 else t for t in column])
-            joined.append(out.to(OUTPUT_TYPES.get(out.dtype, out.dtype)))
+            out = self._half(out) if dtype == torch.float16 else out.to(dtype)
+            if self.synthetic:
+                out.fill_(float("nan") if dtype.is_floating_point else 0)
+            joined.append(out)
         return joined
+
+    def _half(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return `tensor` in float16; finite numbers beyond its range saturate, as on an IPU.
+
+        With Poplar's engine option debug.nanOverflowMode they become NaN. PopART documents both
+        (removeunnecessarylossgradcastpattern.hpp: "clipped (unless the user has enabled NaN on
+        overflow)").
+        """
+        half = tensor.half()
+        overflow = half.isinf() & tensor.isfinite()
+        if not overflow.any():
+            return half
+        if self.nan_on_overflow:
+            return half.masked_fill(overflow, float("nan"))
+        return torch.where(overflow, tensor.float().clamp(-LARGEST, LARGEST).half(), half)

@@ -116,15 +116,19 @@ class PoplarExecutor:
         return False
 
     def copyWeightsToHost(self) -> None:
-        """Copy all parameters and buffers from the device to the host."""
+        """Copy all parameters and buffers from the device to the host.
+
+        Raises Error with synthetic data, as does all that reads weights or optimizer state.
+        """
         self._require_compiled()
-        self._dirty_host_weights = False
         self._device.download()
+        self._dirty_host_weights = False
         self._host_weights_version += 1
 
     def copyWeightsToDevice(self) -> None:
         """Copy all parameters and buffers from the host to the device."""
         self._require_compiled()
+        self._before_writing()
         self._dirty_host_weights = False
         self._device.upload()
 
@@ -137,7 +141,14 @@ class PoplarExecutor:
         names = self._options._Popart.options.get("updatableNamedBuffers")
         if names is None:
             raise Error("No named buffers marked as updatable via updatableNamedBuffers option")
+        self._before_writing()
         self._device.upload(only=names)
+
+    def _before_writing(self) -> None:
+        # PopTorch first reads the optimizer's state, which PopART writes together with the weights.
+        # Here it could stay where it is, but the reading would fail with synthetic data.
+        if self._device.synthetic:
+            self._read_optimizer_state()
 
     # ---- optimizer ----
 
@@ -163,7 +174,7 @@ class PoplarExecutor:
             self._write_optimizer_state()
 
     def _change_optimizer(self, optimizer):
-        _hyperparameters.warn_subclass(optimizer)
+        _hyperparameters.warn(optimizer)
         if isinstance(self._optimizer, optim.Optimizer):
             self._read_optimizer_state()
             self._optimizer._used_by(None)
@@ -235,7 +246,7 @@ class PoplarExecutor:
             self._attach()
 
     def _attach(self) -> None:
-        self._device.attached = True
+        self._device.attach()
         self.copyWeightsToDevice()
         if self._training:
             self._device.set_optimizer(self._settings, self._groups())
@@ -329,8 +340,9 @@ class PoplarExecutor:
         """Return the gradient that Options.anchorTensor() named `short_name`, of the last call.
 
         Each micro-batch contributes its own gradient, multiplied by the loss scaling. Dimension 0
-        runs over the micro-batches that the anchor's output mode selects. The type is float32 even
-        if the parameter is float16, so that the gradient is finite where the host's update is.
+        runs over the micro-batches that the anchor's output mode selects. The type is the
+        parameter's; what exceeds float16 saturates, or is NaN with Poplar's engine option
+        debug.nanOverflowMode, although the update is made with float32 gradients.
         Raises AssertionError before the first call, and if no anchor has this name.
         """
         assert short_name in self._anchored, f"No tensor with name {short_name} found."

@@ -5,7 +5,7 @@ has. It refuses what PopTorch's compiler would refuse.
 """
 from __future__ import annotations
 
-from typing import Any, List, Optional
+from typing import Any, Collection, List, Optional
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import blocks, ops
 from ._errors import Error
+from ._outputs import output_type
 from ._structure import flatten, map_tensors
 
 LOSSES = {
@@ -23,6 +24,7 @@ LOSSES = {
     "gaussian_nll_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss",
     "triplet_margin_with_distance_loss"}
 WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d"}
+PRODUCTS = WEIGHTED | {"matmul", "bmm", "mm", "addmm", "baddbmm", "einsum"}
 # These are not operations of their own on a device, and are allowed outside all blocks.
 FREE = {"detach", "alias", "_to_copy", "lift_fresh", "clone"}
 
@@ -44,11 +46,13 @@ class HalfCasts(TorchFunctionMode):
     `half`, or a mixture of it and float32, the arguments of the operation are cast: those of a
     linear operation or convolution to the type of its input, others to float32. After a forward
     pass, `needed` tells whether the model needed any of this.
+
+    slow: names of functions that are computed in float32 because `half` would take long.
     """
 
-    def __init__(self, half: torch.dtype):
+    def __init__(self, half: torch.dtype, slow: Collection[str] = ()):
         super().__init__()
-        self.half, self.needed, self._refused = half, False, set()
+        self.half, self.needed, self._refused, self._slow = half, False, set(), slow
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         func, args, kwargs = self._asking_for_half(func, args, kwargs or {})
@@ -57,8 +61,11 @@ class HalfCasts(TorchFunctionMode):
         if self.half not in kinds or self.half == torch.float32:
             return func(*args, **kwargs)
         mixed = torch.float32 in kinds
+        if name in self._slow and not mixed:
+            return self._cast(func, name, mixed, args, kwargs)
         # torch accepts a loss of mixed types, but its backward pass fails.
         if name in self._refused or mixed and name in LOSSES:
+            self.needed = True
             return self._cast(func, name, mixed, args, kwargs)
         try:
             return func(*args, **kwargs)
@@ -66,10 +73,10 @@ class HalfCasts(TorchFunctionMode):
             if name.endswith("_"):  # an in-place operation, whose tensor must keep its type
                 raise
             self._refused.add(name)
+            self.needed = True
             return self._cast(func, name, mixed, args, kwargs)
 
     def _cast(self, func, name, mixed, args, kwargs):
-        self.needed = True
         kind = flatten([args, kwargs])[0].dtype if mixed and name in WEIGHTED else torch.float32
         args, kwargs = map_tensors(
             lambda t: t.to(kind) if t.dtype in (self.half, torch.float32) else t, [args, kwargs])
@@ -103,6 +110,7 @@ class Trace:
 
     recorder: the blocks that the model has.
     outputs: what the model returned, which shows its structure.
+    output_types: the types that PopTorch gives to the tensors in it.
     loss_index: the index of the loss among the losses marked in a forward pass.
     needs_finder: whether the loss is the result of a torch loss function, which is marked only
         while a LossFinder is active.
@@ -110,6 +118,7 @@ class Trace:
 
     def __init__(self, recorder: blocks.Recorder, outputs: Any):
         self.recorder, self.outputs = recorder, outputs
+        self.output_types = [output_type(t.dtype) for t in flatten(outputs)]
         self.loss_index: Optional[int] = None
         self.needs_finder = False
 

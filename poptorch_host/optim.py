@@ -137,8 +137,9 @@ OWN_DEFAULTS = {
 class SGD(Optimizer, torch.optim.SGD):
     """Stochastic gradient descent with momentum, by PyTorch's formula.
 
-    The velocity starts from zero, so `dampening` already applies to the first update; PyTorch's
-    starts from the first gradient. `velocity_scaling`, `use_combined_accum` and the types determine
+    As in PopART (popart/sgd.hpp; OptimizerDecompose::addStateTensor), the velocity starts from
+    zero, so `dampening` already applies to the first update; PyTorch's starts from the first
+    gradient. `velocity_scaling`, `use_combined_accum` and the types determine
     how PopART stores the velocity. On the host the velocity is float32.
     """
 
@@ -185,9 +186,8 @@ class Adam(Optimizer, torch.optim.Adam):
 class AdamW(Optimizer, torch.optim.AdamW):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
-    `bias_correction=False` omits the bias correction, as PopTorch documents. The compiler of
-    PopTorch 3.4, however, gives PopART the corrected Adam in both cases (CompilerImpl.cpp,
-    OptimizerType::ADAMW_NO_BIAS). Leave it True to get the same weights as on an IPU.
+    `bias_correction` has no effect: PopTorch's compiler gives PopART the corrected Adam in both
+    cases (CompilerImpl::getPopartOptimizer, OptimizerType::ADAMW_NO_BIAS).
     """
 
     _own = ("loss_scaling", "bias_correction", "accum_type", "first_order_momentum_accum_type",

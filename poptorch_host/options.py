@@ -244,7 +244,8 @@ class _TrainingOptions(OptionsDict):
             self, mean_reduction_strategy: enums.MeanReductionStrategy) -> "_TrainingOptions":
         """Choose when gradients are divided to form the mean.
 
-        It makes no difference on the host, which accumulates gradients in float32.
+        It makes no difference to finite gradients on the host, which accumulates in float32. With
+        Running, what is not finite stays in PopART's accumulators (see Device._keep_nonfinite).
         """
         return self.set(meanAccumulationAndReplicationReductionStrategy=mean_reduction_strategy)
 
@@ -610,7 +611,11 @@ class Options(OptionsDict):
         return self._for_popart("enableStableNorm", enabled)
 
     def enableSyntheticData(self, enabled: bool) -> "Options":
-        """Replace inputs by normally distributed numbers (integers by zeros), for measurements."""
+        """Replace inputs by normally distributed numbers (integers by zeros), for measurements.
+
+        Nothing is transferred: outputs are memory that was never written (NaN here), and reading
+        weights or optimizer state is refused, because PopART crashes.
+        """
         return self._for_popart("syntheticDataMode", 2 if enabled else 0)
 
     def logCycleCount(self, log_cycle_count: bool) -> "Options":

@@ -6,9 +6,7 @@ module does not import torch, so that `--help` and error messages take a fractio
 """
 from __future__ import annotations
 
-import json
 import logging
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
@@ -22,11 +20,13 @@ from ipu_options.config import (
     DeviceSettings,
     IPUConfig,
     available_pod,
+    check_offline,
     read_ipu_config,
 )
 from ipu_options.errors import UsageError
-from ipu_options.files import write_json
+from ipu_options.files import read_json_object, write_json
 from ipu_options.flags import Layer, Parser, Settings, add_flags, did_you_mean, flag, make_settings
+from qa.checks import check_infer, check_train, read_text
 
 log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
@@ -35,11 +35,31 @@ QA_SETTINGS_NAME = "qa_settings.json"
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 # The settings that a resumed run must share with the run that it continues, besides those of its
 # data and its batches.
-MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optimizer",
-              "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision")
+MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay",
+              "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision")
 # The settings that qa_settings.json keeps beside a checkpoint, for answering questions with it.
 QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length",
-               "version_2_with_negative", "null_score_diff_threshold", "precision")
+               "version_2_with_negative", "null_score_diff_threshold", "precision",
+               "eval_micro_batch_size")
+# Flags of run_qa.py and Trainer that are no flags here: what does their work.
+HINTS = {
+    "lr": "the learning rate is --learning_rate here",
+    "epochs": "the number of epochs is --num_train_epochs here",
+    "batch_size": "rows of a pipeline step are --micro_batch_size here, and a weight update takes "
+                  "--gradient_accumulation_steps x --replication_factor times as many",
+    "fp16": "float16 is --precision float16 here, which is the default",
+    "bf16": "an IPU has no bfloat16; --precision is float16 or float32",
+    "do_predict": "--test_file is answered without further flags",
+    "pad_to_max_length": "every row has --max_seq_length tokens; --pack fills them with windows",
+    "evaluation_strategy": "evaluate with --eval_steps N or --evaluate_every_epoch",
+    "eval_strategy": "evaluate with --eval_steps N or --evaluate_every_epoch",
+    "save_strategy": "save with --save_steps N",
+    "logging_dir": "the log is log.jsonl in the output folder",
+    "max_grad_norm": "gradients are not clipped, as in the published recipe for IPUs",
+    "use_fast_tokenizer": "the tokenizer is always a fast one",
+    "use_auth_token": "the hub's token is --hub_token here",
+    "lr_scheduler": "the schedule is --lr_scheduler_type here",
+}
 
 
 @dataclass
@@ -48,6 +68,7 @@ class ModelSettings(Settings):
 
     model_name_or_path: str = flag(
         "roberta-base", "checkpoint of RoBERTa's family: a local folder or a name on the hub")
+    model_revision: str = flag("main", "branch, tag or commit of a checkpoint on the hub")
     tokenizer_name: Optional[str] = flag(None, "tokenizer (default: the checkpoint's own)")
     precision: str = flag(
         "float16",
@@ -86,6 +107,11 @@ class DataSettings(Settings):
         None, "file of training questions: SQuAD's nested JSON, JSON Lines, CSV or Parquet")
     validation_file: Optional[str] = flag(
         None, "file of validation questions, in any of the same formats")
+    test_file: Optional[str] = flag(
+        None, "file of questions that the final model answers too; answers are not needed")
+    cache_dir: Optional[str] = flag(
+        None, "folder for what is downloaded and for data sets (default: those of huggingface_hub "
+        "and datasets)")
     demo_data: bool = flag(
         False, "write a small data set and an untrained model to output_dir/demo_data and use them")
     max_train_samples: Optional[int] = flag(
@@ -101,9 +127,14 @@ class TrainingSettings(Settings):
 
     output_dir: Optional[str] = flag(
         None, "folder for all that the run writes (default: output/ and the configuration's name)")
-    overwrite_output_dir: bool = flag(False, "start over in a folder that holds checkpoints")
-    micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1, max=4096)
-    eval_micro_batch_size: int = flag(1, "micro_batch_size in evaluation", min=1, max=4096)
+    overwrite_output_dir: bool = flag(
+        False, "start over in a folder that holds checkpoints or a finished model")
+    do_train: bool = flag(False, "train (default: train and evaluate)")
+    do_eval: bool = flag(False, "evaluate; without --do_train only that (default: both)")
+    micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1, max=4096,
+                                 aliases=("per_device_train_batch_size",))
+    eval_micro_batch_size: int = flag(1, "micro_batch_size in evaluation", min=1, max=4096,
+                                      aliases=("per_device_eval_batch_size",))
     num_train_epochs: float = flag(3.0, "passes over the training windows", above=0,
                                    max=1_000_000)
     max_steps: Optional[int] = flag(
@@ -112,6 +143,8 @@ class TrainingSettings(Settings):
     lr_scheduler_type: str = flag("linear", "learning-rate schedule", choices=SCHEDULES)
     warmup_ratio: float = flag(
         0.25, "share of the run in which the learning rate rises to its peak", min=0, max=1)
+    warmup_steps: Optional[int] = flag(
+        None, "steps in which it does so (default: warmup_ratio of the run)", type=int, min=0)
     weight_decay: float = flag(
         0.01, "decoupled weight decay of matrices (biases and LayerNorm have none)", min=0)
     optimizer: str = flag("adamw", "optimizer", choices=("adamw", "lamb"))
@@ -135,6 +168,12 @@ class TrainingSettings(Settings):
     resume_from_checkpoint: Optional[str] = flag(
         None, "checkpoint folder to continue from, or auto: the newest complete one, if any")
     evaluate_every_epoch: bool = flag(False, "evaluate after each epoch, not only at the end")
+    eval_steps: Optional[int] = flag(
+        None, "steps between two evaluations (default: only one at the end)", type=int, min=1)
+    load_best_model_at_end: bool = flag(
+        False, "keep the model of the best evaluation in place of the last")
+    metric_for_best_model: str = flag(
+        "f1", "metric that decides which is best", choices=("f1", "exact_match"))
     show_predictions: int = flag(
         5, "print N validation questions with predicted and true answers", min=0)
     dataloader_num_workers: int = flag(
@@ -150,7 +189,8 @@ class RunSettings(DeviceSettings):
     """How and where it runs."""
 
     hub_token: Optional[str] = flag(
-        None, "access token of the hub (default: the one that huggingface_hub has stored)")
+        None, "access token of the hub (default: the one that huggingface_hub has stored)",
+        aliases=("token",))
     debug: bool = flag(False, "show the traceback of an error")
 
 
@@ -168,13 +208,31 @@ class QuestionSettings(Settings):
         None, "write the answers to this file, one JSON object per line (default: print them)")
     n_best: int = flag(1, "answers shown for each question", min=1, max=1000)
     json: bool = flag(False, "print one JSON object per question")
-    eval_micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1,
-                                      max=4096)
+    eval_micro_batch_size: int = flag(
+        1, "rows of --input_file that a pipeline stage computes at once", min=1, max=4096)
 
 
 @dataclass
 class TrainSettings(TrainingSettings, DataSettings, ModelSettings, RunSettings):
     """All settings of train.py."""
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether something may have to be fetched from the hub or sent there."""
+        models = [self.model_name_or_path, self.tokenizer_name or self.model_name_or_path]
+        local_model = self.demo_data or all(Path(name).is_dir() for name in models)
+        return self.push_to_hub or not local_model or not (
+            self.demo_data or self.train_file or self.validation_file)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains: unless only --do_eval is given."""
+        return self.do_train or not self.do_eval
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates: unless only --do_train is given."""
+        return self.do_eval or not self.do_train
 
     config: str = DEFAULT_CONFIG
 
@@ -189,13 +247,13 @@ def parse_train(
     description: str = ("Fine-tune RoBERTa for extractive question answering on Graphcore IPUs, "
                         "or on this host."),
 ) -> Tuple[Any, ...]:
-    """Return (TrainSettings, IPUConfig with by-pod values resolved, one instance per `more`).
+    """Return (TrainSettings, IPUConfig, one instance per dataclass in `more`).
 
     argv: by default sys.argv[1:]. more: dataclasses of further flags (ipu_options/flags.py), which
     only the command line can set. program, description: for --help. Raises UsageError for a value
     that is not allowed.
     """
-    parser = Parser(program, description)
+    parser = Parser(program, description, HINTS)
     parser.add_argument(
         "--config", metavar="NAME",
         help=f"named configuration ({', '.join(named_configs())}) or a YAML file "
@@ -208,13 +266,15 @@ def parse_train(
     settings.config = Path(name).stem
     settings.output_dir = settings.output_dir or f"output/{settings.config}"
     settings.pod_type = available_pod(settings.pod_type)
-    _check_train(settings)
-    return (settings, ipu_config.for_pod(settings.pod_type),
-            *(make_settings(group, [given]) for group in more))
+    check_train(settings)
+    if settings.synthetic_data:  # such a run is only timed
+        settings.save_steps, settings.evaluate_every_epoch, settings.eval_steps = None, False, None
+    check_offline(settings, ipu_config.for_pod(settings.pod_type))
+    return (settings, ipu_config, *(make_settings(group, [given]) for group in more))
 
 
 def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IPUConfig]:
-    """Return (InferSettings, IPUConfig with by-pod values resolved) for infer.py.
+    """Return (InferSettings, IPUConfig) for infer.py.
 
     argv: by default sys.argv[1:]. Values in the checkpoint's qa_settings.json and ipu_config.json
     apply unless --ipu_config or a flag overrides them. Raises UsageError for a value that is not
@@ -223,7 +283,11 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
     parser = Parser(
         "infer.py",
         "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.")
-    given = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig)
+    # What makes no sense without training is not offered.
+    without = ("model_name_or_path", "model_revision", "compile_only", "synthetic_data")
+    given = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig,
+                   without=without)
+    _mean_inference(given)
     folder = given.values.get("checkpoint")
     if folder is None:
         raise UsageError(
@@ -239,11 +303,13 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
     layers += [*_ipu_config_layer(given), given]
     settings, ipu_config = make_settings(InferSettings, layers), make_settings(IPUConfig, layers)
     settings.model_name_or_path = folder
+    settings.sources["model_name_or_path"] = "--checkpoint"
     settings.pod_type = available_pod(settings.pod_type)
-    _check_infer(settings)
+    refuse_several_hosts(settings)
+    check_infer(settings)
     if settings.context_file is not None:
-        settings.context = _read_text(settings.context_file)
-    return settings, ipu_config.for_pod(settings.pod_type)
+        settings.context = read_text(settings.context_file)
+    return settings, ipu_config
 
 
 def named_configs() -> List[str]:
@@ -260,18 +326,6 @@ def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
         Path(folder) / QA_SETTINGS_NAME, {name: getattr(settings, name) for name in QA_SETTINGS})
 
 
-def check_row_length(settings: ModelSettings, model_config: Any) -> None:
-    """Raise UsageError unless the model has positions for a window of max_seq_length tokens.
-
-    RoBERTa counts positions from padding_idx + 1.
-    """
-    most = model_config.max_position_embeddings - model_config.pad_token_id - 1
-    if settings.max_seq_length > most:
-        raise UsageError(
-            f"{settings.source('max_seq_length')} {settings.max_seq_length}: "
-            f"{settings.model_name_or_path} has positions for {most} tokens; use at most {most}")
-
-
 def refuse_several_hosts(settings: DeviceSettings) -> None:
     """Raise UsageError for a pod with more IPUs than one host feeds: a run has one host."""
     if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST:
@@ -280,13 +334,26 @@ def refuse_several_hosts(settings: DeviceSettings) -> None:
             f"run has one: use at most pod{IPUS_OF_A_HOST}; larger pods can be planned")
 
 
-def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type) -> Layer:
+def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,
+           without: Sequence[str] = ()) -> Layer:
     """Add --ipu_config and the flags of `groups` to the parser; return what `argv` gives."""
     parser.add_argument("--ipu_config", metavar="PATH",
                         help="ipu_config.json, a folder that holds one, or a repository on the hub")
     for group in groups:
-        add_flags(parser, group)
+        add_flags(parser, group, without)
     return Layer(vars(parser.parse_args(argv)))
+
+
+def _mean_inference(given: Layer) -> None:
+    """Let a flag of infer.py override the checkpoint's inference pipeline as well.
+
+    The checkpoint's ipu_config.json may set inference_layers_per_ipu, for instance, which would
+    take precedence over the flag --layers_per_ipu.
+    """
+    for f in fields(IPUConfig):
+        twin = f"inference_{f.name}"
+        if f.name in given.values and getattr(IPUConfig, twin, 0) is None:
+            given.values.setdefault(twin, given.values[f.name])
 
 
 def _read_config(name_or_path: str) -> Layer:
@@ -303,8 +370,9 @@ def _read_config(name_or_path: str) -> Layer:
                 f"{', '.join(named_configs())}, or name a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {name_or_path}: not readable as YAML ({error})") from error
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--config {name_or_path}: not readable as YAML "
+                         f"({' '.join(str(error).split())[:200]})") from error
     if not isinstance(values, dict):
         raise UsageError(
             f"--config {name_or_path}: holds a {type(values).__name__}, it should map setting "
@@ -343,114 +411,5 @@ def _read_pipeline(name_or_path: str, source: str) -> Layer:
 
 def _read_qa_settings(folder: str) -> Layer:
     path = Path(folder) / QA_SETTINGS_NAME
-    if not path.is_file():
-        return Layer({}, str(path))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Layer({name: values[name] for name in QA_SETTINGS if name in values}, str(path))
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{path}: not readable as a JSON object ({error})") from error
-
-
-def _check_train(settings: TrainSettings) -> None:
-    """Raise UsageError for settings of train.py that exclude each other or name missing files."""
-    source = settings.source
-    _check_windows(settings)
-    _check_new_file(settings, "trace")
-    for name in ("train_file", "validation_file"):
-        path = getattr(settings, name)
-        if path is not None and not Path(path).is_file():
-            what = "is a folder" if Path(path).is_dir() else "does not exist"
-            raise UsageError(
-                f"{source(name)} {path} {what}: name a JSON, JSON Lines, CSV or Parquet file")
-    if settings.train_file and not settings.validation_file:
-        raise UsageError(
-            f"{source('train_file')} comes without --validation_file: name the questions to "
-            "evaluate on as well")
-    if settings.validation_file and not settings.train_file:
-        raise UsageError(
-            f"{source('validation_file')} comes without --train_file: name the questions to train "
-            "on as well")
-    if settings.demo_data and settings.train_file:
-        raise UsageError(
-            f"{source('demo_data')} and {source('train_file')} exclude each other: the demo makes "
-            "its own questions; leave one out")
-    if Path(settings.output_dir).exists() and not Path(settings.output_dir).is_dir():
-        raise UsageError(f"{source('output_dir')} {settings.output_dir} is a file: name a folder")
-    resume = settings.resume_from_checkpoint
-    if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise UsageError(
-            f"{source('resume_from_checkpoint')} {resume}: no such folder; name a checkpoint "
-            "folder, or auto")
-    if settings.compile_only and settings.synthetic_data:
-        raise UsageError(
-            f"{source('compile_only')} and {source('synthetic_data')} exclude each other: what is "
-            "only compiled runs on no data; leave one out")
-    if settings.hub_model_id and not settings.push_to_hub:
-        raise UsageError(
-            f"{source('hub_model_id')} {settings.hub_model_id} does nothing without --push_to_hub: "
-            "add it")
-
-
-def _check_infer(settings: InferSettings) -> None:
-    """Raise UsageError for settings of infer.py that exclude each other or name missing files."""
-    _check_windows(settings)
-    refuse_several_hosts(settings)
-    for one, other in (("context", "context_file"), ("question", "input_file")):
-        if getattr(settings, one) is not None and getattr(settings, other) is not None:
-            raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
-    if settings.question is not None and settings.context is None and settings.context_file is None:
-        raise UsageError("--question comes without its text: add --context or --context_file")
-    if settings.output_file is not None and settings.input_file is None:
-        raise UsageError("--output_file comes without --input_file: name the file of questions")
-    for name in ("context_file", "input_file"):
-        path = getattr(settings, name)
-        if path is not None and not Path(path).is_file():
-            raise UsageError(f"--{name} {path}: no such file")
-    _check_new_file(settings, "output_file")
-    _check_new_file(settings, "trace")
-    for name in ("question", "context"):
-        text = getattr(settings, name)
-        if text is not None and not text.strip():
-            raise UsageError(f"--{name} is empty: give its text")
-        # Python represents other bytes of a command line by surrogates (PEP 383).
-        if text is not None and re.search("[\ud800-\udfff]", text):
-            raise UsageError(f"--{name} is not valid UTF-8: give its text in that encoding")
-
-
-def _read_text(path: str) -> str:
-    """Return the content of --context_file. Raises UsageError if it is not text, or empty."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--context_file {path}: not readable as UTF-8 text ({error})") from error
-    if not text.strip():
-        raise UsageError(f"--context_file {path}: is empty; it should hold the text to look in")
-    return text
-
-
-def _check_new_file(settings: Settings, name: str) -> None:
-    """Raise UsageError unless the file that the setting `name` names can be written.
-
-    It is written at the end of a run, perhaps after hours: an unsuitable path must be found early.
-    """
-    if getattr(settings, name) is None:
-        return
-    path = Path(getattr(settings, name))
-    if path.exists() and not path.is_file():
-        raise UsageError(
-            f"{settings.source(name)} {path} is no file that can be replaced: name another")
-    if not path.parent.is_dir():
-        raise UsageError(
-            f"{settings.source(name)} {path}: there is no folder {path.parent}; make it, or name "
-            "another")
-
-
-def _check_windows(settings: ModelSettings) -> None:
-    """Raise UsageError unless each window of a long context begins after the one before it."""
-    length, stride = settings.max_seq_length, settings.doc_stride
-    if stride >= length - 4:
-        raise UsageError(
-            f"{settings.source('doc_stride')} {stride} leaves a window of "
-            f"{settings.source('max_seq_length')} {length} no room to move on: "
-            f"use at most {length // 2}")
+    values = read_json_object(path, str(path)) if path.is_file() else {}
+    return Layer({name: values[name] for name in QA_SETTINGS if name in values}, str(path))

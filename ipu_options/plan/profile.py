@@ -2,7 +2,7 @@
 
 profile.pop is read through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision
 Analysis Library: Python API"), which comes with the Poplar SDK. Attributes used:
-compilation.target.{numIPUs, bytesPerTile, clockFrequency},
+compilation.target.{ipusPerReplica, tilesPerIpu, bytesPerTile, clockFrequency},
 compilation.tiles[].memory.{total.excludingGaps, category.NAME.total},
 execution.steps[].{program.type, ipus[].cycles}.
 """
@@ -31,7 +31,7 @@ ACTIVITIES = ("compute", "exchange", "IPU-Links", "host", "waiting", "other")
 
 @dataclass(frozen=True)
 class Profile:
-    """Memory in bytes and cycles by activity (ACTIVITIES); each list is over the IPUs."""
+    """Memory in bytes and cycles by activity (ACTIVITIES); each list is over a replica's IPUs."""
 
     total_bytes: List[int]
     ipu_code_bytes: List[int]
@@ -76,11 +76,14 @@ def open_profile(path: str) -> Profile:
 
 
 def read_profile(report: Any) -> Profile:
-    """Return the Profile in a report of pva.openReport."""
-    target, tiles = report.compilation.target, list(report.compilation.tiles)
-    ipus, per_ipu = target.numIPUs, len(tiles) // target.numIPUs
+    """Return the Profile in a report of pva.openReport: that of the first replica's IPUs.
+
+    All replicas run the same program, and target.numIPUs counts the IPUs of all of them.
+    """
+    target = report.compilation.target
+    ipus, per_ipu = target.ipusPerReplica, target.tilesPerIpu
     total, code, largest = [0] * ipus, [0] * ipus, [0] * ipus
-    for index, tile in enumerate(tiles):
+    for index, tile in zip(range(ipus * per_ipu), report.compilation.tiles):
         ipu = index // per_ipu
         size = tile.memory.total.excludingGaps
         total[ipu] += size
@@ -91,8 +94,8 @@ def read_profile(report: Any) -> Profile:
     cycles = [dict.fromkeys(ACTIVITIES, 0) for _ in range(ipus)]
     for step in report.execution.steps:
         activity = ACTIVITY.get(str(step.program.type).split(".")[-1], "other")
-        for ipu, part in enumerate(step.ipus):
-            cycles[ipu][activity] += part.cycles
+        for counted, part in zip(cycles, step.ipus):
+            counted[activity] += part.cycles
     return Profile(total, code, largest, target.bytesPerTile, cycles, target.clockFrequency)
 
 

@@ -5,71 +5,87 @@ import contextlib
 import json
 import random
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, List
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
+import torch
 from tqdm import tqdm
 
 from ipu_options.config import Pipeline
-from ipu_options.files import write_json, written_whole
+from ipu_options.files import write_json, writing, written_whole
+from ipu_options.popvision import Spans
 from qa.answers.inference import InferencePipeline
 from qa.answers.metrics import squad_metrics
-from qa.data.windows import Questions
-from qa.model.parallelize import set_weights, weights_of
+from qa.data.windows import Questions, Windows
+from qa.model.parallelize import set_weights
 from qa.model.roberta import RobertaForSpans
-from qa.run.checkpoint import Training
 from qa.settings import TrainSettings
 
 
 class Evaluation:
-    """The validation questions of a training run, and the inference pipeline that answers them.
+    """The inference pipeline of a training run, which answers its validation and test questions.
 
     model_config: the configuration of the model, as of transformers. pipeline: the mapping of the
-    inference model to IPUs. questions: the validation questions, whose windows have offsets.
+    inference model to IPUs. spans: names the phase for PopVision.
     """
 
     def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline,
-                 questions: Questions):
-        self.settings, self.questions = settings, questions
+                 spans: Spans):
+        self.settings, self.spans = settings, spans
         self.pipeline = InferencePipeline(RobertaForSpans(model_config), pipeline, settings)
 
-    def compile(self) -> None:
-        """Compile the inference pipeline without running it."""
-        self.pipeline.compile(self.questions.windows)
+    def compile(self, windows: Windows) -> None:
+        """Compile the inference pipeline without running it. windows: any, for their shapes."""
+        self.pipeline.compile(windows)
 
-    def run(self, training: Training, step: int, epoch: float) -> List[dict]:
-        """Answer all questions with the current weights of the training.
+    def report(self, weights: Dict[str, torch.Tensor], *questions: Optional[Questions],
+               step: int = 0, epoch: float = 0.0) -> int:
+        """Evaluate the validation and the test questions, and print some with their answers.
 
-        Detaches the training model from the IPUs, and frees them again at the end. Writes the
-        prediction files and metrics.json to the output folder, and prints the metrics.
-
-        step, epoch: where the training is, for metrics.json and the log. Returns the predictions in
-        the order of the questions, as `write_answers` does. Raises OSError if a file cannot be
-        written.
+        The arguments are those of `run`; questions that are None are left out. Returns 0, the exit
+        status of a run that ends with it.
         """
-        version_2, folder = self.settings.version_2_with_negative, Path(self.settings.output_dir)
-        if training.training_model.isAttachedToDevice():
-            # Frees the IPUs and copies the weights to the host.
-            training.training_model.detachFromDevice()
-        set_weights(self.pipeline.model, weights_of(training.model))
-        examples, windows = self.questions
-        predictions = write_answers(self.pipeline.answers(windows, examples), folder, version_2)
-        self.pipeline.detach()
-        references = [{"id": name, "answers": answers}
-                      for name, answers in zip(examples["id"], examples["answers"])]
-        metrics = squad_metrics(references, predictions, version_2)
-        write_json(folder / "metrics.json", {**metrics, "step": step, "epoch": epoch})
-        tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{name} {value:.2f}"
-                                                              for name, value in metrics.items()))
-        return predictions
+        for each in filter(None, questions):
+            self.run(weights, each, step, epoch)
+            print(self.samples())
+        return 0
 
-    def samples(self, predictions: List[dict], count: int, seed: int) -> str:
-        """Return `count` random questions with their predicted and true answers, as text.
+    def run(self, weights: Dict[str, torch.Tensor], questions: Questions, step: int, epoch: float,
+            ) -> Dict[str, float]:
+        """Answer `questions` with a model's weights, and return the metrics.
 
-        predictions: those of `run`. seed: determines which questions are chosen.
+        weights: as `weights_of` gives them. The IPUs must be free, and are free again at the end.
+        Prints the metrics, and writes them and the answers to files of the output folder whose
+        names begin with questions.prefix. Without true answers there are no metrics. step, epoch:
+        where the training is. Raises RunError if a file cannot be written.
         """
-        examples, lines = self.questions.examples, []
-        for index in sorted(
-                random.Random(seed).sample(range(len(examples)), min(count, len(examples)))):
+        folder, prefix = Path(self.settings.output_dir), questions.prefix
+        with self.spans("evaluate"):
+            set_weights(self.pipeline.model, weights)
+            examples, windows, _ = questions
+            version_2 = self.settings.version_2_with_negative
+            found = self.pipeline.answers(windows, examples)
+            with writing(f"--output_dir {folder}"):
+                predictions = write_answers(found, folder, version_2, prefix)
+            self.pipeline.detach()
+            metrics = metrics_of(examples, predictions, version_2)
+        if metrics:
+            tqdm.write(f"{prefix.replace('_', ' ')}evaluation at step {step}: " + as_text(metrics))
+            with writing(f"--output_dir {folder}"):
+                write_json(folder / f"{prefix}metrics.json",
+                           {**metrics, "step": step, "epoch": epoch})
+        self._last = questions, predictions
+        return metrics
+
+    def samples(self) -> str:
+        """Return some of the questions of the last `run` with predicted and true answers, as text.
+
+        --show_predictions says how many, --seed determines which.
+        """
+        count, (questions, predictions) = self.settings.show_predictions, self._last
+        examples, lines = questions.examples, []
+        chosen = random.Random(self.settings.seed).sample(range(len(examples)),
+                                                          min(count, len(examples)))
+        for index in sorted(chosen):
             example = examples[index]
             true = " / ".join(sorted(set(example["answers"]["text"]))) or "(no answer)"
             predicted = predictions[index]["prediction_text"] or "(no answer)"
@@ -78,12 +94,32 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool) -> List[dict]:
+def metrics_of(examples: Any, predictions: List[dict], version_2_with_negative: bool,
+               ) -> Dict[str, float]:
+    """Return the SQuAD metrics of `write_answers`' predictions; {} where true answers are missing.
+
+    examples: a data set with the columns id and answers, in the order of the predictions.
+    """
+    references = [{"id": name, "answers": answers}
+                  for name, answers in zip(examples["id"], examples["answers"])]
+    answered = [bool(reference["answers"]["text"]) for reference in references]
+    if not (any if version_2_with_negative else all)(answered):
+        return {}
+    return squad_metrics(references, predictions, version_2_with_negative)
+
+
+def as_text(metrics: Dict[str, float]) -> str:
+    """Return metrics as one line of text."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+
+
+def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool,
+                  prefix: str = "") -> List[dict]:
     """Write the answers to `folder`, in the file formats of transformers' run_qa.
 
     predictions.json, nbest_predictions.json and, for version 2 data, null_odds.json map the id of a
     question to its text, its n-best list and its null odds. Each file appears complete or not at
-    all.
+    all. prefix: of the files' names.
 
     answers: those of `InferencePipeline.answers`. Returns the predictions as
     `qa.answers.metrics.squad_metrics` takes them: [{id, prediction_text, and for version 2 data
@@ -92,9 +128,9 @@ def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool
     folder = Path(folder)
     predictions = []
     with contextlib.ExitStack() as files:
-        put_text = files.enter_context(_json_object(folder / "predictions.json"))
-        put_nbest = files.enter_context(_json_object(folder / "nbest_predictions.json"))
-        put_odds = (files.enter_context(_json_object(folder / "null_odds.json"))
+        put_text = files.enter_context(_json_object(folder / f"{prefix}predictions.json"))
+        put_nbest = files.enter_context(_json_object(folder / f"{prefix}nbest_predictions.json"))
+        put_odds = (files.enter_context(_json_object(folder / f"{prefix}null_odds.json"))
                     if version_2_with_negative else None)
         for found in answers:
             prediction = {"id": found["id"], "prediction_text": found["text"]}

@@ -36,7 +36,7 @@ class InferencePipeline:
         model.eval()
         if settings.precision == "float16":
             model.half()
-        self.options = inference_options(config, settings)
+        self.options = inference_options(pipeline, settings)
         self.rows_per_step = (settings.eval_micro_batch_size * config.device_iterations
                               * config.replication_factor)
         self.inference_model = poptorch.inferenceModel(model, self.options)

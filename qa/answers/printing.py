@@ -1,6 +1,8 @@
 """Format answers as infer.py prints them."""
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from typing import Any, Dict
 
 
@@ -33,3 +35,36 @@ def as_text(answer: Dict[str, Any]) -> str:
             f"  {rank}. {line(entry['text'], entry['probability'], entry['start'], entry['end'])}"
             for rank, entry in enumerate(answer["nbest"], 1)]
     return "\n".join(lines)
+
+
+class Console:
+    """Lines that are typed, pasted or piped in. Both methods raise EOFError at the end.
+
+    In a terminal, readline gives line editing and takes lines of any length, of which a terminal by
+    itself passes on only 4,095 characters. Bytes that are no text become replacement characters.
+    """
+
+    def __init__(self) -> None:
+        with suppress(AttributeError):
+            sys.stdin.reconfigure(errors="replace")
+        if sys.stdin.isatty():
+            with suppress(ImportError):
+                import readline  # noqa: F401  (input() uses it from now on)
+
+    def line(self, prompt: str) -> str:
+        """Return the next line without the white space around it."""
+        if sys.stdin.isatty():
+            return input(prompt).strip()
+        print(prompt, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.strip()
+
+    def paragraph(self, prompt: str) -> str:
+        """Return the lines up to an empty one, or to the end of the input, as one text."""
+        lines = [self.line(prompt)]
+        with suppress(EOFError):
+            while lines[-1]:
+                lines.append(self.line(""))
+        return "\n".join(lines).strip()

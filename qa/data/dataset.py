@@ -27,6 +27,7 @@ import logging
 import math
 import random
 from collections import Counter
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Optional
@@ -50,14 +51,15 @@ _SCHEMA = pa.schema(
 
 def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optional[str] = None,
                   dataset_config_name: Optional[str] = None, max_samples: Optional[int] = None,
-                  need_answers: bool = True, version_2_with_negative: bool = False,
+                  need_answers: Optional[bool] = True, version_2_with_negative: bool = False,
                   on_bad_row: str = "refuse", cache_dir: Optional[str] = None) -> datasets.Dataset:
     """Return the checked examples of `file`, or of a hub data set's `split` if no file is given.
 
     file: a path; qa.data.readers lists the formats. max_samples: return only this many well-formed
     examples, the first ones (default: all). need_answers: if false, `answers` is neither required
-    nor read. on_bad_row: "refuse" or "skip", see the top of this file. cache_dir: where the Arrow
-    file is written (default: the cache folder of `datasets`).
+    nor read; if None, it is read where an example has it. on_bad_row: "refuse" or "skip", see
+    the top of this file. cache_dir: where the Arrow file is written (default: the cache folder of
+    `datasets`).
 
     Returns a memory-mapped data set with the columns id (unique), context, question and answers
     {text: list of strings, answer_start: list of int32 in code points}. Both lists are empty for a
@@ -89,7 +91,8 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
     if on_bad_row == "skip" or not arrow_file.exists():
         checked = _checked(rows, source, need_answers, version_2_with_negative, on_bad_row)
         try:
-            _write_arrow(islice(checked, max_samples), arrow_file, source)
+            with closing(checked):
+                _write_arrow(islice(checked, max_samples), arrow_file, source)
         except OSError as error:
             raise RunError(
                 f"{arrow_file.parent}: cannot write the cache of {source} "
@@ -163,36 +166,37 @@ def _write_arrow(rows, arrow_file, source):
 def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
     """Yield the well-formed examples in order, as dictionaries with the columns of _SCHEMA.
 
-    Malformed ones raise UsageError (on_bad_row="refuse"), or are counted and logged ("skip"). The
-    log message is written only if the source is read to its end, not if `max_samples` stops it.
+    Malformed ones raise UsageError (on_bad_row="refuse"), or are counted and logged ("skip") when
+    the source has been read to its end or as far as `max_samples` asks for.
     """
     seen, skipped, first, number = set(), Counter(), "", 0
-    for number, row in enumerate(rows, 1):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            checked = _check(row, need_answers, version_2_with_negative)
-            # Hashes have 64 bits: a collision among a million ids occurs less than once in 10^7
-            # runs.
-            if hash(checked["id"]) in seen:
-                raise BadRow("has an id that another row has")
-        except BadRow as problem:
-            name = row.get("id") if isinstance(row, dict) else None
-            where = (f"{source}: row {number} (id {str(name)[:80]!a})"
-                     if name is not None else f"{source}: row {number}")
-            if on_bad_row == "refuse":
-                raise UsageError(
-                    f"{where} {problem}; correct it, or leave such rows out with --on_bad_row skip"
-                ) from None
-            skipped[str(problem)] += 1
-            first = first or where
-            continue
-        seen.add(hash(checked["id"]))
-        yield checked
-    if skipped:
-        reasons = ", ".join(f"{count} x {problem}" for problem, count in skipped.most_common(8))
-        _log.warning("%s: skipped %d of %d rows, first %s: %s", source, sum(skipped.values()),
-                     number, first, reasons)
+    try:
+        for number, row in enumerate(rows, 1):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                checked = _check(row, need_answers, version_2_with_negative)
+                # Hashes have 64 bits: a collision among a million ids occurs less than once in
+                # 10^7 runs.
+                if hash(checked["id"]) in seen:
+                    raise BadRow("has an id that another row has")
+            except BadRow as problem:
+                name = row.get("id") if isinstance(row, dict) else None
+                where = (f"{source}: row {number} (id {str(name)[:80]!a})"
+                         if name is not None else f"{source}: row {number}")
+                if on_bad_row == "refuse":
+                    raise UsageError(f"{where} {problem}; correct it, or leave such rows out with "
+                                     "--on_bad_row skip") from None
+                skipped[str(problem)] += 1
+                first = first or where
+                continue
+            seen.add(hash(checked["id"]))
+            yield checked
+    finally:
+        if skipped:
+            reasons = ", ".join(f"{count} x {why}" for why, count in skipped.most_common(8))
+            _log.warning("%s: skipped %d of %d rows, first %s: %s", source, sum(skipped.values()),
+                         number, first, reasons)
 
 
 def _check(row, need_answers, version_2_with_negative):
@@ -204,7 +208,8 @@ def _check(row, need_answers, version_2_with_negative):
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     context, question = _text(row["context"], "context"), _text(row["question"], "question")
-    texts, starts = _answers(row["answers"]) if need_answers else ([], [])
+    given = need_answers or (need_answers is None and row.get("answers") not in (None, ""))
+    texts, starts = _answers(row["answers"]) if given else ([], [])
     if need_answers and not texts and not version_2_with_negative:
         raise BadRow("has no answer; give --version_2_with_negative if some questions have none")
     for text, start in zip(texts, starts):

@@ -153,11 +153,13 @@ MODEL = {
 
 
 def use_demo_data(settings):
-    """Write the demo below settings.output_dir and return the settings that use it.
+    """Write the demo below settings.output_dir, if it is asked for, and return the settings for it.
 
     The returned copy of `settings` names the demo's files like any other data and model. Raises
     RunError if they cannot be written.
     """
+    if not settings.demo_data:
+        return settings
     folder = Path(settings.output_dir) / "demo_data"
     try:
         write_demo(folder, seed=settings.seed,

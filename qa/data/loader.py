@@ -1,13 +1,13 @@
 """Load rows through a poptorch.DataLoader whose processes end with the block that uses them."""
 from __future__ import annotations
 
-import signal
 from contextlib import contextmanager
 from typing import Any, Iterator
 
 import torch
 
 from ipu_options import poptorch
+from qa.data.workers import workers_ignore_signals
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
         yield iter(())
         return
     mode = poptorch.DataLoaderMode.Async if asynchronous else poptorch.DataLoaderMode.Sync
-    with workers_ignore_interrupt():
+    with workers_ignore_signals():
         loader = poptorch.DataLoader(options, rows, batch_size=micro_batch_size, collate_fn=collate,
                                      num_workers=num_workers, mode=mode)
     try:
@@ -43,18 +43,3 @@ def collate(rows):
     Rows that were made as one batch (a dictionary, from `__getitems__`) are returned unchanged.
     """
     return rows if isinstance(rows, dict) else torch.utils.data.default_collate(rows)
-
-
-@contextmanager
-def workers_ignore_interrupt() -> Iterator[None]:
-    """Make the processes that are started in this block ignore SIGINT.
-
-    Ctrl-C in a terminal sends SIGINT to the whole process group, but the loader's workers must
-    survive so that the current step can be finished. An ignored signal stays ignored across exec,
-    and Python does not install its own handler for it.
-    """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -154,6 +154,10 @@ class TrainingRows(_Rows):
         """Return the rows of the rest of this run after `step` steps."""
         return TrainingRows(self.windows, first_step=step, **self.arguments)
 
+    def epoch_after(self, step: int) -> float:
+        """Return how many epochs have been seen after `step` steps of the run."""
+        return step / self.steps_per_epoch
+
     def first_batch(self) -> dict:
         """Return the first combined batch, {name: tensor [rows of one step, ...]}."""
         return self.__getitems__(range(self.rows_per_step))

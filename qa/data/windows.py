@@ -27,16 +27,20 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional, Tuple, Union
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy
 import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
-from ipu_options.errors import UsageError
+from ipu_options.errors import RunError, UsageError
+from ipu_options.files import delete, folder_written_aside, rename_folder
+from qa.data.workers import forked_workers
 from qa.settings import InferSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -92,38 +96,52 @@ class _Recipe(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """A data set (columns id, question, context, answers) and the windows made from it."""
+    """A data set (columns id, question, context, answers) and the windows made from it.
+
+    prefix: of the names of files and metrics that answers to them get.
+    """
 
     examples: datasets.Dataset
     windows: Windows
+    prefix: str = ""
 
 
-def load_questions(settings: TrainSettings, tokenizer) -> Tuple[Questions, Questions]:
-    """Load the training and the validation questions that `settings` name.
+def load_questions(settings: TrainSettings, tokenizer,
+                   ) -> Tuple[Optional[Questions], Optional[Questions], Optional[Questions]]:
+    """Load the questions that `settings` name: (training, validation, test).
 
-    Returns (training questions, validation questions). The windows of the former have labels, those
-    of the latter character offsets. Prints as many training examples as --show_examples asks for.
-    Raises the exceptions of `load_examples` and `make_windows`.
+    The windows of the training questions have labels, the others character offsets. What a run does
+    not need is None. Prints as many training examples as --show_examples asks for. Raises the
+    exceptions of `load_examples` and `make_windows`.
     """
     from qa.data.dataset import load_examples, random_examples
 
-    source = dict(dataset_name=settings.dataset_name,
-                  dataset_config_name=settings.dataset_config_name, on_bad_row=settings.on_bad_row,
-                  version_2_with_negative=settings.version_2_with_negative)
-    examples = load_examples(split="train", file=settings.train_file,
-                             max_samples=settings.max_train_samples, **source)
-    eval_examples = load_examples(split="validation", file=settings.validation_file,
-                                  max_samples=settings.max_eval_samples, **source)
-    if settings.show_examples:
-        print(random_examples(examples, settings.show_examples, settings.seed))
-    shape = dict(max_seq_length=settings.max_seq_length, doc_stride=settings.doc_stride,
-                 on_bad_row=settings.on_bad_row, num_proc=settings.preprocessing_num_workers,
-                 overwrite_cache=settings.overwrite_cache)
-    windows = Windows(make_windows(examples, tokenizer, labels=True, offsets=False, **shape))
-    eval_windows = Windows(
-        make_windows(eval_examples, tokenizer, labels=False, offsets=True, **shape))
+    def load(split, file, max_samples=None, need_answers=True, **kind):
+        examples = load_examples(
+            split=split, file=file, max_samples=max_samples, need_answers=need_answers,
+            dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name,
+            on_bad_row=settings.on_bad_row, cache_dir=settings.cache_dir,
+            version_2_with_negative=settings.version_2_with_negative)
+        if split == "train" and settings.show_examples:
+            print(random_examples(examples, settings.show_examples, settings.seed))
+        windows = make_windows(
+            examples, tokenizer, max_seq_length=settings.max_seq_length,
+            doc_stride=settings.doc_stride, on_bad_row=settings.on_bad_row,
+            num_proc=settings.preprocessing_num_workers, overwrite_cache=settings.overwrite_cache,
+            **kind)
+        return Questions(examples, Windows(windows), "test_" if split == "test" else "")
+
+    labels, offsets = dict(labels=True, offsets=False), dict(labels=False, offsets=True)
+    train = validation = test = None
+    if settings.trains:
+        train = load("train", settings.train_file, settings.max_train_samples, **labels)
+    if settings.evaluates:
+        validation = load("validation", settings.validation_file, settings.max_eval_samples,
+                          **offsets)
+    if settings.test_file:
+        test = load("test", settings.test_file, need_answers=None, **offsets)
     stop_tokenizer_threads()
-    return Questions(examples, windows), Questions(eval_examples, eval_windows)
+    return train, validation, test
 
 
 def stop_tokenizer_threads() -> None:
@@ -154,8 +172,9 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
     and with `offsets`
         offsets            flattened [context tokens, 2]: the first character of each context token,
                            and the one after its last
-    `datasets` caches the result and reuses it if the examples, the tokenizer and the settings are
-    the same, unless `overwrite_cache` is set.
+    The result is cached beside the examples' own file, and reused if the examples, the tokenizer
+    and the settings are the same, unless `overwrite_cache` is set. Examples in memory are not
+    cached.
 
     A question may be so long that its context cannot be cut into windows that overlap by
     `doc_stride`. With on_bad_row="refuse" it raises UsageError with its id; with "skip" its end is
@@ -166,14 +185,42 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
 
     recipe = _recipe(tokenizer, max_seq_length=max_seq_length, doc_stride=doc_stride, labels=labels,
                      offsets=offsets, on_bad_row=on_bad_row)
-    key = (_VERSION, examples._fingerprint, recipe.tokenizer.to_str(), recipe[1:])
-    make = partial(_windows_of_batch, recipe=recipe)
-    windows = examples.with_format("arrow").map(
-        make, with_indices=True, batched=True, remove_columns=examples.column_names,
-        num_proc=num_proc, features=datasets.Features.from_arrow_schema(
-            recipe.schema()), load_from_cache_file=not overwrite_cache,
-        new_fingerprint=datasets.fingerprint.Hasher.hash(key), desc="Windows")
-    return windows.with_format(None)
+    fingerprint = datasets.fingerprint.Hasher.hash(
+        (_VERSION, examples._fingerprint, recipe.tokenizer.to_str(), recipe[1:]))
+    make = partial(
+        examples.with_format("arrow").map, partial(_windows_of_batch, recipe=recipe),
+        with_indices=True, batched=True, remove_columns=examples.column_names, num_proc=num_proc,
+        features=datasets.Features.from_arrow_schema(recipe.schema()), load_from_cache_file=False,
+        new_fingerprint=fingerprint, desc="Windows")
+    if not examples.cache_files:
+        return make().with_format(None)
+    folder = Path(examples.cache_files[0]["filename"]).parent / f"windows-{fingerprint}"
+    if overwrite_cache or not folder.is_dir():
+        _fill_cache(folder, make)
+    shards = [datasets.table.MemoryMappedTable.from_file(str(file))
+              for file in sorted(folder.iterdir())]
+    return datasets.Dataset(datasets.table.concat_tables(shards), fingerprint=fingerprint)
+
+
+def _fill_cache(folder: Path, make: Callable) -> None:
+    """Write the windows' files to `folder`, which appears when it is complete.
+
+    make(cache_file_name=...): writes them, in as many shards as there are processes. What killed
+    processes of this machine have left half-written is removed. Raises RunError if the folder
+    cannot be written.
+    """
+    host = socket.gethostname().replace(".", "-")
+    for left in folder.parent.glob(f".windows-*.{host}.*.tmp"):
+        if not os.path.exists(f"/proc/{left.name.split('.')[-2]}"):
+            delete(left)
+    try:
+        with folder_written_aside(folder, f".{host}.{os.getpid()}") as aside, forked_workers():
+            make(cache_file_name=str(aside / "windows.arrow"))
+            rename_folder(aside, folder)
+    except OSError as error:
+        raise RunError(
+            f"{folder.parent}: cannot write the cache of windows ({error.strerror or error}); set "
+            "HF_DATASETS_CACHE to a folder with room") from error
 
 
 class FewQuestions:
@@ -213,21 +260,25 @@ def windows_for_answers(settings: InferSettings, tokenizer,
         windows = _windows_of_batch(pa.table(examples.columns), list(range(len(examples))), recipe)
     else:
         windows = make_windows(examples, tokenizer, labels=False, offsets=True,
-                               num_proc=settings.preprocessing_num_workers, **shape)
+                               num_proc=settings.preprocessing_num_workers,
+                               overwrite_cache=settings.overwrite_cache, **shape)
     stop_tokenizer_threads()
     return Windows(windows)
 
 
-def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_row):
-    """Return the _Recipe for these settings. Raises UsageError as `make_windows` does."""
+def check_tokenizer(tokenizer, name: str) -> None:
+    """Raise UsageError, which calls it `name`, for a tokenizer that windows cannot be made with."""
+    _frame(tokenizer, name)
+
+
+def _frame(tokenizer, name: str) -> Tuple[Tokenizer, List[int], List[int], List[int]]:
+    """Return (Rust tokenizer, special tokens before, between and after the two texts of a pair)."""
     if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(
-            f"{type(tokenizer).__name__} has no Rust tokenizer behind it, which characters of "
-            "tokens come from; name a model with a tokenizer.json")
+        raise UsageError(f"{name}: its tokenizer is a slow one, without the character offsets that "
+                         "answers need; name one with a tokenizer.json with --tokenizer_name")
     if tokenizer.cls_token_id is None:
-        raise UsageError(
-            f"{type(tokenizer).__name__} has no CLS token, which stands for `no answer`; "
-            "name a model of RoBERTa's family")
+        raise UsageError(f"{name}: its tokenizer has no CLS token, which stands for `no answer`; "
+                         "name a model of RoBERTa's family")
     backend = tokenizer.backend_tokenizer
     # Each text has to be encoded as a whole. Truncation and padding are turned off in a copy,
     # because the caller's tokenizer has to keep its settings.
@@ -236,10 +287,22 @@ def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_ro
         backend.no_truncation()
         backend.no_padding()
     pair = backend.encode("a", "b")
-    texts, ids = pair.sequence_ids, pair.ids
-    first, second = [
-        [place for place, text in enumerate(texts) if text == number] for number in (0, 1)]
-    recipe = _Recipe(backend, ids[:first[0]], ids[first[-1] + 1:second[0]], ids[second[-1] + 1:],
+    first, second = ([place for place, text in enumerate(pair.sequence_ids) if text == number]
+                     for number in (0, 1))
+    if not first or not second:
+        raise UsageError(f"{name}: its tokenizer makes no token of an ordinary text; its "
+                         "tokenizer.json is incomplete")
+    ids = pair.ids
+    special = ids[:first[0]], ids[first[-1] + 1:second[0]], ids[second[-1] + 1:]
+    if tokenizer.cls_token_id not in sum(special, []):
+        raise UsageError(f"{name}: its tokenizer puts no CLS token around a pair of texts (a "
+                         "post_processor in tokenizer.json does), which stands for `no answer`")
+    return (backend, *special)
+
+
+def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_row):
+    """Return the _Recipe for these settings. Raises UsageError as `make_windows` does."""
+    recipe = _Recipe(*_frame(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__),
                      tokenizer.cls_token_id, tokenizer.padding_side == "left", max_seq_length,
                      doc_stride, labels, offsets, on_bad_row == "skip")
     if max_seq_length > numpy.iinfo(numpy.int16).max:

@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Dict, List, Tuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from ipu_options import poptorch
+from ipu_options.errors import UsageError
 from ipu_options.layout import Layout
 from qa.model.roberta import RobertaForSpans
 
@@ -41,8 +41,10 @@ def parallelize(model: RobertaForSpans, layout: Layout, *,
     """Place each block of `model` on its IPU; returns the blocks in the order of execution.
 
     layout: the IPU of each block. recompute_checkpoint_every_layer: keep each layer's output for
-    the backward pass and recompute what lies between. embedding_serialization_factor: number of
-    parts of the word embedding (see SerializedEmbedding).
+    the backward pass and recompute what lies between. The last layer's output is not kept: its
+    backward pass follows at once, so that recomputing it would only take time (graphcore/examples,
+    nlp/bert/pytorch/modeling.py, PipelinedBertForQuestionAnswering, leaves it out as well).
+    embedding_serialization_factor: number of parts of the word embedding (see SerializedEmbedding).
 
     The embedding's LayerNorm gets an outlining attribute of its own. If it were outlined together
     with the encoder's LayerNorms, it would get their tensor layout, which spoils the tile mapping
@@ -52,17 +54,21 @@ def parallelize(model: RobertaForSpans, layout: Layout, *,
     deparallelize(model)
     embeddings = model.roberta.embeddings
     if embedding_serialization_factor > 1:
-        embeddings.word_embeddings = SerializedEmbedding(embeddings.word_embeddings,
-                                                         embedding_serialization_factor)
+        embeddings.word_embeddings = SerializedEmbedding(
+            embeddings.word_embeddings,
+            part_sizes(embeddings.word_embeddings.num_embeddings, embedding_serialization_factor,
+                       embeddings.position_embeddings.num_embeddings))
     parts, places = _parts(model), layout.blocks()
     if len(parts) != len(places):
         raise ValueError(f"the layout has {len(places)} blocks, the model has {len(parts)}")
-    handles = _outline(embeddings.LayerNorm, "embedding")
-    if recompute_checkpoint_every_layer:
-        handles += [
-            module.register_forward_hook(_checkpoint_output) for kind, module in parts
-            if kind == "layer"]
     blocks = [Block(name, kind, ipu, module) for (name, ipu), (kind, module) in zip(places, parts)]
+    handles = _outline(embeddings.LayerNorm, "embedding")
+    layers = [block for block in blocks if block.kind == "layer"]
+    if recompute_checkpoint_every_layer:
+        handles += [block.module.register_forward_hook(_checkpoint_output) for block in layers[:-1]]
+    stage_of = {name: i for i, (_, names) in enumerate(layout.stages()) for name in names}
+    for block in layers:
+        block.module.stage = stage_of[block.name]
     for block in blocks:
         poptorch.BeginBlock(block.module, block.name, ipu_id=block.ipu)
     model.annotation_handles = handles
@@ -74,6 +80,8 @@ def deparallelize(model: RobertaForSpans) -> None:
     for handle in model.__dict__.pop("annotation_handles", []):
         handle.remove()
     poptorch.removeBlocks(model)
+    for layer in model.roberta.encoder.layer:
+        layer.stage = 0
     embeddings = model.roberta.embeddings
     if isinstance(embeddings.word_embeddings, SerializedEmbedding):
         embeddings.word_embeddings = embeddings.word_embeddings.to_embedding()
@@ -82,15 +90,16 @@ def deparallelize(model: RobertaForSpans) -> None:
 class SerializedEmbedding(nn.Module):
     """An embedding that is stored and looked up in parts, to save memory.
 
-    Only the gradient of one part is live at a time. `weights_of` and `set_weights` join and split
-    the parts, so that checkpoints do not depend on their number.
+    Only the gradient of one part is live at a time. Parts are joined and split where weights and
+    optimizer states are saved and restored, so that checkpoints do not depend on their number.
+
+    sizes: the number of rows of each part, see `part_sizes`.
     """
 
-    def __init__(self, embedding: nn.Embedding, parts: int):
+    def __init__(self, embedding: nn.Embedding, sizes: List[int]):
         super().__init__()
-        self.rows = math.ceil(embedding.num_embeddings / parts)
         self.parts = nn.ParameterList(
-            nn.Parameter(part.detach().clone()) for part in embedding.weight.split(self.rows))
+            nn.Parameter(part.detach().clone()) for part in embedding.weight.split(sizes))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings, [B, S, hidden], of input_ids, int [B, S].
@@ -98,9 +107,9 @@ class SerializedEmbedding(nn.Module):
         Each part contributes the embeddings of the tokens that it holds, and zeros for all others;
         the contributions are added.
         """
-        total = None
-        for i, part in enumerate(self.parts):
-            local = input_ids - i * self.rows
+        total, first = None, 0
+        for part in self.parts:
+            local, first = input_ids - first, first + part.shape[0]
             inside = torch.logical_and(local >= 0, local < part.shape[0])
             found = nn.functional.embedding(local * inside.to(local.dtype),
                                             part) * inside.unsqueeze(-1).to(part.dtype)
@@ -113,18 +122,32 @@ class SerializedEmbedding(nn.Module):
                                             freeze=False)
 
 
+def part_sizes(rows: int, parts: int, other: int) -> List[int]:
+    """Return the number of rows of each part of an embedding of `rows` rows: nearly equal numbers.
+
+    They all differ, and none is `other`, the number of rows of another embedding in the same block.
+    PopTorch joins all gathers of a block whose data and indices have the same shapes to a single
+    one over the concatenated data (poptorch/source/GNNOptimizations.cpp, groupGatherNodes and
+    dispatch), so that parts of equal sizes would be one embedding again, and so would their
+    gradients. Raises UsageError if there are too few rows for so many parts.
+    """
+    for first in range((rows - parts * (parts - 1) // 2) // parts, 0, -1):
+        sizes = list(range(first, first + parts - 1))
+        sizes.append(rows - sum(sizes))
+        if other not in sizes:
+            return sizes
+    raise UsageError(
+        f"--embedding_serialization_factor {parts}: an embedding of {rows} rows cannot be divided "
+        "into so many parts of different sizes; use fewer")
+
+
 def weights_of(model: RobertaForSpans) -> Dict[str, torch.Tensor]:
     """Return the model's state_dict under Hugging Face's names.
 
     The parts of a serialised word embedding are joined to one tensor. This is a function and not a
     hook of state_dict, because PopTorch reads state_dict while the parameters are on the device.
     """
-    weights = dict(model.state_dict())
-    parts = sorted((name for name in weights if name.startswith(WORD_EMBEDDING + "parts.")),
-                   key=lambda name: int(name.split(".")[-1]))
-    if parts:
-        weights[WORD_EMBEDDING + "weight"] = torch.cat([weights.pop(name) for name in parts])
-    return weights
+    return join_parts(model.state_dict())
 
 
 def set_weights(model: RobertaForSpans, weights: Dict[str, torch.Tensor]) -> None:
@@ -132,12 +155,43 @@ def set_weights(model: RobertaForSpans, weights: Dict[str, torch.Tensor]) -> Non
 
     Raises RuntimeError, as load_state_dict does, for weights of another model.
     """
-    words = model.roberta.embeddings.word_embeddings
-    if isinstance(words, SerializedEmbedding):
-        weights = dict(weights)
-        for i, part in enumerate(weights.pop(WORD_EMBEDDING + "weight").split(words.rows)):
-            weights[f"{WORD_EMBEDDING}parts.{i}"] = part
-    model.load_state_dict(weights)
+    model.load_state_dict(split_parts(model, weights))
+
+
+def join_parts(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Return `tensors` with those of a serialised word embedding's parts joined, if it has parts.
+
+    tensors: by a parameter's name, possibly with a prefix (Accl1___ and others in an optimizer's
+    state). Tensors with less than two dimensions have a single value for the whole parameter, and
+    the first part's is taken.
+    """
+    joined: Dict[str, torch.Tensor] = {}
+    parts: Dict[str, Dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        prefix, found, index = name.partition(WORD_EMBEDDING + "parts.")
+        if found:
+            parts.setdefault(prefix, {})[int(index)] = tensor
+        else:
+            joined[name] = tensor
+    for prefix, by_index in parts.items():
+        ordered = [by_index[index] for index in sorted(by_index)]
+        joined[f"{prefix}{WORD_EMBEDDING}weight"] = (
+            torch.cat(ordered) if ordered[0].dim() > 1 else ordered[0])
+    return joined
+
+
+def split_parts(model: nn.Module, tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Return what `join_parts` returned, divided as the word embedding of `model` is."""
+    sizes = [parameter.shape[0] for name, parameter in model.named_parameters()
+             if name.startswith(WORD_EMBEDDING + "parts.")]
+    divided = dict(tensors)
+    for name in tensors:
+        if sizes and name.endswith(WORD_EMBEDDING + "weight"):
+            tensor, prefix = divided.pop(name), name[:-len(WORD_EMBEDDING + "weight")]
+            parts = tensor.split(sizes) if tensor.dim() > 1 else [tensor] * len(sizes)
+            divided.update((f"{prefix}{WORD_EMBEDDING}parts.{i}", part)
+                           for i, part in enumerate(parts))
+    return divided
 
 
 def _parts(model: RobertaForSpans) -> List[Tuple[str, nn.Module]]:

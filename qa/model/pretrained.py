@@ -1,13 +1,19 @@
 """Loads and saves checkpoints in Hugging Face's layout: configuration, tokenizer and model."""
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Optional, Union
 
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ipu_options.config import IPUConfig
 from ipu_options.errors import RunError, UsageError, first_line
+from ipu_options.flags import Settings
+from qa.checks import check_row_length
+from qa.data.windows import check_tokenizer
 from qa.model.parallelize import weights_of
 from qa.model.roberta import RobertaForSpans
 from qa.settings import TrainSettings, write_qa_settings
@@ -15,61 +21,77 @@ from qa.settings import TrainSettings, write_qa_settings
 # The model types that share RoBERTa's parameters, with the prefix of their classes in transformers.
 # distilroberta has the type "roberta".
 FAMILY = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-          "intermediate_size", "max_position_embeddings", "type_vocab_size", "pad_token_id")
+_SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
+          "intermediate_size": 1, "max_position_embeddings": 1, "type_vocab_size": 1,
+          "pad_token_id": 0}  # fields of config.json that are whole numbers, and the least of each
+_NUMBERS = ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
-def load_config(name_or_path: str, token: Optional[str] = None,
-                source: str = "--model_name_or_path"):
-    """Return the configuration of a checkpoint of RoBERTa's family, from a folder or the hub.
+def load_config(settings: Settings):
+    """Return the configuration of the checkpoint that settings.model_name_or_path names.
 
-    token: access token of the hub. source: the flag that names the checkpoint, for error messages.
-    No weights are read. Raises UsageError for another architecture or impossible sizes, RunError if
-    the checkpoint is not found or cannot be read.
+    It is a local folder or a name on the hub; no weights are read. Raises UsageError for another
+    architecture, for sizes that no model has, and if the model has too few positions for
+    max_seq_length; RunError if the checkpoint cannot be had.
     """
-    config = _fetch(AutoConfig, name_or_path, source, token=token, trust_remote_code=False)
+    name, source = settings.model_name_or_path, settings.source("model_name_or_path")
+    config = _fetch(AutoConfig, settings, name)
     if config.model_type not in FAMILY:
-        raise UsageError(
-            f"{source} {name_or_path} is a {config.model_type} model; this program fine-tunes "
-            f"RoBERTa's family: {', '.join(FAMILY)}")
-    for name in _SIZES:
-        size, least = getattr(config, name, None), 0 if name == "pad_token_id" else 1
+        raise UsageError(f"{source} {name} is a {config.model_type} model; this program fine-tunes "
+                         f"RoBERTa's family: {', '.join(FAMILY)}")
+    for field, least in _SIZES.items():
+        size = getattr(config, field, None)
         if type(size) is not int or size < least:
-            raise UsageError(
-                f"{source} {name_or_path}: {name} is {size!r} in its config.json; it should be a "
-                f"whole number from {least} on")
+            raise UsageError(f"{source} {name}: {field} is {size!r} in its config.json; it should "
+                             f"be a whole number from {least} on")
+    for field in _NUMBERS:
+        number = getattr(config, field, 0.0)
+        if type(number) not in (int, float) or not 0 <= number < 1:
+            raise UsageError(f"{source} {name}: {field} is {number!r} in its config.json; it "
+                             "should be a number from 0 to 1")
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
-        raise UsageError(f"{source} {name_or_path} has {config.position_embedding_type} positions; "
+        raise UsageError(f"{source} {name} has {config.position_embedding_type} positions; "
                          "only absolute ones are built")
+    check_row_length(settings, config)
     return config
 
 
-def load_tokenizer(name_or_path: str, token: Optional[str] = None,
-                   source: str = "--model_name_or_path"):
-    """Return the tokenizer of a checkpoint, from a folder or the hub.
+def load_tokenizer(settings: Settings, model_config):
+    """Return the tokenizer that settings.tokenizer_name names, or else the checkpoint's own.
 
-    The arguments are those of `load_config`. Raises UsageError unless it is a fast tokenizer, since
-    only these give the character offsets of tokens, and RunError if it is not found or cannot be
-    read.
+    Raises UsageError unless it is a fast one that joins two texts with special tokens and knows
+    fewer tokens than the model has embeddings; RunError if it cannot be had.
     """
-    tokenizer = _fetch(AutoTokenizer, name_or_path, source, token=token, use_fast=True,
-                       trust_remote_code=False)
-    if not tokenizer.is_fast:
+    kind = "tokenizer_name" if settings.tokenizer_name else "model_name_or_path"
+    name, source = getattr(settings, kind), settings.source(kind)
+    tokenizer = _fetch(AutoTokenizer, settings, name, kind=kind, use_fast=True)
+    check_tokenizer(tokenizer, f"{source} {name}")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= model_config.vocab_size:
         raise UsageError(
-            f"the tokenizer of {name_or_path} is a slow one: answers need the character offsets "
-            "of a fast tokenizer (a tokenizer.json file); name one with --tokenizer_name")
+            f"{source} {name}: its tokenizer has ids up to {largest}, and the model embeddings for "
+            f"{model_config.vocab_size} tokens; name the tokenizer that the model was trained "
+            "with, by --tokenizer_name")
     return tokenizer
 
 
-def load_model(name_or_path: Union[str, Path], model_config, token: Optional[str] = None,
-               source: str = "--model_name_or_path") -> RobertaForSpans:
-    """Return the model of a checkpoint, from a folder or the hub, in float32.
+def load_model(settings: Settings, model_config, folder: Optional[Path] = None) -> RobertaForSpans:
+    """Return the model of `folder`, or else of settings.model_name_or_path, in float32.
 
-    model_config: what `load_config` returned; the other arguments are those of `load_config`. If
-    the checkpoint has no QA head, it is initialised at random. Raises RunError if the checkpoint is
-    not found or cannot be read.
+    model_config: the return value of `load_config`. A QA head that the checkpoint lacks is
+    initialised at random, which is said in one line. Raises RunError if the checkpoint cannot be
+    had or read, or if one of its weights is not finite.
     """
-    return _fetch(RobertaForSpans, str(name_or_path), source, config=model_config, token=token)
+    name, source = str(folder or settings.model_name_or_path), settings.source("model_name_or_path")
+    model, found = _fetch(RobertaForSpans, settings, name, config=model_config,
+                          output_loading_info=True)
+    for parameter, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise RunError(f"{source} {name}: {parameter} is not finite; the checkpoint is damaged")
+    if any(key.startswith("qa_outputs") for key in found["missing_keys"]):
+        print(f"note: {name} has no trained head for question answering; a random one takes its "
+              "place", file=sys.stderr)
+    return model
 
 
 def save_model(model: RobertaForSpans, folder: Union[str, Path]) -> None:
@@ -99,15 +121,46 @@ def write_checkpoint_files(model: RobertaForSpans, tokenizer, ipu_config: IPUCon
     write_qa_settings(settings, folder)
 
 
-def _fetch(kind, name_or_path: str, source: str, **options):
-    """Return kind.from_pretrained(name_or_path, **options); raises RunError if that fails."""
+def _fetch(loader, settings: Settings, name: str, kind: str = "model_name_or_path", **options):
+    """Return loader.from_pretrained(name) without running code of the checkpoint.
+
+    kind: the setting that the name came from. Raises RunError, which begins with the cause.
+    """
+    if kind == "model_name_or_path" and not Path(name).is_dir():
+        options["revision"] = settings.model_revision
+    cache_dir = getattr(settings, "cache_dir", None)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it has to say is said here, in one line
     try:
-        return kind.from_pretrained(name_or_path, **options)
-    # transformers, tokenizers and safetensors raise exceptions of their own, a damaged file any.
+        return loader.from_pretrained(name, token=settings.hub_token, trust_remote_code=False,
+                                      cache_dir=cache_dir, **options)
+    # transformers, tokenizers and safetensors raise errors of their own, and a damaged file may
+    # cause any other.
     except Exception as error:
-        where = ("its files cannot be read" if Path(name_or_path).is_dir() else
-                 "no such folder, and the hub did not give it")
-        raise RunError(
-            f"{source} {name_or_path}: {where} ({first_line(error)}); name a local folder with "
-            "config.json, model.safetensors and tokenizer.json, or run --config demo, which needs "
-            "no download") from error
+        raise RunError(f"{settings.source(kind)} {name}: {_cause(error, Path(name))}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _cause(error: Exception, path: Path) -> str:
+    """Return why a checkpoint could not be loaded, and what to do about it, in one line."""
+    text = " ".join(str(error).split())
+    package = re.search(r"requires the (\S+) library|No module named '?([\w.]+)|"
+                        r"`pip install ([\w-]+)", text)
+    if package or isinstance(error, ImportError):
+        missing = next((group for group in package.groups() if group), "a package") if package \
+            else getattr(error, "name", None) or "a package"
+        return f"it needs {missing}, which is not installed: pip install {missing}"
+    if "size mismatch" in text:
+        which = re.search(r"size mismatch for (\S+?):?\s", text)
+        return (f"{which.group(1) if which else 'a weight'} has another size than config.json "
+                "says: the files do not belong together")
+    if path.is_dir():
+        return (f"{first_line(error)[:200]}; its folder should hold config.json, model.safetensors "
+                "and tokenizer.json")
+    causes = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    return (f"no such folder, and the hub did not give it ({first_line(causes[0])[:120]}); name a "
+            "local folder with config.json, model.safetensors and tokenizer.json, or run --config "
+            "demo, which needs no download")

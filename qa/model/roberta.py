@@ -6,7 +6,7 @@ shapes, masks made from the row format, and one callable module for each block.
 """
 from __future__ import annotations
 
-from typing import Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -45,8 +45,11 @@ class Embeddings(nn.Module):
 class EncoderLayer(nn.Module):
     """One post-norm transformer layer (Vaswani et al. 2017).
 
-    Query, key and value are computed by one matrix multiplication.
+    Query, key and value are computed by one matrix multiplication. stage: the pipeline stage of the
+    layer, which qa/model/parallelize.py sets.
     """
+
+    stage = 0
 
     def __init__(self, layer: nn.Module, heads: int, kernels: Kernels):
         super().__init__()
@@ -54,33 +57,43 @@ class EncoderLayer(nn.Module):
                                                           layer.output)
         self.heads, self.kernels = heads, kernels
 
-    def forward(self, hidden: torch.Tensor, window_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, window_ids: torch.Tensor,
+                masks: Optional[Dict[int, Any]] = None) -> torch.Tensor:
         """Return the output, [B, S, hidden]. hidden: [B, S, hidden]; window_ids: int [B, S].
 
-        The attention mask is made in every layer: a [S, S] mask that is handed from stage to stage
-        would be stashed on every IPU.
+        masks: {stage: attention mask} of the layers before this one in the same forward pass.
+
+        The first layer of a stage makes the mask and adds it to `masks`. If it were handed on to
+        the next stage, its [S, S] numbers would be stashed on every IPU. Within a stage it costs no
+        stash: PopART stashes what is produced on the same IPU only at recomputation checkpoints
+        (popart, transforms/pipeline.cpp, getStashCandidateTensors), and otherwise makes it again.
         """
+        masks = {} if masks is None else masks
+        if self.stage not in masks:
+            masks[self.stage] = self.kernels.window_mask(window_ids, hidden.dtype)
         out = self.attention.output
-        mixed = out.dense(self.self_attention(hidden, window_ids))
+        mixed = out.dense(self.self_attention(hidden, masks[self.stage]))
         hidden = out.LayerNorm(hidden + self.kernels.dropout(mixed, out.dropout.p, self.training))
         inner = self.intermediate.intermediate_act_fn(self.intermediate.dense(hidden))
         return self.output.LayerNorm(
             hidden +
             self.kernels.dropout(self.output.dense(inner), self.output.dropout.p, self.training))
 
-    def self_attention(self, hidden: torch.Tensor, window_ids: torch.Tensor) -> torch.Tensor:
+    def self_attention(self, hidden: torch.Tensor, mask: Any) -> torch.Tensor:
         """Return the multi-head attention within windows, [B, S, hidden], before its output layer.
 
-        hidden: [B, S, hidden]; window_ids: int [B, S].
+        hidden: [B, S, hidden]; mask: of the kernels' window_mask.
         """
         own = self.attention.self
         weight = torch.cat((own.query.weight, own.key.weight, own.value.weight))
         bias = torch.cat((own.query.bias, own.key.bias, own.value.bias))
         batch, length, width = hidden.shape
-        fused = nn.functional.linear(hidden, weight, bias).view(batch, length, 3, self.heads,
-                                                                width // self.heads)
-        query, key, value = fused.permute(2, 0, 3, 1, 4)
-        mixed = self.kernels.attention(query, key, value, window_ids, own.dropout.p, self.training)
+        # split becomes slices. unbind would become gathers, which PopTorch joins to a single one
+        # over three copies of its input (SliceOps.cpp, unbindHandler; GNNOptimizations.cpp).
+        fused = nn.functional.linear(hidden, weight, bias).split(width, dim=-1)
+        query, key, value = (part.view(batch, length, self.heads, -1).transpose(1, 2)
+                             for part in fused)
+        mixed = self.kernels.attention(query, key, value, mask, own.dropout.p, self.training)
         return mixed.transpose(1, 2).reshape(batch, length, width)
 
 
@@ -113,9 +126,9 @@ class RobertaForSpans(RobertaForQuestionAnswering):
         returns the sum over the windows of loss_weight x (start loss + end loss) / 2, a scalar that
         is marked for PopTorch by identity_loss.
         """
-        hidden = self.roberta.embeddings(input_ids, position_ids)
+        hidden, masks = self.roberta.embeddings(input_ids, position_ids), {}
         for layer in self.roberta.encoder.layer:
-            hidden = layer(hidden, window_ids)
+            hidden = layer(hidden, window_ids, masks=masks)
         logits = self.qa_outputs(hidden).float()
         start_logits, end_logits = logits[:, :, 0], logits[:, :, 1]
         if start_positions is None:

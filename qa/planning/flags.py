@@ -109,3 +109,13 @@ class ReportSettings(Settings):
 
     profile: str = flag("", "a profile.pop, or the folder that was given to --profile_dir",
                         positional=True)
+
+
+@dataclass
+class SweepSettings(Settings):
+    """The sweep's own flags."""
+
+    run: bool = flag(False, "measure each combination by a short run of train.py on synthetic data")
+    steps: int = flag(20, "steps of such a run", min=1)
+    timeout: int = flag(3600, "seconds after which such a run has failed", min=1)
+    output: str = flag("sweep.csv", "table of the results, from which a later call goes on")

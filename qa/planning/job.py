@@ -23,9 +23,10 @@ from ipu_options.plan import calibrate
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import MACHINES
 from ipu_options.plan.planner import Plan, make_plan
+from qa.checks import check_row_length
 from qa.data import demo
 from qa.planning.flags import SHAPE, JobSettings
-from qa.settings import TrainSettings, check_row_length
+from qa.settings import TrainSettings
 
 # Sizes of well-known checkpoints, from their config.json on the hub. With these, planning such a
 # checkpoint needs no network.
@@ -195,7 +196,7 @@ def planned_model(settings: TrainSettings, planning: JobSettings) -> Any:
     if name in MODELS and not Path(settings.model_name_or_path).is_dir():
         return RobertaConfig(**_as_roberta(MODELS[name]))
     from qa.model.pretrained import load_config
-    return load_config(settings.model_name_or_path, settings.hub_token)
+    return load_config(settings)
 
 
 def planned_name(settings: TrainSettings, planning: JobSettings) -> str:

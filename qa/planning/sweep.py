@@ -5,7 +5,9 @@ The results are written to a CSV file, from which an interrupted sweep continues
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -16,83 +18,79 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import writing, written_whole
+from ipu_options.flags import Layer, Parser, add_flags, make_settings
 from ipu_options.plan.text import table
-from qa.planning.flags import JobSettings
+from qa.planning.flags import JobSettings, SweepSettings
 from qa.settings import parse_train
 
 USAGE = (
     'sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] '
     '[--timeout SECONDS] [--output FILE] -- [train.py flags]')
-COLUMNS = ("setting", "fits", "planned_windows_per_second", "measured_windows_per_second",
-           "bubble_percent", "fullest_mib", "status")
-# The flags of sweep itself, and the number of values that each takes.
-OWN = {"--run": 0, "--steps": 1, "--output": 1, "--timeout": 1, "--help": 0}
+COLUMNS = ("setting", "job", "fits", "planned_windows_per_second", "measured_windows_per_second",
+           "measured_on", "bubble_percent", "fullest_mib", "status")
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 def run_sweep(argv: Sequence[str]) -> int:
     """Run the sweep that `argv` asks for (see USAGE), print its table and return 0.
 
-    Rows are written as soon as they are known. Combinations that the --output file already holds
-    are skipped. If a combination is not possible or its run fails, the status in its row says why.
+    Rows are written as soon as they are known. A combination that the --output file holds for the
+    same job (all settings, IPU generation and calibration) is skipped, unless it was refused or its
+    run failed. If a combination is not possible or its run fails, the status in its row says why.
     Raises UsageError for a wrong command line, RunError if the file cannot be written.
     """
     swept, own, common = parse(argv)
-    if "--help" in own:
-        print(USAGE)
-        return 0
-    output = Path(own.get("--output", ["sweep.csv"])[0])
-    measure, steps, timeout = ("--run" in own, _number(own, "--steps", 20),
-                               _number(own, "--timeout", 3600))
-    rows = read_rows(output)
-    done = {
-        row["setting"] for row in rows
-        if row["measured_windows_per_second"] or not measure or row["status"] != "planned"}
+    output = Path(own.output)
+    rows, ours = read_rows(output), []
     for flags in combinations(swept):
-        setting = " ".join(flags)
-        if setting in done:
-            continue
-        row = plan_row(setting, flags + list(common))
-        if measure and row["status"] == "planned":
-            row.update(measure_run(flags + list(common), steps, timeout))
-        rows = [old for old in rows if old["setting"] != setting] + [row]
-        write_rows(output, rows)
-        print(f"{setting}: {row['status']}", file=sys.stderr)
-    print(sweep_table(rows) + f"\n{len(rows)} rows in {output}")
+        row = plan_row(" ".join(flags), flags + list(common))
+        earlier = [old for old in rows if _key(old) == _key(row)]
+        done = [old for old in earlier if old["status"].startswith("measured")]
+        if done:
+            row = done[0]
+        elif own.run and row["status"] == "planned":
+            row.update(measure_run(flags + list(common), own.steps, own.timeout))
+        if row not in earlier:
+            rows = [old for old in rows if _key(old) != _key(row)] + [row]
+            write_rows(output, rows)
+            print(f"{row['setting']}: {row['status']}", file=sys.stderr)
+        ours.append(row)
+    others = f", {len(rows) - len(ours)} of other jobs" if len(rows) > len(ours) else ""
+    print(sweep_table(ours) + f"\n{len(rows)} rows in {output}{others}")
     return 0
 
 
-def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], Dict[str, List[str]], List[str]]:
+def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, List[str]]:
     """Split the command line and return (swept, own, common).
 
-    swept: {flag: values to try}. own: {flag of sweep itself: values}. common: the words after "--",
-    which are flags of all combinations. Raises UsageError for a value without a flag, a wrong
-    number of values, or nothing to sweep.
+    swept: {flag: values to try}. own: the flags of sweep itself. common: the words after "--",
+    which are flags of all combinations. Raises UsageError for a value without a flag, a flag that
+    is swept twice, or nothing to sweep.
     """
     argv, common = list(argv), []
     if "--" in argv:
         cut = argv.index("--")
         argv, common = argv[:cut], argv[cut + 1:]
-    flags: Dict[str, List[str]] = {}
-    for word in argv:
+    parser = Parser("python -m ipu_options sweep", "Plan, and with --run measure, every "
+                    "combination of some flags of train.py. " + USAGE)
+    add_flags(parser, SweepSettings)
+    given, rest = parser.parse_known_args(argv)
+    swept: Dict[str, List[str]] = {}
+    for word in rest:
         if word.startswith("--"):
             name = word
-            flags[name] = []
-        elif not flags:
+            if name in swept:
+                raise UsageError(f"{name} is swept twice: give all its values at once")
+            swept[name] = []
+        elif not swept:
             raise UsageError(f"{word}: a value without a flag; usage: {USAGE}")
         else:
-            flags[name].append(word)
-    own = {name: values for name, values in flags.items() if name in OWN}
-    swept = {name: values for name, values in flags.items() if name not in OWN}
-    for name, values in own.items():
-        if len(values) != OWN[name]:
-            raise UsageError(
-                f"{name} takes {OWN[name]} value{'s' * (OWN[name] != 1)}; usage: {USAGE}")
+            swept[name].append(word)
     empty = [name for name, values in swept.items() if not values]
-    if empty or not (swept or "--help" in own):
-        raise UsageError(
-            f"{empty[0] if empty else 'sweep'}: give the values to try; usage: {USAGE}")
-    return swept, own, common
+    if empty or not swept:
+        raise UsageError(f"{empty[0] if empty else 'sweep'}: give the values to try; "
+                         f"usage: {USAGE}")
+    return swept, make_settings(SweepSettings, [Layer(vars(given))]), common
 
 
 def combinations(swept: Dict[str, List[str]]) -> List[List[str]]:
@@ -110,14 +108,22 @@ def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
 
     row = {**dict.fromkeys(COLUMNS, ""), "setting": setting, "status": "planned"}
     try:
-        plan = planned(*parse_train(list(flags), JobSettings, program="sweep", description=USAGE))
+        job = parse_train(list(flags), JobSettings, program="sweep", description=USAGE)
+        plan = planned(*job)
     except (UsageError, RunError) as error:
         return {**row, "status": "refused: " + " ".join(str(error).split())}
+    known = [*(part.values() for part in job), vars(plan.efficiencies)]
     return {
-        **row, "fits": "yes" if plan.fits else "no",
+        **row, "job": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12],
+        "fits": "yes" if plan.fits else "no",
         "planned_windows_per_second": f"{plan.windows_per_second:.1f}",
         "bubble_percent": f"{100 * plan.schedule.bubble_fraction:.1f}",
         "fullest_mib": f"{max(sum(parts.values()) for parts in plan.memory.values()) / 2**20:.0f}"}
+
+
+def _key(row: Dict[str, str]) -> Tuple[str, str]:
+    """Return what makes two rows the same: the combination, and the job that it is part of."""
+    return row["setting"], row["job"]
 
 
 def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
@@ -137,12 +143,13 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
         except subprocess.TimeoutExpired:
             return {"status": f"failed: no result after {timeout} s"}
     speeds = re.findall(r"windows/s ([\d.]+)", done.stdout + done.stderr)
+    device = "this host" if "PopTorch: poptorch_host" in done.stdout else "IPU"
     if done.returncode or not speeds:
         lines = done.stderr.strip().splitlines() or ["no output"]
         return {"status": f"failed ({done.returncode}): {lines[-1]}"}
     return {
-        "measured_windows_per_second": speeds[-1],
-        "status": f"measured in {time.perf_counter() - begin:.0f} s"}
+        "measured_windows_per_second": speeds[-1], "measured_on": device,
+        "status": f"measured on {device} in {time.perf_counter() - begin:.0f} s"}
 
 
 def read_rows(path: Path) -> List[Dict[str, str]]:
@@ -184,14 +191,7 @@ def sweep_table(rows: Sequence[Dict[str, Any]]) -> str:
     head = ["setting", "fits", "planned", "measured", "bubbles", "fullest", "status"]
     return table(head, [[
         row["setting"], row["fits"], row["planned_windows_per_second"],
-        row["measured_windows_per_second"], row["bubble_percent"] and row["bubble_percent"] + " %",
-        row["fullest_mib"] and row["fullest_mib"] + " MiB", row["status"]]
-        for row in sorted(rows, key=key)], left=(0, 6))
-
-
-def _number(own: Dict[str, List[str]], name: str, default: int) -> int:
-    """Return the value of a flag of sweep itself. Raises UsageError unless it is at least 1."""
-    value = own.get(name, [str(default)])[0]
-    if not value.isdigit() or int(value) < 1:
-        raise UsageError(f"{name} {value}: it should be a whole number of at least 1")
-    return int(value)
+        row["measured_windows_per_second"] and
+        f"{row['measured_windows_per_second']} ({row['measured_on']})", row["bubble_percent"] and
+        row["bubble_percent"] + " %", row["fullest_mib"] and row["fullest_mib"] + " MiB",
+        row["status"]] for row in sorted(rows, key=key)], left=(0, 6))

@@ -21,7 +21,8 @@ import logging
 import os
 import re
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Union
 
@@ -30,6 +31,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ipu_options.config import IPUConfig
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import (
     delete,
@@ -42,12 +44,23 @@ from ipu_options.files import (
     system_error,
     write_json,
 )
+from ipu_options.popvision import Spans
 from qa.data.rows import TrainingRows
+from qa.model.optimizer import optimizer_state, set_optimizer_state
+from qa.model.parallelize import set_weights, weights_of
 from qa.run.state import STRUCTURE, TENSORS, random_state, read_state, set_random_state, write_state
 from qa.settings import MUST_MATCH, TrainSettings
 
 log = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
+# What a user calls the arguments of the rows that a resumed run must share.
+_AS_FLAGS = {
+    "row_length": "--max_seq_length", "updates_per_step": "--device_iterations",
+    "max_windows_per_row": "the windows of a row (--pack, --max_windows_per_row)",
+    "micro_batches_per_update": "the micro-batches of a weight update "
+                                "(--gradient_accumulation_steps x --replication_factor)",
+    "epochs": "--num_train_epochs", "pad_token_id": "the tokenizer's padding token",
+    "data": "the data (training questions, tokenizer, --doc_stride)"}
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What a killed process may leave behind: checkpoints that were being written, replaced or removed,
 # a final model that was being written, and temporary files.
@@ -63,7 +76,7 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     step: int
-    optimizer: Dict[str, Any]  # for optimizer.load_state_dict()
+    optimizer: Dict[str, Any]  # for set_optimizer_state()
     rng_state: Optional[List[int]]  # for training_model.rng_state, once the model is compiled
     random_state: Dict[str, Any]  # for set_random_state()
     progress: Dict[str, Any]  # "losses" of the last steps, and "must_match"
@@ -80,57 +93,80 @@ class Training(NamedTuple):
     training_model: Any  # a poptorch.PoplarExecutor
     write_files: Callable[[Path], Any]
 
+    def weights(self) -> Dict[str, torch.Tensor]:
+        """Free the IPUs, and return the weights as `weights_of` gives them."""
+        if self.training_model.isAttachedToDevice():
+            self.training_model.detachFromDevice()  # copies the weights to the host
+        return weights_of(self.model)
+
 
 class Checkpoints:
     """The checkpoints of one run in its output folder, for which the run must hold the lock.
 
     must_match: the settings, by name, that must be the same in the checkpoint and in a run that
     resumes from it. save_total_limit: how many checkpoints to keep (default: all); the oldest are
-    removed first.
+    removed first. spans: names the phase for PopVision. best_by: the metric of the evaluations
+    whose best checkpoint is kept and becomes the final model (default: none).
     """
 
     def __init__(self, output_dir: Union[str, Path], must_match: Dict[str, Any],
-                 save_total_limit: Optional[int] = None):
+                 save_total_limit: Optional[int] = None, spans: Optional[Spans] = None,
+                 best_by: Optional[str] = None):
         self.output_dir = Path(output_dir)
         self.must_match, self.save_total_limit = must_match, save_total_limit
-        # The step of the newest checkpoint that this process has written.
-        self._saved_step: Optional[int] = None
+        self._metric = best_by
+        self._span = partial(spans, "save") if spans else nullcontext
+        # The checkpoint that this run started from, if any, and those that it has written since.
+        # The folder may also hold later ones, of an earlier run.
+        self._own: List[Path] = []
+        self._saved_step: Optional[int] = None  # of the newest one that this run has written
+        # The best evaluation so far: its step and its metric.
+        self._best: Optional[Dict[str, float]] = None
 
     @classmethod
-    def of_run(cls, settings: TrainSettings, rows: TrainingRows) -> "Checkpoints":
-        """Return the checkpoints of a run with these settings and these training rows."""
+    def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
+               spans: Spans) -> "Checkpoints":
+        """Return the checkpoints of a run with these settings and these training rows.
+
+        ipu_config: that of the training pipeline.
+        """
         must_match = {
             **rows.arguments, "data": rows.windows.fingerprint,
             **{name: getattr(settings, name) for name in MUST_MATCH}}
-        return cls(settings.output_dir, must_match, settings.save_total_limit)
+        # LAMB scales the update of each parameter tensor by its norm, and so that of each part.
+        if settings.optimizer == "lamb":
+            name = "embedding_serialization_factor"
+            must_match[name] = getattr(ipu_config, name)
+        best_by = settings.metric_for_best_model if settings.load_best_model_at_end else None
+        return cls(settings.output_dir, must_match, settings.save_total_limit, spans, best_by)
 
-    def open(self, resume_from_checkpoint: Optional[str],
-             overwrite_output_dir: bool) -> Optional[Checkpoint]:
+    def open(self, settings: TrainSettings) -> Optional[Checkpoint]:
         """Return the checkpoint from which this run continues, or None if it starts from scratch.
 
-        resume_from_checkpoint: None, "auto" or a path, see `find_checkpoint`. overwrite_output_dir:
-        whether a run from scratch removes the checkpoints of earlier runs. What a killed run left
-        unfinished is removed in any case.
+        settings.resume_from_checkpoint: None, "auto" or a path, see `find_checkpoint`. A run from
+        scratch removes the checkpoints of earlier runs, which `check_output_folder` has allowed.
+        What a killed run left unfinished is removed in any case. A run that trains nothing
+        (settings.dry_run) leaves the folder as it is. Says where a resumed run continues.
 
-        Raises UsageError if the checkpoint's must_match differs from that of this run, if there is
-        no complete checkpoint at the given path, or if a run from scratch would mix its checkpoints
-        with those of an earlier run.
+        Raises UsageError if the checkpoint's must_match differs from that of this run, or if there
+        is no complete checkpoint at the given path.
         """
+        if settings.dry_run:
+            return None
         _clear_leftovers(self.output_dir)
-        if resume_from_checkpoint is None:
+        if settings.resume_from_checkpoint is None:
             for folder in list_checkpoints(self.output_dir):
-                if not overwrite_output_dir:
-                    raise UsageError(
-                        f"--output_dir {self.output_dir}: holds {folder.name} of an earlier run; "
-                        "go on with --resume_from_checkpoint auto, start over with "
-                        "--overwrite_output_dir, or name another folder")
                 delete_folder(folder)
             return None
-        folder = find_checkpoint(self.output_dir, resume_from_checkpoint)
+        folder = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
         if folder is None:
+            print(f"no checkpoint in {self.output_dir}: the run starts from the beginning")
             return None
         checkpoint = load_checkpoint(folder)
         _check_match(checkpoint, self.must_match)
+        self._best = checkpoint.progress.get("best")
+        print(f"resuming from {folder}, after step {checkpoint.step}")
+        self._own.append(folder)
         return checkpoint
 
     def save(self, training: Training, step: int, losses: List[float]) -> Path:
@@ -138,7 +174,8 @@ class Checkpoints:
 
         losses: those of the steps so far, of which the last 200 are saved. The current random
         states of Python, NumPy and PyTorch are saved too. Afterwards the oldest checkpoints beyond
-        the limit are removed. Nothing is done if this process has just saved the same step.
+        the limit are removed, but not that of the best evaluation. Nothing is done if this process
+        has just saved the same step.
 
         Raises RunError if the checkpoint cannot be written (disk full, read-only, removed, ...).
         Earlier checkpoints are then unchanged, and the incomplete one is removed.
@@ -146,21 +183,50 @@ class Checkpoints:
         folder = self.output_dir / f"checkpoint-{step}"
         if self._saved_step == step:
             return folder
-        training.training_model.copyWeightsToHost()
-        with _written(folder) as aside:
+        with self._span(), _written(folder) as aside:
+            training.training_model.copyWeightsToHostIfNeeded()  # it may be detached
             training.write_files(aside)
             write_state(
                 aside, {
-                    "optimizer": training.optimizer.state_dict(),
+                    "optimizer": optimizer_state(training.optimizer),
                     "rng_state": training.training_model.rng_state, "random_state": random_state()})
             progress = {"must_match": self.must_match, "losses": losses[-200:]}
+            if self._best:
+                progress["best"] = self._best
             write_json(aside / TRAINER_STATE, {"step": step, "progress": progress})
             write_json(aside / "manifest.json", {"step": step, "files": sync_and_hash(aside)})
             sync_folder(aside)
             rename_folder(aside, folder)
         self._saved_step = step
-        _remove_oldest(self.output_dir, step, self.save_total_limit)
+        self._own.append(folder)
+        _remove_oldest(self.output_dir, step, self.save_total_limit,
+                       keep=self._best["step"] if self._best else None)
         return folder
+
+    def save_if_best(self, training: Training, step: int, losses: List[float],
+                     metrics: Dict[str, float]) -> None:
+        """Save a checkpoint if the evaluation after `step` is the best so far.
+
+        metrics: of the evaluation. Does nothing without --load_best_model_at_end.
+        """
+        metric = metrics.get(self._metric)
+        if metric is not None and (self._best is None or metric > self._best["metric"]):
+            self._best = {"step": step, "metric": metric}
+            self._saved_step = None  # one that has just been saved does not know yet
+            self.save(training, step, losses)
+
+    def load_best(self, training: Training, step: int) -> int:
+        """Put the weights of the best evaluation into the model; returns its step.
+
+        step: the last step of the training, whose weights stay if they are the best.
+        """
+        best = int(self._best["step"]) if self._best else step
+        if best != step:
+            training.weights()  # frees the IPUs, so that no later call brings their weights back
+            file = self.output_dir / f"checkpoint-{best}" / "model.safetensors"
+            set_weights(training.model, safetensors.torch.load_file(file))
+            print(f"the best model is that of step {best}")
+        return best
 
     def save_or_warn(self, training: Training, step: int, losses: List[float]) -> None:
         """Save a checkpoint like `save`, but only print a warning if that fails.
@@ -178,8 +244,8 @@ class Checkpoints:
         Each file is replaced by its complete new version or left unchanged. Raises RunError as
         `save` does.
         """
-        training.training_model.copyWeightsToHost()
-        with _written(self.output_dir / "final-model") as aside:
+        with self._span(), _written(self.output_dir / "final-model") as aside:
+            training.training_model.copyWeightsToHostIfNeeded()
             training.write_files(aside)
             sync_and_hash(aside)
             for path in sorted(aside.iterdir()):
@@ -187,40 +253,71 @@ class Checkpoints:
             aside.rmdir()
             sync_folder(self.output_dir)
 
-    def go_back(
-            self, training: Training,
-            set_weights: Callable[[torch.nn.Module, Dict[str, torch.Tensor]], None]) -> Checkpoint:
-        """Reset weights and optimizer of a running training to the newest complete checkpoint.
+    def newest_of_run(self) -> Checkpoint:
+        """Return the newest complete checkpoint that this run has written or has started from.
 
-        This is for a step with a loss, gradient or weight that is not finite. The step cannot be
-        left out, because the device has updated the weights before the host sees the loss. After
-        the reset the training loop continues with the next batch, and the batches since the
-        checkpoint are skipped, as in the training of PaLM (Chowdhery et al. 2022, section 5.1).
-
-        set_weights(model, weights) copies the tensors of model.safetensors into the model on the
-        host. Returns the checkpoint. Raises RunError if there is no complete checkpoint.
+        Raises RunError if there is none.
         """
-        folder = find_checkpoint(self.output_dir, "auto")
-        if folder is None:
-            raise RunError(
-                f"there is no whole checkpoint in {self.output_dir} to go back to; "
-                "save some with --save_steps")
-        checkpoint = load_checkpoint(folder)
-        set_weights(training.model, safetensors.torch.load_file(folder / "model.safetensors"))
-        training.training_model.copyWeightsToDevice()
-        training.optimizer.load_state_dict(checkpoint.optimizer)
-        training.training_model.setOptimizer(training.optimizer)
-        return checkpoint
+        for folder in reversed(self._own):
+            if find_fault(folder) is None:
+                return load_checkpoint(folder)
+        raise RunError(
+            f"there is no whole checkpoint of this run in {self.output_dir} to go back to; "
+            "save some with --save_steps")
 
 
-def restore(checkpoint: Checkpoint, training_model: Any, optimizer: Any) -> None:
-    """Restore the states of the optimizer and of the random generators from `checkpoint`.
+def go_back(checkpoint: Checkpoint, training: Training) -> None:
+    """Reset weights and optimizer of a running training to those of `checkpoint`.
+
+    This is for a step with a loss, gradient or weight that is not finite. The step cannot be left
+    out, because the device has updated the weights before the host sees the loss. After the reset
+    the training loop continues with the next batch, and the batches since the checkpoint are
+    skipped, as in the training of PaLM (Chowdhery et al. 2022, section 5.1).
+
+    The device is detached, and the next call attaches to it again. Only this initialises the
+    gradient accumulators: with accumulators of float16 their mean is a running one (PopTorch,
+    _optimizer_attributes.py, convertOptimizerToDict), for which PopART multiplies the old value by
+    0 instead of setting it to 0 (popart, popx/op/accumulatex.cpp, AccumulationType::Mean), and NaN
+    stays NaN.
+    """
+    if training.training_model.isAttachedToDevice():
+        training.training_model.detachFromDevice()
+    set_weights(training.model, safetensors.torch.load_file(checkpoint.folder /
+                                                            "model.safetensors"))
+    set_optimizer_state(training.optimizer, training.model, checkpoint.optimizer)
+    training.training_model.setOptimizer(training.optimizer)
+
+
+def check_output_folder(settings: TrainSettings) -> None:
+    """Raise UsageError where a run from scratch would replace an earlier run's work.
+
+    That is: checkpoints or a finished model, unless --overwrite_output_dir is set.
+    """
+    folder, resume = Path(settings.output_dir), settings.resume_from_checkpoint
+    if settings.overwrite_output_dir or not settings.trains or settings.dry_run:
+        return
+    checkpoints = list_checkpoints(folder)
+    if resume is None and checkpoints:
+        raise UsageError(
+            f"--output_dir {folder}: holds {checkpoints[0].name} of an earlier run; go on with "
+            "--resume_from_checkpoint auto, start over with --overwrite_output_dir, or name "
+            "another folder")
+    if (folder / "model.safetensors").exists() and (
+            resume is None or resume == "auto" and not checkpoints):
+        raise UsageError(f"--output_dir {folder}: holds a finished model; replace it with "
+                         "--overwrite_output_dir, or name another folder")
+
+
+def restore(checkpoint: Optional[Checkpoint], training_model: Any, optimizer: Any) -> None:
+    """Restore the states of the optimizer and of the random generators from `checkpoint`, if any.
 
     training_model: a compiled poptorch.PoplarExecutor that has the checkpoint's weights already.
     optimizer: its poptorch optimizer. Raises UsageError if the checkpoint's random state cannot be
     used.
     """
-    optimizer.load_state_dict(checkpoint.optimizer)
+    if checkpoint is None:
+        return
+    set_optimizer_state(optimizer, training_model.model, checkpoint.optimizer)
     training_model.setOptimizer(optimizer)
     training_model.rng_state = checkpoint.rng_state
     set_random_state(checkpoint.random_state)
@@ -315,7 +412,8 @@ def _check_match(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
     """
     then = checkpoint.progress.get("must_match", {})
     different = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-    differences = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in different]
+    differences = [f"{_AS_FLAGS.get(name, '--' + name)} was {then.get(name)}, is {now.get(name)}"
+                   for name in different]
     if differences:
         raise UsageError(
             f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differences)}. "
@@ -369,7 +467,8 @@ def _written(target: Path) -> Iterator[Path]:
             f"could not save {target}: {reason}; {_what_is_left(target.parent)}") from error
 
 
-def _remove_oldest(output_dir: Path, step: int, save_total_limit: Optional[int]) -> None:
+def _remove_oldest(output_dir: Path, step: int, save_total_limit: Optional[int],
+                   keep: Optional[int] = None) -> None:
     """Remove the oldest checkpoints, so that `save_total_limit` remain of those up to `step`.
 
     The checkpoint of `step` has just been written and is complete. Later checkpoints are left
@@ -378,7 +477,8 @@ def _remove_oldest(output_dir: Path, step: int, save_total_limit: Optional[int])
     """
     if save_total_limit is None:
         return
-    earlier = [folder for folder in list_checkpoints(output_dir) if _step(folder) < step]
+    earlier = [folder for folder in list_checkpoints(output_dir)
+               if _step(folder) < step and _step(folder) != keep]
     for folder in earlier[: max(0, len(earlier) + 1 - save_total_limit)]:
         try:
             delete_folder(folder)

@@ -58,16 +58,17 @@ Content hash of the training windows: `{fingerprint}`.
 {versions}"""
 
 
-def check_login(token: Optional[str]) -> str:
-    """Return the name of the hub account that `token` belongs to.
+def check_login(settings: TrainSettings) -> None:
+    """Find out at the start of a run whether its end will be able to upload the model.
 
-    token: an access token, or None for the login that huggingface_hub has stored. Call this at the
-    start of a run, so that a wrong token is not discovered only at its end.
-
-    Raises UsageError if the token is missing or refused, RunError if the hub cannot be reached.
+    The token is settings.hub_token, or else that of the login that huggingface_hub has stored. Does
+    nothing without --push_to_hub. Raises UsageError if the token is missing or refused, RunError if
+    the hub cannot be reached.
     """
+    if not settings.push_to_hub:
+        return
     try:
-        return HfApi(token=token).whoami()["name"]
+        HfApi(token=settings.hub_token).whoami()
     except Exception as error:
         if _status(error) == 401 or type(error).__name__ == "LocalTokenNotFoundError":
             raise UsageError(
@@ -76,16 +77,20 @@ def check_login(token: Optional[str]) -> str:
         raise RunError(f"--push_to_hub: the hub cannot be reached ({first_line(error)})") from error
 
 
-def push(settings: TrainSettings) -> str:
-    """Upload the model in the output folder and its model card, in one commit.
+def push(settings: TrainSettings) -> None:
+    """Upload the model in the output folder and its model card, in one commit, and print its URL.
+
+    Does nothing without --push_to_hub.
 
     The card is made from run.json and metrics.json in the folder, and is also written there as
     README.md. settings.hub_model_id is "name" or "account/name", by default the name of the folder;
     the repository is created if it does not exist.
 
-    Returns the URL of the commit. Raises UsageError if the repository name is not valid, RunError
-    if the upload fails. The output folder keeps all files in any case.
+    Raises UsageError if the repository name is not valid, RunError if the upload fails. The output
+    folder keeps all files in any case.
     """
+    if not settings.push_to_hub:
+        return
     folder, repo_id, private = (
         Path(settings.output_dir), settings.hub_model_id, settings.hub_private_repo)
     api = HfApi(token=settings.hub_token)
@@ -107,7 +112,7 @@ def push(settings: TrainSettings) -> str:
             f"the model is whole in {folder}, "
             f"and `huggingface-cli upload {repo_id or folder.resolve().name} {folder}` tries again"
         ) from error
-    return commit.commit_url
+    print(f"shared: {commit.commit_url}")
 
 
 def model_card(folder: Union[str, Path], repo_id: str) -> str:

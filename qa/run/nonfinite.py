@@ -2,36 +2,56 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Iterable, List, Optional, Tuple
 
 import torch
 from tqdm import tqdm
 
+from ipu_options import poptorch
 from ipu_options.errors import RunError
-from qa.model.parallelize import set_weights
-from qa.run.checkpoint import Checkpoints, Training
+from ipu_options.options import watched_gradient
+from qa.model.parallelize import weights_of
+from qa.run.checkpoint import Checkpoints, Training, go_back
 from qa.settings import TrainSettings
 
 
 class NonfiniteGuard:
-    """Checks the numbers of every training step, and acts as --on_nonfinite says."""
+    """Checks the numbers of every training step, and acts as --on_nonfinite says.
 
-    def __init__(self, settings: TrainSettings, checkpoints: Checkpoints, training: Training):
-        self.settings, self.checkpoints, self.training = settings, checkpoints, training
-        self._passed_over: Optional[int] = None  # the last step that was skipped
+    options: the poptorch.Options of the training model, which say what gradient is watched.
+    """
+
+    def __init__(self, settings: TrainSettings, checkpoints: Checkpoints, training: Training,
+                 options: "poptorch.Options"):
+        self.settings, self.checkpoints = settings, checkpoints
+        self.training, self.options = training, options
+        # The last step that was skipped, and the step of the checkpoint that was gone back to.
+        self._passed_over: Optional[int] = None
+        self._back_at: Optional[int] = None
 
     def passes(self, step: int, loss: float, learning_rate: float, earlier_losses: List[float],
-               *tensors: Dict[str, torch.Tensor]) -> bool:
-        """Return whether the loss and all `tensors` of a step are finite.
+               look_at_weights: bool) -> bool:
+        """Return whether the loss, the watched gradient and the weights after a step are finite.
 
-        tensors: gradients and weights by name. If a number is not finite and --on_nonfinite is
-        skip, weights and optimizer are reset to the last checkpoint.
+        look_at_weights: whether to read the weights, which costs a transfer from the device. If a
+        number is not finite and --on_nonfinite is skip, weights and optimizer are reset to the last
+        checkpoint.
 
-        Raises RunError if --on_nonfinite is stop, if there is no checkpoint, or if the previous
-        step was skipped as well: then the cause is not just one bad batch.
+        With synthetic data it returns False and reads nothing: the loss is memory that PopTorch has
+        never written (PoplarExecutable.cpp, run), and PopART crashes where weights or states are
+        read, because their host buffers do not exist (popart, devicex.cpp, getD2hWeightData).
+
+        Raises RunError if --on_nonfinite is stop, if there is no checkpoint, or if the cause is not
+        just one bad batch: the previous step was skipped as well, or the run would go back to the
+        same checkpoint a second time.
         """
-        settings = self.settings
-        bad_tensor = find_nonfinite(item for group in tensors for item in group.items())
+        settings, training = self.settings, self.training
+        if settings.synthetic_data:
+            return False
+        tensors = watched_gradient(self.options, training.training_model)
+        if look_at_weights:
+            tensors.update(weights_of(training.model))
+        bad_tensor = find_nonfinite(tensors.items())
         if bad_tensor is None and math.isfinite(loss):
             return True
         why = explain_nonfinite(step=step, loss=loss, earlier_losses=earlier_losses,
@@ -39,8 +59,13 @@ class NonfiniteGuard:
                                 precision=settings.precision, bad_tensor=bad_tensor)
         if settings.on_nonfinite == "stop" or self._passed_over == step - 1:
             raise RunError(why)
-        back = self.checkpoints.go_back(self.training, set_weights)
-        self._passed_over = step
+        back = self.checkpoints.newest_of_run()
+        if back.step == self._back_at:
+            raise RunError(
+                f"{why}; it is not one bad batch, for the run had already gone back to the weights "
+                f"of step {back.step} and come to this again")
+        go_back(back, training)
+        self._passed_over, self._back_at = step, back.step
         tqdm.write(f"warning: {why}; going on from the weights of step {back.step}")
         return False
 
@@ -65,7 +90,8 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
     The device has updated the weights before the host sees the loss. A loss that is not finite has
     therefore made all weights useless, and its cause is the forward pass of this step or the update
     before it. The earlier losses distinguish overflow from divergence: they rise in a run that
-    diverges, whereas an overflow (float16 ends at 65,504) happens while they are steady.
+    diverges, whereas an overflow happens while they are steady. float16 ends at 65,504. What is
+    beyond becomes NaN on an IPU, because options.py sets the engine option debug.nanOverflowMode.
 
     earlier_losses: the finite losses before `step`, in order. bad_tensor: the result of
     `find_nonfinite`, a gradient ("Gradient___" and the name of a parameter) or a weight. It is

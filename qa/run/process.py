@@ -5,11 +5,11 @@ import fcntl
 import os
 import signal
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Optional, Union
 
-from ipu_options.errors import UsageError
+from ipu_options.errors import Stopped, UsageError
 
 
 @contextmanager
@@ -52,43 +52,90 @@ def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
 
 
 class StopSignals:
-    """In its block, SIGTERM and SIGINT only set `requested`, so that the loop can save and end.
+    """In its block SIGTERM, SIGINT and SIGHUP end the run in an orderly way; a second one kills.
 
-    A second signal kills the process at once.
+    Outside of `deferred` blocks a signal raises Stopped at once: nothing has to be saved, and each
+    phase cleans up after itself. In a `deferred` block, which is the training loop, it only sets
+    `requested`, so that the loop can finish its step, save and end.
 
         with StopSignals() as stop:
-            for ...:
-                ...
-                if stop.requested:
-                    save; return stop.exit_status
+            ...
+            with stop.deferred():
+                while not stop.requested:
+                    ...
     """
 
     def __init__(self) -> None:
         self.requested: Optional[signal.Signals] = None
+        self._deferring = False
+        self._pid = os.getpid()
 
     @property
     def exit_status(self) -> int:
         """143 after SIGTERM, 130 after SIGINT, as a shell reports a process killed by the signal.
 
-        Only defined after a signal has been received.
+        0 as long as no signal has been received.
         """
-        return 128 + self.requested
+        return 128 + self.requested if self.requested else 0
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In this block a signal only sets `requested`."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    @contextmanager
+    def immediate(self) -> Iterator[None]:
+        """In this part of a `deferred` block a signal raises Stopped, which ends the part."""
+        self._deferring = False
+        try:
+            if self.requested:
+                raise Stopped(self.exit_status)
+            yield
+        except Stopped:
+            pass  # `requested` tells
+        finally:
+            self._deferring = True
+
+    @contextmanager
+    def killable(self) -> Iterator[None]:
+        """In this block signals have the system's default action.
+
+        PopTorch compiles for minutes in C++, where no handler in Python can run.
+        """
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in self._before}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def __enter__(self) -> "StopSignals":
-        self._before = {
-            number: signal.signal(number, self._request)
-            for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it on purpose
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _request(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._pid:  # a forked worker, for which the system's action is right
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         self.requested = signal.Signals(number)
         # The next signal has to act at once. It therefore gets the system's default action: a
         # handler in Python would only run after the current call to PopTorch, which may take long.
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
-        os.write(2, f"\n{self.requested.name}: saving after this step; once more to stop at once\n"
-                 .encode())
+        what = "saving after this step" if self._deferring else "stopping"
+        with suppress(OSError):  # a terminal that was closed takes no message
+            os.write(2, f"\n{self.requested.name}: {what}; once more to stop at once\n".encode())
+        if not self._deferring:
+            raise Stopped(self.exit_status)

@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, List, Optional
 
 from tqdm import tqdm
 
 from ipu_options.config import IPUConfig
+from ipu_options.files import write_json, writing
+from ipu_options.popvision import Spans
 from qa.data.rows import TrainingRows
 from qa.run.checkpoint import Checkpoint
 from qa.settings import TrainSettings
@@ -32,41 +35,75 @@ def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
 
 
 class Progress:
-    """The progress bar and the log lines of a run, and the loss of each of its steps (`losses`).
+    """The progress bar, the log lines and the summary of a run, and the losses of its steps.
 
-    logging_steps: number of steps between two log lines. saved: the checkpoint from which the run
-    continues, or None.
+    saved: the checkpoint from which the run continues, or None. spans: has the time of each phase.
     """
 
-    def __init__(self, rows: TrainingRows, logging_steps: int, saved: Optional[Checkpoint]):
-        self.rows, self.logging_steps = rows, logging_steps
+    def __init__(self, rows: TrainingRows, settings: TrainSettings, saved: Optional[Checkpoint],
+                 spans: Spans):
+        self.rows, self.settings, self.spans = rows, settings, spans
         self.losses: List[float] = list(saved.progress["losses"]) if saved else []
-        # The number of windows since the last log line, and the time of that line.
-        self._windows, self._since = 0, time.perf_counter()
-        self._bar = tqdm(total=rows.total_steps, initial=saved.step if saved else 0,
-                         desc="Training", unit="step", dynamic_ncols=True)
+        self._first_step = self._step = saved.step if saved else 0
+        self._first_loss = len(self.losses)  # of the losses of this process
+        # The number of windows since the last log line and before it, and the time of that line.
+        self._windows = self._earlier_windows = 0
+        self._since = time.perf_counter()
+        self._bar = tqdm(total=rows.total_steps, initial=self._step, desc="Training", unit="step",
+                         dynamic_ncols=True)
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """Return whether the model is to be evaluated after `step`, before the end of the run.
+
+        The end evaluates in any case; but the best model can only be chosen once it is known how
+        good the last one is.
+        """
+        settings, last = self.settings, step == self.rows.total_steps
+        due = (settings.eval_steps and step % settings.eval_steps == 0
+               or settings.evaluate_every_epoch and step % self.rows.steps_per_epoch == 0)
+        return bool(settings.evaluates and (settings.load_best_model_at_end if last else due))
 
     def update(self, step: int, loss: Optional[float], learning_rate: float) -> None:
         """Record that a step is done, and print a log line if it is time for one.
 
         step: its number, counted from 1. loss: the mean loss of the step, or None if the step was
-        skipped.
+        skipped or ran on synthetic data.
         """
+        self._step = step
         self._windows += self.rows.windows_in_step(step - 1)
         if loss is not None:
             self.losses.append(loss)
         self._bar.update()
-        if step % self.logging_steps and step < self.rows.total_steps:
+        if step % self.settings.logging_steps and step < self.rows.total_steps:
             return
         speed = self._windows / (time.perf_counter() - self._since)
+        self._earlier_windows += self._windows
         self._windows, self._since = 0, time.perf_counter()
-        last = self.losses[-self.logging_steps:]
-        mean = sum(last) / len(last) if last else float("nan")
+        last = self.losses[-self.settings.logging_steps:]
+        loss_text = f"loss {sum(last) / len(last):.4f}  " if last else ""
         tqdm.write(
-            f"step {step}/{self.rows.total_steps}  epoch {step / self.rows.steps_per_epoch:.2f}  "
-            f"loss {mean:.4f}  learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
+            f"step {step}/{self.rows.total_steps}  epoch {self.rows.epoch_after(step):.2f}  "
+            f"{loss_text}learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
         self._bar.set_postfix_str(
-            f"loss {mean:.3f}, learning rate {learning_rate:.3g}, {speed:.0f} windows/s")
+            f"{loss_text}learning rate {learning_rate:.3g}  windows/s {speed:.0f}")
+
+    def write_summary(self) -> None:
+        """Print the summary of the training and write it to train_results.json.
+
+        The figures are those of this process alone: a resumed run has done fewer steps than the
+        whole. Raises RunError if the file cannot be written.
+        """
+        training = sum(self.spans.seconds[phase] for phase in ("data", "step", "schedule"))
+        windows, losses = self._earlier_windows + self._windows, self.losses[self._first_loss:]
+        summary = {
+            "steps": self._step - self._first_step, "epoch": self.rows.epoch_after(self._step),
+            "train_loss": sum(losses) / len(losses) if losses else None,
+            "train_seconds": training, "compile_seconds": self.spans.seconds["compile"],
+            "windows_per_second": windows / training if training else None}
+        print("training: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}"
+                                       for name, value in summary.items() if value is not None))
+        with writing(f"--output_dir {self.settings.output_dir}"):
+            write_json(Path(self.settings.output_dir) / "train_results.json", summary)
 
     def __enter__(self) -> "Progress":
         return self

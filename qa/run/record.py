@@ -27,12 +27,14 @@ _PACKAGES = ("torch", "poptorch", "transformers", "tokenizers", "datasets", "eva
 
 def write_run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
                      saved: Optional[Checkpoint]) -> None:
-    """Write OUTPUT_DIR/run.json.
+    """Write OUTPUT_DIR/run.json, unless nothing is trained (settings.dry_run).
 
     ipu_config: that of the training pipeline, with all values resolved. rows: the training rows.
     saved: the checkpoint from which the run continues, or None. The access token for the hub is
     masked, in the command line as well. Raises OSError.
     """
+    if settings.dry_run:
+        return
     command, hide = [], False
     for word in sys.argv:
         command.append(

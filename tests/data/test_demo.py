@@ -1,7 +1,6 @@
 """The demo's files are as documented, and the ordinary code reads them."""
 import json
 import resource
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from ipu_options.errors import RunError
 from qa.data.dataset import load_examples
 from qa.data.demo import use_demo_data, write_demo
+from qa.settings import TrainSettings
 
 
 @pytest.mark.parametrize("version_2", [False, True])
@@ -50,6 +50,6 @@ def test_a_disk_that_takes_no_more_is_named_in_one_line(tmp_path):
                 match=f"^{tmp_path}/demo_data: the demo's files cannot be written "
                 "\\(File too large\\); .* --output_dir$"):
             use_demo_data(
-                SimpleNamespace(output_dir=tmp_path, seed=1, version_2_with_negative=False))
+                TrainSettings(output_dir=str(tmp_path), seed=1, demo_data=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

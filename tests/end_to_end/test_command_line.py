@@ -12,9 +12,10 @@ import pytest
 
 import infer
 import train
+from ipu_options.config import inference_pipeline, training_pipeline
 from ipu_options.errors import run_script
 from qa.planning.flags import TrainPlanSettings
-from qa.settings import parse_infer, parse_train
+from qa.settings import named_configs, parse_infer, parse_train
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = [
@@ -23,7 +24,7 @@ MODEL = [
 
 # (arguments, what names the flag in the line, part of what the line says would be right)
 TRAIN = [
-    ("--epochs 3", "--epochs", "--help lists"),
+    ("--epochs 3", "--epochs", "--num_train_epochs"),
     ("--max_seq_lenght 128", "--max_seq_lenght", "did you mean --max_seq_length"),
     ("--learning_rates 1", "--learning_rates", "did you mean --learning_rate"),
     ("extra", "extra", "--help lists"),
@@ -92,7 +93,7 @@ TRAIN = [
     ("--device_iterations 0", "--device_iterations 0", "at least 1"),
     ("--embedding_serialization_factor 0", "--embedding_serialization_factor 0", "at least 1"),
     ("--ipu_config {tmp}/none.json", "--ipu_config", "name a local ipu_config.json"),
-    ("--ipu_config {tmp}/broken.json", "--ipu_config", "not a readable ipu_config.json"),
+    ("--ipu_config {tmp}/broken.json", "--ipu_config", "not readable as JSON"),
     ("--ipu_config {tmp}/list.json", "--ipu_config", "should be a JSON object"),
     ("--train_file {tmp}/none.json --validation_file {tmp}/train.json", "--train_file",
      "does not exist"),
@@ -105,6 +106,14 @@ TRAIN = [
     ("--resume_from_checkpoint {tmp}/none", "--resume_from_checkpoint", "no such folder"),
     ("--trace {tmp}/none/trace.json", "--trace", "make it"),
     ("--compile_only --synthetic_data", "--compile_only", "leave one out"),
+    ("--compile_only --ipu_model", "--ipu_model", "leave one out"),
+    ("--compile_only --executable_cache_dir ''", "--executable_cache_dir", "name a folder"),
+    ("--compile_only --layers_per_ipu 4 4 4", "--layers_per_ipu 4 4 4", "use a power of two"),
+    ("--compile_only --inference_layers_per_ipu 4 4 4", "--inference_layers_per_ipu 4 4 4",
+     "use a power of two"),
+    ("--compile_only --pod_type pod16 --replication_factor 3", "replication 3",
+     "use a power of two"),
+    ("--synthetic_data --resume_from_checkpoint auto", "--synthetic_data", "leave one out"),
     ("--hub_model_id me/model", "--hub_model_id", "--push_to_hub"), ]
 # The same for refusals that depend on the model: a folder with a tokenizer and a config.json of 3
 # layers.
@@ -115,8 +124,8 @@ TRAIN_WITH_MODEL = [
      "IPU 1 without any block"),
     ("--layers_per_ipu 1 1 1 --gradient_accumulation_steps 4", "--gradient_accumulation_steps 4",
      "at least 5"),
-    ("--layers_per_ipu 1 1 1 --inference_device_iterations 2", "--inference_device_iterations 2",
-     "at least 3"),
+    ("--layers_per_ipu 1 1 1 --inference_layers_per_ipu 1 1 1 --inference_device_iterations 2",
+     "--inference_device_iterations 2", "at least 3"),
     ("--layers_per_ipu 1 1 1 --replication_factor 2", "--replication_factor 2", "at most 1"),
     ("--layers_per_ipu 1 1 1 --head_ipu 3", "--head_ipu 3", "0 to 2"),
     ("--layers_per_ipu 1 1 1 --matmul_proportion 0.1 0.2", "--matmul_proportion 0.1 0.2", "3 IPUs"),
@@ -141,12 +150,15 @@ INFER = [("--question Who?", "--checkpoint", "is missing"),
          ("--checkpoint {tmp}/model --question Who\udcff --context Ann", "--question",
           "give its text in that encoding"),
          ("--checkpoint {tmp}/model --n_best 0", "--n_best 0", "at least 1"),
+         ("--checkpoint {tmp}/model --compile_only", "--compile_only", "no such flag"),
+         ("--checkpoint {tmp}/model --synthetic_data", "--synthetic_data", "no such flag"),
          ("--checkpoint {tmp}/model --nbest 3", "--nbest", "did you mean --n_best"), ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import RobertaProcessing
     from transformers import RobertaConfig, RobertaTokenizerFast
 
     tmp = tmp_path_factory.mktemp("command_line")
@@ -173,6 +185,7 @@ def folder(tmp_path_factory):
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([text], vocab_size=270,
                             special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    bpe._tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
     RobertaTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(tmp / "model")
     RobertaConfig(vocab_size=270, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                   intermediate_size=32, max_position_embeddings=66).save_pretrained(tmp / "model")
@@ -242,6 +255,35 @@ def test_an_ipu_config_chooses_no_folder_outside_the_working_directory(
     assert parse_train(flags)[1].executable_cache_dir == used
     assert parse_train([*flags, "--executable_cache_dir",
                         "/scratch"])[1].executable_cache_dir == "/scratch"
+
+
+def test_a_flag_of_infer_wins_over_the_checkpoints_inference_pipeline(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "ipu_config.json").write_text(json.dumps({
+        "layers_per_ipu": [1, 1, 1], "replication_factor": 1, "inference_layers_per_ipu": [2, 1]}))
+    (tmp_path / "model" / "qa_settings.json").write_text(json.dumps({"eval_micro_batch_size": 5}))
+    flags = ["--checkpoint", str(tmp_path / "model")]
+    settings, ipu_config = parse_infer(flags)
+    assert settings.eval_micro_batch_size == 5  # that of the run: its executable is found again
+    assert (ipu_config.inference().layers_per_ipu, ipu_config.inference().replication_factor) == (
+        [2, 1], 2)
+    _, ipu_config = parse_infer([*flags, "--layers_per_ipu", "3", "--replication_factor", "1"])
+    assert (ipu_config.inference().layers_per_ipu, ipu_config.inference().replication_factor) == (
+        [3], 1)
+
+
+@pytest.mark.parametrize("name", named_configs())
+def test_a_named_configuration_evaluates_on_all_its_ipus_with_a_full_pipeline(name):
+    settings, ipu_config = parse_train(["--config", name])
+    layers = 4 if name == "demo" else 24 if "large" in name else 12
+    training, inference = (pipeline(ipu_config, layers, settings.pod_type)
+                           for pipeline in (training_pipeline, inference_pipeline))
+    used = [made.config.num_ipus() * made.config.replication_factor
+            for made in (training, inference)]
+    stages, iterations = len(inference.layout.stages()), inference.config.device_iterations
+    assert used[0] == used[1] and stages == 2
+    assert iterations / (iterations + stages - 1) >= 0.8  # the rest is ramp
+    assert settings.eval_micro_batch_size >= 4 * settings.micro_batch_size
 
 
 def test_help_answers_without_importing_torch_or_transformers():

@@ -209,7 +209,7 @@ def spoil_backward(folder):
 
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(demo, tmp_path, capsys):
-    healthy, more = tmp_path / "out", ("--max_steps", "3", "--save_steps", "2")
+    healthy, more = tmp_path / "out", ("--max_steps", "3", "--save_steps", "1")
     assert fit(demo / "v1", healthy, *more) == 0
     spoilt = shutil.copytree(healthy / "checkpoint-2", tmp_path / "checkpoint-2")
     spoil_backward(spoilt)
@@ -221,24 +221,36 @@ def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(demo, tmp_path, c
     assert ("learning rate 0.0" in error and "loss scaling 1," in error
             and "try --learning_rate" in error)
 
-    # With --on_nonfinite skip the run loses only the steps since the last whole checkpoint of the
-    # folder. If gradients are not watched, the updated weights are found not to be finite.
+    # With --on_nonfinite skip the run goes on from where it started, and not from the later
+    # checkpoint-3 of the healthy run, which is in its folder. If gradients are not watched, the
+    # updated weights are found not to be finite.
     assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt, "--on_nonfinite",
                "skip") == 0
     assert "not finite" in (
         said := capsys.readouterr().out) and "going on from the weights of step 2" in said
-    assert (healthy / "model.safetensors").read_bytes() == (healthy / "checkpoint-2" /
-                                                            "model.safetensors").read_bytes()
+    ended, started = (load_file(folder / "model.safetensors") for folder in (healthy, spoilt))
+    assert all(torch.equal(ended[name], started[name]) for name in started)
     assert fit(demo / "v1", healthy, *more, "--resume_from_checkpoint", spoilt, "--watch_gradients",
                "false") == 1
     assert re.search(r"error: step 3: roberta\.\S+ is not finite after the update",
                      capsys.readouterr().err)
 
 
+def test_a_run_on_synthetic_data_is_timed_and_reads_and_saves_nothing(demo, tmp_path, capsys):
+    assert fit(demo / "v1", tmp_path / "out", "--synthetic_data", "--max_steps", "4",
+               "--save_steps", "1", "--evaluate_every_epoch", "--logging_steps", "2") == 0
+    said = capsys.readouterr().out
+    assert "4 steps on synthetic data were timed; nothing was read or saved" in said
+    assert len(re.findall(r"windows/s [\d.]+", said)) == 2 and "loss" not in said
+    assert "saved to" not in said and "evaluation" not in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_compile_only_runs_nothing(demo, tmp_path, capsys):
     assert fit(demo / "v1", tmp_path / "out", "--compile_only") == 0
-    assert "nothing was run" in capsys.readouterr().out
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert re.search(r"compiled in .* s, executable cache: \S+; nothing was run",
+                     capsys.readouterr().out)
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_of_reach_the_hub_ends_in_one_line_that_names_the_ways_out(

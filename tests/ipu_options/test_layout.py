@@ -75,7 +75,8 @@ def test_inference_twins_replace_training_values():
                        inference_device_iterations=8).for_pod("pod16")
     training, inference = (training_pipeline(config, 12, "pod16"),
                            inference_pipeline(config, 12, "pod16"))
-    assert training.config.replication_factor == inference.config.replication_factor == 4
+    assert training.config.replication_factor == 4
+    assert inference.config.replication_factor == 16  # one for each of the IPUs that train
     assert len(training.layout.stages()) == 4 and len(inference.layout.stages()) == 1
     assert inference.config.matmul_proportion == 0.6 and inference.config.device_iterations == 8
     assert inference.config.gradient_accumulation_steps == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ipu_options import poptorch
-from ipu_options.config import DeviceSettings, IPUConfig
+from ipu_options.config import DeviceSettings, IPUConfig, inference_pipeline
 from ipu_options.options import inference_options, mean_loss, training_options, watched_gradient
 
 CONFIG = IPUConfig(layers_per_ipu=[0, 4, 4, 4], replication_factor=4)
@@ -19,8 +19,8 @@ def training(device=DeviceSettings(), seed=7, watched=None, watch=None, **change
 
 
 def inference(device=DeviceSettings(), **changes):
-    return inference_options(
-        IPUConfig(**{**CONFIG.values(), **changes}).inference(), device).toDict()
+    config = IPUConfig(**{**CONFIG.values(), **changes})
+    return inference_options(inference_pipeline(config, 12, "pod16"), device).toDict()
 
 
 def test_what_both_pipelines_set():
@@ -37,7 +37,8 @@ def test_what_both_pipelines_set():
                                        "UpdateInplacePrioritiesForIpu": True}
         assert options["engineOptions"]["opt.useAutoloader"] == "true"
         assert options["engineOptions"]["target.syncReplicasIndependently"] == "true"
-        assert options["connection_type"] == poptorch.ConnectionType.Always.value
+        # Other processes can use the IPUs until this one has compiled.
+        assert options["connection_type"] == poptorch.ConnectionType.OnDemand.value
 
 
 def test_what_training_sets():
@@ -53,11 +54,13 @@ def test_what_training_sets():
     assert options["accumulateOuterFragmentSettings.excludedVirtualGraphs"] == ["0"]
     assert options["scheduleNonWeightUpdateGradientConsumersEarly"] is True
     assert "automaticLossScalingSettings.enabled" not in options
+    # An overflow becomes NaN. By default it would become 65,504, which looks like any other number.
+    assert options["engineOptions"]["debug.nanOverflowMode"] == "true"
 
 
 def test_what_inference_sets():
     options = inference()
-    assert options["gradient_accumulation"] == 1 and options["device_iterations"] == 5
+    assert options["gradient_accumulation"] == 1 and options["device_iterations"] == 16
     assert options["output_mode"] == poptorch.OutputMode.All.value
     assert options["enableStochasticRounding"] is False
     assert "location_optimizer" not in options and "random_seed" not in options
@@ -79,13 +82,16 @@ def test_what_inference_sets():
     (dict(output_mode="sum"), {"output_mode": poptorch.OutputMode.Sum.value}),
     (dict(matmul_proportion=[0.1, 0.2, 0.3, 0.4]),
      {"available_memory_proportion": {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}}),
-    (dict(executable_cache_dir="cache"), {"enableEngineCaching": True, "cachePath": "cache"}),
+    (dict(executable_cache_dir="cache"), {"cachePath": "cache"}),
+    (dict(executable_cache_dir=""), {"enableEngineCaching": False}),
+    (dict(executable_cache_dir="disabled"), {"enableEngineCaching": False}),
 ])
 def test_each_setting_reaches_its_option_and_no_other(changes, expected, monkeypatch):
     monkeypatch.delenv("POPLAR_EXECUTABLE_CACHE_DIR", raising=False)
     before, after = training(), training(**changes)
     different = {name for name in {*before, *after} if before.get(name) != after.get(name)}
-    assert set(expected) <= different <= {*expected, "replication_factor", "location_optimizer"}
+    assert set(expected) <= different <= {*expected, "replication_factor", "location_optimizer",
+                                          "cachePath"}
     assert {name: after[name] for name in expected} == expected
 
 
@@ -100,6 +106,28 @@ def test_an_inference_twin_takes_the_place_of_its_setting():
     assert (options["replication_factor"], options["device_iterations"]) == (2, 3)
 
 
+@pytest.mark.parametrize("training_layers, replicas, inference_layers, inference_replicas", [
+    ([0, 4, 4, 4], 4, [6, 6], 8), ([4, 4, 4], 4, [6, 6], 8),  # 3 IPUs are reserved as 4
+    ([12], 16, [6, 6], 8), ([12], 1, [6, 6], 1), ([0, 4, 4, 4], 4, None, 4)])
+def test_inference_replicas_share_the_ipus_that_train(training_layers, replicas, inference_layers,
+                                                      inference_replicas):
+    options = inference(layers_per_ipu=training_layers, replication_factor=replicas,
+                        matmul_proportion=[0.3] * len(training_layers),
+                        inference_layers_per_ipu=inference_layers)
+    assert options["replication_factor"] == inference_replicas
+    # A share for each training IPU says nothing about a pipeline with another number of IPUs.
+    inherited = len(inference_layers or training_layers) == len(training_layers)
+    assert set(options["available_memory_proportion"].values()) == {0.3 if inherited else 0.25}
+
+
+def test_a_single_row_runs_through_the_stages_one_after_the_other():
+    pipeline = inference_pipeline(CONFIG, 12, "pod16").for_single_rows()
+    options = inference_options(pipeline, DeviceSettings()).toDict()
+    assert (options["device_iterations"], options["replication_factor"]) == (1, 1)
+    assert options["execution_mode"] == 1  # sharded
+    assert pipeline.layout == inference_pipeline(CONFIG, 12, "pod16").layout
+
+
 @pytest.mark.parametrize("device, expected", [
     (DeviceSettings(synthetic_data=True), {"syntheticDataMode": 2}),  # random normal
     (DeviceSettings(ipu_model=True), {"use_model": True}),
@@ -110,10 +138,25 @@ def test_the_device_is_what_was_asked_for(device, expected):
         assert {name: int(options[name]) for name in expected} == expected
 
 
-def test_the_environment_names_a_cache_and_a_setting_wins(monkeypatch):
-    monkeypatch.setenv("POPLAR_EXECUTABLE_CACHE_DIR", "from the environment")
-    assert training()["cachePath"] == "from the environment"
+def test_executables_are_cached_where_setting_environment_or_user_keep_them(monkeypatch, tmp_path):
+    monkeypatch.delenv("POPLAR_EXECUTABLE_CACHE_DIR", raising=False)
+    monkeypatch.delenv("POPTORCH_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert training()["cachePath"].startswith(str(tmp_path)) and training()["enableEngineCaching"]
+    monkeypatch.setenv("POPTORCH_CACHE_DIR", "PopTorch's")
+    assert training()["cachePath"] == "PopTorch's"
+    monkeypatch.setenv("POPLAR_EXECUTABLE_CACHE_DIR", "Poplar's")
+    assert training()["cachePath"] == "Poplar's"
     assert training(executable_cache_dir="set")["cachePath"] == "set"
+    assert training(executable_cache_dir="")["enableEngineCaching"] is False
+
+
+def test_a_profile_is_written_below_the_folder_under_the_models_name_as_poptorch_adds_it(tmp_path):
+    device = DeviceSettings(profile_dir=str(tmp_path))
+    for options, phase in ((training(device), "training"), (inference(device), "inference")):
+        assert options["engineOptions"]["autoReport.directory"] == str(tmp_path)
+        assert options["model_name"] == phase
+        assert options["engineOptions"]["opt.useAutoloader"] == "true"  # is still there
 
 
 @pytest.mark.parametrize("watch, compile_only, anchored", [

@@ -1,15 +1,22 @@
 """The model's graph keeps PopTorch 3.4's rules.
 
-All its operations are supported, and no shape and no branch depends on data. The model runs on
-torch's meta device, whose tensors have a shape but no values: whatever reads a value, or needs one
-to determine a shape, raises an error. Every operation that reaches the dispatcher is looked up in
-the user guide's "IPU supported operations".
+All its operations have handlers in PopTorch, their tensors have types that it supports, and no
+shape and no branch depends on data. The model runs on torch's meta device, whose tensors have a
+shape but no values: whatever reads a value, or needs one to determine a shape, raises an error.
+The names of PopTorch's handlers were read from its sources (tests/tools/poptorch_operations.py).
+The backward pass is made by PopART; PopTorch's dispatcher sees nothing of it
+(dispatch_tracer/README.md).
 """
 from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from transformers import RobertaConfig
 
 from ipu_options.ipu_kernels import IPU_KERNELS, Kernels
@@ -17,40 +24,47 @@ from ipu_options.layout import make_layout
 from qa.model.parallelize import parallelize
 from qa.model.roberta import RobertaForSpans
 
-# {aten operation: its name in the user guide's list}
-LISTED = {
-    "_log_softmax": "torch.nn.LogSoftmax", "_softmax": "torch.nn.Softmax", "add": "torch.add",
-    "addmm": "torch.addmm", "arange": "torch.arange", "bernoulli_": "torch.bernoulli",
-    "bmm": "torch.bmm", "cat": "torch.cat", "div": "torch.div", "div_": "torch.div",
-    "embedding": "torch.nn.Embedding", "eq": "torch.eq", "expand": "tensor.expand",
-    "ge": "torch.ge", "gelu": "torch.nn.GELU", "logical_and": "torch.logical_and", "lt": "torch.lt",
-    "mm": "torch.matmul", "mul": "torch.mul", "native_dropout": "torch.nn.dropout",
-    "native_layer_norm": "torch.nn.LayerNorm", "nll_loss_forward": "torch.nn.NLLLoss",
-    "rsub": "torch.sub", "split": "torch.split", "sub": "torch.sub", "sum": "torch.sum",
-    "t": "torch.t", "transpose": "torch.transpose", "unbind": "torch.unbind",
-    "unsqueeze": "torch.unsqueeze"}
-# Views, casts and copies, which the guide says are supported without listing them. PopTorch handles
-# them in ReshapeOps.cpp and other files.
-UNLISTED = {
-    "_reshape_alias", "_to_copy", "_unsafe_view", "clone", "detach", "empty_like", "permute",
-    "select", "slice", "view"}
-SUPPORTED = set(LISTED) | UNLISTED
+POPTORCH = json.loads(Path(__file__).with_name("poptorch_operations.json").read_text())
+HANDLED = {name for names in POPTORCH["handlers"].values() for name in names}
+# PopTorch treats these without a handler, for example aten::empty_strided.
+OWN = {name for name, function in POPTORCH["dispatcher"].items() if function != "fallback"}
+COMPOSITE = "CompositeExplicitAutograd"  # PyTorch's key of operations that it can decompose
+
+
+def is_handled(name: str) -> bool:
+    """Whether PopTorch translates an operation, for example "aten::add.Tensor".
+
+    In-place operations are replaced by those without the final underscore (outplaceKind in
+    InplaceOps.cpp).
+    """
+    kind = name.split(".")[0]
+    return name in OWN or kind in HANDLED or kind.endswith("_") and kind[:-1] in HANDLED
 
 
 class Operations(TorchDispatchMode):
-    """Records the names of all operations that are dispatched."""
+    """Records the operations that would reach PopTorch, and the types of their tensors.
+
+    PyTorch decomposes an operation that PopTorch does not register for IPU tensors, if it can.
+    """
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.types = collections.defaultdict(set)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        name, kwargs = func.name(), kwargs or {}
+        if name not in POPTORCH["dispatcher"] and torch._C._dispatch_has_kernel_for_dispatch_key(
+                name, COMPOSITE):
+            with self:
+                return func._op_dk(getattr(torch._C.DispatchKey, COMPOSITE), *args, **kwargs)
+        out = func(*args, **kwargs)
+        self.types[name].update(
+            t.dtype for t in tree_flatten([args, kwargs, out])[0] if isinstance(t, torch.Tensor))
+        return out
 
 
 def graph(windows, training, parts, kernels=IPU_KERNELS, batch=2, length=24):
-    """The names of all operations in a forward pass over rows of `windows` windows."""
+    """{operation: types of its tensors} in a forward pass over rows of `windows` windows."""
     config = RobertaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
                            intermediate_size=32, vocab_size=60, max_position_embeddings=length + 2,
                            type_vocab_size=1)
@@ -64,17 +78,36 @@ def graph(windows, training, parts, kernels=IPU_KERNELS, batch=2, length=24):
     operations = Operations()
     with torch.device("meta"), operations:
         model(*tokens, *(labels if training else []))
-    return operations.names
+    return operations.types
 
 
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("windows", [1, 4])
-def test_only_supported_operations_and_no_dependence_on_data(windows, training, parts):
-    names = graph(windows, training, parts)
-    assert "bmm" in names and ("nll_loss_forward" in names) == training
-    assert names <= SUPPORTED, (
-        f"not in PopTorch's list of supported operations: {sorted(names - SUPPORTED)}")
+def test_only_supported_operations_and_types_and_no_dependence_on_data(windows, training, parts):
+    found = graph(windows, training, parts)
+    assert "aten::bmm" in found and ("aten::nll_loss_forward" in found) == training
+    unknown = sorted(name for name in found if not is_handled(name))
+    assert not unknown, f"no handler in PopTorch {POPTORCH['version']}: {unknown}"
+    # PopTorch computes in these types. It turns int64 into int32 and float64 into float32 without
+    # asking (coerceToSupportedType in Utils.cpp), and bfloat16 inputs into float16
+    # (CastUnsupportedInputs.cpp). Only the labels are int64 here, because torch's nll_loss wants
+    # that; on an IPU they are created as int32 (TensorStore::allocateTensor).
+    allowed = {torch.float32, torch.float16, torch.int32, torch.bool}
+    labels = {"aten::empty_strided", "aten::copy_", "aten::nll_loss_forward"} if training else ()
+    surprising = {name: types - allowed for name, types in found.items()
+                  if types - allowed - ({torch.int64} if name in labels else set())}
+    assert not surprising
+
+
+def test_what_poptorch_cannot_do_is_noticed():
+    def strange(query, key, value, window_ids, dropout_p=0.0, training=False):
+        # PopTorch has no handler for sinc, and PyTorch does not decompose it.
+        return value * torch.special.sinc(query).double().sum().half()
+
+    found = graph(1, True, 1, Kernels(strange, IPU_KERNELS.dropout))
+    assert [name for name in found if not is_handled(name)] == ["aten::sinc"]
+    assert torch.float64 in found["aten::copy_"]
 
 
 def test_a_branch_on_a_tensors_value_is_noticed():

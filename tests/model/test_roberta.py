@@ -27,6 +27,7 @@ from qa.model.parallelize import (
 )
 from qa.model.pretrained import load_config, load_model, save_model
 from qa.model.roberta import RobertaForSpans
+from qa.settings import TrainSettings
 
 # The weights are large enough that attention is far from uniform.
 SMALL = dict(vocab_size=203, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -82,6 +83,11 @@ def reference_logits(model):
 
 def real_tokens(logits, window_ids):
     return torch.stack([part[window_ids > 0] for part in logits])
+
+
+def checkpoint(folder):
+    settings = TrainSettings(model_name_or_path=str(folder), max_seq_length=64)
+    return settings, load_config(settings)
 
 
 def load(folder, kernels=None):
@@ -164,7 +170,7 @@ def test_an_empty_row_has_a_finite_loss_and_no_gradient():
 
 def test_a_saved_checkpoint_is_transformers_own(saved, tmp_path):
     reference, folder = saved
-    model = load_model(folder, load_config(folder)).eval()
+    model = load_model(*checkpoint(folder)).eval()
     # The embedding has 203 rows, so the last of 5 parts is smaller than the others.
     parallelize(model, make_layout([1, 1, 1], 3), embedding_serialization_factor=5)
     save_model(model, tmp_path / "ours")
@@ -205,4 +211,4 @@ def test_another_architecture_is_refused(tmp_path):
     from transformers import BertConfig
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="is a bert model"):
-        load_config(str(tmp_path))
+        load_config(TrainSettings(model_name_or_path=str(tmp_path)))

@@ -1,7 +1,6 @@
 """The planner's memory, throughput, calibration, profiles and commands."""
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from ipu_options.plan.planner import make_plan
 from ipu_options.plan.profile import profile_text, read_profile
 from qa.planning.commands import main
 from qa.planning.job import published
-from qa.planning.sweep import read_rows, run_sweep
+from qa.planning.sweep import read_rows, run_sweep, write_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -164,23 +163,31 @@ def test_pictures_and_trace_are_written(tmp_path, capsys):
         f"IPU {i}" for i in range(4)]
 
 
-def test_sweep_has_a_row_for_everything_and_goes_on_where_it_was(tmp_path, capsys):
+def test_sweep_goes_on_where_it_was_for_the_same_job_alone(tmp_path, capsys):
     path = tmp_path / "sweep.csv"
     common = ["--output", str(path), "--", *SMALL[:6], *SMALL[11:]]
     assert run_sweep(["--layers_per_ipu", "1 1 1 1", "1 1 1 2", *common]) == 0
     rows = read_rows(path)
     assert [row["status"].split(":")[0] for row in rows] == ["planned", "refused"]
-    rows[0]["planned_windows_per_second"] = "12345.0"  # stays only if it is not planned again
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    assert run_sweep(["--layers_per_ipu", "1 1 1 1", "0 2 1 1", *common]) == 0
-    assert len(read_rows(path)) == 3 and "12345.0" in capsys.readouterr().out
+    # Marks by which it shows whether a row is taken for done.
+    rows[0].update(measured_windows_per_second="12345.0", measured_on="IPU", status="measured")
+    rows[1]["status"] = "refused: by an earlier version"
+    write_rows(path, rows)
+    capsys.readouterr()
+    assert run_sweep(["--layers_per_ipu", "1 1 1 1", "1 1 1 2", *common]) == 0
+    printed = capsys.readouterr().out
+    assert "12345.0 (IPU)" in printed and "earlier version" not in printed
+    for other in (["--ipu", "bow"], ["--max_seq_length", "32"]):
+        assert run_sweep(["--layers_per_ipu", "1 1 1 1", *common, *other]) == 0
+        assert "12345.0" not in capsys.readouterr().out
+    assert len(read_rows(path)) == 4
 
 
 def recorded_profile(slow_ipu):
-    """A profile as pva gives it, of 4 IPUs with 4 tiles each; one IPU computes for longer."""
+    """A profile as pva gives it, of 4 replicas on 4 IPUs each that have 4 tiles each.
+
+    One IPU computes for longer.
+    """
     def tile(size, code):
         return SimpleNamespace(memory=SimpleNamespace(
             total=SimpleNamespace(excludingGaps=size),
@@ -194,7 +201,8 @@ def recorded_profile(slow_ipu):
     compute[slow_ipu] = 4000
     return SimpleNamespace(
         compilation=SimpleNamespace(
-            target=SimpleNamespace(numIPUs=4, bytesPerTile=638976, clockFrequency=1.33e9),
+            target=SimpleNamespace(numIPUs=16, ipusPerReplica=4, tilesPerIpu=4,
+                                   bytesPerTile=638976, clockFrequency=1.33e9),
             tiles=[tile(1000 * (1 + i // 4), 100) for i in range(16)]),
         execution=SimpleNamespace(steps=[
             step("OnTileExecute", *compute),

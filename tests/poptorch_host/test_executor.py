@@ -11,9 +11,16 @@ import pytest
 import torch
 
 import poptorch_host as poptorch
-from poptorch_host._device import half_type
+from poptorch_host import _device
 
-HALF_OUTPUT = torch.float16 if half_type() == torch.bfloat16 else torch.float32
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def kind_of_processor(request, monkeypatch):
+    """Both types in which the host can compute a float16 model, whatever this processor offers."""
+    monkeypatch.setenv("POPTORCH_HOST_HALF", request.param)
+    _device.half_type.cache_clear()
+    yield request.param
+    _device.half_type.cache_clear()
 
 
 class Net(torch.nn.Module):
@@ -185,7 +192,7 @@ def test_an_embeddings_gradient_is_that_of_plain_pytorch(tied, half):
     executor(x[:24], y[:24])
     close = dict(rtol=0.02, atol=0.005) if half else {}
     torch.testing.assert_close(
-        executor.getAnchoredTensor("embedding").view_as(first), first, **close)
+        executor.getAnchoredTensor("embedding").view_as(first).float(), first, **close)
     executor(x[24:], y[24:])
     torch.testing.assert_close(model.embedding.weight.detach().float(),
                                plain.embedding.weight.detach(), **close)
@@ -207,7 +214,7 @@ def test_an_anchor_shows_the_update_whose_gradient_is_not_finite_and_changes_not
         executor(x, y)
         weights = [p.detach().clone() for p in model.parameters()]
         if anchored:
-            assert executor.getAnchoredTensor("bias").dtype == torch.float32
+            assert executor.getAnchoredTensor("bias").dtype == model.second.bias.dtype
             assert torch.isfinite(executor.getAnchoredTensor("bias")).all()
             x[3] = float("inf")
             executor(x, y)
@@ -215,6 +222,65 @@ def test_an_anchor_shows_the_update_whose_gradient_is_not_finite_and_changes_not
         return weights
 
     assert all(torch.equal(a, b) for a, b in zip(train(False), train(True)))
+
+
+@pytest.mark.parametrize("nan_on_overflow", [False, True])
+def test_float16_saturates_unless_the_engine_option_makes_it_nan(nan_on_overflow,
+                                                                 kind_of_processor):
+    """The update, which the host makes with float32 gradients, stays finite in both cases."""
+    torch.manual_seed(0)
+    model = Net().half()
+    reference = copy.deepcopy(model).float()
+    opts = options()
+    opts.anchorTensor("bias", "Gradient___second.bias")
+    if nan_on_overflow:
+        opts._Popart.setEngineOptions({"debug.nanOverflowMode": "true"})
+    executor = poptorch.trainingModel(
+        model, opts, poptorch.optim.SGD(model.parameters(), lr=0.1, loss_scaling=2.0 ** 20))
+    x, y = data(4)
+    expected = gradients_plainly(reference, reference.second.bias, x, y, 1)[0] * 2 ** 20
+    assert (expected.abs() > 70_000).any()
+    executor(x.half(), y)
+    gradient = executor.getAnchoredTensor("bias")
+    assert gradient.dtype == torch.float16
+    over = expected.abs() > 65_504
+    shown = torch.full_like(expected, float("nan")) if nan_on_overflow else expected.sign() * 65_504
+    torch.testing.assert_close(gradient.float(), torch.where(over, shown, expected), rtol=0.05,
+                               atol=2000.0, equal_nan=True)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_outputs_beyond_float16_saturate(kind_of_processor):
+    executor = poptorch.inferenceModel(Wrong(lambda self, x: x * 2))
+    assert executor(torch.tensor([[60000.0, -60000.0, 1.0, float("inf")]]).half()).tolist() == [
+        [65504.0, -65504.0, 2.0, float("inf")]]
+
+
+class EitherWay(torch.nn.Module):
+    """An embedding whose gradient is sparse for the token 0 and dense for other tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(5, 3)
+
+    def forward(self, x):
+        loss = self.embedding(x).sum() if x[0] == 0 else (self.embedding.weight ** 2).sum()
+        return poptorch.identity_loss(loss, "none")
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("tokens", [[0, 1], [1, 0], [0, 1, 0]])
+def test_sparse_and_dense_gradients_of_a_weight_are_added(tokens, half):
+    model = EitherWay().half() if half else EitherWay()
+    plain = copy.deepcopy(model).float()
+    executor = poptorch.trainingModel(model, options(1, len(tokens)),
+                                      poptorch.optim.SGD(model.parameters(), lr=0.5))
+    executor(torch.tensor(tokens))
+    (sum(plain(torch.tensor([t])) for t in tokens) / len(tokens)).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.5).step()
+    torch.testing.assert_close(model.embedding.weight.detach().float(),
+                               plain.embedding.weight.detach(),
+                               **dict(rtol=0.02, atol=0.01) if half else {})
 
 
 @pytest.mark.parametrize("name, train, message",
@@ -337,7 +403,7 @@ def test_saved_state_continues_exactly(dropout, half):
     assert torch.equal(executor(x, y)[1], other(x, y)[1])
 
 
-def test_half_model_keeps_half_tensors_and_trains_in_float32():
+def test_half_model_keeps_half_tensors_and_trains_in_float32(kind_of_processor):
     model = Net().half()
     reference = copy.deepcopy(model).float()
     executor = poptorch.trainingModel(model, options(1, 2),
@@ -347,11 +413,124 @@ def test_half_model_keeps_half_tensors_and_trains_in_float32():
     for _ in range(20):
         train_plainly(reference, plain, x, y, 1, 2, 1)
         out, loss = executor(x.half(), y)
-    assert (out.dtype == HALF_OUTPUT and model.first.weight.dtype == torch.float16
+    assert (out.dtype == torch.float16 and model.first.weight.dtype == torch.float16
             and loss.dtype == torch.float32)
     # Each of the 20 updates is so small that a float16 weight alone would not have changed.
     torch.testing.assert_close(model.second.bias.float(), reference.second.bias, atol=2e-4,
                                rtol=1e-2)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_running_mean_keeps_what_is_not_finite_until_the_device_is_attached_anew(half, streamed):
+    """PopART scales the old accumulator by 0 instead of zeroing it, and 0 times NaN is NaN.
+
+    Without disableGradAccumulationTensorStreams it is written together with the weights.
+    """
+    torch.manual_seed(0)
+    model = Net().half() if half else Net()
+    opts = options(1, 2)
+    if not streamed:
+        opts._Popart.set("disableGradAccumulationTensorStreams", True)
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1, accum_type=torch.float16)
+    executor = poptorch.trainingModel(model, opts, optimizer)
+    x, y = data(4)
+    x = x.half() if half else x
+    bad = x.clone()
+    bad[0] = float("nan")
+
+    def restore():
+        executor.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+
+    def finite():
+        return all(p.isfinite().all() for p in model.parameters())
+
+    executor(x, y)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    executor(x, y)
+    expected = copy.deepcopy(model.state_dict())
+    executor(bad, y)
+    assert not finite()
+    restore()
+    _, loss = executor(x, y)
+    assert loss.isfinite() and finite() == streamed
+    executor.detachFromDevice()
+    restore()
+    executor(x, y)
+    assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("accumulation, kind, reduction",
+                         [(1, torch.float16, poptorch.ReductionType.Mean),
+                          (2, torch.float32, poptorch.ReductionType.Mean),
+                          (2, torch.float16, poptorch.ReductionType.Sum)])
+def test_other_accumulators_are_zeroed_after_each_update(accumulation, kind, reduction):
+    model = Net()
+    opts = options(1, accumulation, reduction=reduction)
+    opts._Popart.set("disableGradAccumulationTensorStreams", True)
+    executor = poptorch.trainingModel(
+        model, opts, poptorch.optim.SGD(model.parameters(), lr=0.1, accum_type=kind))
+    x, y = data(4)
+    saved = copy.deepcopy(model.state_dict())
+    executor(x * float("nan"), y)
+    executor.load_state_dict(saved)
+    executor(x, y)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+REFUSED = "PopART has no buffer for it"
+
+
+def test_synthetic_data_leaves_outputs_unwritten_and_nothing_to_read():
+    model = Net().half()
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
+    opts = options(2, 3, mode=poptorch.OutputMode.All).enableSyntheticData(True)
+    opts.anchorTensor("bias", "Gradient___second.bias")
+    executor = poptorch.trainingModel(model, opts, optimizer)
+    x, y = data(12)
+    for _ in range(2):
+        out, loss = executor(x.half(), y)
+        optimizer.param_groups[0]["lr"] /= 2
+        executor.setOptimizer(optimizer)
+    assert (out.shape, out.dtype) == ((12, 3), torch.float16)
+    assert (loss.shape, loss.dtype) == ((6, ), torch.float32)
+    gradient = executor.getAnchoredTensor("bias")
+    assert (gradient.shape, gradient.dtype) == ((18, ), torch.float16)
+    assert all(t.isnan().all() for t in (out, loss, gradient))
+    assert executor.rng_state == [0]
+    for read in (executor.copyWeightsToHost, model.state_dict, lambda: model.first.weight + 1,
+                 optimizer.state_dict, executor.copyWeightsToDevice, executor.detachFromDevice,
+                 executor.destroy):
+        for _ in range(2):
+            with pytest.raises(poptorch.Error, match=REFUSED):
+                read()
+
+
+def test_what_does_not_read_from_the_device_works_with_synthetic_data():
+    model = Net()
+    executor = poptorch.inferenceModel(model, options().enableSyntheticData(True))
+    x, y = data(2)
+    executor(x)
+    executor.copyWeightsToDevice()
+    executor.detachFromDevice()
+    assert executor(x).isnan().all()
+    executor.destroy()
+    for make in (torch.optim.AdamW, poptorch.optim.AdamW):
+        # Neither weights nor random numbers have changed yet. A new optimizer's state, however, is
+        # read from the device (PoplarExecutor._read_optim_state_dict_if_needed).
+        optimizer = make(model.parameters(), lr=0.1)
+        training = poptorch.trainingModel(model, options().enableSyntheticData(True), optimizer)
+        training.compile(x, y)
+        assert model.first.weight.isfinite().all()
+        if make is torch.optim.AdamW:
+            training(x, y)
+            training.copyWeightsToDevice()  # overwrites what the step has changed
+            training.detachFromDevice()
+            training.destroy()
+        else:
+            with pytest.raises(poptorch.Error, match=REFUSED):
+                training.detachFromDevice()
 
 
 def test_weights_are_shared_by_training_inference_and_the_users_model():
@@ -515,6 +694,13 @@ def test_offline_target_compiles_and_does_not_run():
         executor(*data(2))
 
 
+def test_an_unknown_kind_of_processor_is_refused(monkeypatch):
+    monkeypatch.setenv("POPTORCH_HOST_HALF", "float64")
+    _device.half_type.cache_clear()
+    with pytest.raises(poptorch.Error, match="bfloat16 or float32, not 'float64'"):
+        poptorch.inferenceModel(Net().half())(data(2)[0].half())
+
+
 def test_what_is_left_out_is_named():
     with pytest.raises(poptorch.Error, match="poptorch.custom_op is not offered"):
         poptorch.custom_op
@@ -542,14 +728,15 @@ def test_every_replica_keeps_the_buffers_it_changes():
         run(separate=False)
 
 
-@pytest.mark.parametrize("weights, inputs, expected", [("float32", "float16", HALF_OUTPUT),
+@pytest.mark.parametrize("weights, inputs, expected", [("float32", "float16", torch.float16),
                                                        ("float16", "float32", torch.float32)])
-def test_mixed_types_have_the_type_that_poptorch_gives_them(weights, inputs, expected):
+def test_mixed_types_have_the_type_that_poptorch_gives_them(weights, inputs, expected,
+                                                            kind_of_processor):
     model = torch.nn.Linear(3, 3).to(getattr(torch, weights))
     out = poptorch.inferenceModel(model)(torch.randn(2, 3, dtype=getattr(torch, inputs)))
     assert out.dtype == expected
     made_inside = Wrong(lambda self, x: x.half() + torch.ones(2, 6, dtype=torch.float16))
-    assert poptorch.inferenceModel(made_inside)(torch.zeros(2, 6)).dtype == HALF_OUTPUT
+    assert poptorch.inferenceModel(made_inside)(torch.zeros(2, 6)).dtype == torch.float16
 
 
 def test_serialized_matmul_is_matmul():

@@ -14,7 +14,7 @@ import torch
 
 import poptorch_host as poptorch
 from ipu_options import host_kernels as kernels
-from poptorch_host import blocks
+from poptorch_host import _formulas, blocks
 
 
 class Regression(torch.nn.Module):
@@ -76,6 +76,7 @@ def test_optimizers_equal_torchs(ours, theirs):
 @pytest.mark.parametrize("kind, formula", [(poptorch.optim.AdamW, adam_plainly),
                                            (poptorch.optim.LAMB, lamb_plainly)])
 def test_adamw_and_lamb_with_and_without_bias_correction(kind, formula, correct):
+    """PopTorch's compiler ignores that AdamW is to have none."""
     model = Regression()
     # Two groups, each with its own learning rate and weight decay.
     decayed, other = [model.layer.weight], [model.layer.bias]
@@ -91,9 +92,48 @@ def test_adamw_and_lamb_with_and_without_bias_correction(kind, formula, correct)
         for (name, p), gradient, lr, decay in zip(reference.named_parameters(), gradients,
                                                   (0.05, 0.02), (0.1, 0.0)):
             with torch.no_grad():
-                p -= lr * formula(p, gradient, states.setdefault(name, {}), lr, decay, correct)
+                p -= lr * formula(p, gradient, states.setdefault(name, {}), lr, decay,
+                                  correct or kind is poptorch.optim.AdamW)
     torch.testing.assert_close(model.layer.weight.data, reference.layer.weight.data)
     torch.testing.assert_close(model.layer.bias.data, reference.layer.bias.data)
+
+
+def test_dampening_applies_to_the_first_update_too():
+    """PopART's velocity starts from zero (sgd.hpp): v = momentum * v + (1 - dampening) * g."""
+    model = Regression()
+    reference = copy.deepcopy(model)
+    executor = poptorch.trainingModel(
+        model, poptorch.Options(),
+        poptorch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.25))
+    velocity = torch.zeros(4, 4)
+    for seed in range(3):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        executor(x)
+        gradients = torch.autograd.grad(reference(x), list(reference.parameters()))
+        velocity = 0.9 * velocity + 0.75 * gradients[0]
+        with torch.no_grad():
+            reference.layer.weight -= 0.1 * velocity
+            reference.layer.bias.copy_(model.layer.bias)
+    torch.testing.assert_close(model.layer.weight.data, reference.layer.weight.data)
+
+
+@pytest.mark.parametrize("library", [torch.optim, poptorch.optim])
+def test_maximize_is_ignored_as_poptorch_does_and_reported(library, caplog):
+    model = Regression()
+    executor = poptorch.trainingModel(model, poptorch.Options(),
+                                      library.SGD(model.parameters(), lr=0.01, maximize=True))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    losses = [float(executor(x)) for _ in range(3)]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+    assert [r.getMessage() for r in caplog.records] == [
+        "maximize=True is ignored: PopTorch's optimizers minimise the loss"]
+
+
+def test_fused_kernels_are_used_from_torch_2_4_on():
+    versions = {
+        "1.13.1": False, "2.0.1+cu117": False, "2.3.1": False, "2.4.0": True, "2.13.0+cpu": True,
+        "3.0.0a0": True}
+    assert {v: _formulas.has_fused_kernels(v) for v in versions} == versions
 
 
 def test_gradient_clipping_is_by_the_joint_norm():
@@ -215,6 +255,20 @@ def test_processes_read_parts_that_make_up_the_whole():
     assert sorted(seen) == list(range(8)) and seen != list(range(8))
 
 
+@pytest.mark.parametrize("size", [5, 7, 8, 15, 20])
+def test_processes_leave_out_only_what_does_not_fill_a_step_of_all(size):
+    """Three processes read 2 samples a step each; every epoch leaves out the other end."""
+    loaders = []
+    for process in range(3):
+        opts = poptorch.Options().randomSeed(3)
+        opts.Distributed.configureProcessId(process, 3)
+        loaders.append(poptorch.DataLoader(opts, Numbers(size), batch_size=2, shuffle=True))
+    left_over = size % 6
+    for used in (slice(left_over, size), slice(0, size - left_over)):
+        seen = [i for loading in loaders for batch in loading for i in batch["y"].tolist()]
+        assert seen == loaders[0].dataset.order[used].tolist()
+
+
 # ---- Blocks
 
 
@@ -274,8 +328,9 @@ def test_attention_equals_its_definition(loop_cost, monkeypatch):
     same = (window_ids.unsqueeze(2) == window_ids.unsqueeze(1)).unsqueeze(1)
     scores = (query @ key.transpose(-1, -2) / 8 ** 0.5).masked_fill(~same, -math.inf)
     real = (window_ids > 0)[:, None, :, None]
+    windows = kernels.window_mask(window_ids, query.dtype)
     expected, ours = (torch.softmax(scores, -1) @ value * real,
-                      kernels.attention(query, key, value, window_ids) * real)
+                      kernels.attention(query, key, value, windows) * real)
     torch.testing.assert_close(ours, expected)
     gradient = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, (query, key, value), gradient),

@@ -22,16 +22,21 @@ import safetensors.torch
 import torch
 
 from ipu_options import files, poptorch
+from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.errors import RunError, UsageError
+from ipu_options.options import training_options
 from qa.run import checkpoint, state
 from qa.run.checkpoint import (
     Checkpoints,
     Training,
+    check_output_folder,
     find_checkpoint,
+    go_back,
     list_checkpoints,
     load_checkpoint,
 )
 from qa.run.state import set_random_state
+from qa.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,19 +50,27 @@ def save(output_dir, step, write_model=write_model, optimizer=None, rng_state=(4
          losses=(0.5, ), must_match=None, save_total_limit=None):
     state = optimizer if optimizer is not None else {
         "ipu_state": {"Accl1___w": torch.full((5, ), step)}}
-    device = SimpleNamespace(copyWeightsToHost=lambda: None, rng_state=list(rng_state))
+    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=list(rng_state))
     training = Training(None, SimpleNamespace(state_dict=lambda: state), device, write_model)
     return Checkpoints(output_dir, must_match or {}, save_total_limit).save(
         training, step, list(losses))
 
 
+def model_at(folder):
+    return TrainSettings(model_name_or_path=str(folder), max_seq_length=64)
+
+
 def save_final(output_dir, write_model):
-    device = SimpleNamespace(copyWeightsToHost=lambda: None)
+    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None)
     Checkpoints(output_dir, {}).save_final(Training(None, None, device, write_model))
 
 
-def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_match):
-    return Checkpoints(output_dir, must_match).open(resume_from_checkpoint, overwrite_output_dir)
+def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_match, **settings):
+    settings = TrainSettings(
+        output_dir=str(output_dir), resume_from_checkpoint=resume_from_checkpoint,
+        overwrite_output_dir=overwrite_output_dir, **settings)
+    check_output_folder(settings)
+    return Checkpoints(output_dir, must_match).open(settings)
 
 
 def names(output_dir):
@@ -144,38 +157,66 @@ class Loss(torch.nn.Module):
         self.linear = torch.nn.Linear(3, 2)
 
     def forward(self, x):
-        return poptorch.identity_loss(self.linear(x).square().sum(), reduction="none")
+        return poptorch.identity_loss(self.linear(x).float().square().sum(), reduction="none")
 
 
-def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path):
+def start(output_dir, dtype=torch.float32):
+    """A training of `Loss` that accumulates the gradients of two micro-batches in `dtype`."""
+    torch.manual_seed(0)
+    model = Loss().to(dtype)
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1, accum_type=dtype)
+    config = IPUConfig(layers_per_ipu=[1], gradient_accumulation_steps=2, replication_factor=1)
+    options = training_options(config, DeviceSettings(), seed=1)
+    training_model = poptorch.trainingModel(model, options, optimizer)
+    return (Training(model, optimizer, training_model, partial(write_weights, model)),
+            Checkpoints(output_dir, {}))
+
+
+GOOD = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)))
+BAD = torch.full((4, 3), float("inf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path, dtype):
     """The run ends as if the batch that went wrong, one of infinities, had been left out.
 
     That batch comes after two steps and a checkpoint.
     """
 
     def run(batches):
-        torch.manual_seed(0)
-        model = Loss()
-        optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
-        training_model = poptorch.trainingModel(model, poptorch.Options(), optimizer)
-        training = Training(model, optimizer, training_model, partial(write_weights, model))
-        checkpoints = Checkpoints(tmp_path, {})
+        training, checkpoints = start(tmp_path, dtype)
         for number, batch in enumerate(batches, start=1):
-            if not torch.isfinite(training_model(batch)).all():
-                assert checkpoints.go_back(training, torch.nn.Module.load_state_dict).step == 2
+            if not torch.isfinite(training.training_model(batch.to(dtype))).all():
+                back = checkpoints.newest_of_run()
+                go_back(back, training)
+                # Only a device that is attached anew has accumulators of 0, see `go_back`.
+                assert back.step == 2 and not training.training_model.isAttachedToDevice()
             if number == 2:
                 checkpoints.save(training, 2, [])
-        training_model.copyWeightsToHost()
-        return {name: tensor.clone()
-                for name, tensor in model.state_dict().items()}, optimizer.state_dict()
+        return {name: tensor.clone() for name, tensor in training.model.state_dict().items()
+                }, training.optimizer.state_dict()
 
-    good = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)))
-    assert_same(run([*good[:2], torch.full((4, 3), float("inf")), *good[2:]]), run(good))
-    truncate(tmp_path / "checkpoint-2")
+    assert_same(run([*GOOD[:2], BAD, *GOOD[2:]]), run(GOOD))
+
+
+def test_a_run_never_goes_back_to_a_checkpoint_of_another_run(tmp_path):
+    """Checkpoint 4 is of a run whose checkpoint 2 this one continues; it is later than step 3."""
+    for step in (2, 4):
+        save(tmp_path, step)
+    checkpoints = Checkpoints(tmp_path, {})
     with pytest.raises(
             RunError,
-            match="there is no whole checkpoint in .* to go back to; save some with --save_steps"):
-        Checkpoints(tmp_path, {}).go_back(None, None)
+            match="there is no whole checkpoint of this run in .*; save some with --save_steps"):
+        checkpoints.newest_of_run()
+    checkpoints.open(TrainSettings(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+    assert checkpoints.newest_of_run().step == 2
+    training = Training(
+        None, SimpleNamespace(state_dict=dict),
+        SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1]), write_model)
+    checkpoints.save(training, 3, [])
+    assert checkpoints.newest_of_run().step == 3
+    truncate(tmp_path / "checkpoint-3")
+    assert checkpoints.newest_of_run().step == 2
 
 
 def test_a_state_that_json_cannot_hold_is_an_error_not_a_pickle(tmp_path):
@@ -321,7 +362,7 @@ def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(
 
 def test_a_step_that_is_saved_is_not_saved_again_when_a_signal_comes_in_it(tmp_path):
     written = []
-    device = SimpleNamespace(copyWeightsToHost=lambda: None, rng_state=[1])
+    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1])
     training = Training(None, SimpleNamespace(state_dict=dict), device,
                         lambda folder: (written.append(folder), write_model(folder)))
     checkpoints = Checkpoints(tmp_path, {})
@@ -338,7 +379,11 @@ def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
     (tmp_path / ".checkpoint-6.tmp" / "model.safetensors").write_text("half")
     with pytest.raises(UsageError, match="--resume_from_checkpoint auto.*--overwrite_output_dir"):
         open_run(tmp_path, None, False, {})
-    assert names(tmp_path) == ["checkpoint-4"]
+    assert "checkpoint-4" in names(tmp_path)
+    # A run that trains nothing has no use for them and does them no harm.
+    for dry_run in ("compile_only", "synthetic_data"):
+        assert open_run(tmp_path, "auto", True, {}, **{dry_run: True}) is None
+    assert "checkpoint-4" in names(tmp_path)
     assert open_run(tmp_path, None, True, {}) is None
     assert names(tmp_path) == []
 
@@ -405,7 +450,7 @@ def test_going_on_with_something_else_is_refused_by_name(tmp_path):
     same = {"seed": 42, "micro_batch_size": 2, "training data": "ab12"}
     save(tmp_path, 4, must_match=same)
     assert open_run(tmp_path, "auto", False, dict(same)).step == 4
-    with pytest.raises(UsageError, match="seed was 42, is 43; training data was ab12, is cd34"):
+    with pytest.raises(UsageError, match="--seed was 42, is 43; --training data was ab12, is cd34"):
         open_run(tmp_path, "auto", False, {**same, "seed": 43, "training data": "cd34"})
 
 
@@ -587,12 +632,12 @@ def test_a_model_folder_of_someone_else_runs_no_code(tmp_path, monkeypatch):
     config.auto_map = {"AutoConfig": "trap.Config", "AutoModelForQuestionAnswering": "trap.Model"}
     config.save_pretrained(folder)
     (folder / "trap.py").write_text("import os\nos.mkdir('TRAPPED')\n")
-    assert load_config(str(folder)).model_type == "roberta"
+    assert load_config(model_at(folder)).model_type == "roberta"
     for content in (pickle.dumps(Trap(), 2), legacy_torch_file(), b"not a pickle"):
         (folder / "pytorch_model.bin").write_bytes(content)
         with pytest.raises((RunError, UsageError),
                            match="--model_name_or_path .*model: ") as refusal:
-            load_model(str(folder), config)
+            load_model(model_at(folder), config)
         assert "\n" not in str(refusal.value)
     assert names(tmp_path) == ["model"]
 
@@ -606,7 +651,7 @@ def test_a_model_of_impossible_size_is_refused_by_name(tmp_path, name, value):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta", name: value}))
     # Some of these are a RunError with transformers 5, which checks them itself.
     with pytest.raises((RunError, UsageError), match=f"--model_name_or_path .*: .*{name}"):
-        load_config(str(tmp_path))
+        load_config(model_at(tmp_path))
 
 
 def test_damaged_files_of_a_model_are_one_line(tmp_path):
@@ -620,10 +665,9 @@ def test_damaged_files_of_a_model_are_one_line(tmp_path):
     for content in (b"", b"\xff" * 100, (2 ** 40).to_bytes(8, "little") + b"{}",
                     safetensors.torch.save({"a": torch.ones(9)})[:-4]):
         (tmp_path / "model.safetensors").write_bytes(content)
-        for load in (lambda folder: load_model(folder, load_config(folder)), load_tokenizer):
-            with pytest.raises(
-                    RunError, match="--model_name_or_path .*: its files cannot be read") as refusal:
-                load(str(tmp_path))
+        for load in (load_model, load_tokenizer):
+            with pytest.raises(RunError, match="its folder should hold config.json") as refusal:
+                load(model_at(tmp_path), load_config(model_at(tmp_path)))
             assert "\n" not in str(refusal.value)
 
 

@@ -133,8 +133,8 @@ from ipu_options.errors import run_script
 from qa.run import hub
 from qa.settings import TrainSettings
 name, argument = json.loads(sys.argv[1])
-argument = TrainSettings(**argument) if isinstance(argument, dict) else argument
-sys.exit(run_script(lambda: print(getattr(hub, name)(argument))))
+argument = TrainSettings(push_to_hub=True, **argument)
+sys.exit(run_script(lambda: getattr(hub, name)(argument)))
 """
 
 
@@ -157,7 +157,8 @@ def call(url, name, argument):
 def test_the_model_and_its_card_are_committed_and_nothing_private(hub, trained):
     done = call(hub.url, "push",
                 {"output_dir": trained, "hub_token": "hf_good", "hub_private_repo": True})
-    assert (done.stdout, done.stderr, done.returncode) == (f"{hub.url}/ada/m/commit/0123\n", "", 0)
+    assert (done.stdout, done.stderr, done.returncode) == (f"shared: {hub.url}/ada/m/commit/0123\n",
+                                                           "", 0)
     assert hub.created["name"] == "my-model" and hub.created["private"] is True
     (commit,) = hub.commits
     small = {
@@ -190,13 +191,13 @@ def test_what_goes_wrong_is_one_line(hub, trained, token, repo_id, read_only, st
 
 
 def test_a_login_is_checked_before_the_run(hub):
-    assert call(hub.url, "check_login", "hf_good").stdout == "ada\n"
+    assert call(hub.url, "check_login", {"hub_token": "hf_good"}).returncode == 0
     for token in ("hf_bad", None):
-        refused = call(hub.url, "check_login", token)
+        refused = call(hub.url, "check_login", {"hub_token": token})
         assert refused.returncode == 2
         assert refused.stderr.startswith(
             "error: --push_to_hub: no valid access token; give --hub_token")
-    gone = call("http://127.0.0.1:1", "check_login", "hf_good")
+    gone = call("http://127.0.0.1:1", "check_login", {"hub_token": "hf_good"})
     assert gone.returncode == 1 and gone.stderr.startswith(
         "error: --push_to_hub: the hub cannot be reached (")
     assert len(gone.stderr.splitlines()) == 1

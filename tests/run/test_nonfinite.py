@@ -1,4 +1,4 @@
-"""How losses that are not finite are explained.
+"""How losses that are not finite are explained, and when a run gives up skipping them.
 
 The losses are real ones, from a least-squares fit by gradient descent.
 """
@@ -6,9 +6,17 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+from transformers import RobertaConfig
 
-from qa.run.nonfinite import explain_nonfinite, find_nonfinite
+from ipu_options import poptorch
+from ipu_options.errors import RunError
+from qa.model.pretrained import save_model
+from qa.model.roberta import RobertaForSpans
+from qa.run.checkpoint import Checkpoints, Training
+from qa.run.nonfinite import NonfiniteGuard, explain_nonfinite, find_nonfinite
+from qa.settings import TrainSettings
 
 
 def fit(*, learning_rate, loss_scaling=1.0, half_gradients=False, growth=1.0, steps=200):
@@ -76,3 +84,27 @@ def test_the_first_step_and_weights_found_bad_before_a_save_are_explained_too():
         assert remedy in message and "--loss_scaling" not in message
     del tensors["half"]
     assert find_nonfinite(tensors.items()) is None
+
+
+def test_a_run_that_comes_back_to_the_same_checkpoint_a_second_time_stops(tmp_path):
+    """Of the steps 1 to 6, those with an infinite loss weight (3 and 5) have an infinite loss."""
+    torch.manual_seed(0)
+    model = RobertaForSpans(RobertaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=14, type_vocab_size=1)).train()
+    optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.01)
+    options = poptorch.Options()
+    training_model = poptorch.trainingModel(model, options, optimizer)
+    training = Training(model, optimizer, training_model,
+                        lambda folder: save_model(model, folder))
+    checkpoints = Checkpoints(tmp_path, {})
+    guard = NonfiniteGuard(TrainSettings(on_nonfinite="skip"), checkpoints, training, options)
+    ids, label, passed = torch.ones(1, 12, dtype=torch.int32), torch.tensor([[3]]), []
+    with pytest.raises(RunError, match="^step 5: the loss is inf.* had already gone back to the "
+                                       "weights of step 2 and come to this again$"):
+        for step, weight in enumerate([1.0, 1.0, math.inf, 1.0, math.inf, 1.0], start=1):
+            loss = training_model(ids, ids, ids, label.int(), label.int(), torch.tensor([[weight]]))
+            passed.append(guard.passes(step, loss.item(), 0.01, [], False))
+            if step == 2:
+                checkpoints.save(training, 2, [])
+    assert passed == [True, True, False, True]

@@ -66,7 +66,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
 
 LOOP = """
 from qa.run.process import StopSignals
-with StopSignals() as stop:
+with StopSignals() as stop, stop.deferred():
     print("begun", flush=True)
     for step in iter(sys.stdin.readline, ""):
         print("step", step.strip(), flush=True)
@@ -76,7 +76,8 @@ with StopSignals() as stop:
 """
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130),
+                                            (signal.SIGHUP, 129)])
 def test_the_first_signal_lets_the_step_finish_and_the_second_kills(number, status):
     loop = start(LOOP)
     assert loop.stdout.readline() == "begun\n"
@@ -98,7 +99,7 @@ def test_the_first_signal_lets_the_step_finish_and_the_second_kills(number, stat
 
 def test_signals_are_handled_as_before_when_the_loop_is_over():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with StopSignals() as stop:
+    with StopSignals() as stop, stop.deferred():
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested is signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

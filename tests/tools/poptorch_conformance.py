@@ -8,7 +8,8 @@ excluded for which reason, and a table of the tests passed, failed and out of sc
 The exit status is 1 if fewer than 90 % of the tests in scope pass. A test is out of scope if it
 looks at something that cannot exist on a host (see OUT_OF_SCOPE). The command needs what PopTorch's
 tests need: Python 3.8, torch 2.0.1 and, for fine_tuning, torchvision
-(`pip install --no-deps torchvision==0.15.2`).
+(`pip install --no-deps torchvision==0.15.2`). POPTORCH_HOST_HALF=bfloat16 or float32 stands for the
+kind of processor.
 """
 from __future__ import annotations
 

@@ -1,0 +1,169 @@
+"""Checks of settings that concern several of them, or files: made before any work starts."""
+from __future__ import annotations
+
+import fnmatch
+import os
+from pathlib import Path
+from typing import Any
+
+from ipu_options.errors import UsageError
+from ipu_options.flags import Settings
+
+# Files that a checkpoint consists of, over which nothing else may be written.
+_OF_A_CHECKPOINT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+_TABLES = "name a JSON, JSON Lines, CSV or Parquet file"
+# Settings that do nothing without another one; named only where the command line gives them.
+_NEED = {
+    "hub_model_id": "push_to_hub", "hub_private_repo": "push_to_hub",
+    "save_total_limit": "save_steps", "metric_for_best_model": "load_best_model_at_end",
+    "null_score_diff_threshold": "version_2_with_negative"}
+
+
+def check_train(settings: Any) -> None:
+    """Raise UsageError for settings of train.py that exclude each other or name missing files."""
+    source = settings.source
+    _check_windows(settings)
+    _check_output(settings, "trace")
+    _check_needs(settings)
+    _check_data(settings)
+    if Path(settings.output_dir).exists() and not Path(settings.output_dir).is_dir():
+        raise UsageError(f"{source('output_dir')} {settings.output_dir} is a file: name a folder")
+    resume = settings.resume_from_checkpoint
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise UsageError(
+            f"{source('resume_from_checkpoint')} {resume}: no such folder; name a checkpoint "
+            "folder, or auto")
+    for one, other, why in (
+            ("compile_only", "synthetic_data", "what is only compiled runs on no data"),
+            ("synthetic_data", "resume_from_checkpoint", "such a run is only timed")):
+        if getattr(settings, one) and getattr(settings, other):
+            raise UsageError(f"{source(one)} and {source(other)} exclude each other: {why}; leave "
+                             "one out")
+    if settings.on_nonfinite == "skip" and not settings.save_steps:
+        raise UsageError(f"{source('on_nonfinite')} skip goes back to a checkpoint: save some with "
+                         "--save_steps")
+    if settings.load_best_model_at_end and not (settings.eval_steps
+                                                or settings.evaluate_every_epoch):
+        raise UsageError(f"{source('load_best_model_at_end')} has only the last model to choose "
+                         "from: add --eval_steps or --evaluate_every_epoch")
+
+
+def _check_data(settings: Any) -> None:
+    source = settings.source
+    for name in ("train_file", "validation_file", "test_file"):
+        path = getattr(settings, name)
+        if path is not None and not Path(path).is_file():
+            what = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise UsageError(f"{source(name)} {path} {what}: {_TABLES}")
+    files = settings.train_file or settings.validation_file
+    if settings.train_file and not settings.validation_file and settings.evaluates:
+        raise UsageError(
+            f"{source('train_file')} comes without --validation_file: name the questions to "
+            "evaluate on as well")
+    if settings.validation_file and not settings.train_file and settings.trains:
+        raise UsageError(
+            f"{source('validation_file')} comes without --train_file: name the questions to train "
+            "on as well, or evaluate only, with --do_eval")
+    if settings.demo_data and files:
+        raise UsageError(
+            f"{source('demo_data')} and {source('train_file')} exclude each other: the demo makes "
+            "its own questions; leave one out")
+    if files and settings.sources.get("dataset_name") == "--dataset_name":
+        raise UsageError("--dataset_name does nothing beside --train_file and --validation_file: "
+                         "leave it out")
+
+
+def check_infer(settings: Any) -> None:
+    """Raise UsageError for settings of infer.py that exclude each other or name missing files."""
+    _check_windows(settings)
+    _check_needs(settings)
+    for one, other in (("context", "context_file"), ("question", "input_file")):
+        if getattr(settings, one) is not None and getattr(settings, other) is not None:
+            raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
+    if settings.question is not None and settings.context is None and settings.context_file is None:
+        raise UsageError("--question comes without its text: add --context or --context_file")
+    if settings.output_file is not None and settings.input_file is None:
+        raise UsageError("--output_file comes without --input_file: name the file of questions")
+    for name in ("context_file", "input_file"):
+        path = getattr(settings, name)
+        if path is not None and not Path(path).is_file():
+            raise UsageError(f"--{name} {path}: no such file")
+    _check_output(settings, "output_file")
+    _check_output(settings, "trace")
+    for name in ("question", "context"):
+        text = getattr(settings, name)
+        if text is None:
+            continue
+        if not text.strip():
+            raise UsageError(f"--{name} is empty: give its text")
+        try:  # Python represents the bytes that its locale has no name for by surrogates (PEP 383)
+            setattr(settings, name, text.encode("utf-8", "surrogateescape").decode("utf-8"))
+        except UnicodeError:
+            raise UsageError(f"--{name} is not valid UTF-8: give its text in that "
+                             f"encoding") from None
+
+
+def read_text(path: str) -> str:
+    """Return the content of --context_file. Raises UsageError if it is not text, or empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--context_file {path}: not readable as UTF-8 text ({error})") from error
+    if not text.strip():
+        raise UsageError(f"--context_file {path}: is empty; it should hold the text to look in")
+    return text
+
+
+def check_row_length(settings: Any, model_config: Any) -> None:
+    """Raise UsageError unless the model has positions for a window of max_seq_length tokens.
+
+    RoBERTa counts positions from padding_idx + 1.
+    """
+    most = model_config.max_position_embeddings - model_config.pad_token_id - 1
+    if settings.max_seq_length > most:
+        raise UsageError(
+            f"{settings.source('max_seq_length')} {settings.max_seq_length}: "
+            f"{settings.model_name_or_path} has positions for {most} tokens; use at most {most}")
+
+
+def _check_needs(settings: Settings) -> None:
+    """Raise UsageError for a flag that does nothing without another one."""
+    for name, other in _NEED.items():
+        if settings.sources.get(name) == f"--{name}" and not getattr(settings, other, True):
+            raise UsageError(f"--{name} {getattr(settings, name)} does nothing without --{other}: "
+                             "add it")
+
+
+def _check_output(settings: Settings, name: str) -> None:
+    """Raise UsageError unless the file that the setting `name` names may be written.
+
+    It is written at the end of a run, perhaps after hours: an unsuitable path must be found early.
+    """
+    if getattr(settings, name) is None:
+        return
+    path, source = Path(getattr(settings, name)), settings.source(name)
+    if path.is_dir():
+        raise UsageError(f"{source} {path} is no file that can be replaced: name another")
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"{source} {path}: there is no folder {path.parent}; make it, or name another")
+    if not path.exists():
+        return
+    for other in ("train_file", "validation_file", "test_file", "input_file", "context_file"):
+        given = getattr(settings, other, None)
+        if given is not None and os.path.samefile(given, path):
+            raise UsageError(f"{source} {path} is the file that --{other} reads: name another")
+    folder = getattr(settings, "checkpoint", None) or getattr(settings, "model_name_or_path", "")
+    if (os.path.isdir(folder) and os.path.samefile(folder, path.resolve().parent)
+            and any(fnmatch.fnmatch(path.name, pattern) for pattern in _OF_A_CHECKPOINT)):
+        raise UsageError(f"{source} {path} belongs to the checkpoint: name another")
+
+
+def _check_windows(settings: Any) -> None:
+    """Raise UsageError unless each window of a long context begins after the one before it."""
+    length, stride = settings.max_seq_length, settings.doc_stride
+    if stride >= length - 4:
+        raise UsageError(
+            f"{settings.source('doc_stride')} {stride} leaves a window of "
+            f"{settings.source('max_seq_length')} {length} no room to move on: "
+            f"use at most {length // 2}")
