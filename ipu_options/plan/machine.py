@@ -76,18 +76,18 @@ class Efficiencies:
     """
 
     peak_utilisation: float = 0.7942
-    matmul_cycles: float = 31.34e3
-    element_cycles: float = 2.091
-    call_seconds: float = 0.05352
-    token_seconds: float = 96.22e-9
+    matmul_cycles: float = 31.37e3
+    element_cycles: float = 2.126
+    call_seconds: float = 0.05346
+    token_seconds: float = 96.10e-9
     code_bytes: int = 110 * MIB
     source: str = "published runs"
     covariance: Tuple[Tuple[float, ...], ...] = (
-        (0.01822, 0.00873, 0.01714, -0.00404, 0.01076),
-        (0.00873, 0.01641, -0.01084, -0.00678, 0.00374),
-        (0.01714, -0.01084, 0.06857, -0.01186, -0.01743),
-        (-0.00404, -0.00678, -0.01186, 0.05863, 0.0072),
-        (0.01076, 0.00374, -0.01743, 0.0072, 0.07436))
+        (0.01824, 0.00872, 0.01724, -0.00408, 0.01072),
+        (0.00872, 0.01636, -0.01082, -0.00676, 0.00375),
+        (0.01724, -0.01082, 0.0689, -0.012, -0.0176),
+        (-0.00408, -0.00676, -0.012, 0.05871, 0.00725),
+        (0.01072, 0.00375, -0.0176, 0.00725, 0.0745))
 
 
 FITTED = ("peak_utilisation", "matmul_cycles", "element_cycles", "call_seconds", "token_seconds")

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from ipu_options.config import (
     IPUS_OF_A_HOST,
@@ -48,8 +48,10 @@ def make_job(settings: TrainSettings, ipu_config: IPUConfig, planning: JobSettin
     model or a pipeline that is not possible, RunError if the model's configuration cannot be
     loaded.
     """
-    job = _job(settings, planning, _pipeline(training_pipeline, ipu_config, ipu_config, settings,
-                                             planning), settings.micro_batch_size)
+    layers = planned_model(settings, planning).num_hidden_layers
+    pod = planned_pod(settings, ipu_config)
+    job = _job(settings, planning, training_pipeline(ipu_config, layers, pod),
+               settings.micro_batch_size)
     steps = settings.max_steps
     return replace(job, windows=_train_windows(settings, planning),
                    epochs=settings.num_train_epochs,
@@ -62,8 +64,10 @@ def make_inference_job(settings: TrainSettings, ipu_config: IPUConfig,
 
     The arguments and exceptions are those of `make_job`.
     """
-    pipeline = _pipeline(inference_pipeline, ipu_config, ipu_config.inference(), settings, planning)
-    job = _job(settings, planning, pipeline, settings.eval_micro_batch_size, training=False)
+    layers = planned_model(settings, planning).num_hidden_layers
+    pod = planned_pod(settings, ipu_config, inference=True)
+    job = _job(settings, planning, inference_pipeline(ipu_config, layers, pod),
+               settings.eval_micro_batch_size, training=False)
     return replace(job, windows=_eval_windows(settings, planning))
 
 
@@ -92,18 +96,23 @@ def pod_note(settings: TrainSettings, job: Job) -> Optional[str]:
             f"{job.config.replication_factor} as well.")
 
 
-def _pipeline(check: Callable[..., Pipeline], config: IPUConfig, resolved: IPUConfig,
-              settings: TrainSettings, planning: JobSettings) -> Pipeline:
-    """Return what training_pipeline or inference_pipeline (`check`) makes of `config`.
+def planned_pod(settings: TrainSettings, ipu_config: IPUConfig, inference: bool = False) -> str:
+    """Return the pod to plan on: --pod_type if given, else one that is large enough.
 
-    resolved: the configuration of the pipeline in question. Its pod is --pod_type if given, else
-    one that is large enough.
+    A plan books nothing. It takes the smallest pod, from the one that a run would take, with whose
+    by-pod values the training or inference pipeline has enough IPUs. If there is none, because the
+    replicas grow with the pod, it takes the smallest pod with the IPUs of one replica.
     """
-    pod = settings.pod_type
-    if "pod_type" not in settings.sources:
-        needed = resolved.replication_factor * reserved_ipus(resolved.num_ipus())
-        pod = max(pod, pod_of(needed), key=POD_IPUS.get)
-    return check(config, planned_model(settings, planning).num_hidden_layers, pod)
+    pods = [pod for pod in POD_IPUS if POD_IPUS[pod] >= POD_IPUS[settings.pod_type]]
+    if "pod_type" in settings.sources:
+        return settings.pod_type
+    for pod in pods:
+        config = ipu_config.for_pod(pod)
+        config = config.inference() if inference else config
+        replica = reserved_ipus(config.num_ipus())
+        if config.replication_factor * replica <= POD_IPUS[pod]:
+            return pod
+    return pod_of(replica)
 
 
 def _job(settings: TrainSettings, planning: JobSettings, pipeline: Pipeline,
