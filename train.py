@@ -25,7 +25,7 @@ def main(argv=None):
     if planning.plan:
         from qa.planning.commands import show_plan
         return show_plan(settings, ipu_config, planning)
-    planning.refuse_without_plan()
+    planning.refuse_without_plan(settings)
     profiling_environment(settings, ipu_config, "training", "inference")
     keep_running_without_reader()
     if settings.needs_hub:

@@ -22,7 +22,10 @@ IPU_CONFIG_NAME = "ipu_config.json"
 # Keys of published files that say nothing about the pipeline.
 _OF_OTHERS = {"optimum_version", "transformers_version", "ipu_version", "seed"}
 NO_CACHE = ("", "disabled")  # values of executable_cache_dir; optimum-graphcore's is "disabled"
-POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64}
+POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64, "pod128": 128,
+            "pod256": 256}
+# The IPUs that one host feeds. Larger pods take several hosts (poprun): they can only be planned.
+IPUS_OF_A_HOST = 64
 OUTPUT_MODES = ("final", "all", "sum", "default")
 
 
@@ -64,7 +67,8 @@ class IPUConfig(Settings):
     embedding_ipu: int = flag(0, "IPU of the embedding", type=int, min=0)
     head_ipu: Optional[int] = flag(None, "IPU of the QA head (default: the last)", type=int, min=0)
     replication_factor: Union[int, Dict[str, int]] = flag(
-        {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "default": 1},
+        {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "pod128": 32, "pod256": 64,
+         "default": 1},
         "replicas of the pipeline that train in parallel", type=int, min=1, by_pod=True)
     gradient_accumulation_steps: Union[int, Dict[str, int]] = flag(
         32, "micro-batches per weight update on each replica", type=int, min=1, max=65_536,
@@ -76,7 +80,8 @@ class IPUConfig(Settings):
         "share of an IPU's memory for temporaries of matrix multiplications: one number, or one "
         "for each IPU", type=float, nargs="+", min=0.0, max=1.0)
     embedding_serialization_factor: int = flag(
-        1, "parts into which the word embedding is split, to save memory", type=int, min=1)
+        1, "parts into which the word embedding is split, to save memory", type=int, min=1,
+        max=256)
     recompute_checkpoint_every_layer: bool = flag(
         True, "keep only each layer's input and recompute the rest in the backward pass", type=bool)
     optimizer_state_offchip: bool = flag(
@@ -112,7 +117,7 @@ class IPUConfig(Settings):
         None, "matmul_proportion of the inference pipeline", type=float, nargs="+", min=0.0,
         max=1.0)
     inference_embedding_serialization_factor: Optional[int] = flag(
-        None, "embedding_serialization_factor of the inference pipeline", type=int, min=1)
+        None, "embedding_serialization_factor of the inference pipeline", type=int, min=1, max=256)
 
     def for_pod(self, pod: str) -> "IPUConfig":
         """Return a copy in which every by-pod dictionary is replaced by its value for `pod`.
@@ -149,7 +154,8 @@ class IPUConfig(Settings):
             twins.setdefault("ipus_per_replica", None)
             twins.update(embedding_ipu=0, head_ipu=None)
         config = replace(self, gradient_accumulation_steps=1, sources=sources, **twins)
-        replicas = max(1, self.replication_factor * self.reserved_ipus() // config.reserved_ipus())
+        replicas = max(1, self.replication_factor * reserved_ipus(self.num_ipus())
+                       // reserved_ipus(config.num_ipus()))
         if "replication_factor" not in twins and replicas != self.replication_factor:
             sources["replication_factor"] = "--inference_replication_factor, by default"
             config.replication_factor = replicas
@@ -169,10 +175,6 @@ class IPUConfig(Settings):
     def num_ipus(self) -> int:
         """Return the number of IPUs of one replica."""
         return self.ipus_per_replica or len(self.layers_per_ipu)
-
-    def reserved_ipus(self) -> int:
-        """Return the number of IPUs that are reserved for one replica: a power of two."""
-        return 1 << (self.num_ipus() - 1).bit_length()
 
     def matmul_shares(self) -> List[float]:
         """Return matmul_proportion as a list; one number is repeated for each IPU of a replica.
@@ -252,10 +254,31 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline
     return pipeline
 
 
+def packed_accumulation(accumulation: int, windows_per_row: float, minimum: int = 1) -> int:
+    """Return the gradient accumulation for packed rows that keeps the windows in an update.
+
+    An update then uses, on average, as many windows as one with `accumulation` micro-batches of
+    unpacked rows. minimum: the number of micro-batches that fill the pipeline, 2 S - 1 for S
+    stages; the result is never smaller.
+    """
+    return max(minimum, round(accumulation / windows_per_row))
+
+
+def reserved_ipus(ipus: int) -> int:
+    """Return how many IPUs are reserved for `ipus` IPUs: the next power of two."""
+    return 1 << (ipus - 1).bit_length()
+
+
+def pod_of(ipus: int) -> str:
+    """Return the smallest pod that has `ipus` IPUs, or the largest one if none has so many."""
+    fitting = [pod for pod in POD_IPUS if POD_IPUS[pod] >= ipus]
+    return min(fitting, key=POD_IPUS.get) if fitting else max(POD_IPUS, key=POD_IPUS.get)
+
+
 def _check_ipus(pipeline: Pipeline, pod: str) -> None:
     """Raise UsageError if the pod has too few IPUs or matmul_proportion the wrong length."""
     config = pipeline.config
-    replica = config.reserved_ipus()
+    replica = reserved_ipus(config.num_ipus())
     replicas, ipus = config.replication_factor, POD_IPUS[pod]
     if replica > ipus:
         raise UsageError(

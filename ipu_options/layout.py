@@ -46,11 +46,8 @@ class Layout:
         return stages
 
     def min_gradient_accumulation(self) -> int:
-        """Return the least gradient accumulation that pipelined training accepts.
-
-        It is 2S - 1 for S forward stages: one micro-batch for each forward and backward stage.
-        """
-        return 2 * len(self.stages()) - 1
+        """Return the least gradient accumulation that pipelined training accepts."""
+        return least_accumulation(len(self.stages()))
 
     def table(self) -> str:
         """Return the device-allocation table that is printed at the start of every run."""
@@ -110,6 +107,14 @@ def make_layout(layers_per_ipu: Sequence[int], num_layers: int,
             f"{given} leaves IPU {', '.join(map(str, empty))} without any block: "
             "give it a layer, or use fewer IPUs")
     return layout
+
+
+def least_accumulation(stages: int) -> int:
+    """Return the least gradient accumulation with which a pipeline of S forward stages trains.
+
+    It is 2S - 1: one micro-batch for each forward and backward stage.
+    """
+    return 2 * stages - 1
 
 
 def even_split(total: int, parts: int) -> List[int]:

@@ -15,6 +15,8 @@ import yaml
 
 from ipu_options.config import (
     IPU_CONFIG_NAME,
+    IPUS_OF_A_HOST,
+    POD_IPUS,
     DeviceSettings,
     IPUConfig,
     available_pod,
@@ -134,9 +136,10 @@ class TrainingSettings(Settings):
                                  aliases=("per_device_train_batch_size",))
     eval_micro_batch_size: int = flag(1, "micro_batch_size in evaluation", min=1, max=4096,
                                       aliases=("per_device_eval_batch_size",))
-    num_train_epochs: float = flag(3.0, "passes over the training windows", above=0)
+    num_train_epochs: float = flag(3.0, "passes over the training windows", above=0,
+                                   max=1_000_000)
     max_steps: Optional[int] = flag(
-        None, "end after N steps, whatever num_train_epochs is", type=int, min=1)
+        None, "end after N steps, whatever num_train_epochs is", type=int, min=1, max=10 ** 9)
     learning_rate: float = flag(2e-5, "peak learning rate", above=0)
     lr_scheduler_type: str = flag("linear", "learning-rate schedule", choices=SCHEDULES)
     warmup_ratio: float = flag(
@@ -310,6 +313,7 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
     settings.model_name_or_path = folder
     settings.sources["model_name_or_path"] = "--checkpoint"
     settings.pod_type = available_pod(settings.pod_type)
+    refuse_several_hosts(settings)
     check_infer(settings)
     if settings.context_file is not None:
         settings.context = read_text(settings.context_file)
@@ -328,6 +332,14 @@ def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
     """
     write_json(
         Path(folder) / QA_SETTINGS_NAME, {name: getattr(settings, name) for name in QA_SETTINGS})
+
+
+def refuse_several_hosts(settings: DeviceSettings) -> None:
+    """Raise UsageError for a pod with more IPUs than one host feeds: a run has one host."""
+    if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST:
+        raise UsageError(
+            f"{settings.source('pod_type')} {settings.pod_type} takes several hosts (poprun), a "
+            f"run has one: use at most pod{IPUS_OF_A_HOST}; larger pods can be planned")
 
 
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,

@@ -1,10 +1,11 @@
 """Fits the efficiencies to published runs, or to a run of the user's own.
 
-Three numbers are fitted to few runs, sometimes to one, so that the runs alone do not determine
-them. Each fit therefore has a prior, centred on its starting values. It minimises the sum of two
-terms: the squared errors of the logarithm of the predicted throughput, in units of NOISE (for the
-user's own run, OWN_NOISE), and the squared changes of the logarithms of the three numbers, in units
-of FREEDOM. This is a maximum a posteriori estimate with log-normal noise and prior.
+Five numbers are fitted to few runs, sometimes to one, so that the runs alone do not determine them.
+Each fit therefore has a prior, centred on its starting values. It minimises the sum of two terms:
+the squared errors of the logarithm of the predicted throughput, in units of the error that is to be
+expected, and the squared changes of the logarithms of the five numbers, in units of the prior's
+standard deviations. This is a maximum a posteriori estimate with log-normal noise and prior. Its
+curvature at the minimum gives the covariance of the five logarithms (Laplace's approximation).
 """
 from __future__ import annotations
 
@@ -20,91 +21,101 @@ import numpy as np
 from ipu_options.config import IPUConfig
 from ipu_options.errors import UsageError
 from ipu_options.files import write_json, writing
+from ipu_options.layout import Layout
+from ipu_options.plan.confidence import expected_error, sensitivity, unexplained_error
 from ipu_options.plan.count import CountedBlock
 from ipu_options.plan.job import Job
-from ipu_options.plan.machine import MACHINES, Efficiencies
-from ipu_options.plan.planner import make_plan
+from ipu_options.plan.machine import FITTED, MACHINES, Efficiencies
+from ipu_options.plan.planner import Plan, make_plan
 
-FITTED = ("peak_utilisation", "matmul_cycles", "call_seconds")
-# Start of the fit to published runs: round numbers of the right order of magnitude, which is all
-# that is known without a run. 2/5 of the peak rate, some 20,000 cycles (15 microseconds) around
-# each matrix multiplication, and 60 ms of host and Python time per call.
-START = Efficiencies(0.40, 22e3, 0.060, source="round numbers")
-# Standard deviations of logarithms, that is, relative errors.
-NOISE = 0.10      # of a published throughput: the same job ran at 1,317 and at 1,391 windows/s
-FREEDOM = 0.25    # of the prior of each fitted number
-OWN_NOISE = 0.02  # of the throughput that the user measured
+# Start of the fit to published runs, all that is known without a run: three quarters of the peak
+# rate is what large multiplications reach on such chips, hence within 15 %. The others are round
+# numbers of the right order of magnitude, within a factor of e: some 30,000 cycles (20
+# microseconds) around each multiplication, 2 cycles an element, and on the host 60 ms a call and
+# 100 ns for each token, which is about 100 MB/s of input.
+START = Efficiencies(0.75, 30e3, 2.0, 0.060, 100e-9, source="round numbers")
+START_FREEDOM = (0.15, 1.0, 1.0, 1.0, 1.0)
+# Standard deviations of logarithms, that is, relative errors, of the fit to the user's own run.
+OWN_FREEDOM = (0.25, 0.25, 0.25, 0.25, 0.25)
+OWN_ERROR = 0.02  # of the throughput that the user measured
 PUBLISHED = Path(__file__).with_name("published_runs.json")
-
-Counter = Callable[..., Sequence[CountedBlock]]
 
 
 class PublishedRun(NamedTuple):
     """A public run.
 
-    use: "fit" (the efficiencies are fitted to it), "held out" (predicted only), "at least" (its
-    throughput is a lower bound) or "fits" (only known to fit). windows_per_second: the published
-    throughput, None if there is none. source: where it is published.
+    use: "measured" (the efficiencies are fitted to it), "at least" (its throughput is a lower
+    bound), "fits" or "does not fit" (only known to do so). rows_per_second: the published
+    throughput, None if there is none. source: where it is published; what stands before its first
+    colon is the publisher.
     """
 
     name: str
     use: str
-    windows_per_second: Optional[float]
+    rows_per_second: Optional[float]
     source: str
     job: Job
 
+    @property
+    def publisher(self) -> str:
+        """Who published the run: runs of one publisher may share an unknown."""
+        return self.source.split(":")[0]
 
-def published_runs(count: Counter) -> List[PublishedRun]:
-    """Return the runs of published_runs.json.
 
-    count(name of the model, IPUConfig, max_seq_length, micro_batch_size) must return the counted
-    blocks of a run.
+def published_runs(count: Callable[[Dict[str, Any]], Sequence[CountedBlock]],
+                   path: Path = PUBLISHED) -> List[PublishedRun]:
+    """Return the runs of a file such as published_runs.json, whose "about" describes the format.
+
+    count(run) must return the counted blocks of a run, given as the dictionary in the file; with
+    halves of layers if it has an "att_ffn_placement".
     """
     runs = []
-    for run in json.loads(PUBLISHED.read_text(encoding="utf-8"))["runs"]:
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
         config = IPUConfig(**run["ipu_config"])
-        blocks = count(run["model"], config, run["max_seq_length"], run["micro_batch_size"])
-        layout = config.layout(sum(block.kind == "layer" for block in blocks))
-        job = Job(tuple(blocks), layout, config, MACHINES[run["machine"]], run["micro_batch_size"],
-                  run["max_seq_length"])
-        runs.append(PublishedRun(run["name"], run["use"], run.get("windows_per_second"),
+        blocks = tuple(count(run))
+        if "att_ffn_placement" in run:
+            halves = [ipu for ipu, parts in run["att_ffn_placement"] for _ in range(sum(parts))]
+            layout = Layout(config.embedding_ipu, tuple(halves), config.head_ipu)
+        else:
+            layout = config.layout(sum(block.kind == "layer" for block in blocks))
+        job = Job(blocks, layout, config, MACHINES[run["machine"]], run["micro_batch_size"],
+                  run["max_seq_length"], training=run.get("phase") != "inference")
+        runs.append(PublishedRun(run["name"], run["use"], run.get("rows_per_second"),
                                  run["source"], job))
     return runs
 
 
-def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, noise: float,
-        source: str) -> Efficiencies:
+def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, freedom: Sequence[float],
+        error: Callable[[Plan], float], source: str) -> Efficiencies:
     """Return the efficiencies that best explain `runs`, with a prior centred on `start`.
 
-    runs: (job, measured windows/s) of each. noise: relative error of the measurements. source: the
+    runs: (job, measured rows/s) of each. freedom: standard deviation of the prior of each number's
+    logarithm. error(plan): relative error to expect of a run, as a standard deviation. source: the
     description of the runs that is kept in the result.
 
-    The method is Gauss-Newton on the logarithms of the three numbers with a numerical derivative; a
-    dozen steps are plenty. See the top of this file for what is minimised.
+    The method is Gauss-Newton on the logarithms of the five numbers; a few steps are plenty. See
+    the top of this file for what is minimised.
     """
-    def at(x: np.ndarray) -> Efficiencies:
-        return replace(start, **{
-            name: getattr(start, name) * math.exp(v) for name, v in zip(FITTED, x)}, source=source)
-
-    def residuals(x: np.ndarray) -> np.ndarray:
-        errors = [
-            math.log(make_plan(job, at(x)).windows_per_second / measured) / noise
-            for job, measured in runs]
-        return np.array(errors + list(x / FREEDOM))
-
-    x, step = np.zeros(len(FITTED)), 1e-4
-    for _ in range(12):
-        now = residuals(x)
-        jacobian = np.stack(
-            [(residuals(x + step * unit) - now) / step for unit in np.eye(len(FITTED))], axis=1)
-        x = x - np.linalg.lstsq(jacobian, now, rcond=None)[0]
-    return at(x)
+    x, prior = np.zeros(len(FITTED)), np.diag(1 / np.asarray(freedom))
+    for _ in range(8):
+        now = replace(start, **{
+            name: float(getattr(start, name) * np.exp(v)) for name, v in zip(FITTED, x)})
+        plans = [make_plan(job, now) for job, _ in runs]
+        weights = np.array([1 / error(plan) for plan in plans])
+        errors = np.array([math.log(plan.rows_per_second / measured)
+                           for plan, (_, measured) in zip(plans, runs)])
+        slopes = np.array([sensitivity(plan) for plan in plans])
+        jacobian = np.concatenate([weights[:, None] * slopes, prior])
+        residuals = np.concatenate([weights * errors, prior @ x])
+        x = x - np.linalg.lstsq(jacobian, residuals, rcond=None)[0]
+    covariance = np.linalg.inv(jacobian.T @ jacobian)
+    return replace(now, source=source, covariance=tuple(map(tuple, covariance.tolist())))
 
 
 def fit_published(runs: Sequence[PublishedRun]) -> Efficiencies:
-    """Return the fit to those `runs` whose use is "fit": the defaults of machine.Efficiencies."""
-    return fit([(run.job, run.windows_per_second) for run in runs if run.use == "fit"], START,
-               NOISE, "published runs")
+    """Return the fit to the measured ones of `runs`: the defaults of machine.Efficiencies."""
+    return fit([(run.job, run.rows_per_second) for run in runs if run.use == "measured"], START,
+               START_FREEDOM, unexplained_error, "published runs")
 
 
 def fit_own(runs: Sequence[Tuple[Job, float]], start: Efficiencies) -> Efficiencies:
@@ -120,26 +131,47 @@ def fit_own(runs: Sequence[Tuple[Job, float]], start: Efficiencies) -> Efficienc
                 f"--measured windows_per_second={measured:g}: it should be more than 0")
     source = (f"your run at {runs[0][1]:g} windows/s" if len(runs) == 1 else
               f"your {len(runs)} runs")
-    return fit(runs, start, OWN_NOISE, source)
+    return fit([(job, measured / job.windows_per_row) for job, measured in runs], start,
+               OWN_FREEDOM, lambda plan: OWN_ERROR, source)
 
 
-def fit_table(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Dict[str, Any]]:
-    """Return the prediction for each of `runs` beside its published throughput.
+class Comparison(NamedTuple):
+    """A published run beside its plan; `blind` is the plan without the runs of its publisher."""
 
-    Each row is a dictionary with the name, the use, published and predicted windows/s, the error in
-    percent (None without a published throughput), whether it is predicted to fit, and the source.
+    run: PublishedRun
+    plan: Plan
+    blind: Optional[Plan]
+
+    def error(self, plan: Plan) -> float:
+        """Return the relative error of a plan's throughput."""
+        return plan.rows_per_second / self.run.rows_per_second - 1
+
+    @property
+    def right(self) -> bool:
+        """Whether the plan is right about memory and, where only that is known, about a bound."""
+        bound = self.run.use != "at least" or self.error(self.plan) >= 0
+        return bound and self.plan.fits == (self.run.use != "does not fit")
+
+    @property
+    def within(self) -> bool:
+        """Whether the published throughput lies in the range that the blind plan expected."""
+        low, high = expected_error(self.blind)
+        return low <= self.run.rows_per_second / self.blind.rows_per_second - 1 <= high
+
+
+def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Comparison]:
+    """Return each of `runs` beside its plan.
+
+    For cross-validation, each measured run is also planned with the efficiencies that are fitted to
+    the measured runs of all other publishers.
     """
-    rows = []
-    for run in runs:
-        plan = make_plan(run.job, efficiencies)
-        published = run.windows_per_second
-        rows.append({
-            "name": run.name, "use": run.use, "published_windows_per_second": published,
-            "predicted_windows_per_second": plan.windows_per_second,
-            "error_percent": (None if published is None else
-                              100 * (plan.windows_per_second / published - 1)),
-            "fits": plan.fits, "source": run.source})
-    return rows
+    others = {
+        publisher: fit_published([run for run in runs if run.publisher != publisher])
+        for publisher in {run.publisher for run in runs if run.use == "measured"}}
+    return [
+        Comparison(run, make_plan(run.job, efficiencies),
+                   make_plan(run.job, others[run.publisher]) if run.use == "measured" else None)
+        for run in runs]
 
 
 def calibration_file(path: Optional[str] = None) -> Path:
@@ -180,6 +212,8 @@ def load(path: Optional[str] = None) -> Efficiencies:
         if not all(isinstance(getattr(efficiencies, name), (int, float)) and
                    getattr(efficiencies, name) > 0 for name in FITTED):
             raise ValueError("its numbers should be more than 0")
+        if np.shape(efficiencies.covariance) != (len(FITTED), len(FITTED)):
+            raise ValueError("its covariance should have a row and a column for each number")
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{file} is not a calibration ({error}): correct it or delete it")
     return replace(efficiencies, source=f"{efficiencies.source}, {file}")

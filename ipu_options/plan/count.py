@@ -1,10 +1,10 @@
-"""Counts what each block of a model needs, by running the model itself once, forward and backward.
+"""Counts what each block of a model needs, by running the model itself once.
 
-On the meta device this needs neither weights nor arithmetic. In the forward pass, an operation is
-counted for the block that began last, which is also PopTorch's rule ("operations after a BeginBlock
-belong to the last one begun"). In the backward pass, it is counted for the block that saved the
-tensors in use. Since the real model runs, the counts follow from the checkpoint, the row length and
-any edit to a layer.
+Training is counted forward and backward, inference forward only. On the meta device this needs
+neither weights nor arithmetic. In the forward pass, an operation is counted for the block that
+began last, which is also PopTorch's rule ("operations after a BeginBlock belong to the last one
+begun"). In the backward pass, it is counted for the block that saved the tensors in use. Since the
+real model runs, the counts follow from the checkpoint, the row length and any edit to a layer.
 """
 from __future__ import annotations
 
@@ -31,28 +31,38 @@ class CountedBlock:
     backward_flops: int = 0
     forward_matmuls: int = 0     # number of matrix multiplications
     backward_matmuls: int = 0
-    # What autograd keeps for the backward pass: each storage once, without parameters.
+    # What all other operations compute: the elements of their results, once for each pass over them
+    # (_PASSES).
+    forward_elements: int = 0
+    backward_elements: int = 0
+    # What is kept for the backward pass: each storage once, without parameters and dropout masks.
     saved_bytes: int = 0
     input_bytes: int = 0
     output_bytes: int = 0
+    result_bytes: int = 0    # the largest result of an operation in the forward pass
     matmul_bytes: int = 0    # operands and result of the largest matrix multiplication
 
 
 def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.nn.Module]],
                  inputs: Dict[str, torch.Tensor]) -> List[CountedBlock]:
-    """Run the model forward and backward once and return the counts of each of `blocks`.
+    """Run the model once and return the counts of each of `blocks`.
 
-    model: `model(**inputs)` must return the loss. blocks: (name, kind, module) in the order of
-    execution; the model must call each module once. inputs: one micro-batch.
+    model: in training mode, `model(**inputs)` must return the loss, and the backward pass follows;
+    in evaluation mode only the forward pass is counted. blocks: (name, kind, module) in the order
+    of execution; the model must call each module once. inputs: one micro-batch.
+
+    Dropout masks are not counted as saved: PopART makes them again from the seed in the backward
+    pass (popart, willow/src/op/dropout.cpp, getGradOps).
     """
     counts = [dict.fromkeys(_COUNTED, 0) for _ in blocks]
     current = [0]
     saved: Dict[int, torch.Tensor] = {}
     own = {_storage(p) for p in model.parameters()}
+    mode = _OperationCounter(lambda: counts[current[0]])
 
     def pack(tensor: torch.Tensor) -> Tuple[torch.Tensor, int]:
         key = _storage(tensor)
-        if key not in own and key not in saved:
+        if key not in own and key not in saved and key not in mode.masks:
             saved[key] = tensor  # kept alive, so that no other tensor can reuse its storage
             counts[current[0]]["saved_bytes"] += tensor.untyped_storage().nbytes()
         return tensor, current[0]
@@ -64,12 +74,12 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
     handles = [
         handle for i, (_, _, module) in enumerate(blocks)
         for handle in _watch(module, i, counts[i], current)]
-    mode = _MatmulCounter(lambda: counts[current[0]])
     try:
-        with saved_tensors_hooks(pack, unpack), mode:
+        with torch.set_grad_enabled(model.training), saved_tensors_hooks(pack, unpack), mode:
             loss = model(**inputs)
-            mode.direction = "backward"
-            loss.backward()
+            if model.training:
+                mode.direction = "backward"
+                loss.backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -79,52 +89,83 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
             for (name, kind, module), counted in zip(blocks, counts)]
 
 
-def for_micro_batch(one: Sequence[CountedBlock], two: Sequence[CountedBlock],
+def for_micro_batch(two: Sequence[CountedBlock], three: Sequence[CountedBlock],
                     micro_batch_size: int) -> List[CountedBlock]:
-    """Return the counts for `micro_batch_size` rows, given those for one row and for two rows.
+    """Return the counts for `micro_batch_size` rows, given those for two rows and for three rows.
 
-    Every count is linear in the number of rows: a constant and an amount per row.
+    Every count is linear in the number of rows: a constant and an amount per row. One row is not
+    counted by itself, because torch leaves out some copies for it.
     """
     def scaled(a: CountedBlock, b: CountedBlock) -> CountedBlock:
         values = {
-            name: getattr(a, name) + (micro_batch_size - 1) * (getattr(b, name) - getattr(a, name))
+            name: getattr(a, name) + (micro_batch_size - 2) * (getattr(b, name) - getattr(a, name))
             for name in _COUNTED}
         return replace(a, **values)
-    return [scaled(a, b) for a, b in zip(one, two)]
+    return [scaled(a, b) for a, b in zip(two, three)]
 
 
-_COUNTED = ("forward_flops", "backward_flops", "forward_matmuls", "backward_matmuls", "saved_bytes",
-            "input_bytes", "output_bytes", "matmul_bytes")
+_COUNTED = ("forward_flops", "backward_flops", "forward_matmuls", "backward_matmuls",
+            "forward_elements", "backward_elements", "saved_bytes", "input_bytes", "output_bytes",
+            "result_bytes", "matmul_bytes")
 
 
-class _MatmulCounter(TorchDispatchMode):
-    """Adds the matrix multiplications that reach the dispatcher to the counts of a block.
+class _OperationCounter(TorchDispatchMode):
+    """Adds the operations that reach the dispatcher to the counts of a block.
 
-    block(): returns the counts of the block at hand. torch.utils.flop_counter is not used because
-    it came after torch 2.0.
+    block(): returns the counts of the block at hand. direction: "forward" or "backward". masks: the
+    storages of all dropout masks. torch.utils.flop_counter is not used because it came after torch
+    2.0 and counts matrix multiplications only.
     """
 
     def __init__(self, block: Callable[[], Dict[str, int]]):
         super().__init__()
         self.block = block
         self.direction = "forward"
+        self.masks: Dict[int, torch.Tensor] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        place = _LEFT_OPERAND.get(function.overloadpacket)
+        operation = function.overloadpacket
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        place = _LEFT_OPERAND.get(operation)
         if place is not None:
-            left, right = args[place], args[place + 1]
-            block = self.block()
-            block[self.direction + "_flops"] += 2 * result.numel() * left.shape[-1]
-            block[self.direction + "_matmuls"] += 1
-            block["matmul_bytes"] = max(block["matmul_bytes"],
-                                        _bytes(left) + _bytes(right) + _bytes(result))
+            self._add_matmul(args[place], args[place + 1], result)
+        if operation is _aten.bernoulli_:
+            self.masks[_storage(first)] = first
+        if place in (None, 1) and operation not in _NO_WORK and not _is_view(function, first, args):
+            of = args[0] if operation is _aten.sum else first
+            self.block()[self.direction + "_elements"] += _PASSES.get(operation, 1) * of.numel()
+        if self.direction == "forward":
+            self.block()["result_bytes"] = max(self.block()["result_bytes"], _bytes(first))
         return result
+
+    def _add_matmul(self, left: torch.Tensor, right: torch.Tensor, result: torch.Tensor) -> None:
+        block = self.block()
+        block[self.direction + "_flops"] += 2 * result.numel() * left.shape[-1]
+        block[self.direction + "_matmuls"] += 1
+        block["matmul_bytes"] = max(block["matmul_bytes"],
+                                    _bytes(left) + _bytes(right) + _bytes(result))
 
 
 _aten = torch.ops.aten
-# The position of the left operand among an operation's arguments; the right one follows it.
+# The position of the left operand among an operation's arguments; the right one follows it. Those
+# that have another argument in front of it also add that one to the product.
 _LEFT_OPERAND = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1}
+# How often an operation passes over its data, if more than once. Softmax finds the maximum, takes
+# exponentials, sums and divides; its gradient multiplies, sums, and subtracts a product.
+# LayerNorm finds mean and variance, normalises and scales; its gradient takes one pass more.
+_PASSES = {
+    _aten._softmax: 4, _aten._log_softmax: 4, _aten._softmax_backward_data: 3,
+    _aten._log_softmax_backward_data: 3, _aten.native_layer_norm: 4,
+    _aten.native_layer_norm_backward: 5}
+# These reserve memory and compute nothing.
+_NO_WORK = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.detach, _aten._unsafe_view)
+
+
+def _is_view(function, result: torch.Tensor, args: Sequence[Any]) -> bool:
+    """Return whether an operation has only made a view of one of its arguments."""
+    return not function._schema.is_mutable and any(
+        isinstance(arg, torch.Tensor) and _storage(arg) == _storage(result) for arg in args)
 
 
 def _watch(module: torch.nn.Module, index: int, count: Dict[str, int],

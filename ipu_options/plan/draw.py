@@ -1,13 +1,14 @@
 """Draws a plan: timeline, memory against the limit, and split. Also writes a Chrome trace of it."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Dict, List
 
 from ipu_options.errors import UsageError
 from ipu_options.files import writing
+from ipu_options.plan.machine import MIB
 from ipu_options.plan.memory import CATEGORIES
 from ipu_options.plan.planner import Plan
-from ipu_options.plan.schedule import simulate
 from ipu_options.popvision import trace_event, write_trace
 
 # Colour and hatching. Lightness falls from forward to update and each hatching is different, so
@@ -21,7 +22,6 @@ MEMORY_STYLES = {
     "activations": ("#f3cf7a", "||||"), "matmul_temporaries": ("#ffffff", "\\\\\\\\"),
     "embedding_gradient": ("#d9735b", "++++"), "update_temporaries": ("#eeeeee", "oo")}
 MOST_MICRO_BATCHES = 16  # in the drawn timeline; more would be too thin to see
-MIB = 2 ** 20
 
 
 def draw_plan(plan: Plan, path: str, title: str) -> None:
@@ -59,16 +59,16 @@ def draw_plan(plan: Plan, path: str, title: str) -> None:
 
 
 def write_timeline(plan: Plan, path: str) -> None:
-    """Write the planned timeline of one weight update to `path`, as a Chrome trace.
+    """Write the planned timeline of one weight update or call to `path`, as a Chrome trace.
 
     Each IPU is one lane; ui.perfetto.dev opens the file. Raises RunError if it cannot be written.
     """
     events = [
         trace_event(f"{e.kind} {i}", 1e6 * start, 1e6 * e.seconds, e.ipu, stage=e.stage,
                     micro_batch=i)
-        for e in plan.schedule.events for i, start in enumerate(e.start)]
+        for e in plan.schedule.events() for i, start in enumerate(e.start)]
     end = 1e6 * plan.schedule.seconds
-    for ipu in plan.memory:
+    for ipu in plan.memory if plan.job.training else ():
         events.append(trace_event("gradient reduction", end, 1e6 * plan.reduction_seconds, ipu))
         events.append(
             trace_event("weight update", end + 1e6 * plan.reduction_seconds,
@@ -78,9 +78,9 @@ def write_timeline(plan: Plan, path: str) -> None:
 
 
 def _timeline(axes: Any, plan: Plan) -> None:
-    batches = plan.job.config.gradient_accumulation_steps
+    training, batches = plan.job.training, plan.job.micro_batches
     drawn = min(batches, MOST_MICRO_BATCHES)
-    schedule = simulate(plan.work, drawn, plan.copy_seconds)
+    schedule = replace(plan.schedule, micro_batches=drawn)
     ipus = sorted(plan.memory)
     end = 1e3 * schedule.seconds
     update = 1e3 * (plan.reduction_seconds + plan.weight_update_seconds)
@@ -88,18 +88,18 @@ def _timeline(axes: Any, plan: Plan) -> None:
         axes.broken_barh([(0, end)], (ipu - 0.4, 0.8), facecolor="white", edgecolor="0.6",
                          linestyle=":", linewidth=0.8)
         axes.broken_barh([(end, update)], (ipu - 0.4, 0.8), **_bar(STYLES["update"]))
-    for e in schedule.events:
+    for e in schedule.events():
         axes.broken_barh([(1e3 * t, 1e3 * e.seconds) for t in e.start], (e.ipu - 0.4, 0.8),
                          **_bar(STYLES[e.kind]))
     for step in range(schedule.steps + 1):
         axes.axvline(1e3 * step * schedule.step_seconds, color="0.75", linewidth=0.4, zorder=0)
     shortened = f", shortened to {drawn} of {batches} micro-batches" if drawn < batches else ""
-    axes.set_title(f"Timeline of a weight update{shortened} (white: idle; lines: steps)",
-                   loc="left")
+    axes.set_title(f"Timeline of a {'weight update' if training else 'call'}{shortened} "
+                   "(white: idle; lines: steps)", loc="left")
     axes.set(xlabel=f"ms (and {1e3 * plan.host_seconds:.0f} ms of host before the next)",
              xlim=(0, end + update), yticks=ipus, yticklabels=[f"IPU {ipu}" for ipu in ipus],
              ylim=(ipus[-1] + 0.6, -0.6))
-    _legend(axes, STYLES)
+    _legend(axes, STYLES if training else {"forward": STYLES["forward"]})
 
 
 def _memory(axes: Any, plan: Plan) -> None:
@@ -129,7 +129,7 @@ def _split(axes: Any, plan: Plan) -> None:
     for block, ipu in plan.job.layout.blocks():
         names.setdefault(ipu, []).append(block.replace("Encoder ", ""))
     widest = max(len(blocks) for blocks in names.values())
-    load = plan.load()
+    load = plan.schedule.load
     for ipu, blocks in names.items():
         for place, block in enumerate(blocks):
             shade = "#eeeeee" if block.isdigit() else "#bbbbbb"

@@ -1,44 +1,62 @@
 """Makes the plan of one job: memory, schedule and throughput."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import Efficiencies
 from ipu_options.plan.memory import ipu_memory
-from ipu_options.plan.schedule import KINDS, Schedule, StageWork, bubble_fraction, simulate
-from ipu_options.plan.throughput import copy_seconds, stage_work, update_seconds
+from ipu_options.plan.schedule import KINDS, Schedule, StageWork
+from ipu_options.plan.throughput import copy_seconds, host_seconds, stage_work, update_seconds
 
 
 @dataclass(frozen=True)
 class Plan:
     """The predicted memory and time of a job, in bytes and seconds.
 
-    memory: {IPU of a replica: {category: bytes}}. work: of each forward stage, in order.
-    copy_seconds: of the copies between IPUs that end a step. reduction_seconds: of the gradients'
-    reduction over the replicas. host_seconds: time that the host adds to each weight update.
+    memory: {IPU of a replica: {category: bytes}}. reduction_seconds: of the gradients' reduction
+    over the replicas. host_seconds: time that the host adds to each weight update, or to each call
+    in inference.
     """
 
     job: Job
     efficiencies: Efficiencies
     memory: Dict[int, Dict[str, int]]
-    work: List[StageWork]
-    copy_seconds: float
     schedule: Schedule
     reduction_seconds: float
     weight_update_seconds: float
     host_seconds: float
 
     @property
+    def work(self) -> Sequence[StageWork]:
+        """The seconds of each forward stage for one micro-batch, in order."""
+        return self.schedule.stages
+
+    @property
+    def copy_seconds(self) -> float:
+        """Seconds of the copies between IPUs that end a step."""
+        return self.schedule.copy_seconds
+
+    @property
+    def fullest_ipu(self) -> int:
+        """The IPU that needs most memory."""
+        return max(self.memory, key=lambda ipu: sum(self.memory[ipu].values()))
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that is left on the fullest IPU; below 0 if it needs more than it has."""
+        return self.job.machine.memory_bytes - sum(self.memory[self.fullest_ipu].values())
+
+    @property
     def fits(self) -> bool:
         """Whether every IPU stays within its memory."""
-        limit = self.job.machine.memory_bytes
-        return all(sum(parts.values()) <= limit for parts in self.memory.values())
+        return self.free_bytes >= 0
 
     @property
     def update_seconds(self) -> float:
-        """Time from one weight update to the next, including the host."""
+        """Time from one weight update, or inference call, to the next, including the host."""
         return (self.schedule.seconds + self.reduction_seconds + self.weight_update_seconds +
                 self.host_seconds)
 
@@ -53,21 +71,20 @@ class Plan:
         return self.rows_per_second * self.job.windows_per_row
 
     @property
-    def bubble_fraction(self) -> float:
-        """Share of the steps in which a stage is idle because of ramp-up and ramp-down."""
-        return bubble_fraction(len(self.work), self.job.config.gradient_accumulation_steps)
+    def run_seconds(self) -> Optional[float]:
+        """Time of the whole run without compilation; None if its windows are not known.
 
-    @property
-    def training_seconds(self) -> Optional[float]:
-        """Time of all epochs without compilation and evaluation; None if train_windows is."""
-        if self.job.train_windows is None:
+        For training this is without evaluation. An inference run is a whole number of calls.
+        """
+        job = self.job
+        if job.updates is not None:
+            return job.updates * self.update_seconds
+        if job.windows is None:
             return None
-        return self.job.epochs * self.job.train_windows / self.windows_per_second
-
-    def load(self) -> Dict[int, float]:
-        """Return {IPU: seconds of work that one micro-batch means for it}."""
-        return {
-            ipu: sum(work.seconds for work in self.work if work.ipu == ipu) for ipu in self.memory}
+        if job.training:
+            return job.epochs * job.windows / self.windows_per_second
+        return self.update_seconds * math.ceil(
+            job.windows / (job.rows_per_update * job.windows_per_row))
 
     def parts(self) -> Dict[str, float]:
         """Return {part: seconds} of the time of a weight update; the sum is update_seconds.
@@ -75,7 +92,7 @@ class Plan:
         Work is the mean over the IPUs of a replica. "waiting for the slowest IPU" is the time that
         an average IPU is idle within the steps because the slowest one takes longer.
         """
-        steps, batches = self.schedule.steps, self.job.config.gradient_accumulation_steps
+        steps, batches = self.schedule.steps, self.job.micro_batches
         ipus = len(self.memory)
         mean = {
             kind: batches * sum(getattr(work, kind) for work in self.work) / ipus for kind in KINDS}
@@ -90,15 +107,31 @@ class Plan:
 
 def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
     """Return the Plan of `job`; efficiencies: by default those fitted to published runs."""
-    work = stage_work(job, efficiencies)
-    copies = copy_seconds(job)
-    schedule = simulate(work, job.config.gradient_accumulation_steps, copies)
-    reduction, update = update_seconds(job)
-    host = efficiencies.call_seconds / job.config.device_iterations
-    return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), work, copies, schedule,
-                reduction, update, host)
+    schedule = Schedule(stage_work(job, efficiencies), job.micro_batches, copy_seconds(job),
+                        job.training)
+    return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), schedule,
+                *update_seconds(job), host_seconds(job, efficiencies))
+
+
+def latency_seconds(plan: Plan) -> float:
+    """Return the seconds from one question to its answer, if it takes one row.
+
+    The row passes through the stages of one replica one after the other (poptorch's
+    ShardedExecution), without waiting for rows that fill a pipeline. `plan` must be of inference.
+    """
+    job = plan.job
+    one = with_micro_batch(job, 1)
+    one = make_plan(with_config(one, device_iterations=1, replication_factor=1), plan.efficiencies)
+    return (sum(work.forward for work in one.work) + (len(one.work) - 1) * one.copy_seconds +
+            one.host_seconds)
 
 
 def with_config(job: Job, **changes: Any) -> Job:
     """Return a copy of the job with `changes` to the fields of its IPU configuration."""
     return replace(job, config=replace(job.config, **changes))
+
+
+def with_micro_batch(job: Job, micro_batch_size: int, **changes: Any) -> Job:
+    """Return a copy of the job with another micro-batch size and `changes` to its configuration."""
+    blocks = tuple(job.count(micro_batch_size, job.config.embedding_serialization_factor))
+    return replace(with_config(job, **changes), micro_batch_size=micro_batch_size, blocks=blocks)

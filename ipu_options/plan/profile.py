@@ -14,8 +14,9 @@ from typing import Any, Dict, List
 
 from ipu_options.errors import RunError, UsageError
 from ipu_options.plan.advice import suggestion
+from ipu_options.plan.machine import MIB
 from ipu_options.plan.planner import Plan
-from ipu_options.plan.text import MIB, table
+from ipu_options.plan.text import table
 
 CODE = ("vertexCode", "controlCode", "internalExchangeCode", "hostExchangeCode",
         "globalExchangeCode", "vertexInstanceState", "copyDescriptor", "vertexFieldData")
@@ -162,5 +163,5 @@ def advice(profile: Profile, plan: Plan) -> str:
 
 def _planned_load(plan: Plan) -> Dict[int, float]:
     """Return each IPU's planned work relative to that of the slowest IPU."""
-    seconds = plan.load()
+    seconds = plan.schedule.load
     return {ipu: value / max(seconds.values()) for ipu, value in seconds.items()}

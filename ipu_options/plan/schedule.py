@@ -10,7 +10,7 @@ micro-batches take N + 2(S - 1) steps (PopTorch user guide, "Pipelining"; Graphc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -47,61 +47,72 @@ class Events(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The pipeline of one weight update, without the update of the weights itself.
+    """The pipeline of one weight update or inference call, without the update of the weights.
 
-    steps: their number, each of `step_seconds` seconds. events: what each stage does and when.
-    busy_seconds: the work of each IPU, in ascending order of the IPUs.
+    stages: in forward order. Several may be on one IPU, which then does their work one after the
+    other. micro_batches: their number N. copy_seconds: of the copies between IPUs that end each
+    step. training: False leaves out the backward stages, and N micro-batches then take N + S - 1
+    steps.
     """
 
-    steps: int
-    step_seconds: float
-    events: List[Events]
-    busy_seconds: List[float]
+    stages: Sequence[StageWork]
+    micro_batches: int
+    copy_seconds: float = 0.0
+    training: bool = True
+
+    @property
+    def load(self) -> Dict[int, float]:
+        """The seconds of work that one micro-batch means for each IPU, {IPU: seconds}."""
+        return {
+            ipu: sum(s.seconds if self.training else s.forward for s in self.stages if s.ipu == ipu)
+            for ipu in sorted({stage.ipu for stage in self.stages})}
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, with those in which the pipeline fills and empties."""
+        return self.micro_batches + (2 if self.training else 1) * (len(self.stages) - 1)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a step: the slowest IPU's work, and the copies."""
+        return max(self.load.values()) + self.copy_seconds
 
     @property
     def seconds(self) -> float:
         """Duration of all steps."""
         return self.steps * self.step_seconds
 
+    @property
+    def bubble_fraction(self) -> float:
+        """Share of the steps in which a stage has nothing to do; it is the same for every stage."""
+        return 1 - self.micro_batches / self.steps
 
-def simulate(stages: Sequence[StageWork], micro_batches: int, copy_seconds: float = 0.0,
-             training: bool = True) -> Schedule:
-    """Return the Schedule of `micro_batches` micro-batches through the pipeline.
+    def events(self) -> List[Events]:
+        """Return what each stage does and when.
 
-    stages: in forward order. Several may be on one IPU, which then does their work one after the
-    other. copy_seconds: of the copies between IPUs that end each step. training: False leaves out
-    the backward stages, and N micro-batches then take N + S - 1 steps.
+        In each step, an IPU first does its forward work in the order of the stages. Then, from the
+        last stage to the first, it restores the stash, recomputes and does the backward work.
+        """
+        count, step_seconds = len(self.stages), self.step_seconds
+        batch = np.arange(self.micro_batches)
+        # Seconds after the start of a step at which each IPU is free.
+        clock = dict.fromkeys((stage.ipu for stage in self.stages), 0.0)
+        events = []
 
-    In each step, an IPU first does its forward work in the order of the stages. Then, from the last
-    stage to the first, it restores the stash, recomputes and does the backward work.
-    """
-    count = len(stages)
-    ipus = sorted({stage.ipu for stage in stages})
-    work = {
-        ipu: sum(s.seconds if training else s.forward for s in stages if s.ipu == ipu)
-        for ipu in ipus}
-    step_seconds = max(work.values()) + copy_seconds
-    batch = np.arange(micro_batches)
-    clock = dict.fromkeys(ipus, 0.0)  # seconds after the start of a step at which the IPU is free
-    events = []
+        def add(index: int, kind: str, first_step: int) -> None:
+            stage = self.stages[index]
+            seconds = getattr(stage, kind)
+            if seconds:
+                start = (batch + first_step) * step_seconds + clock[stage.ipu]
+                events.append(Events(stage.ipu, index, kind, start, seconds))
+                clock[stage.ipu] += seconds
 
-    def add(index: int, kind: str, first_step: int) -> None:
-        stage = stages[index]
-        seconds = getattr(stage, kind)
-        if seconds:
-            events.append(
-                Events(stage.ipu, index, kind,
-                       (batch + first_step) * step_seconds + clock[stage.ipu], seconds))
-            clock[stage.ipu] += seconds
-
-    for index in range(count):
-        add(index, "forward", index)
-    for index in reversed(range(count if training else 0)):
-        add(index, "recompute", 2 * (count - 1) - index)
-        add(index, "backward", 2 * (count - 1) - index)
-    ramp = (2 if training else 1) * (count - 1)
-    return Schedule(micro_batches + ramp, step_seconds, events,
-                    [work[ipu] * micro_batches for ipu in ipus])
+        for index in range(count):
+            add(index, "forward", index)
+        for index in reversed(range(count if self.training else 0)):
+            add(index, "recompute", 2 * (count - 1) - index)
+            add(index, "backward", 2 * (count - 1) - index)
+        return events
 
 
 def stash_depth(stage: int, stages: int) -> int:
@@ -111,11 +122,3 @@ def stash_depth(stage: int, stages: int) -> int:
     ramp-down.
     """
     return 2 * (stages - 1 - stage) + 1
-
-
-def bubble_fraction(stages: int, micro_batches: int) -> float:
-    """Return the share of a training pipeline's steps in which a stage has nothing to do.
-
-    These are the steps of ramp-up and ramp-down; the share is the same for every stage.
-    """
-    return 2 * (stages - 1) / (micro_batches + 2 * (stages - 1))

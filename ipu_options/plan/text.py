@@ -1,23 +1,33 @@
 """Formats plans as text and tables for a terminal, and as a dictionary for JSON."""
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+import math
+from dataclasses import fields
+from typing import Any, Dict, List, Optional, Sequence
 
-from ipu_options.plan.advice import changes, describe, suggestion
-from ipu_options.plan.machine import PUBLISHED_ERRORS_PERCENT, Efficiencies
+from ipu_options.config import IPUConfig
+from ipu_options.plan.advice import changes, describe, half_layers, suggestion
+from ipu_options.plan.calibrate import Comparison
+from ipu_options.plan.confidence import CONFIDENCE, PUBLISHED_RMS, expected_error
+from ipu_options.plan.machine import MIB, Efficiencies
 from ipu_options.plan.memory import CATEGORIES, reasons
-from ipu_options.plan.planner import Plan
+from ipu_options.plan.planner import Plan, latency_seconds
+from ipu_options.plan.search import settings_of
 
-MIB = 2 ** 20
 SHORT = {
     "optimizer_state": "optimizer", "matmul_temporaries": "matmul",
     "embedding_gradient": "emb. grad", "update_temporaries": "update"}
+# Share of the memory that should stay free: what is estimated of the rest is not better than this.
+TIGHT = 0.05
 
 
-def plan_text(plan: Plan, title: str) -> str:
-    """Return the whole plan as text; title: what to call the job in the heading."""
+def plan_text(plan: Plan, title: str, note: Optional[str] = None) -> str:
+    """Return the whole plan as text.
+
+    title: what to call the job in the heading. note: a sentence to add to the heading.
+    """
     parts = [
-        _heading(plan, title),
+        _heading(plan, title) + (f"\n{note}" if note else ""),
         _blocks(plan),
         _memory(plan),
         _stages(plan),
@@ -33,18 +43,29 @@ def plan_dict(plan: Plan) -> Dict[str, Any]:
     job, config = plan.job, plan.job.config
     limit = job.machine.memory_bytes
     names = {ipu: [name for name, at in job.layout.blocks() if at == ipu] for ipu in plan.memory}
+    low, high = expected_windows_per_second(plan)
     return {
-        "fits": plan.fits, "windows_per_second": plan.windows_per_second,
-        "bubble_fraction": plan.bubble_fraction, "rows_per_second": plan.rows_per_second,
-        "windows_per_row": job.windows_per_row, "training_seconds": plan.training_seconds,
+        "phase": "training" if job.training else "inference",
+        "fits": plan.fits, "free_bytes": plan.free_bytes, "fullest_ipu": plan.fullest_ipu,
+        "windows_per_second": plan.windows_per_second, "windows_per_second_low": low,
+        "windows_per_second_high": high, "confidence": CONFIDENCE,
+        "bubble_fraction": plan.schedule.bubble_fraction, "rows_per_second": plan.rows_per_second,
+        "windows_per_row": job.windows_per_row, "run_seconds": plan.run_seconds,
         "update_seconds": plan.update_seconds, "pipeline_steps": plan.schedule.steps,
         "step_seconds": plan.schedule.step_seconds, "update_parts_seconds": plan.parts(),
-        "suggestion": suggestion(plan), "why_not": reasons(job, plan.memory),
+        "one_question_seconds": None if job.training else latency_seconds(plan),
+        "suggestion": suggestion(plan),
+        "suggestions": [{
+            "flags": change.text, "windows_per_second": change.plan.windows_per_second,
+            "fits": change.plan.fits} for change in changes(plan)],
+        "half_layers_windows_per_second": half_layers(plan),
+        "why_not": reasons(job, plan.memory),
         "ipus": [{
             "ipu": ipu, "blocks": names[ipu], "total_bytes": sum(parts.values()),
             "limit_bytes": limit, "fits": sum(parts.values()) <= limit,
-            **{f"{name}_bytes": parts[name] for name in parts}, "busy_seconds": busy}
-            for (ipu, parts), busy in zip(plan.memory.items(), plan.schedule.busy_seconds)],
+            **{f"{name}_bytes": parts[name] for name in parts},
+            "busy_seconds": plan.schedule.load[ipu] * job.micro_batches}
+            for ipu, parts in plan.memory.items()],
         "stages": [{
             "stage": i, "ipu": work.ipu, "blocks": [block.name for block in blocks],
             "forward_seconds": work.forward, "recompute_seconds": work.recompute,
@@ -55,59 +76,133 @@ def plan_dict(plan: Plan) -> Dict[str, Any]:
             "forward_flops": block.forward_flops, "backward_flops": block.backward_flops,
             "saved_bytes": block.saved_bytes, "output_bytes": block.output_bytes}
             for block, (_, ipu) in zip(job.blocks, job.layout.blocks())],
-        "machine": job.machine.name, "precision": job.precision,
+        "machine": job.machine.name, "ipus_in_all": job.ipus, "precision": job.precision,
         "max_seq_length": job.max_seq_length, "micro_batch_size": job.micro_batch_size,
-        "rows_per_update": job.rows_per_update,
+        "rows_per_update": job.rows_per_update, "micro_batches": job.micro_batches,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "replication_factor": config.replication_factor, "ipus_per_replica": config.num_ipus(),
         "layers_per_ipu": job.layout.layers_per_ipu(config.num_ipus()),
+        "embedding_serialization_factor": config.embedding_serialization_factor,
+        "optimizer_state_offchip": config.optimizer_state_offchip,
+        "ipu_config": config.to_dict(),
         "efficiencies": dict(vars(plan.efficiencies))}
 
 
-def fit_text(rows: Sequence[Dict[str, Any]], efficiencies: Efficiencies) -> str:
+def expected_windows_per_second(plan: Plan) -> List[float]:
+    """Return the ends of the range in which the plan's windows/s are expected."""
+    return [plan.windows_per_second * (1 + error) for error in expected_error(plan)]
+
+
+def fit_dict(rows: Sequence[Comparison]) -> List[Dict[str, Any]]:
+    """Return published runs and their plans as dictionaries that can be written as JSON."""
+    def measured(row: Comparison) -> Dict[str, Any]:
+        low, high = expected_error(row.blind)
+        return {
+            "error_percent": 100 * row.error(row.plan),
+            "cross_validated_error_percent": 100 * row.error(row.blind),
+            "expected_low_percent": 100 * low, "expected_high_percent": 100 * high,
+            "within_expected": row.within}
+
+    return [{
+        "name": row.run.name, "use": row.run.use, "source": row.run.source,
+        "machine": row.run.job.machine.name,
+        "published_rows_per_second": row.run.rows_per_second,
+        "planned_rows_per_second": row.plan.rows_per_second, "planned_fits": row.plan.fits,
+        "free_bytes": row.plan.free_bytes, "right": row.right,
+        **(measured(row) if row.blind else {})} for row in rows]
+
+
+def fit_text(rows: Sequence[Comparison], efficiencies: Efficiencies) -> str:
     """Return the table of published runs and predictions as text.
 
-    rows: what calibrate.fit_table returns for these efficiencies.
+    rows: what calibrate.compare returns for these efficiencies.
     """
-    body = []
-    for row in rows:
-        published, error = row["published_windows_per_second"], "-"
-        if row["use"] == "at least":
-            error = "bound met" if row["error_percent"] >= 0 else "BOUND MISSED"
-        elif published is not None:
-            error = f"{row['error_percent']:+.1f} %"
-        body.append([
-            row["name"], row["use"], "-" if published is None else f"{published:,.0f}",
-            f"{row['predicted_windows_per_second']:,.0f}", error, "yes" if row["fits"] else "NO"])
-    heading = f"Published runs (efficiencies: {efficiencies.source})"
-    notes = (
-        "fit: the efficiencies are fitted to it. held out: predicted only. at least: the published "
-        "time holds compilation and evaluation too,\n"
-        "so that the true throughput is higher. fits: known to run in memory, no throughput "
-        "published. Sources: ipu_options/plan/published_runs.json.")
-    return "\n".join([
-        heading,
-        table(["run", "use", "published windows/s", "planned windows/s", "error", "fits"], body),
-        notes])
+    body = [[
+        row.run.name, row.run.job.machine.name, row.run.use,
+        "-" if row.run.rows_per_second is None else f"{row.run.rows_per_second:,.0f}",
+        f"{row.plan.rows_per_second:,.0f}", *_errors(row),
+        ("yes" if row.plan.fits else "no") + ("" if row.right else " WRONG")] for row in rows]
+    measured = [row for row in rows if row.blind]
+    lines = [
+        f"Published runs (efficiencies: {efficiencies.source})",
+        table(["run", "IPU", "use", "published rows/s", "planned rows/s", "error",
+               "cross-validated", "expected within", "fits"], body),
+        *(_summary(machine, [row for row in measured
+                             if machine in ("both", row.run.job.machine.name)])
+          for machine in ("Mk2", "Bow", "both")),
+        f"verdicts: {sum(row.right for row in rows)} of {len(rows)} right",
+        "measured: the efficiencies are fitted to it. cross-validated: the error if no run of the "
+        "same publisher takes part in the fit; the",
+        f"range is the one that such a plan expects in {100 * CONFIDENCE:.0f} % of all cases. at "
+        "least: the published time holds compilation and evaluation, so that the",
+        "true throughput is higher. fits, does not fit: so published, without a throughput. "
+        "Sources: ipu_options/plan/published_runs.json."]
+    return "\n".join(lines)
 
 
-def search_text(plans: Sequence[Plan], tried: int, seconds: float, given: Plan) -> str:
+def _errors(row: Comparison) -> List[str]:
+    """Return the cells of an error, of the cross-validated error and of its expected range."""
+    if row.run.use == "at least":
+        return ["bound met" if row.error(row.plan) >= 0 else "BOUND MISSED", "-", "-"]
+    if row.blind is None:
+        return ["-", "-", "-"]
+    low, high = expected_error(row.blind)
+    return [f"{100 * row.error(row.plan):+.1f} %",
+            f"{100 * row.error(row.blind):+.1f} %" + ("" if row.within else " OUT"),
+            f"{100 * low:+.0f} to {100 * high:+.0f} %"]
+
+
+def _summary(name: str, rows: Sequence[Comparison]) -> str:
+    """Return one line on the errors of some measured runs."""
+    (rms, worst), (blind, blind_worst) = (
+        (100 * math.sqrt(sum(e * e for e in errors) / len(errors)), 100 * max(map(abs, errors)))
+        for errors in ([row.error(row.plan) for row in rows],
+                       [row.error(row.blind) for row in rows]))
+    return (f"{name}, {len(rows)} runs: {rms:.1f} % rms, {worst:.1f} % at most; cross-validated "
+            f"{blind:.1f} % rms, {blind_worst:.1f} % at most, "
+            f"{sum(row.within for row in rows)} of {len(rows)} within the expected range")
+
+
+def search_text(plans: Sequence[Plan], tried: int, seconds: float, given: Plan, whole: IPUConfig,
+                ipus: int) -> str:
     """Return the best plans of a search as text, each with its reasons.
 
-    tried, seconds: the number of settings searched and the time it took. given: the plan of the
-    user's own settings, for comparison.
+    tried, seconds: the number of settings searched and the time it took. given, whole: the plan of
+    the user's own settings and their configuration, for comparison. ipus: what was searched for.
     """
     now = f"{given.windows_per_second:,.0f} windows/s" + ("" if given.fits else ", does not fit")
     lines = [
         f"{tried} settings, each with its best split, in {seconds:.1f} s. "
-        f"As given: {_setting(given)}: {now}."]
+        f"As given: {settings_text(given, given.job.config, IPUConfig())}: {now}."]
     for place, plan in enumerate(plans, 1):
         ratio = plan.windows_per_second / given.windows_per_second
-        lines.append(
-            f"\n{place}. {_setting(plan)}: {plan.windows_per_second:,.0f} windows/s, "
-            f"{ratio:.2f} times as given")
+        setting = settings_text(plan, settings_of(plan, whole, ipus), whole)
+        lines.append(f"\n{place}. {setting}: {plan.windows_per_second:,.0f} windows/s, "
+                     f"{ratio:.2f} times as given")
         lines += ["   " + reason for reason in _reasons(plan)]
     return "\n".join(lines)
+
+
+def settings_text(plan: Plan, config: IPUConfig, other: IPUConfig) -> str:
+    """Return the settings of a plan as flags of train.py.
+
+    These are the layout and the batch, and all other values of `config` that differ from `other`.
+    """
+    names = (["layers_per_ipu", "replication_factor", "gradient_accumulation_steps"]
+             if plan.job.training else
+             ["inference_layers_per_ipu", "inference_replication_factor",
+              "inference_device_iterations"])
+    old = other.values()
+    for f in fields(IPUConfig):
+        # Where the number of IPUs was not given, it follows from layers_per_ipu.
+        follows = f.name.endswith("ipus_per_replica") and old[f.name] is None
+        if f.name in old and f.name not in names and not follows and (
+                getattr(config, f.name) != old[f.name]):
+            names.append(f.name)
+    words = [f"--{name} {_value(getattr(config, name))}" for name in names
+             if getattr(config, name) is not None]
+    size = "micro_batch_size" if plan.job.training else "eval_micro_batch_size"
+    return " ".join([*words, f"--{size} {plan.job.micro_batch_size}"])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -125,20 +220,36 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int
     return "\n".join(lines)
 
 
+def _value(value: Any) -> str:
+    """Return a setting's value as it is written on a command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def _heading(plan: Plan, title: str) -> str:
     job, config = plan.job, plan.job.config
     replicas, ipus = config.replication_factor, config.num_ipus()
-    packed = f" ({job.windows_per_row:.2f} windows in a row)" if job.windows_per_row > 1 else ""
+    batches = (f"accumulation {job.micro_batches}" if job.training else
+               f"iterations {job.micro_batches}")
+    if job.training and job.micro_batches != config.gradient_accumulation_steps:
+        batches += f" (of {config.gradient_accumulation_steps}, since rows are packed)"
+    packed = f", {job.windows_per_row:.2f} windows in a row" if job.windows_per_row > 1 else ""
     return (
-        f"Plan: {title}, length {job.max_seq_length}, {job.precision}, "
-        f"on {replicas * ipus} {job.machine.name} IPUs "
+        f"Plan{'' if job.training else ' of inference'}: {title}, length {job.max_seq_length}, "
+        f"{job.precision}, on {job.ipus} {job.machine.name} IPUs "
         f"({replicas} replica{'s' * (replicas > 1)} of {ipus})\n"
-        f"micro-batch {job.micro_batch_size} x accumulation {config.gradient_accumulation_steps} "
-        f"x replicas {replicas} = {job.rows_per_update} rows a weight update{packed}")
+        f"micro-batch {job.micro_batch_size} x {batches} x replicas {replicas} = "
+        f"{job.rows_per_update} rows a {_round(plan)}{packed}")
+
+
+def _round(plan: Plan) -> str:
+    """Return what the pipeline does between running full and running empty."""
+    return "weight update" if plan.job.training else "call"
 
 
 def _blocks(plan: Plan) -> str:
-    ipus, blocks = dict(plan.job.layout.blocks()), plan.job.blocks
+    ipus, blocks, training = dict(plan.job.layout.blocks()), plan.job.blocks, plan.job.training
     rows = [[
         b.name, str(ipus[b.name]), f"{b.parameters:,}", f"{b.forward_flops / 1e9:.2f}",
         f"{b.saved_bytes / MIB:.1f}", f"{b.output_bytes / MIB:.2f}"] for b in blocks]
@@ -146,8 +257,10 @@ def _blocks(plan: Plan) -> str:
         "total", "", f"{sum(b.parameters for b in blocks):,}",
         f"{sum(b.forward_flops for b in blocks) / 1e9:.2f}",
         f"{sum(b.saved_bytes for b in blocks) / MIB:.1f}", ""])
+    head = ["block", "IPU", "parameters", "forward GFLOP", "saved MiB", "output MiB"]
+    kept = [i for i, name in enumerate(head) if training or name != "saved MiB"]
     return "Allocation, for one micro-batch (counted from the model)\n" + table(
-        ["block", "IPU", "parameters", "forward GFLOP", "saved MiB", "output MiB"], rows)
+        [head[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def _memory(plan: Plan) -> str:
@@ -160,39 +273,62 @@ def _memory(plan: Plan) -> str:
                 f"OVER BY {(total - limit) / MIB:.0f}")
         rows.append([f"IPU {ipu}"] + [f"{parts[name] / MIB:.0f}" for name in used] +
                     [f"{total / MIB:.0f}", free])
-    verdict = ("Fits." if plan.fits else "Does not fit: " +
+    verdict = (_spare(plan) if plan.fits else "Does not fit: " +
                "; ".join(reasons(plan.job, plan.memory)) + ".")
     return (f"Memory of each IPU in MiB, of {limit / MIB:.0f}\n" +
             table([""] + [SHORT.get(name, name) for name in used] + ["total", "free"], rows) +
             "\n" + verdict)
 
 
+def _spare(plan: Plan) -> str:
+    """Return a sentence on the margin of a plan that fits."""
+    share = plan.free_bytes / plan.job.machine.memory_bytes
+    text = (f"Fits, with a margin of {plan.free_bytes / MIB:.0f} MiB ({100 * share:.0f} %) on IPU "
+            f"{plan.fullest_ipu}, the fullest")
+    return text + ("." if share >= TIGHT else
+                   f": less than {100 * TIGHT:.0f} % is tight for an estimate.")
+
+
 def _stages(plan: Plan) -> str:
-    slowest = plan.schedule.step_seconds - plan.copy_seconds
-    load = plan.load()
+    slowest, load = plan.schedule.step_seconds - plan.copy_seconds, plan.schedule.load
+    kinds = ["forward", "recompute", "backward"] if plan.job.training else ["forward"]
     rows = [[
-        f"stage {i}", str(work.ipu), f"{1e3 * work.forward:.2f}", f"{1e3 * work.recompute:.2f}",
-        f"{1e3 * work.backward:.2f}", f"{100 * load[work.ipu] / slowest:.0f} %"]
-        for i, work in enumerate(plan.work)]
+        f"stage {i}", str(work.ipu), *(f"{1e3 * getattr(work, kind):.2f}" for kind in kinds),
+        f"{100 * load[work.ipu] / slowest:.0f} %"] for i, work in enumerate(plan.work)]
     return (
         "Time of one micro-batch in ms, by pipeline stage\n" +
-        table(["", "IPU", "forward", "recompute", "backward", "IPU's load"], rows) +
+        table(["", "IPU", *kinds, "IPU's load"], rows) +
         f"\nA step takes {1e3 * plan.schedule.step_seconds:.2f} ms, as long as the slowest IPU and "
-        f"the copies between IPUs; {plan.schedule.steps} steps an update, "
-        f"{100 * plan.bubble_fraction:.1f} % of them ramp-up and ramp-down.")
+        f"the copies between IPUs; {plan.schedule.steps} steps a {_round(plan)}, "
+        f"{100 * plan.schedule.bubble_fraction:.1f} % of them ramp-up and ramp-down.")
 
 
 def _throughput(plan: Plan) -> str:
     job = plan.job
-    lines = [f"Predicted: {plan.windows_per_second:,.0f} windows/s"]
-    if job.windows_per_row > 1:
-        lines[0] += f" real, in {plan.rows_per_second:,.0f} rows/s"
-    lines[0] += f"; a weight update every {1e3 * plan.update_seconds:.1f} ms"
-    if plan.training_seconds:
+    low, high = expected_windows_per_second(plan)
+    real = (f" real, in {plan.rows_per_second:,.0f} rows/s" if job.windows_per_row > 1 else "")
+    lines = [
+        f"Predicted: {plan.windows_per_second:,.0f} windows/s{real}, "
+        f"{100 * CONFIDENCE:.0f} % sure to be within {low:,.0f} and {high:,.0f}; "
+        f"a {_round(plan)} every {1e3 * plan.update_seconds:.1f} ms"]
+    if plan.run_seconds is not None:
+        lines.append(f"{_amount(plan)}: {_duration(plan.run_seconds)} "
+                     f"(without compilation{' and evaluation' if job.training else ''})")
+    if not job.training:
         lines.append(
-            f"{job.epochs:g} epoch{'s' * (job.epochs != 1)} of {job.train_windows:,} windows: "
-            f"{_duration(plan.training_seconds)} (without compilation and evaluation)")
+            f"One question in one row: {1e3 * latency_seconds(plan):.1f} ms, through the stages "
+            "one after the other; no published run tells how good this is")
     return "\n".join(lines)
+
+
+def _amount(plan: Plan) -> str:
+    """Return what the whole run works through."""
+    job = plan.job
+    if job.updates is not None:
+        return f"{job.updates:,} weight updates"
+    if not job.training:
+        return f"{job.windows:,} windows"
+    return f"{job.epochs:g} epoch{'s' * (job.epochs != 1)} of {job.windows:,} windows"
 
 
 def _where(plan: Plan) -> str:
@@ -200,71 +336,66 @@ def _where(plan: Plan) -> str:
                    key=lambda part: -part[1])
     rows = [[name, f"{1e3 * seconds:.2f}", f"{100 * seconds / plan.update_seconds:.1f} %"]
             for name, seconds in parts]
-    return ("Where the time of an update goes (mean over the IPUs)\n" +
+    return (f"Where the time of a {_round(plan)} goes (mean over the IPUs)\n" +
             table(["", "ms", "share"], rows))
 
 
 def _advice(plan: Plan) -> str:
     better = changes(plan)
-    if not better:
-        return "What would help most: " + (
-            "nothing that is one setting."
-            if plan.fits else "no single change makes it fit; try `python -m ipu_options search`.")
-    lines = ["What would help most: " + describe(plan, better[0])]
-    return "\n".join(
-        lines + ["          or, instead: " + describe(plan, change) for change in better[1:4]])
+    if better:
+        lines = ["What would help most: " + describe(plan, better[0])]
+        lines += ["          or, instead: " + describe(plan, change) for change in better[1:4]]
+    elif plan.fits:
+        lines = ["What would help most: nothing that is one setting."]
+    else:
+        lines = ["What would help most: no single change makes it fit; try `python -m ipu_options "
+                 f"search{'' if plan.job.training else ' --inference'}`."]
+    halves = half_layers(plan)
+    if halves:
+        gain = 100 * (halves / plan.windows_per_second - 1)
+        lines.append(
+            "Attention and feed-forward of a layer on different IPUs, which is not built here, "
+            f"would allow {halves:,.0f} windows/s ({gain:+.0f} %).")
+    return "\n".join(lines)
 
 
 def _provenance(efficiencies: Efficiencies) -> str:
     e = efficiencies
     lines = [
-        "Counted from the model: parameters, FLOPs, saved and output bytes. Documented: clock, "
-        "peak, memory, links.",
+        "Counted from the model: parameters, FLOPs, elements, saved and output bytes. Documented: "
+        "clock, peak, memory, links.",
         f"Estimated: code {e.code_bytes / MIB:.0f} MiB, matmul temporaries.",
         (f"Fitted ({e.source}): {100 * e.peak_utilisation:.1f} % of the peak rate at most, "
          f"{e.matmul_cycles:,.0f} cycles around each multiplication, "
-         f"{1e3 * e.call_seconds:.0f} ms of host a call.")]
+         f"{e.element_cycles:.2f} for each other element, "
+         f"{1e3 * e.call_seconds:.0f} ms of host a call and {1e9 * e.token_seconds:.0f} ns a "
+         "token.")]
     if e == Efficiencies():
-        errors = ", ".join(
-            f"{name} {error:+.0f} %" for name, error in PUBLISHED_ERRORS_PERCENT.items())
-        lines.append(f"Against published runs: {errors}.")
+        fitted, blind = (100 * error for error in PUBLISHED_RMS)
+        lines.append(f"Errors against the published runs: {fitted:.1f} % rms, {blind:.1f} % in "
+                     "cross-validation (`calibrate --show`).")
     return "\n".join(lines)
-
-
-def _setting(plan: Plan) -> str:
-    """Return the settings that the search chose, as flags of train.py."""
-    config = plan.job.config
-    layers = " ".join(
-        str(plan.job.layout.layer_ipus.count(ipu)) for ipu in range(config.num_ipus()))
-    text = (
-        f"--layers_per_ipu {layers} --replication_factor {config.replication_factor} "
-        f"--micro_batch_size {plan.job.micro_batch_size} "
-        f"--gradient_accumulation_steps {config.gradient_accumulation_steps}")
-    if config.embedding_serialization_factor > 1:
-        text += f" --embedding_serialization_factor {config.embedding_serialization_factor}"
-    if config.optimizer_state_offchip:
-        text += " --optimizer_state_offchip true"
-    return text + ("" if config.recompute_checkpoint_every_layer else
-                   " --recompute_checkpoint_every_layer false")
 
 
 def _reasons(plan: Plan) -> List[str]:
     """Return a line about the plan's time and a line about its memory."""
-    limit, parts = plan.job.machine.memory_bytes, plan.parts()
-    full = max(plan.memory, key=lambda ipu: sum(plan.memory[ipu].values()))
-    used = sum(plan.memory[full].values())
-    slowest = max(plan.memory,
-                  key=lambda ipu: sum(work.seconds for work in plan.work if work.ipu == ipu))
-    share = {name: 100 * seconds / plan.update_seconds for name, seconds in parts.items()}
+    limit, load = plan.job.machine.memory_bytes, plan.schedule.load
+    share = {name: 100 * seconds / plan.update_seconds for name, seconds in plan.parts().items()}
     useful, between = (share["forward"] + share["backward"],
                        share["host"] + share["weight update"] + share["gradient reduction"])
-    tight = " (tight, for an estimate)" if used > 0.95 * limit else ""
-    return [(
-        f"{useful:.0f} % of the time is forward and backward work, "
-        f"{share['recompute']:.0f} % recomputation, "
-        f"{share['waiting for the slowest IPU']:.0f} % imbalance (IPU {slowest} is slowest), "
-        f"{share['pipeline ramp']:.0f} % ramp, {between:.0f} % update and host"),
-        f"IPU {full} is fullest: {used / MIB:.0f} of {limit / MIB:.0f} MiB{tight}"]
+    used = limit - plan.free_bytes
+    work = ("forward and backward work, "
+            f"{share['recompute']:.0f} % recomputation" if plan.job.training else "work")
+    rest = "update and host" if plan.job.training else "host"
+    time = (
+        f"{useful:.0f} % of the time is {work}, "
+        f"{share['waiting for the slowest IPU']:.0f} % imbalance (IPU {max(load, key=load.get)} is "
+        f"slowest), {share['pipeline ramp']:.0f} % ramp, {between:.0f} % {rest}")
+    if not plan.job.training:
+        time += f"; {_amount(plan)} take {_duration(plan.run_seconds)}"
+    return [time,
+            f"IPU {plan.fullest_ipu} is fullest: {used / MIB:.0f} of {limit / MIB:.0f} MiB" +
+            (" (tight, for an estimate)" if plan.free_bytes < TIGHT * limit else "")]
 
 
 def _duration(seconds: float) -> str:

@@ -1,10 +1,11 @@
-"""Predicts the seconds of each stage, of the copies between IPUs and of the weight update."""
+"""Predicts the seconds of each stage, of the copies between IPUs, of the update and of the host."""
 from __future__ import annotations
 
 from typing import Any, Dict, List, Tuple
 
+from ipu_options.config import IPUS_OF_A_HOST
 from ipu_options.plan.job import Job
-from ipu_options.plan.machine import LINK_SHARE, Efficiencies
+from ipu_options.plan.machine import INFERENCE_CALL_SECONDS, LINK_SHARE, Efficiencies
 from ipu_options.plan.schedule import StageWork
 from ipu_options.plan.totals import Totals, stage_totals
 
@@ -13,47 +14,60 @@ def stage_work(job: Job, efficiencies: Efficiencies) -> List[StageWork]:
     """Return the StageWork of each forward stage, in order: its seconds for one micro-batch."""
     stages = job.stages()
     return [
-        StageWork(ipu, *stage_seconds(job, efficiencies, stage_totals(blocks),
-                                      last=index == len(stages) - 1))
+        StageWork(ipu, *stage_seconds(job, efficiencies, stage_totals(blocks), index, len(stages)))
         for index, (ipu, blocks) in enumerate(stages)]
 
 
-def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals,
-                  last: bool) -> Tuple[Any, Any, Any]:
+def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
+                  stages: int) -> Tuple[Any, Any, Any]:
     """Return (forward, recompute, backward) seconds of a stage for one micro-batch.
 
-    totals: of the stage, or of all possible stages; in that case the results are arrays, too. last:
-    whether it is the last forward stage.
+    totals: of the stage, or of all possible stages; in that case the results are arrays, too.
+    index: of the stage among the `stages` of the pipeline. See machine.Efficiencies for the
+    formula; float32 elements take twice as long, since they are twice as wide.
+
+    The backward pass ends with adding the gradient of each parameter to its accumulator.
 
     Recomputation repeats the forward pass, except for the operations between the last checkpoint
     and the loss, which PopART does not recompute (popart, transforms/pipeline.cpp,
-    setFinalFwdStageRecomputation). Without a checkpoint in every layer, these are all operations of
-    the last stage.
+    setFinalFwdStageRecomputation). These are the last encoder layer and the QA head, because the
+    output of the last layer is no checkpoint, or without checkpoints the whole last stage. Without
+    a pipeline, on one IPU, PopTorch does not turn on recomputation (poptorch,
+    popart_compiler/source/Compiler.cpp).
     """
-    def seconds(flops: Any, matmuls: Any) -> Any:
-        rate = job.machine.flops(job.precision) * efficiencies.peak_utilisation
-        return flops / rate + matmuls * (efficiencies.matmul_cycles / job.machine.clock_hz)
+    machine = job.machine
+    width = job.element_bytes / 2
 
-    forward = seconds(totals.forward_flops, totals.forward_matmuls)
+    def seconds(flops: Any, matmuls: Any, elements: Any) -> Any:
+        cycles = (matmuls * efficiencies.matmul_cycles +
+                  elements * width * efficiencies.element_cycles / machine.tiles)
+        return (flops / (machine.flops(job.precision) * efficiencies.peak_utilisation) +
+                cycles / machine.clock_hz)
+
+    forward = seconds(totals.forward_flops, totals.forward_matmuls, totals.forward_elements)
+    if not job.training:
+        return forward, 0 * forward, 0 * forward
     again = forward
-    if last and job.config.recompute_checkpoint_every_layer:
-        again = forward - seconds(totals.head_flops, totals.head_matmuls)
-    elif last:
-        again = 0 * forward
-    return forward, again, seconds(totals.backward_flops, totals.backward_matmuls)
+    if index == stages - 1:
+        if stages > 1 and job.config.recompute_checkpoint_every_layer:
+            again = forward - seconds(totals.tail_flops, totals.tail_matmuls, totals.tail_elements)
+        else:
+            again = 0 * forward
+    return forward, again, seconds(totals.backward_flops, totals.backward_matmuls,
+                                   totals.backward_elements + totals.parameters)
 
 
 def copy_seconds(job: Job) -> float:
     """Return the seconds of the copies between IPUs that end a step.
 
-    Each IPU sends the outputs of its stages on to the next stage, and the gradients of their inputs
-    back to the previous one. The IPU that sends most determines the time.
+    Each IPU sends the outputs of its stages on to the next stage and, in training, the gradients of
+    their inputs back to the previous one. The IPU that sends most determines the time.
     """
     stages = job.stages()
     sent: Dict[int, int] = dict.fromkeys((ipu for ipu, _ in stages), 0)
     for (ipu, blocks), (following, _) in zip(stages, stages[1:]):
         sent[ipu] += blocks[-1].output_bytes
-        sent[following] += blocks[-1].output_bytes
+        sent[following] += blocks[-1].output_bytes if job.training else 0
     return max(sent.values()) / (job.machine.link_bytes_per_second * LINK_SHARE)
 
 
@@ -75,6 +89,8 @@ def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
     (Patarasuk and Yuan 2009). Optimizer state off chip is read from and written back to streaming
     memory. State on chip passes through the exchange, as weights and gradients do.
     """
+    if not job.training:
+        return 0.0, 0.0
     replicas, machine = job.config.replication_factor, job.machine
     reduction = 2 * (replicas - 1) / replicas * parameters * job.element_bytes / (
         machine.link_bytes_per_second * LINK_SHARE)
@@ -83,3 +99,12 @@ def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
             machine.exchange_bytes_per_second)
     return (reduction, state / rate +
             2 * parameters * job.element_bytes / machine.exchange_bytes_per_second)
+
+
+def host_seconds(job: Job, efficiencies: Efficiencies) -> float:
+    """Return the seconds that the host adds to one weight update, or to one inference call."""
+    hosts = -(-job.ipus // IPUS_OF_A_HOST)
+    tokens = job.rows_per_update * job.max_seq_length / hosts
+    call = (efficiencies.call_seconds / job.config.device_iterations if job.training else
+            INFERENCE_CALL_SECONDS)
+    return call + efficiencies.token_seconds * tokens

@@ -6,7 +6,8 @@ share the same formulas.
 """
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -27,16 +28,24 @@ class Totals(NamedTuple):
     saved_bytes: Any           # of all blocks
     most_saved_bytes: Any      # of the block that saves most
     output_bytes: Any          # the largest of a block
+    result_bytes: Any          # the largest of an operation
     matmul_bytes: Any          # the largest of a block
     forward_flops: Any
     forward_matmuls: Any
+    forward_elements: Any
     backward_flops: Any
     backward_matmuls: Any
-    head_flops: Any            # forward, of the QA head, which follows the last checkpoint
-    head_matmuls: Any
+    backward_elements: Any
+    # Of the blocks after the last checkpoint, the last encoder layer and the QA head:
+    tail_flops: Any            # forward
+    tail_matmuls: Any
+    tail_elements: Any
+    tail_saved_bytes: Any
+    head_input_bytes: Any      # of the QA head, which is not a checkpoint
 
 
-def stage_totals(blocks: Sequence[CountedBlock]) -> Totals:
+@lru_cache(maxsize=4096)
+def stage_totals(blocks: Tuple[CountedBlock, ...]) -> Totals:
     """Return the totals of one stage, as numbers."""
     return Totals(*(int(field[0, len(blocks)]) for field in range_totals(blocks)))
 
@@ -47,9 +56,12 @@ def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
     Each has the shape [len(blocks), len(blocks) + 1] and is 0 where j <= i.
     """
     def of(value) -> np.ndarray:
-        return np.array([value(block) for block in blocks], dtype=np.int64)
+        return np.array([value(block) for block in blocks], dtype=float)
 
     heads = of(lambda b: b.kind == "head")
+    layers = np.flatnonzero(of(lambda b: b.kind == "layer"))
+    tail = heads.copy()
+    tail[layers[-1:]] = 1  # read for the last stage only, whose last layer is the model's
     # A block without a multiplication, the embedding, takes the fixed time of one as well.
     forward_matmuls = of(lambda b: max(b.forward_matmuls, 1))
     return Totals(
@@ -62,13 +74,19 @@ def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
         saved_bytes=_sums(of(lambda b: b.saved_bytes)),
         most_saved_bytes=_maxima(of(lambda b: b.saved_bytes)),
         output_bytes=_maxima(of(lambda b: b.output_bytes)),
+        result_bytes=_maxima(of(lambda b: b.result_bytes)),
         matmul_bytes=_maxima(of(lambda b: b.matmul_bytes)),
         forward_flops=_sums(of(lambda b: b.forward_flops)),
         forward_matmuls=_sums(forward_matmuls),
+        forward_elements=_sums(of(lambda b: b.forward_elements)),
         backward_flops=_sums(of(lambda b: b.backward_flops)),
         backward_matmuls=_sums(of(lambda b: max(b.backward_matmuls, 1))),
-        head_flops=_sums(heads * of(lambda b: b.forward_flops)),
-        head_matmuls=_sums(heads * forward_matmuls))
+        backward_elements=_sums(of(lambda b: b.backward_elements)),
+        tail_flops=_sums(tail * of(lambda b: b.forward_flops)),
+        tail_matmuls=_sums(tail * forward_matmuls),
+        tail_elements=_sums(tail * of(lambda b: b.forward_elements)),
+        tail_saved_bytes=_sums(tail * of(lambda b: b.saved_bytes)),
+        head_input_bytes=_sums(heads * of(lambda b: b.input_bytes)))
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
@@ -79,7 +97,7 @@ def _sums(values: np.ndarray) -> np.ndarray:
 
 def _maxima(values: np.ndarray) -> np.ndarray:
     """Return the maximum of values[i:j] for every i and j, 0 where j <= i."""
-    table = np.zeros((len(values), len(values) + 1), dtype=np.int64)
+    table = np.zeros((len(values), len(values) + 1), dtype=float)
     for first in range(len(values)):
         table[first, first + 1:] = np.maximum.accumulate(values[first:])
     return table

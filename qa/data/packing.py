@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy
 
-from ipu_options.config import Pipeline
+from ipu_options.config import Pipeline, packed_accumulation
 from qa.settings import TrainSettings
 
 
@@ -105,16 +105,6 @@ def windows_per_row(lengths: numpy.ndarray, row_length: int, max_windows_per_row
     Arguments and exceptions are those of `pack`.
     """
     return len(lengths) / (len(pack(lengths, row_length, max_windows_per_row).row_slots) - 1)
-
-
-def packed_accumulation(accumulation: int, windows_per_row: float, minimum: int = 1) -> int:
-    """Return the gradient accumulation for packed rows that keeps the windows in an update.
-
-    An update then uses, on average, as many windows as one with `accumulation` micro-batches of
-    unpacked rows. minimum: the number of micro-batches that fill the pipeline, 2 S - 1 for S
-    stages; the result is never smaller.
-    """
-    return max(minimum, round(accumulation / windows_per_row))
 
 
 def for_packed_rows(pipeline: Pipeline, lengths: numpy.ndarray,

@@ -5,7 +5,7 @@ other names, and their differences are entries of a Family. CONTRIBUTING says ho
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -48,7 +48,7 @@ class Family:
     that follows the embeddings if they are narrower than the layers. head_dropout: the field of
     config.json with the dropout before the head. positions_after_padding: whether positions count
     from padding_idx + 1, and not from 0. sizes, fractions: the fields of config.json that are
-    checked, see `load_config`.
+    checked, see `load_config`. own_names: those of the fields that the family calls otherwise.
     """
 
     model: str
@@ -60,6 +60,7 @@ class Family:
     sizes: Tuple[str, ...] = tuple(SIZES)
     fractions: Tuple[str, ...] = ("layer_norm_eps", "hidden_dropout_prob",
                                   "attention_probs_dropout_prob")
+    own_names: Dict[str, str] = field(default_factory=dict)
 
 
 ROBERTA = Family("RobertaForQuestionAnswering", positions_after_padding=True)
@@ -75,7 +76,9 @@ DISTILBERT = Family(
         outer="ffn.lin2", outer_dropout="ffn.dropout", outer_norm="output_layer_norm"),
     sizes=("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_position_embeddings",
            "pad_token_id"),
-    fractions=("dropout", "attention_dropout", "qa_dropout"))
+    fractions=("dropout", "attention_dropout", "qa_dropout"),
+    own_names={"hidden_size": "dim", "num_hidden_layers": "n_layers",
+               "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"})
 # By the model_type of config.json. distilroberta has the type "roberta", MiniLM the type "bert".
 FAMILIES = {"roberta": ROBERTA, "xlm-roberta": ROBERTA, "camembert": ROBERTA, "bert": BERT,
             "distilbert": DISTILBERT, "electra": ELECTRA}

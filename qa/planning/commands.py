@@ -11,16 +11,26 @@ Commands, each of which has a --help:
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from dataclasses import replace
-from typing import List, Optional, Tuple
+from dataclasses import asdict, replace
+from typing import Any, Dict, List, Optional, Tuple
 
-from ipu_options.config import POD_IPUS, IPUConfig
+from ipu_options.config import POD_IPUS, IPUConfig, pod_of
 from ipu_options.errors import UsageError
 from ipu_options.files import write_json, writing
-from qa.planning.flags import CalibrateSettings, PlanSettings, ReportSettings, SearchSettings
+from qa.planning.flags import (
+    CalibrateSettings,
+    JobSettings,
+    PlanSettings,
+    ReportSettings,
+    SearchSettings,
+)
 from qa.settings import TrainSettings, parse_train
+
+# How much faster or slower than its plan a run may be for the planner to be fitted to it.
+PLAUSIBLE = 20
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -47,31 +57,38 @@ def plan(argv: List[str]) -> int:
 
 def search(argv: List[str]) -> int:
     """Find the best split and settings for a number of IPUs, at the same batch size."""
-    settings, ipu_config, planning, searching = _parse(argv, search, PlanSettings, SearchSettings)
+    settings, ipu_config, planning, searching = _parse(argv, search, JobSettings, SearchSettings)
+    _refuse_trace(settings, "search")
     ipus = POD_IPUS[settings.pod_type] if searching.ipus is None else searching.ipus
-    if ipus not in (1, 2, 4, 8, 16, 32, 64):
-        near = min((1, 2, 4, 8, 16, 32, 64), key=lambda n: abs(n - ipus))
+    counts = [2 ** power for power in range(max(POD_IPUS.values()).bit_length())]
+    if ipus not in counts:
+        near = min(counts, key=lambda n: abs(n - ipus))
         raise UsageError(
-            f"--ipus {ipus}: IPUs are reserved in powers of two, at most 64; the nearest is {near}")
+            f"--ipus {ipus}: IPUs are reserved in powers of two, at most {counts[-1]}; the nearest "
+            f"is {near}")
     from ipu_options.plan.search import search as best_plans
+    from ipu_options.plan.search import settings_of
     from ipu_options.plan.text import search_text
     from qa.planning.job import planned
 
     begin = time.perf_counter()
-    given = planned(settings, ipu_config, planning)
-    plans, tried = best_plans(given.job, ipus, given.efficiencies, searching.keep)
-    if planning.json:
-        from ipu_options.plan.text import plan_dict
-        print(json.dumps([plan_dict(plan) for plan in plans], indent=2))
+    given = planned(settings, ipu_config, planning, searching.inference)
+    if searching.inference and given.job.windows is None:
+        raise UsageError("how many windows there are to answer is not known: give --eval_windows, "
+                         "for the number of micro-batches of a call depends on it")
+    plans, tried = best_plans(given.job, ipus, ipu_config, given.efficiencies, searching.keep)
+    seconds = time.perf_counter() - begin
+    if searching.json:
+        print(json.dumps([_described(plan, settings, planning) for plan in plans], indent=2))
     else:
-        print(search_text(plans, tried, time.perf_counter() - begin, given))
+        print(search_text(plans, tried, seconds, given, ipu_config, ipus))
     if searching.write:
-        job = plans[0].job
+        found = settings_of(plans[0], ipu_config, ipus)
         with writing(f"--write {searching.write}"):
-            write_json(searching.write, dict(sorted(job.config.to_dict().items())))
-        print(
-            f"wrote {searching.write}; train with it: your flags and --ipu_config "
-            f"{searching.write} --micro_batch_size {job.micro_batch_size}", file=sys.stderr)
+            write_json(searching.write, dict(sorted(found.to_dict().items())))
+        print(f"wrote {searching.write}; " +
+              _how_to_train(searching, plans[0], settings, ipu_config, found, ipus),
+              file=sys.stderr)
     return 0
 
 
@@ -83,24 +100,28 @@ def sweep(argv: List[str]) -> int:
 
 def calibrate(argv: List[str]) -> int:
     """Fit the planner to your own runs, or show its errors on published runs."""
-    _, _, planning, calibrating = _parse(argv, calibrate, PlanSettings, CalibrateSettings)
+    settings, _, planning, calibrating = _parse(argv, calibrate, JobSettings, CalibrateSettings)
+    _refuse_trace(settings, "calibrate")
     from ipu_options.plan import calibrate as calibration
-    from ipu_options.plan.text import fit_text
+    from ipu_options.plan.text import fit_dict, fit_text
     from qa.planning.job import published
 
     if calibrating.refit_published:
-        print(calibration.fit_published(published()))
+        fitted = calibration.fit_published(published())
+        print(json.dumps(asdict(fitted), indent=2) if calibrating.json else fitted)
         return 0
     if calibrating.show:
         now = calibration.load(planning.calibration)
-        print(fit_text(calibration.fit_table(published(), now), now))
+        rows = calibration.compare(published(), now)
+        print(json.dumps(fit_dict(rows), indent=2) if calibrating.json else fit_text(rows, now))
         return 0
     return _calibrate_own(argv, planning, calibrating)
 
 
 def report(argv: List[str]) -> int:
     """Compare a PopVision profile with the plan of the same flags."""
-    settings, ipu_config, planning, given = _parse(argv, report, PlanSettings, ReportSettings)
+    settings, ipu_config, planning, given = _parse(argv, report, JobSettings, ReportSettings)
+    _refuse_trace(settings, "report")
     from ipu_options.plan.profile import open_profile, profile_text
     from qa.planning.job import planned
 
@@ -114,14 +135,21 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
     Also prints, draws or writes what the planner's flags and --trace ask for. Raises UsageError or
     RunError where that is not possible.
     """
-    from ipu_options.plan.calibrate import fit_table
-    from ipu_options.plan.text import fit_text, plan_dict, plan_text
-    from qa.planning.job import planned, planned_name, published
+    if planning.fit and planning.json:
+        raise UsageError("--fit and --json exclude each other: `python -m ipu_options calibrate "
+                         "--show --json` gives the errors as JSON")
+    from ipu_options.plan.calibrate import compare
+    from ipu_options.plan.text import fit_text, plan_text
+    from qa.planning.job import planned, planned_name, pod_note, published
 
-    made, title = planned(settings, ipu_config, planning), planned_name(settings, planning)
-    print(json.dumps(plan_dict(made), indent=2) if planning.json else plan_text(made, title))
-    if planning.fit and not planning.json:
-        print("\n" + fit_text(fit_table(published(), made.efficiencies), made.efficiencies))
+    made = planned(settings, ipu_config, planning, planning.inference)
+    title = planned_name(settings, planning)
+    if planning.json:
+        print(json.dumps(_described(made, settings, planning), indent=2))
+    else:
+        print(plan_text(made, title, pod_note(settings, made.job)))
+    if planning.fit:
+        print("\n" + fit_text(compare(published(), made.efficiencies), made.efficiencies))
     if planning.plot:
         from ipu_options.plan.draw import draw_plan
         draw_plan(made, planning.plot, title)
@@ -137,7 +165,45 @@ def _parse(argv: List[str], command, *groups: type):
                        description=command.__doc__)
 
 
-def _calibrate_own(argv: List[str], planning: PlanSettings,
+def _refuse_trace(settings: TrainSettings, command: str) -> None:
+    """Raise UsageError if --trace was given to a command that writes none."""
+    if settings.trace is not None:
+        raise UsageError(f"{settings.source('trace')} does nothing with {command}: leave it out; "
+                         "`plan` writes the timeline of a plan")
+
+
+def _described(plan, settings: TrainSettings, planning: JobSettings) -> dict:
+    """Return a plan as a dictionary for JSON, with the configuration and the model it is of."""
+    from ipu_options.plan.text import plan_dict
+    from qa.model.families import family_of
+    from qa.planning.flags import SHAPE
+    from qa.planning.job import planned_model, planned_name
+
+    model = planned_model(settings, planning)
+    own_names = family_of(model).own_names
+    return {"title": planned_name(settings, planning), "config": settings.config,
+            "model_name_or_path": None if planning.shape() or planning.config_json
+            else settings.model_name_or_path,
+            "model": {name: getattr(model, own_names.get(name, name)) for name in SHAPE},
+            "pod_type": pod_of(plan.job.ipus), **plan_dict(plan)}
+
+
+def _how_to_train(searching: SearchSettings, plan, settings: TrainSettings, ipu_config: IPUConfig,
+                  found: IPUConfig, ipus: int) -> str:
+    """Return how to use the file that --write wrote: what to add to one's flags, what to leave."""
+    size = "eval_micro_batch_size" if searching.inference else "micro_batch_size"
+    text = (f"train with it: your flags and --ipu_config {searching.write} --{size} "
+            f"{plan.job.micro_batch_size}")
+    if ipus > POD_IPUS[settings.pod_type]:
+        text += f" --pod_type {pod_of(ipus)}"
+    # Flags win over a file.
+    replaced = [f"--{name}" for name, value in found.values().items()
+                if ipu_config.source(name) == f"--{name}" and name in ipu_config.sources
+                and value != getattr(ipu_config, name)]
+    return text + (f", but without {' '.join(replaced)}" if replaced else "")
+
+
+def _calibrate_own(argv: List[str], planning: JobSettings,
                    calibrating: CalibrateSettings) -> int:
     from ipu_options.plan import calibrate as calibration
     from ipu_options.plan.machine import Efficiencies
@@ -146,19 +212,33 @@ def _calibrate_own(argv: List[str], planning: PlanSettings,
 
     runs = []
     for swept, measured in _measured(calibrating.measured or ""):
-        settings, ipu_config, own, _ = _parse([*argv, *swept], calibrate, PlanSettings,
+        settings, ipu_config, own, _ = _parse([*argv, *swept], calibrate, JobSettings,
                                               CalibrateSettings)
-        runs.append((" ".join([*swept, "measured"]), make_job(settings, ipu_config, own), measured))
-    fitted = calibration.fit_own([run[1:] for run in runs], Efficiencies())
+        job = make_job(settings, ipu_config, own)
+        before = make_plan(job, Efficiencies()).windows_per_second
+        if not 1 / PLAUSIBLE < measured / before < PLAUSIBLE or not math.isfinite(measured):
+            raise UsageError(
+                f"--measured windows_per_second={measured:g}: the plan of these flags says "
+                f"{before:,.0f}; give the flags that the run was started with")
+        runs.append((swept, job, measured, before))
+    fitted = calibration.fit_own([run[1:3] for run in runs], Efficiencies())
     if calibrating.profile:
         from ipu_options.plan.profile import open_profile
         fitted = replace(fitted, code_bytes=open_profile(calibrating.profile).code_bytes)
     file = calibration.calibration_file(planning.calibration)
     calibration.save(fitted, file)
-    for name, job, measured in runs:
-        before, now = (make_plan(job, each).windows_per_second
-                       for each in (Efficiencies(), fitted))
-        print(f"{name} {measured:,.0f} windows/s; planned {before:,.0f} before and {now:,.0f} now")
+    found: List[Dict[str, Any]] = [
+        {"flags": swept, "measured_windows_per_second": measured,
+         "planned_windows_per_second_before": before,
+         "planned_windows_per_second": make_plan(job, fitted).windows_per_second}
+        for swept, job, measured, before in runs]
+    if calibrating.json:
+        print(json.dumps({"runs": found, "file": str(file), **asdict(fitted)}, indent=2))
+        return 0
+    for (swept, *_), run in zip(runs, found):
+        print(" ".join([*swept, f"measured {run['measured_windows_per_second']:,.0f} windows/s; "
+                        f"planned {run['planned_windows_per_second_before']:,.0f} before and "
+                        f"{run['planned_windows_per_second']:,.0f} now"]))
     print(
         f"saved to {file}; plans use it from now on and say so; delete it to go back to the "
         "published runs")

@@ -6,42 +6,57 @@ from typing import Dict, Optional
 
 from ipu_options.errors import UsageError
 from ipu_options.flags import Settings, flag
+from qa.settings import TrainSettings, refuse_several_hosts
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "vocab_size")
 
 
 @dataclass
-class PlanSettings(Settings):
+class JobSettings(Settings):
     """Planning."""
 
     ipu: str = flag("mk2", "generation of the IPU", choices=("mk2", "bow"))
-    json: bool = flag(False, "print the plan as one JSON object, with units in the names")
-    plot: Optional[str] = flag(
-        None, "draw timeline, memory and split of the plan to this .png, .svg or .pdf file")
     config_json: Optional[str] = flag(
         None, "plan the model of this config.json, without weights or tokenizer")
     hidden_size: Optional[int] = flag(
-        None, "width of the model to plan, which then needs no checkpoint", type=int, min=1)
+        None, "width of the model to plan, which then needs no checkpoint", type=int, min=1,
+        max=65_536)
     num_hidden_layers: Optional[int] = flag(
-        None, "number of encoder layers of the model to plan", type=int, min=1)
+        None, "number of encoder layers of the model to plan", type=int, min=1, max=256)
     num_attention_heads: Optional[int] = flag(
-        None, "number of attention heads of the model to plan", type=int, min=1)
+        None, "number of attention heads of the model to plan", type=int, min=1, max=1024)
     intermediate_size: Optional[int] = flag(
-        None, "width of the feed-forward layers of the model to plan", type=int, min=1)
+        None, "width of the feed-forward layers of the model to plan", type=int, min=1,
+        max=262_144)
     vocab_size: Optional[int] = flag(
-        None, "vocabulary size of the model to plan", type=int, min=1)
+        None, "vocabulary size of the model to plan", type=int, min=1, max=10_000_000)
     windows_per_row: Optional[float] = flag(
         None, "mean number of real windows in a packed row (default: estimated)", type=float, min=1)
     train_windows: Optional[int] = flag(
-        None, "windows of an epoch (default: known for squad and squad_v2)", type=int, min=1)
+        None, "windows of an epoch (default: known for squad and squad_v2)", type=int, min=1,
+        max=10 ** 12)
+    eval_windows: Optional[int] = flag(
+        None, "windows to answer (default: about those of squad and squad_v2)", type=int, min=1,
+        max=10 ** 12)
     calibration: Optional[str] = flag(
         None, "file of the efficiencies to plan with, as `calibrate` writes it")
-    fit: bool = flag(False, "also print the planner's error on each published run")
 
     def shape(self) -> Dict[str, int]:
         """Return those sizes of the model that were given, by their names in a config.json."""
         return {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
+
+
+@dataclass
+class PlanSettings(JobSettings):
+    """Planning."""
+
+    inference: bool = flag(
+        False, "plan the pipeline of evaluation and infer.py in place of the training's")
+    json: bool = flag(False, "print the plan as one JSON object, with units in the names")
+    plot: Optional[str] = flag(
+        None, "draw timeline, memory and split of the plan to this .png, .svg or .pdf file")
+    fit: bool = flag(False, "also print the planner's error on each published run")
 
 
 @dataclass
@@ -50,20 +65,27 @@ class TrainPlanSettings(PlanSettings):
 
     plan: bool = flag(False, "print the planned memory and time on IPUs, and do nothing else")
 
-    def refuse_without_plan(self) -> None:
-        """Raise UsageError if a planner's flag was given. Called where --plan was not given."""
+    def refuse_without_plan(self, settings: TrainSettings) -> None:
+        """Raise UsageError for what can only be planned. Called where --plan was not given.
+
+        This is a planner's flag, or a pod of several hosts. settings: those of the run.
+        """
         for field in fields(PlanSettings):
             if field.name in self.sources:
                 raise UsageError(f"--{field.name} does nothing without --plan: add it")
+        refuse_several_hosts(settings)
 
 
 @dataclass
 class SearchSettings(Settings):
     """Search."""
 
+    inference: bool = flag(
+        False, "search for the pipeline of evaluation and infer.py in place of the training's")
     ipus: Optional[int] = flag(None, "IPUs to use (default: those of the pod)", type=int)
     write: Optional[str] = flag(None, "write the best settings to this ipu_config.json")
     keep: int = flag(5, "number of settings to show", min=1)
+    json: bool = flag(False, "print the plans as JSON, with units in the names")
 
 
 @dataclass
@@ -75,9 +97,11 @@ class CalibrateSettings(Settings):
         "table of `sweep --run`: a file.csv")
     profile: Optional[str] = flag(
         None, "PopVision profile of such a run, from which the size of the code is taken")
-    show: bool = flag(False, "print the planner's error on each published run")
+    show: bool = flag(
+        False, "print the planner's error on each published run, with cross-validation")
     refit_published: bool = flag(
         False, "fit to the published runs and print the efficiencies")
+    json: bool = flag(False, "print what it finds as JSON, with units in the names")
 
 
 @dataclass

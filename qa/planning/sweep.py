@@ -19,7 +19,7 @@ from ipu_options.errors import RunError, UsageError
 from ipu_options.files import writing, written_whole
 from ipu_options.flags import Layer, Parser, add_flags, make_settings
 from ipu_options.plan.text import table
-from qa.planning.flags import PlanSettings, SweepSettings
+from qa.planning.flags import JobSettings, SweepSettings
 from qa.settings import parse_train
 
 USAGE = (
@@ -108,7 +108,7 @@ def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
 
     row = {**dict.fromkeys(COLUMNS, ""), "setting": setting, "status": "planned"}
     try:
-        job = parse_train(list(flags), PlanSettings, program="sweep", description=USAGE)
+        job = parse_train(list(flags), JobSettings, program="sweep", description=USAGE)
         plan = planned(*job)
     except (UsageError, RunError) as error:
         return {**row, "status": "refused: " + " ".join(str(error).split())}
@@ -117,7 +117,7 @@ def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
         **row, "job": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12],
         "fits": "yes" if plan.fits else "no",
         "planned_windows_per_second": f"{plan.windows_per_second:.1f}",
-        "bubble_percent": f"{100 * plan.bubble_fraction:.1f}",
+        "bubble_percent": f"{100 * plan.schedule.bubble_fraction:.1f}",
         "fullest_mib": f"{max(sum(parts.values()) for parts in plan.memory.values()) / 2**20:.0f}"}
 
 

@@ -5,8 +5,9 @@ import numpy
 import pytest
 import torch
 
+from ipu_options.config import packed_accumulation
 from qa.data.loader import collate
-from qa.data.packing import pack, packed_accumulation, windows_per_row
+from qa.data.packing import pack, windows_per_row
 from qa.data.rows import InferenceRows, TrainingRows
 from tests.reference.synthetic_windows import SyntheticWindows
 

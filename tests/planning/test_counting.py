@@ -1,6 +1,8 @@
 """Counts of the annotated model are compared with closed forms and with a real backward pass."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import RobertaConfig
@@ -76,11 +78,10 @@ def test_saved_bytes_are_what_a_real_backward_pass_holds(model):
 
 
 def test_meta_device_counts_what_real_tensors_count(model):
-    real = counted_on_cpu(model, real_rows(2, windows=1))
-    meta = count_model(small_config(), LENGTH, 1, "float32", 1)[1]
-    for a, b in zip(real, meta):
-        assert (a.parameters, a.forward_flops, a.backward_flops, a.saved_bytes, a.output_bytes) == (
-            b.parameters, b.forward_flops, b.backward_flops, b.saved_bytes, b.output_bytes)
+    for rows, meta in zip((2, 3), count_model(small_config(), LENGTH, 1, "float32", 1)):
+        real = counted_on_cpu(model, real_rows(rows, windows=1))
+        assert [replace(block, name="", kind="") for block in real] == [
+            replace(block, name="", kind="") for block in meta]
 
 
 @pytest.mark.parametrize("width, heads, length, rows", [(64, 4, 48, 1), (96, 3, 32, 4),
@@ -109,8 +110,8 @@ def test_flops_agree_with_torchs_own_counter(model):
         block.forward_flops + block.backward_flops for block in counted) == mode.get_total_flops()
 
 
-def test_any_micro_batch_follows_from_one_and_two_rows(model):
-    pair = [counted_on_cpu(model, real_rows(rows, 1)) for rows in (1, 2)]
+def test_any_micro_batch_follows_from_two_and_three_rows(model):
+    pair = [counted_on_cpu(model, real_rows(rows, 1)) for rows in (2, 3)]
     assert for_micro_batch(*pair, 5) == counted_on_cpu(model, real_rows(5, 1))
 
 
