@@ -64,12 +64,28 @@ def count_model(model_config, max_seq_length: int, windows_per_row: int, precisi
     blocks = parallelize(model, layout,
                          embedding_serialization_factor=embedding_serialization_factor)
     named = [(block.name, block.kind, block.module) for block in blocks]
+    token_types = "token_types" in row_kind(model_config)
     with torch.device("meta"):  # for the tensors that the forward pass creates
-        return [
+        counted = [
             (_count_halves if halves else count_blocks)(
                 model, named, _meta_rows(rows, max_seq_length, windows_per_row, training,
-                                         "token_types" in row_kind(model_config)))
+                                         token_types))
             for rows in (2, 3)]
+    return [_with_projection(model, each) for each in counted]
+
+
+def _with_projection(model, blocks: List[CountedBlock]) -> List[CountedBlock]:
+    """Return the blocks with all parameters of the model.
+
+    A linear layer between the embeddings and the first layer (ELECTRA) runs in the embedding's
+    block, but is no part of its module. What it passes on has the shape of a layer's output.
+    """
+    rest = sum(p.numel() for p in model.parameters()) - sum(block.parameters for block in blocks)
+    if not rest:
+        return blocks
+    embedding = replace(blocks[0], parameters=blocks[0].parameters + rest,
+                        output_bytes=blocks[1].output_bytes)
+    return [embedding, *blocks[1:]]
 
 
 def _with_layers(blocks: List[CountedBlock], layers: int, parts: int) -> List[CountedBlock]:

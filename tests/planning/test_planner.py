@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from transformers import RobertaConfig
+import torch
+from transformers import AutoConfig, AutoModelForQuestionAnswering, RobertaConfig
 
 from ipu_options.errors import UsageError
 from ipu_options.layout import Layout
@@ -276,6 +277,33 @@ def test_what_cannot_be_is_refused_with_what_would_work(flags, message):
     with pytest.raises(UsageError) as refusal:
         main(["plan", *flags])
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind, sizes", [
+    ("bert", {}), ("electra", {"embedding_size": 32}),
+    ("distilbert", {"dim": 64, "n_layers": 4, "n_heads": 4, "hidden_dim": 96})])
+def test_every_family_is_planned_from_its_config_json(tmp_path, capsys, kind, sizes):
+    """The parameters that the plan counts are those of transformers' own model."""
+    config = AutoConfig.for_model(kind, **(sizes if kind == "distilbert" else {
+        "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "intermediate_size": 96, **sizes}), vocab_size=300, max_position_embeddings=384)
+    config.save_pretrained(tmp_path)
+    assert main(["plan", "--json", "--config_json", str(tmp_path / "config.json"),
+                 "--layers_per_ipu", "0", "1", "1", "2"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["model"] == {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+                             "intermediate_size": 96, "vocab_size": 300}
+    with torch.device("meta"):
+        model = AutoModelForQuestionAnswering.from_config(config)
+    assert sum(block["parameters"] for block in plan["blocks"]) == sum(
+        parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["albert", "modernbert", "longformer", "gpt2"])
+def test_other_architectures_are_refused_by_name(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 64}))
+    with pytest.raises(UsageError, match=f"is a {kind} model: .*bert"):
+        main(["plan", "--config_json", str(tmp_path / "config.json")])
 
 
 def test_search_writes_a_configuration_that_plans_as_found(tmp_path, capsys):
