@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
+import huggingface_hub
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.utils import HFValidationError
 
@@ -23,6 +24,10 @@ _SHOWN_SETTINGS = ("max_seq_length", "doc_stride", "pack", "num_train_epochs", "
 _SHOWN_LAYOUT = ("layers_per_ipu", "ipus_per_replica", "replication_factor",
                  "gradient_accumulation_steps", "device_iterations", "matmul_proportion",
                  "recompute_checkpoint_every_layer", "optimizer_state_offchip")
+
+# What huggingface_hub's command line is called from version 1 on, and before.
+_CLI = (("huggingface-cli login", "huggingface-cli upload")
+        if huggingface_hub.__version__.startswith("0.") else ("hf auth login", "hf upload"))
 
 _CARD = """---
 {metadata}
@@ -73,7 +78,7 @@ def check_login(settings: TrainSettings) -> None:
         if _status(error) == 401 or type(error).__name__ == "LocalTokenNotFoundError":
             raise UsageError(
                 "--push_to_hub: no valid access token; give --hub_token, or log in with "
-                "`huggingface-cli login`") from error
+                f"`{_CLI[0]}`") from error
         raise RunError(f"--push_to_hub: the hub cannot be reached ({first_line(error)})") from error
 
 
@@ -110,7 +115,7 @@ def push(settings: TrainSettings) -> None:
         raise RunError(
             f"could not push {folder} to the hub: {first_line(error)}; "
             f"the model is whole in {folder}, "
-            f"and `huggingface-cli upload {repo_id or folder.resolve().name} {folder}` tries again"
+            f"and `{_CLI[1]} {repo_id or folder.resolve().name} {folder}` tries again"
         ) from error
     print(f"shared: {commit.commit_url}")
 
