@@ -4,6 +4,7 @@
     python infer.py --checkpoint output/demo --question "What did Ada fear?" --context "Ada ..."
     python infer.py --checkpoint output/demo --input_file questions.json --output_file answers.jsonl
     python infer.py --checkpoint output/demo      asks for a text and for questions about it
+    python infer.py --checkpoint output/demo --web      does so on a page, and answers programs
 """
 import json
 import sys
@@ -21,6 +22,7 @@ def main(argv=None):
     """Run the command line `argv`, by default the process's own; returns the exit status."""
     settings, ipu_config = parse_infer(argv)
     profiling_environment(settings, ipu_config, "inference")
+    from qa.data.windows import one_question
     from qa.run.process import StopSignals
     with StopSignals(), Spans("infer", settings) as spans:
         answer = load_answerer(settings, ipu_config, spans)
@@ -28,6 +30,9 @@ def main(argv=None):
             answer_file(settings, answer)
         elif settings.question is not None:
             print_answers(settings, answer(one_question(settings.question, settings.context)))
+        elif settings.web:
+            from qa.web.ask import serve_answers
+            serve_answers(settings, answer)
         else:
             converse(settings, answer)
     return 0
@@ -61,12 +66,6 @@ def load_answerer(settings, ipu_config, spans):
                 yield printed_answer(question, each, settings.n_best)
 
     return answer
-
-
-def one_question(question, context):
-    """A data set of one question."""
-    from qa.data.windows import FewQuestions
-    return FewQuestions({"id": ["0"], "question": [question], "context": [context]})
 
 
 def answer_file(settings, answer):
@@ -110,6 +109,7 @@ def converse(settings, answer):
     An empty question asks for another text.
     """
     from qa.answers.printing import Console
+    from qa.data.windows import one_question
     if sys.stdin is None:
         raise UsageError("standard input is closed: give --question, or --input_file")
     console, context = Console(), settings.context

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ _TABLES = "name a JSON, JSON Lines, CSV or Parquet file"
 # Settings that do nothing without another one; named only where the command line gives them.
 _NEED = {
     "hub_model_id": "push_to_hub", "hub_private_repo": "push_to_hub",
-    "save_total_limit": "save_steps", "metric_for_best_model": "load_best_model_at_end",
+    "save_total_limit": "save_steps", "host": "web", "port": "web",
+    "metric_for_best_model": "load_best_model_at_end",
     "null_score_diff_threshold": "version_2_with_negative"}
 
 
@@ -108,6 +110,13 @@ def check_infer(settings: Any) -> None:
     for one, other in (("context", "context_file"), ("question", "input_file")):
         if getattr(settings, one) is not None and getattr(settings, other) is not None:
             raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
+    if settings.web:
+        for name in ("question", "input_file"):
+            if getattr(settings, name) is not None:
+                raise UsageError(f"--web and --{name} exclude each other: leave one out")
+        if find_spec("dash") is None:
+            raise UsageError("--web needs the package dash: pip install -r requirements-pages.txt")
+        listen(settings.host, settings.port).close()  # found early: a model takes long to load
     if settings.question is not None and settings.context is None and settings.context_file is None:
         raise UsageError("--question comes without its text: add --context or --context_file")
     if settings.output_file is not None and settings.input_file is None:
@@ -129,6 +138,15 @@ def check_infer(settings: Any) -> None:
         except UnicodeError:
             raise UsageError(f"--{name} is not valid UTF-8: give its text in that "
                              f"encoding") from None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on host:port. Raises UsageError if that cannot be had."""
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise UsageError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); "
+                         "choose another port, or 0 for any that is free") from error
 
 
 def read_text(path: str) -> str:

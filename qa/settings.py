@@ -215,6 +215,10 @@ class QuestionSettings(Settings):
         None, "write the answers to this file, one JSON object per line (default: print them)")
     n_best: int = flag(1, "answers shown for each question", min=1, max=1000)
     json: bool = flag(False, "print one JSON object per question")
+    web: bool = flag(False, "answer on a page and to programs, on this machine alone")
+    host: str = flag("127.0.0.1", "address that the page is served on; 0.0.0.0 is every one, for "
+                     "whoever can reach this machine")
+    port: int = flag(8050, "port of the page; 0 is any that is free", min=0, max=65535)
     eval_micro_batch_size: int = flag(
         1, "rows of --input_file that a pipeline stage computes at once", min=1, max=4096)
 

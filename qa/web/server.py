@@ -1,0 +1,49 @@
+"""Serves a page made with Dash."""
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import dash
+import flask
+from werkzeug.sansio.utils import host_is_trusted
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+from qa.checks import listen
+
+_THIS_MACHINE = ("127.0.0.1", "localhost")
+
+
+class _Quiet(WSGIRequestHandler):
+    """Prints no line for each request; errors are still printed."""
+
+    def log_request(self, *_: Any) -> None:
+        pass
+
+
+def new_page(title: str, layout: Any) -> dash.Dash:
+    """Return an app whose page asks nothing of any other machine. layout: its content."""
+    app = dash.Dash(__name__, title=title, update_title=None, serve_locally=True)
+    app.index_string = app.index_string.replace("<html>", '<html lang="en">')
+    app.layout = layout
+    return app
+
+
+def serve(app: dash.Dash, host: str, port: int) -> None:
+    """Serve `app` on host:port (0: any free port) in a thread that ends with the process.
+
+    A page of another site could reach a server on this machine through a name of its own that
+    leads to 127.0.0.1 (DNS rebinding); requests that use such a name are therefore refused.
+    Prints the address. Raises UsageError if the port cannot be had.
+    """
+    if host in _THIS_MACHINE:
+        @app.server.before_request
+        def refuse_other_names() -> None:
+            if not host_is_trusted(flask.request.host, _THIS_MACHINE):
+                flask.abort(400)
+
+    with listen(host, port) as listener:
+        server = make_server(host, port, app.server, threaded=True, fd=listener.fileno(),
+                             request_handler=_Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"ready: http://{host}:{server.port}/ (Ctrl-C ends it)", flush=True)
