@@ -7,6 +7,7 @@ from typing import Any, List, Optional
 
 from tqdm import tqdm
 
+from ipu_options import processes
 from ipu_options.config import IPUConfig
 from ipu_options.files import write_json, writing
 from ipu_options.popvision import Spans
@@ -103,7 +104,8 @@ class Progress:
         print("training: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}"
                                        for name, value in summary.items() if value is not None))
         with writing(f"--output_dir {self.settings.output_dir}"):
-            write_json(Path(self.settings.output_dir) / "train_results.json", summary)
+            processes.on_first(write_json, Path(self.settings.output_dir) / "train_results.json",
+                               summary)
 
     def __enter__(self) -> "Progress":
         return self
