@@ -162,6 +162,7 @@ def join(*settings: Settings, error: Optional[Exception] = None) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are stack traces
     values = {name: value for each in settings for name, value in each.values().items()}
     _group = _Group(values.get("process_timeout", TIMEOUT))
     failed = None if error is None else _as_json(error)
@@ -359,6 +360,7 @@ class _Group:
         speaker = min(set(range(count())) - set(culprits))
         if place().index != speaker:
             return SystemExit(told["status"] if told else 1)
+        sys.stderr = sys.__stderr__  # if the first process is gone, another speaks
         if told:
             return _from_json(told, f"{self.name(next(iter(culprits)))}: ")
         if not culprits:
@@ -376,8 +378,9 @@ class _Group:
                 for index in others:
                     if self.store.check([f"words/{index}"]):
                         return {index: ""}, json.loads(self.store.get(f"words/{index}"))
-                gone = {index: why for index in others for why in [self._gone(index)] if why}
+                # Those that have left because of this same loss are not its cause.
                 silent = [i for i in others if not self.store.check([f"left/{i}"])]
+                gone = {index: why for index in silent for why in [self._gone(index)] if why}
                 if gone or not silent:
                     return gone, None
                 if time.monotonic() > until:

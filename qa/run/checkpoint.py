@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import stat
+import zlib
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -327,8 +328,13 @@ def restore(checkpoint: Optional[Checkpoint], training_model: Any, optimizer: An
 
     training_model: a compiled poptorch.PoplarExecutor that has the checkpoint's weights already.
     optimizer: its poptorch optimizer. The number of processes may be another than when it was
-    saved. Raises UsageError if the checkpoint's random state cannot be used.
+    saved. Raises UsageError if the checkpoint's random state cannot be used, or if another process
+    has other weights.
     """
+    if processes.count() > 1:
+        weights = weights_of(training_model.model).values()
+        hashes = [zlib.crc32(each.detach().flatten().view(torch.uint8).numpy()) for each in weights]
+        processes.agree({"the checksum of the model's weights": zlib.crc32(repr(hashes).encode())})
     if checkpoint is None:
         return
     set_optimizer_state(optimizer, training_model.model, checkpoint.optimizer)
