@@ -11,13 +11,15 @@ _SECONDS = 3.0
 _OFF = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
-def offline_unless_reachable() -> None:
+def offline_unless_reachable(needed: bool = True) -> None:
     """Have the Hugging Face libraries use only what is cached if the hub does not answer.
+
+    needed: whether anything may have to be fetched or sent; if not, nothing is tried.
 
     They would try again and again for half a minute. Must run before they are imported, since they
     read their environment once. Where a variable of theirs says what to do, it stands.
     """
-    if any(os.environ.get(name) for name in _OFF):
+    if not needed or any(os.environ.get(name) for name in _OFF):
         return
     found = []
     search = threading.Thread(target=lambda: found.append(_connects()), daemon=True)

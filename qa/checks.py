@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ipu_options import processes
 from ipu_options.errors import UsageError
 from ipu_options.flags import Settings
 
@@ -119,6 +120,9 @@ def check_infer(settings: Any) -> None:
         listen(settings.host, settings.port).close()  # found early: a model takes long to load
     if settings.question is not None and settings.context is None and settings.context_file is None:
         raise UsageError("--question comes without its text: add --context or --context_file")
+    if processes.count() > 1 and settings.input_file is None:
+        raise UsageError("only the questions of an --input_file can be shared out over processes: "
+                         "name one, or start a single process")
     if settings.output_file is not None and settings.input_file is None:
         raise UsageError("--output_file comes without --input_file: name the file of questions")
     for name in ("context_file", "input_file"):

@@ -13,6 +13,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 
 import yaml
 
+from ipu_options import processes
 from ipu_options.config import (
     IPU_CONFIG_NAME,
     IPUS_OF_A_HOST,
@@ -339,11 +340,11 @@ def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
 
 
 def refuse_several_hosts(settings: DeviceSettings) -> None:
-    """Raise UsageError for a pod with more IPUs than one host feeds: a run has one host."""
-    if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST:
+    """Raise UsageError for a pod with more IPUs than one host feeds, unless there are several."""
+    if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST and processes.count() == 1:
         raise UsageError(
-            f"{settings.source('pod_type')} {settings.pod_type} takes several hosts (poprun), a "
-            f"run has one: use at most pod{IPUS_OF_A_HOST}; larger pods can be planned")
+            f"{settings.source('pod_type')} {settings.pod_type} takes several hosts: start the run "
+            f"with poprun, or use at most pod{IPUS_OF_A_HOST}; a larger pod can be planned")
 
 
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,
