@@ -295,8 +295,9 @@ _received: Optional[Callable[[], int]] = None
 class _Group:
     """The connections of this process to the others.
 
-    The store holds a few texts: beat/INDEX counts a process's seconds, words/INDEX says why it has
-    ended, left/INDEX that it knows of the end.
+    The store holds, for each process: beat/INDEX, which counts its seconds; words/INDEX, why it has
+    ended, and spoken/INDEX if there are any; left/INDEX, that it knows of the end; done/INDEX, that
+    it needs the store no more.
     """
 
     def __init__(self, timeout: float):
@@ -341,6 +342,7 @@ class _Group:
         if not lost:
             with suppress(RuntimeError):
                 self.store.set(f"words/{place().index}", json.dumps(_as_json(error)))
+                self._mark("spoken")
         with suppress(RuntimeError):
             dist.destroy_process_group()  # wakes those who wait for this process
         try:
@@ -373,13 +375,13 @@ class _Group:
         others = [index for index in range(count()) if index != place().index]
         until = time.monotonic() + _PATIENCE
         try:
-            self.store.set(f"left/{place().index}", "knows")
+            self._mark("left")
             while True:
                 for index in others:
-                    if self.store.check([f"words/{index}"]):
+                    if self._marked("spoken", index):
                         return {index: ""}, json.loads(self.store.get(f"words/{index}"))
                 # Those that have left because of this same loss are not its cause.
-                silent = [i for i in others if not self.store.check([f"left/{i}"])]
+                silent = [index for index in others if not self._marked("left", index)]
                 gone = {index: why for index in silent for why in [self._gone(index)] if why}
                 if gone or not silent:
                     return gone, None
@@ -417,12 +419,18 @@ class _Group:
         """Let the others read the store, which may end with this process."""
         until = time.monotonic() + _PATIENCE
         with suppress(RuntimeError):
-            self.store.set(f"left/{place().index}", "knows")
-            self.store.set(f"done/{place().index}", "")
+            self._mark("left")
+            self._mark("done")
             others = [i for i in range(count()) if i != place().index and not self._gone(i)]
-            while is_first() and time.monotonic() < until and not self.store.check(
-                    [f"done/{index}" for index in others]):
+            while is_first() and time.monotonic() < until and not all(
+                    self._marked("done", index) for index in others):
                 time.sleep(0.05)
+
+    def _mark(self, what: str) -> None:
+        self.store.add(f"{what}/{place().index}", 1)
+
+    def _marked(self, what: str, index: int) -> bool:
+        return self.store.add(f"{what}/{index}", 0) > 0  # torch 2.0's stores have no check()
 
 
 _group: Optional[_Group] = None

@@ -12,14 +12,16 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from ipu_options import processes
 from ipu_options.errors import RunError, UsageError, run_script
+from ipu_options.flags import Settings
 from qa.data.rows import ProcessRows
-from tests.tools.kill_and_resume import ROOT, differences, end_of, prepare, start
+from tests.tools.kill_and_resume import ROOT, differences, end_of, has_ended, prepare, start
 
 FEW = ("--max_steps", "2", "--do_train")
 
@@ -42,6 +44,11 @@ def test_the_rows_of_a_process_are_those_of_its_replicas_and_gathered_are_in_ord
             rows = ProcessRows(Numbers(), index, count, 4 // count)
             mine = order.chunk(count, dim=2)[index].flatten()
             assert torch.equal(rows.__getitems__(range(len(rows)))["row"], mine)
+
+
+@dataclass
+class Timeout(Settings):
+    process_timeout: float = 10.0
 
 
 def fork(count, function, tmp_path, place=None):
@@ -71,7 +78,14 @@ def fork(count, function, tmp_path, place=None):
                 status = end.code
             finally:
                 os._exit(status)
-    return [end_of(pid) for pid in pids], (tmp_path / "log").read_text()
+    first = end_of(pids[0])
+    until = time.monotonic() + 15
+    for pid in pids[1:]:  # as torchrun does after a failure
+        while time.monotonic() < until and not has_ended(pid):
+            time.sleep(0.01)
+        if not has_ended(pid):
+            os.kill(pid, signal.SIGKILL)
+    return [first, *map(end_of, pids[1:])], (tmp_path / "log").read_text()
 
 
 def test_what_processes_tell_each_other(tmp_path):
@@ -97,6 +111,8 @@ def test_what_processes_tell_each_other(tmp_path):
     ("other", [2, 2, 2], r"error: process 2 \(pid .*\) differs from the first: x is 2 there, 0 on"),
     ("own", [1, 1, 1], r"error: process 1 \(.*\): ZeroDivisionError: "),
     ("died", [1, -9, 1], r"error: process 1 \(pid \d+ on .*\) has ended; the run of all"),
+    ("stopped", [1, -9, 1], r"error: process 1 \(pid \d+ on .*\) is stopped"),
+    ("hung", [1, -9, 1], r"error: process 1 \(pid .*\) has not answered for --process_timeout 10"),
     ("first died", [-9, 1, 1], r"error: process 0 \(pid \d+ on .*\) has ended"),
 ])
 def test_an_error_in_one_process_ends_all_with_one_line(tmp_path, case, statuses, line):
@@ -104,7 +120,7 @@ def test_an_error_in_one_process_ends_all_with_one_line(tmp_path, case, statuses
         index = int(os.environ["RANK"])
         if case == "usage" or case == "usage of one" and index == 1:
             raise UsageError("no such thing")
-        processes.join()
+        processes.join(Timeout(process_timeout=10.0))
         if case == "disk":
             def full():
                 raise RunError("No space left on device: model.safetensors")
@@ -113,6 +129,10 @@ def test_an_error_in_one_process_ends_all_with_one_line(tmp_path, case, statuses
             processes.agree({"x": index if index == 2 else 0})
         elif case == "own" and index == 1:
             return 1 // 0
+        elif case == "stopped" and index == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif case == "hung" and index == 1:
+            time.sleep(1000)
         elif index == (0 if case == "first died" else 1):
             os.kill(os.getpid(), signal.SIGKILL)
         processes.share("after")
@@ -123,7 +143,7 @@ def test_an_error_in_one_process_ends_all_with_one_line(tmp_path, case, statuses
     lines = [each for each in said.splitlines() if "processes (torchrun)" not in each]
     assert found == statuses, said
     assert len(lines) == 1 and re.match(line, lines[0]), said
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 100  # the timeout and 10 s more, on a machine that is busy
 
 
 @pytest.mark.parametrize("environment, wrong", [
@@ -195,23 +215,14 @@ def test_stopped_on_two_and_resumed_on_other_processes_is_bit_for_bit_the_run_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, why", [(signal.SIGKILL, "has ended"),
-                                         (signal.SIGSTOP, "is stopped")])
-def test_a_process_that_is_killed_or_stopped_takes_the_others_down(work, number, why):
+def test_a_process_that_is_killed_takes_the_others_down(work):
     (work / "packed.log").write_text("")
-    pids = start(work, "packed", work / f"lost-{number}", "--process_timeout", "15", processes=2)
+    pids = start(work, "packed", work / "lost", processes=2)
     wait_for(work, "packed", "| 1/")
-    begin = time.monotonic()
-    os.kill(pids[1], number)
-    assert end_of(pids[0]) == 1
-    assert time.monotonic() - begin < 15 + 25
     os.kill(pids[1], signal.SIGKILL)
-    end_of(pids[1])
+    assert ends(pids) == [1, -9], log(work, "packed")
     errors = re.findall("(?m)^error: .*", log(work, "packed"))
-    assert len(errors) == 1 and f"process 1 (pid {pids[1]} on" in errors[0] and why in errors[0]
-    # Nothing of the run is left: its loader's workers have ended too.
-    own = subprocess.run(["ps", "-eo", "args"], stdout=subprocess.PIPE, universal_newlines=True)
-    assert str(work / f"lost-{number}") not in own.stdout
+    assert len(errors) == 1 and f"process 1 (pid {pids[1]} on" in errors[0], errors
 
 
 @pytest.mark.slow

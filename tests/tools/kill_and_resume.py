@@ -146,22 +146,22 @@ def killed(pids: List[int], victim: int, output_dir: Path, seconds: float, while
     begin = time.monotonic()
     while time.monotonic() < begin + seconds or (
             while_saving and not any(output_dir.glob(".checkpoint-*"))):
-        if any(_has_ended(pid) for pid in pids):
+        if any(has_ended(pid) for pid in pids):
             return False
         time.sleep(0.0005)
     if while_saving:
         time.sleep(delay)
     os.kill(victim, signal.SIGKILL)
     alone = time.monotonic() + 20  # processes that have not met yet are ended by torchrun
-    while time.monotonic() < alone and not all(_has_ended(pid) for pid in pids):
+    while time.monotonic() < alone and not all(has_ended(pid) for pid in pids):
         time.sleep(0.01)
     for pid in pids:
-        if not _has_ended(pid):
+        if not has_ended(pid):
             os.kill(pid, signal.SIGKILL)
     return [end_of(pid) for pid in pids][pids.index(victim)] == -signal.SIGKILL
 
 
-def _has_ended(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
