@@ -103,6 +103,7 @@ def calibrate(argv: List[str]) -> int:
     settings, ipu_config, planning, calibrating = _parse(argv, calibrate, JobSettings,
                                                          CalibrateSettings)
     _refuse_trace(settings, "calibrate")
+    calibrating.check()
     from ipu_options.plan import calibrate as calibration
     from ipu_options.plan.text import fit_dict, fit_text
     from qa.planning.job import published
