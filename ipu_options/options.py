@@ -13,7 +13,6 @@ import torch
 from ipu_options import poptorch, processes
 from ipu_options.config import DeviceSettings, IPUConfig, Pipeline, executable_cache, reserved_ipus
 
-OUTPUT_MODES = {"final": "Final", "all": "All", "sum": "Sum", "default": "Default"}
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
 JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime
 _WATCHED = "watched gradient"  # the name of our anchor, free to choose
@@ -58,7 +57,7 @@ def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
     if config.auto_loss_scaling:
         options.Training.setAutomaticLossScaling(True)
-    options.outputMode(getattr(poptorch.OutputMode, OUTPUT_MODES[config.output_mode]))
+    options.outputMode(getattr(poptorch.OutputMode, config.output_mode.capitalize()))
     options.randomSeed(seed)
     options.Precision.enableStochasticRounding(config.stochastic_rounding)
     options.TensorLocations.setOptimizerLocation(
