@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 from ipu_options.config import IPUConfig
 from ipu_options.errors import RunError, UsageError, first_line
 from ipu_options.flags import Settings
-from qa.checks import check_row_length
+from ipu_options.hub import checkpoint_folder
+from qa.checks import assume_row_shape, check_row_length, most_tokens
 from qa.data.windows import check_tokenizer
 from qa.model.parallelize import weights_of
 from qa.model.roberta import RobertaForSpans
@@ -27,15 +28,19 @@ _SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attent
 _NUMBERS = ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
-def load_config(settings: Settings):
+def load_config(settings: Settings, weights: bool = True):
     """Return the configuration of the checkpoint that settings.model_name_or_path names.
 
-    It is a local folder or a name on the hub; no weights are read. Raises UsageError for another
-    architecture, for sizes that no model has, and if the model has too few positions for
+    It is a local folder or a name on the hub. weights: whether they will be loaded, too; then they
+    have to be in safetensors. Raises UsageError for another architecture, for sizes that no model
+    has, for weights in other formats only, and if the model has too few positions for
     max_seq_length; RunError if the checkpoint cannot be had.
+
+    The settings of infer.py for a checkpoint without qa_settings.json get a row length that the
+    model has positions for, and what was assumed is said in one line.
     """
     name, source = settings.model_name_or_path, settings.source("model_name_or_path")
-    config = _fetch(AutoConfig, settings, name)
+    config = _fetch(AutoConfig, settings, name, weights)
     if config.model_type not in FAMILY:
         raise UsageError(f"{source} {name} is a {config.model_type} model; this program fine-tunes "
                          f"RoBERTa's family: {', '.join(FAMILY)}")
@@ -52,6 +57,10 @@ def load_config(settings: Settings):
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         raise UsageError(f"{source} {name} has {config.position_embedding_type} positions; "
                          "only absolute ones are built")
+    if getattr(settings, "assumed", None):
+        assume_row_shape(settings, most_tokens(config))
+        print(f"note: {name} has no {settings.assumed}; taken: {settings.assumption()}; flags "
+              "change that", file=sys.stderr)
     check_row_length(settings, config)
     return config
 
@@ -64,7 +73,7 @@ def load_tokenizer(settings: Settings, model_config):
     """
     kind = "tokenizer_name" if settings.tokenizer_name else "model_name_or_path"
     name, source = getattr(settings, kind), settings.source(kind)
-    tokenizer = _fetch(AutoTokenizer, settings, name, kind=kind, use_fast=True)
+    tokenizer = _fetch(AutoTokenizer, settings, name, weights=False, kind=kind, use_fast=True)
     check_tokenizer(tokenizer, f"{source} {name}")
     largest = max(tokenizer.get_vocab().values())
     if largest >= model_config.vocab_size:
@@ -121,28 +130,31 @@ def write_checkpoint_files(model: RobertaForSpans, tokenizer, ipu_config: IPUCon
     write_qa_settings(settings, folder)
 
 
-def _fetch(loader, settings: Settings, name: str, kind: str = "model_name_or_path", **options):
+def _fetch(loader, settings: Settings, name: str, weights: bool = True,
+           kind: str = "model_name_or_path", **options):
     """Return loader.from_pretrained(name) without running code of the checkpoint.
 
-    kind: the setting that the name came from. Raises RunError, which begins with the cause.
+    weights: whether the checkpoint has to have some. kind: the setting that the name came from.
+    Raises UsageError for weights in other formats than safetensors; RunError, which begins with the
+    cause.
     """
-    if kind == "model_name_or_path" and not Path(name).is_dir():
-        options["revision"] = settings.model_revision
-    cache_dir = getattr(settings, "cache_dir", None)
+    revision = settings.model_revision if kind == "model_name_or_path" else "main"
+    folder = checkpoint_folder(name, settings.source(kind), revision, settings.hub_token,
+                               getattr(settings, "cache_dir", None), weights)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it has to say is said here, in one line
     try:
-        return loader.from_pretrained(name, token=settings.hub_token, trust_remote_code=False,
-                                      cache_dir=cache_dir, **options)
+        return loader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True,
+                                      **options)
     # transformers, tokenizers and safetensors raise errors of their own, and a damaged file may
     # cause any other.
     except Exception as error:
-        raise RunError(f"{settings.source(kind)} {name}: {_cause(error, Path(name))}") from error
+        raise RunError(f"{settings.source(kind)} {name}: {_cause(error)}") from error
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def _cause(error: Exception, path: Path) -> str:
+def _cause(error: Exception) -> str:
     """Return why a checkpoint could not be loaded, and what to do about it, in one line."""
     text = " ".join(str(error).split())
     package = re.search(r"requires the (\S+) library|No module named '?([\w.]+)|"
@@ -155,12 +167,5 @@ def _cause(error: Exception, path: Path) -> str:
         which = re.search(r"size mismatch for (\S+?):?\s", text)
         return (f"{which.group(1) if which else 'a weight'} has another size than config.json "
                 "says: the files do not belong together")
-    if path.is_dir():
-        return (f"{first_line(error)[:200]}; its folder should hold config.json, model.safetensors "
-                "and tokenizer.json")
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    return (f"no such folder, and the hub did not give it ({first_line(causes[0])[:120]}); name a "
-            "local folder with config.json, model.safetensors and tokenizer.json, or run --config "
-            "demo, which needs no download")
+    return (f"{first_line(error)[:200]}; its folder should hold config.json, model.safetensors "
+            "and tokenizer.json")
