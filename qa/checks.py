@@ -108,6 +108,11 @@ def check_infer(settings: Any) -> None:
     """Raise UsageError for settings of infer.py that exclude each other or name missing files."""
     _check_windows(settings)
     _check_needs(settings)
+    check_questions(settings)
+
+
+def check_questions(settings: Any) -> None:
+    """Raise UsageError for questions of infer.py that are incomplete or in missing files."""
     for one, other in (("context", "context_file"), ("question", "input_file")):
         if getattr(settings, one) is not None and getattr(settings, other) is not None:
             raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
@@ -170,6 +175,17 @@ def check_row_length(settings: Any, most: int) -> None:
         raise UsageError(
             f"{settings.source('max_seq_length')} {settings.max_seq_length}: "
             f"{settings.model_name_or_path} has positions for {most} tokens; use at most {most}")
+
+
+def assume_row_shape(settings: Any, most: int) -> None:
+    """Set what is not given of max_seq_length and doc_stride, for windows of up to `most` tokens.
+
+    They get their usual values, or less: a model that train.py has not written does not say.
+    """
+    if "max_seq_length" not in settings.sources:
+        settings.max_seq_length = min(settings.max_seq_length, most)
+    if "doc_stride" not in settings.sources:
+        settings.doc_stride = min(settings.doc_stride, settings.max_seq_length // 3)
 
 
 def _check_needs(settings: Settings) -> None:
