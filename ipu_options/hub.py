@@ -75,9 +75,11 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
                 files += huggingface_hub.HfApi(token=token).list_repo_files(name, revision=revision)
         # Offline, no such name or revision, no access, another server: errors of several libraries.
         except Exception as error:
+            demo = "" if source == "--checkpoint" else (
+                ", or run --config demo, which needs no download")
             raise RunError(f"{source} {name}: no such folder, and the hub did not give it "
                            f"({_cause(error, revision)}); name a local folder with config.json, "
-                           "model.safetensors and tokenizer.json") from error
+                           f"model.safetensors and tokenizer.json{demo}") from error
     if weights and not fnmatch.filter(files, _WEIGHTS):
         _refuse_other_weights(name, source, files)
     return Path(name) if Path(name).is_dir() else folder

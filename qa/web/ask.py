@@ -58,7 +58,7 @@ def _app(settings: InferSettings, ask: Callable[[Any, Any], Dict[str, Any]]) -> 
         html.H1("Ask a text"),
         html.P(f"Model: {settings.checkpoint}"),
         html.Label("Text", htmlFor="context"),
-        dcc.Textarea(id="context", value=settings.context or "", rows=10, style=_WIDE),
+        dcc.Textarea(id="context", value=settings.context or "", rows=5, style=_WIDE),
         dcc.Upload(html.Button("Open a text file"), id="file", accept="text/*"),
         html.Label("Question", htmlFor="question", style={"display": "block", "marginTop": "1em"}),
         dcc.Input(id="question", type="text", style=_WIDE, autoComplete="off"),

@@ -90,7 +90,7 @@ def test_going_on_with_another_seed_is_refused(work):
         start(work, "packed", work / "packed-reference", "--resume_from_checkpoint", "auto",
               "--seed", "7"))
     assert found == 2 and "Traceback" not in said, said
-    assert re.search("(?m)^error: .*checkpoint-12: --seed was 42, is 7", said)
+    assert re.search("(?m)^error: .*checkpoint-12: --seed was 42, is 7. Go on", said)
 
 
 def test_a_run_that_diverges_stops_with_what_to_try_and_keeps_the_last_good_checkpoint(work):
