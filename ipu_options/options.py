@@ -12,7 +12,6 @@ import torch
 from ipu_options import poptorch
 from ipu_options.config import DeviceSettings, IPUConfig, Pipeline, executable_cache
 
-OUTPUT_MODES = {"final": "Final", "all": "All", "sum": "Sum", "default": "Default"}
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
 JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime
 _WATCHED = "watched gradient"  # the name of our anchor, free to choose
@@ -57,7 +56,7 @@ def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
     if config.auto_loss_scaling:
         options.Training.setAutomaticLossScaling(True)
-    options.outputMode(getattr(poptorch.OutputMode, OUTPUT_MODES[config.output_mode]))
+    options.outputMode(getattr(poptorch.OutputMode, config.output_mode.capitalize()))
     options.randomSeed(seed)
     options.Precision.enableStochasticRounding(config.stochastic_rounding)
     options.TensorLocations.setOptimizerLocation(

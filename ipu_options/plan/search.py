@@ -101,13 +101,16 @@ def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
     """
     found = plan.job.config
     if not plan.job.training:
-        return replace(
+        whole = replace(
             whole, inference_layers_per_ipu=found.layers_per_ipu,
             inference_ipus_per_replica=found.num_ipus(),
             inference_replication_factor=found.replication_factor,
-            inference_device_iterations=found.device_iterations,
-            inference_matmul_proportion=found.matmul_proportion,
-            inference_embedding_serialization_factor=found.embedding_serialization_factor)
+            inference_device_iterations=found.device_iterations)
+        inherited = whole.for_pod(pod_of(ipus)).inference().values()
+        return replace(whole, **{
+            f"inference_{name}": getattr(found, name)
+            for name in ("matmul_proportion", "embedding_serialization_factor")
+            if getattr(found, name) != inherited[name]})
     inference = found.inference()
     stages = len(inference.layers_per_ipu)
     if len(inference.matmul_shares()) != stages:

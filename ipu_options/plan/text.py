@@ -173,12 +173,14 @@ def search_text(plans: Sequence[Plan], tried: int, seconds: float, given: Plan, 
     now = f"{given.windows_per_second:,.0f} windows/s" + ("" if given.fits else ", does not fit")
     lines = [
         f"{tried} settings, each with its best split, in {seconds:.1f} s. "
-        f"As given: {settings_text(given, given.job.config, IPUConfig())}: {now}."]
+        f"As given: {settings_text(given, settings_of(given, whole, ipus), IPUConfig())}: {now}."]
     for place, plan in enumerate(plans, 1):
-        ratio = plan.windows_per_second / given.windows_per_second
+        # An inference run is a whole number of calls, so that its duration is what counts.
+        ratio = (plan.windows_per_second / given.windows_per_second if plan.job.training else
+                 given.run_seconds / plan.run_seconds)
         setting = settings_text(plan, settings_of(plan, whole, ipus), whole)
         lines.append(f"\n{place}. {setting}: {plan.windows_per_second:,.0f} windows/s, "
-                     f"{ratio:.2f} times as given")
+                     f"{ratio:.2f} times as {'' if plan.job.training else 'fast as '}given")
         lines += ["   " + reason for reason in _reasons(plan)]
     return "\n".join(lines)
 
@@ -186,7 +188,8 @@ def search_text(plans: Sequence[Plan], tried: int, seconds: float, given: Plan, 
 def settings_text(plan: Plan, config: IPUConfig, other: IPUConfig) -> str:
     """Return the settings of a plan as flags of train.py.
 
-    These are the layout and the batch, and all other values of `config` that differ from `other`.
+    These are the layout and the batch, and all other values of `config` that differ from `other`;
+    for a plan of inference, only those of the inference pipeline.
     """
     names = (["layers_per_ipu", "replication_factor", "gradient_accumulation_steps"]
              if plan.job.training else
@@ -195,8 +198,9 @@ def settings_text(plan: Plan, config: IPUConfig, other: IPUConfig) -> str:
     old = other.values()
     for f in fields(IPUConfig):
         # Where the number of IPUs was not given, it follows from layers_per_ipu.
-        follows = f.name.endswith("ipus_per_replica") and old[f.name] is None
-        if f.name in old and f.name not in names and not follows and (
+        follows = f.name.endswith("ipus_per_replica") and old.get(f.name) is None
+        matters = plan.job.training or f.name.startswith("inference_")
+        if f.name in old and f.name not in names and matters and not follows and (
                 getattr(config, f.name) != old[f.name]):
             names.append(f.name)
     words = [f"--{name} {_value(getattr(config, name))}" for name in names

@@ -37,7 +37,7 @@ import pyarrow as pa
 
 from ipu_options.errors import RunError, UsageError, first_line
 from ipu_options.files import written_whole
-from qa.data.readers import COLUMNS, BadRow, read_rows
+from qa.data.readers import BadRow, columns, read_rows
 
 _log = logging.getLogger(__name__)
 
@@ -72,9 +72,7 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
         source, rows, identity = str(file), read_rows(file, need_answers), _content(file)
     else:
         hub = _load_from_hub(dataset_name, dataset_config_name, split)
-        missing = [
-            name for name in (COLUMNS if need_answers else COLUMNS[:3])
-            if name not in hub.column_names]
+        missing = [name for name in columns(need_answers) if name not in hub.column_names]
         if missing:
             raise UsageError(f"--dataset_name {dataset_name} has no column {', '.join(missing)}; "
                              f"it has {', '.join(hub.column_names)}")
@@ -201,7 +199,7 @@ def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
 
 def _check(row, need_answers, version_2_with_negative):
     """Return `row` with the columns and types of _SCHEMA. Raises BadRow if it is malformed."""
-    missing = [name for name in (COLUMNS if need_answers else COLUMNS[:3]) if name not in row]
+    missing = [name for name in columns(need_answers) if name not in row]
     if missing:
         raise BadRow(f"has no {', '.join(missing)}")
     name = row["id"]

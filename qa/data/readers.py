@@ -17,7 +17,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Iterator, Union
+from typing import Iterator, Sequence, Union
 
 from ipu_options.errors import UsageError
 
@@ -29,6 +29,11 @@ _COMPRESSED = {
 
 class BadRow(ValueError):
     """What is wrong with one example. The message is the predicate of `row 3 (id x) ...`."""
+
+
+def columns(need_answers: bool) -> Sequence[str]:
+    """Return the names of the columns that examples must have, with or without answers."""
+    return COLUMNS if need_answers else COLUMNS[:3]
 
 
 def read_rows(path, need_answers: bool = True) -> Iterator[Union[dict, BadRow]]:
@@ -58,7 +63,7 @@ def read_rows(path, need_answers: bool = True) -> Iterator[Union[dict, BadRow]]:
         if head.startswith(magic):
             raise UsageError(f"{path}: is compressed ({name}); unpack it first")
     try:
-        yield from readers[path.suffix.lower()](path, COLUMNS if need_answers else COLUMNS[:3])
+        yield from readers[path.suffix.lower()](path, columns(need_answers))
     except RecursionError:
         raise UsageError(f"{path}: values are nested too deep") from None
 

@@ -102,6 +102,7 @@ def calibrate(argv: List[str]) -> int:
     """Fit the planner to your own runs, or show its errors on published runs."""
     settings, _, planning, calibrating = _parse(argv, calibrate, JobSettings, CalibrateSettings)
     _refuse_trace(settings, "calibrate")
+    calibrating.check()
     from ipu_options.plan import calibrate as calibration
     from ipu_options.plan.text import fit_dict, fit_text
     from qa.planning.job import published

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, RobertaConfig
 
+from ipu_options.config import inference_pipeline, training_pipeline
 from ipu_options.errors import UsageError
 from ipu_options.layout import Layout
 from ipu_options.plan import calibrate
@@ -31,8 +33,10 @@ from ipu_options.plan.profile import profile_text, read_profile
 from ipu_options.plan.throughput import stage_work
 from qa.planning.commands import main
 from qa.planning.counting import make_counter
+from qa.planning.flags import JobSettings
 from qa.planning.job import MODELS, published
 from qa.planning.sweep import read_rows, run_sweep, write_rows
+from qa.settings import parse_train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -299,13 +303,132 @@ def test_every_family_is_planned_from_its_config_json(tmp_path, capsys, kind, si
         parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["albert", "modernbert", "longformer", "gpt2"])
-def test_other_architectures_are_refused_by_name(tmp_path, kind):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 64}))
-    with pytest.raises(UsageError, match=f"is a {kind} model: .*bert"):
-        main(["plan", "--config_json", str(tmp_path / "config.json")])
+@pytest.mark.parametrize("command, message", [
+    ("search --trace t.json", "--trace"),
+    ("calibrate --show --trace t.json", "--trace"),
+    ("report somewhere --trace t.json", "--trace"),
+    ("search --plot p.png", "--plot"),
+    ("calibrate --show --measured windows_per_second=3", "exclude each other"),
+    ("calibrate --show --profile p", "--measured"),
+    ("plan --fit --json", "calibrate --show --json"),
+    ("search --inference --dataset_name squad --max_seq_length 256", "--eval_windows"),
+    ("search --ipus 12", "the nearest is 8"),
+    ("search --ipus 0", "powers of two"),
+    ("search --ipus 1000000000000", "at most 256"),
+    ("plan --hidden_size 1000000000", "65536"),
+    ("plan --num_hidden_layers 100000", "256"),
+    ("plan --micro_batch_size 99999999", "4096"),
+    ("plan --num_train_epochs 1e300", "--num_train_epochs"),
+    ("plan --embedding_serialization_factor 100000", "256"),
+    ("plan --gradient_accumulation_steps 99999999999", "65536"),
+])
+def test_what_would_be_dropped_or_is_absurd_is_refused_in_one_line(command, message):
+    with pytest.raises(UsageError) as refusal:
+        main(command.split())
+    text = str(refusal.value).replace(",", "")
+    assert message in text and "\n" not in text
 
 
+@pytest.mark.slow
+def test_the_largest_sizes_are_planned_without_overflow(capsys):
+    flags = ("--hidden_size 65536 --num_hidden_layers 256 --num_attention_heads 1024 "
+             "--intermediate_size 262144 --vocab_size 10000000 --layers_per_ipu 64 64 64 64 "
+             "--gradient_accumulation_steps 65536 --train_windows 1000000000000 "
+             "--num_train_epochs 1000000 --micro_batch_size 4096").split()
+    for more in ([], ["--inference", "--inference_layers_per_ipu", "-1", "-1"], ["--json"]):
+        assert main(["plan", *flags, *more]) == 0
+        out = capsys.readouterr().out
+        assert "inf" not in out.replace("inference", "") and "nan" not in out
+
+
+@pytest.mark.parametrize("kind", ["albert", "modernbert", "longformer", "t5"])
+def test_other_architectures_are_refused_by_name(kind, tmp_path):
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+                 vocab_size=100, model_type=kind)
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    for flag in (["--config_json", str(tmp_path / "config.json")],
+                 ["--model_name_or_path", str(tmp_path)]):
+        with pytest.raises(UsageError, match=kind):
+            main(["plan", *flag, "--layers_per_ipu", "1", "1"])
+
+
+@pytest.mark.parametrize("layers", [[12], [6, 6], [4, 4, 4]])
+def test_short_pipelines_are_planned(layers, capsys):
+    flags = [*SMALL[:2], "--num_hidden_layers", "12", *SMALL[4:6], *SMALL[11:], "--layers_per_ipu",
+             *map(str, layers), "--json"]
+    assert main(["plan", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    stages = len(layers)
+    assert len(plan["ipus"]) == stages and plan["pipeline_steps"] == 32 + 2 * (stages - 1)
+    recomputed = [stage["recompute_seconds"] > 0 for stage in plan["stages"]]
+    # A single IPU is no pipeline, in which PopTorch recomputes nothing.
+    assert recomputed == [stages > 1] * stages
+    assert (plan["ipus"][0]["stash_bytes"] > 0) == (stages > 1)
+
+
+@pytest.mark.slow
+def test_a_plan_takes_the_pod_it_needs_and_says_what_a_run_needs(capsys):
+    small = [*SMALL, "--replication_factor"]
+    assert main(["plan", *small, "4"]) == 0
+    assert "--pod_type pod16 --replication_factor 4" in capsys.readouterr().out
+    assert main(["plan", *small, "64"]) == 0
+    assert "pod256 and several hosts" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="pod4 has 4"):
+        main(["plan", *small, "4", "--pod_type", "pod4"])
+
+
+def test_inference_is_planned_as_its_schedule_says(capsys):
+    """Steps, time of a call and of one question from the plan's own stages, by hand."""
+    flags = [*SMALL, "--inference_layers_per_ipu", "2", "2", "--inference_device_iterations", "6",
+             "--eval_micro_batch_size", "3", "--eval_windows", "1000"]
+    assert main(["plan", "--inference", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["phase"] == "inference" and plan["pipeline_steps"] == 6 + 1
+    assert plan["replication_factor"] == 2 and plan["rows_per_update"] == 3 * 6 * 2
+    assert all(ipu["gradients_bytes"] == ipu["stash_bytes"] == 0 for ipu in plan["ipus"])
+    calls = math.ceil(1000 / 36)
+    assert plan["run_seconds"] == pytest.approx(calls * plan["update_seconds"])
+    assert plan["windows_per_second_low"] < plan["windows_per_second"] < plan[
+        "windows_per_second_high"]
+    one = sum(stage["forward_seconds"] for stage in plan["stages"])
+    assert 0 < plan["one_question_seconds"] < plan["update_seconds"] and (
+        plan["one_question_seconds"] < one + 0.01)
+
+
+@pytest.mark.slow
+def test_search_finds_inference_layouts_that_train_py_takes(tmp_path, capsys):
+    """The file that is written plans as found, and keeps the training's own settings."""
+    path = tmp_path / "ipu_config.json"
+    flags = [*SMALL, "--matmul_proportion", "0.1", "0.2", "0.2", "0.2", "--eval_windows", "500"]
+    assert main(["search", "--inference", "--ipus", "4", "--json", "--write", str(path),
+                 *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    size = ["--eval_micro_batch_size", str(found[0]["micro_batch_size"])]
+    assert main(["plan", "--inference", "--json", *SMALL[:6], *SMALL[11:], "--eval_windows", "500",
+                 "--ipu_config", str(path), *size]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["windows_per_second"] == pytest.approx(found[0]["windows_per_second"])
+    assert main(["plan", "--json", *SMALL[:6], *SMALL[11:], "--ipu_config", str(path)]) == 0
+    training = json.loads(capsys.readouterr().out)
+    assert training["ipu_config"]["matmul_proportion"] == [0.1, 0.2, 0.2, 0.2]
+    assert all(plan["fits"] for plan in found)
+
+
+@pytest.mark.slow
+def test_search_prints_flags_that_train_py_takes(capsys):
+    """Of settings whose pipelines have other lengths than matmul_proportion and iterations."""
+    flags = [*SMALL, "--matmul_proportion", "0.1", "0.2", "0.2", "0.2",
+             "--inference_device_iterations", "4", "--gradient_accumulation_steps", "64"]
+    assert main(["search", "--ipus", "4", *flags]) == 0
+    printed = re.findall(r"^\d+\. (--.*): [\d,]+ windows", capsys.readouterr().out, re.M)
+    assert printed
+    for setting in printed:
+        settings, config, _ = parse_train(
+            [*SMALL[:6], *SMALL[11:], *flags[len(SMALL):], *setting.split()], JobSettings)
+        assert inference_pipeline(config, 4, "pod4") and training_pipeline(config, 4, "pod4")
+
+
+@pytest.mark.slow
 def test_search_writes_a_configuration_that_plans_as_found(tmp_path, capsys):
     path = tmp_path / "ipu_config.json"
     flags = SMALL + ["--gradient_accumulation_steps", "64"]
