@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 
+from ipu_options import processes
 from ipu_options.config import inference_pipeline
 from ipu_options.errors import UsageError, run_script
 from ipu_options.files import user_file, writing
@@ -21,6 +22,7 @@ from qa.settings import parse_infer
 def main(argv=None):
     """Run the command line `argv`, by default the process's own; returns the exit status."""
     settings, ipu_config = parse_infer(argv)
+    processes.join(settings, ipu_config)
     profiling_environment(settings, ipu_config, "inference")
     from qa.data.windows import one_question
     from qa.run.process import StopSignals
@@ -74,8 +76,9 @@ def answer_file(settings, answer):
     from qa.data.dataset import load_examples
 
     version_2, predictions = settings.version_2_with_negative, []
-    examples = load_examples(split="test", file=settings.input_file, need_answers=None,
-                             on_bad_row=settings.on_bad_row, version_2_with_negative=version_2)
+    examples = processes.first_of_host_first(lambda: load_examples(
+        split="test", file=settings.input_file, need_answers=None,
+        on_bad_row=settings.on_bad_row, version_2_with_negative=version_2))
 
     def kept():
         for each in answer(examples):
@@ -84,15 +87,15 @@ def answer_file(settings, answer):
             yield each
 
     print_answers(settings, kept())
-    metrics = metrics_of(examples, predictions, version_2)
+    metrics = processes.on_first(metrics_of, examples, predictions, version_2)
     if metrics:
         print(f"{len(examples)} questions: {as_text(metrics)}", file=sys.stderr)
 
 
 def print_answers(settings, answers):
-    """Print the answers, or write them to --output_file, which appears when it is complete."""
+    """Print the answers, or write them to --output_file; only the first process has any."""
     from qa.answers.printing import as_text
-    if settings.output_file:
+    if settings.output_file and processes.is_first():
         with writing(f"--output_file {settings.output_file}"), \
                 user_file(settings.output_file) as file:
             count = sum(1 for answer in answers if file.write(json.dumps(answer) + "\n"))
@@ -104,10 +107,7 @@ def print_answers(settings, answers):
 
 
 def converse(settings, answer):
-    """Ask for a text, which an empty line ends, then for questions, until the input ends.
-
-    An empty question asks for another text.
-    """
+    """Ask for a text, ended by an empty line, then for questions; none asks for another text."""
     from qa.answers.printing import Console
     from qa.data.windows import one_question
     if sys.stdin is None:
@@ -126,4 +126,4 @@ def converse(settings, answer):
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_script(processes.together(main)))

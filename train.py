@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 
+from ipu_options import processes
 from ipu_options.config import training_pipeline
 from ipu_options.errors import keep_running_without_reader, run_script
 from ipu_options.hub import offline_unless_reachable
@@ -26,10 +27,10 @@ def main(argv=None):
         from qa.planning.commands import show_plan
         return show_plan(settings, ipu_config, planning)
     planning.refuse_without_plan(settings)
+    processes.join(settings, ipu_config)
     profiling_environment(settings, ipu_config, "training", "inference")
     keep_running_without_reader()
-    if settings.needs_hub:
-        offline_unless_reachable()
+    offline_unless_reachable(settings.needs_hub)
     from qa.run.log import RunLog
     from qa.run.process import StopSignals, output_lock
     with output_lock(settings.output_dir), StopSignals() as stop, \
@@ -49,7 +50,7 @@ def fine_tune(settings, ipu_config, stop, spans, log):
     from ipu_options.options import describe_poptorch, mean_loss, training_options
     from qa.answers.evaluation import Evaluation
     from qa.data.demo import use_demo_data
-    from qa.data.loader import open_loader
+    from qa.data.loader import first_batch, open_loader
     from qa.data.packing import for_packed_rows
     from qa.data.rows import TrainingRows
     from qa.data.windows import load_questions
@@ -75,8 +76,7 @@ def fine_tune(settings, ipu_config, stop, spans, log):
     evaluation = Evaluation(settings, model_config, ipu_config, spans, log)
     print(pipeline.layout.table())
 
-    # 2. Questions -> windows -> rows. A packed row holds several windows, so fewer micro-batches
-    # give an update its number of windows. The rows of all epochs are one data set.
+    # 2. Questions -> windows -> rows of all epochs. Packing needs fewer micro-batches an update.
     questions, eval_questions, test_questions = load_questions(settings, tokenizer)
     if not settings.trains:
         weights = weights_of(load_model(settings, model_config))
@@ -108,7 +108,7 @@ def fine_tune(settings, ipu_config, stop, spans, log):
                                watched=last_gradient(model), watch=settings.watch_gradients)
     training_model = poptorch.trainingModel(model, options, optimizer)
     with stop.killable(), spans("compile"):
-        training_model.compile(**rows.first_batch())
+        training_model.compile(**first_batch(options, rows, settings.micro_batch_size))
         if settings.compile_only:
             evaluation.compile(questions.windows)
             print(describe_compiled(begin, pipeline.config, settings))
@@ -131,7 +131,7 @@ def fine_tune(settings, ipu_config, stop, spans, log):
             step += 1
             saving = settings.save_steps and step % settings.save_steps == 0
             evaluating = progress.evaluation_is_due(step)
-            last = stop.requested or step == rows.total_steps
+            last = stop.share() or step == rows.total_steps
             # What is saved is finite. Reading weights costs a transfer from the device.
             finite = guard.passes(step, loss, learning_rate, progress.losses,
                                   look_at_weights=saving or evaluating or last)
@@ -167,4 +167,4 @@ def fine_tune(settings, ipu_config, stop, spans, log):
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_script(processes.together(main)))

@@ -19,6 +19,7 @@ COMMANDS = {  # the quickest first
     "input_pipeline": [],
     "answers": [],
     "host_overhead": [],
+    "processes": [],
     "packing": [],
     "inference": ["--runs", "3"],
     "million_windows": [],

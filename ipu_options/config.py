@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
+from ipu_options import processes
 from ipu_options.errors import UsageError
 from ipu_options.files import read_json_object, write_json
 from ipu_options.flags import Settings, flag
@@ -24,7 +25,7 @@ _OF_OTHERS = {"optimum_version", "transformers_version", "ipu_version", "seed"}
 NO_CACHE = ("", "disabled")  # values of executable_cache_dir; optimum-graphcore's is "disabled"
 POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64, "pod128": 128,
             "pod256": 256}
-# The IPUs that one host feeds. Larger pods take several hosts (poprun): they can only be planned.
+# The IPUs that one host feeds. Larger pods take several hosts (poprun).
 IPUS_OF_A_HOST = 64
 OUTPUT_MODES = ("final", "all", "sum", "default")
 
@@ -44,6 +45,9 @@ class DeviceSettings(Settings):
         None, "folder for PopVision reports of training and inference")
     trace: Optional[str] = flag(
         None, "write a Chrome trace of the host's phases (or of the plan) to this file")
+    process_timeout: float = flag(
+        processes.TIMEOUT, "seconds after which a process that does not answer the others ends the "
+        "run of all: longer than compiling, saving and evaluating take", above=0)
 
     @property
     def dry_run(self) -> bool:
@@ -224,7 +228,7 @@ def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
     if the layout does not add up, if the pod has too few IPUs, if matmul_proportion has a wrong
     number of values, or if gradient accumulation is too small for the number of pipeline stages.
     """
-    config = config.for_pod(pod)
+    config = _of_launcher(config.for_pod(pod))
     pipeline = Pipeline(config, config.layout(num_layers))
     stages, needed = len(pipeline.layout.stages()), pipeline.layout.min_gradient_accumulation()
     if config.gradient_accumulation_steps < needed:
@@ -243,7 +247,12 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline
     A pipeline of several stages needs at least one device iteration for each of them. Raises
     UsageError for too few, and otherwise as `training_pipeline` does.
     """
-    config = config.for_pod(pod).inference()
+    training = _of_launcher(config.for_pod(pod))
+    config = training.inference()
+    if processes.place().launcher == "poprun":
+        # Its IPUs are reserved once, for replicas of one size: popdist.checkNumIpusPerReplica.
+        config.replication_factor = training.replication_factor
+        config.ipus_per_replica = config.ipus_per_replica or reserved_ipus(training.num_ipus())
     pipeline = Pipeline(config, config.layout(num_layers))
     stages = len(pipeline.layout.stages())
     if stages > 1 and config.device_iterations < stages:
@@ -275,9 +284,42 @@ def pod_of(ipus: int) -> str:
     return min(fitting, key=POD_IPUS.get) if fitting else max(POD_IPUS, key=POD_IPUS.get)
 
 
+def _of_launcher(config: IPUConfig) -> IPUConfig:
+    """Return the training configuration with poprun's number of replicas, if poprun has one.
+
+    Raises UsageError if the flag contradicts it (graphcore/examples override the flag instead,
+    nlp/bert/pytorch/args.py, init_popdist).
+    """
+    replicas = processes.place().replicas
+    if replicas is None or replicas == config.replication_factor:
+        return config
+    if config.sources.get("replication_factor") == "--replication_factor":
+        raise UsageError(
+            f"--replication_factor {config.replication_factor}: poprun --num-replicas is "
+            f"{replicas}; leave the flag out, or start poprun with the same number")
+    return replace(config, replication_factor=replicas,
+                   sources={**config.sources, "replication_factor": "poprun --num-replicas"})
+
+
+def _check_processes(config: IPUConfig) -> None:
+    """Raise UsageError unless each process gets the same number of whole replicas."""
+    here, replicas = processes.place(), config.replication_factor
+    if replicas % here.count:
+        raise UsageError(
+            f"{config.source('replication_factor')} {replicas} cannot be shared out over "
+            f"{here.count} processes: it is the number of all replicas, and has to be a multiple "
+            f"of {here.count}")
+    if here.ipus_per_replica not in (None, reserved_ipus(config.num_ipus())):
+        raise UsageError(
+            f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "
+            f"{reserved_ipus(config.num_ipus())} IPUs, poprun --ipus-per-replica is "
+            f"{here.ipus_per_replica}: start poprun with the same number")
+
+
 def _check_ipus(pipeline: Pipeline, pod: str) -> None:
     """Raise UsageError if the pod has too few IPUs or matmul_proportion the wrong length."""
     config = pipeline.config
+    _check_processes(config)
     replica = reserved_ipus(config.num_ipus())
     replicas, ipus = config.replication_factor, POD_IPUS[pod]
     if replica > ipus:

@@ -5,12 +5,13 @@ publish for BERT and RoBERTa.
 """
 from __future__ import annotations
 
+import functools
 from typing import Dict, Optional
 
 import torch
 
-from ipu_options import poptorch
-from ipu_options.config import DeviceSettings, IPUConfig, Pipeline, executable_cache
+from ipu_options import poptorch, processes
+from ipu_options.config import DeviceSettings, IPUConfig, Pipeline, executable_cache, reserved_ipus
 
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
 JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime
@@ -62,8 +63,8 @@ def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
     options.TensorLocations.setOptimizerLocation(
         poptorch.TensorLocationSettings()
         .useOnChipStorage(not config.optimizer_state_offchip)
-        .useReplicatedTensorSharding(
-            config.replicated_tensor_sharding and config.replication_factor > 1))
+        .useReplicatedTensorSharding(  # over the replicas of one process
+            config.replicated_tensor_sharding and options.replication_factor > 1))
     if watch is None:  # an executable that is compiled offline is meant for an IPU
         watch = not run.compile_only and not poptorch.ipuHardwareIsAvailable()
     if watched and watch:
@@ -93,13 +94,14 @@ def watched_gradient(options: "poptorch.Options",
 
 
 def mean_loss(output: torch.Tensor, config: IPUConfig) -> float:
-    """Return the mean loss of a step's micro-batches.
+    """Collective: return the mean loss of a step's micro-batches, of all processes.
 
     output: what a call of the training model returns under `config.output_mode`. In the modes
     "final" and "default" it holds only each replica's last micro-batch, and the mean is over those.
     """
     losses_in_a_sum = (config.gradient_accumulation_steps * config.device_iterations
                        if config.output_mode == "sum" else 1)
+    output = processes.gather_rows(output, config.replication_factor // processes.count())
     return output.float().mean().item() / losses_in_a_sum
 
 
@@ -119,10 +121,9 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str,
 
     phase: "training" or "inference". engine_options: Poplar's engine options of that phase alone.
     """
-    options = poptorch.Options()
+    options = _options_of_process(config)
     options.modelName(phase)
     options.autoRoundNumIPUs(True)
-    options.replicationFactor(config.replication_factor)
     options.deviceIterations(config.device_iterations)
     options.setExecutionStrategy(poptorch.PipelinedExecution(poptorch.AutoStage.AutoIncrement))
     options.setAvailableMemoryProportion(memory_proportions(config))
@@ -146,8 +147,34 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str,
         # After setEngineOptions, because it adds to the engine options. The report is written to a
         # sub-folder with the model's name (PopTorch, tests/options_test.py,
         # test_profile_report_with_model_name), which is `phase`.
-        options.enableProfiling(run.profile_dir)
+        options.enableProfiling(processes.own_path(run.profile_dir))
     return options
+
+
+def _options_of_process(config: IPUConfig) -> "poptorch.Options":
+    """Return new options for this process's share of the replicas.
+
+    Under poprun they are popdist's, which set the replicas and the IPUs of each process and refuse
+    to be told (PopTorch, tests/popdist_test.py; graphcore/examples, nlp/bert/pytorch/ipu_options.py
+    and vision/cnns/pytorch/train/train.py, create_training_opts). popdist.init() comes first
+    (nlp/bert/pytorch/args.py, init_popdist). Without poprun the number of processes is set even if
+    it is 1, because PopTorch's own default is what Open MPI's environment says.
+    """
+    here = processes.place()
+    if here.launcher == "poprun":
+        import popdist.poptorch
+        _initialise_popdist()
+        return popdist.poptorch.Options(ipus_per_replica=reserved_ipus(config.num_ipus()))
+    options = poptorch.Options()
+    options.replicationFactor(config.replication_factor // here.count)
+    options.Distributed.configureProcessId(here.index, here.count)
+    return options
+
+
+@functools.lru_cache(maxsize=None)
+def _initialise_popdist() -> None:
+    import popdist
+    popdist.init()
 
 
 def memory_proportions(config: IPUConfig) -> Dict[str, float]:

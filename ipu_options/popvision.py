@@ -25,6 +25,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
+from ipu_options import processes
 from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import user_file, writing
@@ -46,7 +47,7 @@ def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phas
     """
     if settings.profile_dir is None:
         return
-    folder = Path(settings.profile_dir).absolute()
+    folder = Path(processes.own_path(settings.profile_dir)).absolute()
     given = os.environ.get("PVTI_OPTIONS") or "{}"
     try:
         os.environ["PVTI_OPTIONS"] = json.dumps({
@@ -80,7 +81,8 @@ class Spans:
 
     def __init__(self, channel: str, settings: DeviceSettings) -> None:
         self.seconds: Dict[str, float] = defaultdict(float)
-        self._trace, self._name = settings.trace, channel
+        self._trace = settings.trace and processes.own_path(settings.trace)
+        self._name = channel
         self._events: List[Tuple[str, int, int]] = []  # name, start and duration in nanoseconds
         self._channel = None
         if settings.profile_dir is not None:

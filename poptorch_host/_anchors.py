@@ -72,16 +72,16 @@ class Anchors:
             for hook in hooks:
                 hook.remove()
 
-    def add(self, iteration: int, replica: int) -> None:
+    def add(self, step: int, replica: int) -> None:
         """Add the gradients of the micro-batch whose backward pass has just ended to the outputs.
 
-        `iteration` counts the device iterations of the call and `replica` the replicas, both from
-        0. Raises Error if an anchored parameter received no gradient.
+        `step` counts the micro-batches of a replica in the call and `replica` the replicas, both
+        from 0. Raises Error if an anchored parameter received no gradient.
         """
         for short, (name, _, _) in self._wanted.items():
             if name not in self._latest:
                 raise Error(f"Cannot anchor '{name}': the loss does not depend on this parameter")
-            self._outputs[short].add(iteration, replica, [self._latest[name]])
+            self._outputs[short].add(step, replica, [self._latest[name]])
         self._latest = {}
 
     def joined(self) -> Dict[str, torch.Tensor]:

@@ -86,12 +86,16 @@ def accumulation_type(optimizer, options, compiled: bool) -> None:
 def options(opts) -> None:
     """Raise Error for options that cannot be obeyed, whatever the model.
 
-    Several processes (Options.Distributed) are refused with NotOffered.
+    Several processes (Options.Distributed) are refused with NotOffered, unless they have joined
+    torch.distributed's default group.
     """
-    if opts.Distributed.numProcesses > 1:
+    processes = opts.Distributed.numProcesses
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if processes > 1 and not (joined and processes == torch.distributed.get_world_size()):
         raise NotOffered(
             "Options.Distributed",
-            "the executor runs in one process; replicationFactor() gives the same result")
+            f"{processes} processes must first join torch.distributed's default group, by "
+            "init_process_group; replicationFactor() gives the same result in one process")
     popart_options(opts._Popart.options)
     offline = opts.connection_type == enums.ConnectionType.Never
     if offline and opts.exists("use_model") and opts.use_model:

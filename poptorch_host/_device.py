@@ -2,6 +2,8 @@
 
 A combined batch is ordered by device iteration, then gradient accumulation step, then replica, then
 row of the micro-batch, because PopART's StepIOSplitter hands micro-batches to the replicas in turn.
+The replicas run one after another, each through all micro-batches of an update, with random numbers
+and gradients of their own, so that it makes no difference which process a replica belongs to.
 
 A float16 model has float16 tensors on the host. On the device its weights are float32, and the
 model runs with a working copy of them: in bfloat16 if the processor can multiply bfloat16, and in
@@ -22,6 +24,7 @@ from ._anchors import Anchors
 from ._errors import Error
 from ._logging import logger
 from ._outputs import Outputs, output_type
+from ._reduction import Gradients, PairwiseSum, sum_over_processes
 
 PIECE = 1 << 20  # number of elements that _add converts at a time; they fit in a processor's cache
 
@@ -143,21 +146,22 @@ class Weight:
 
 
 class Device:
-    """A compiled model with its own weights, optimizer state and random number generator.
+    """A compiled model with its own weights, optimizer state and random number generators.
 
     slots: (container, key, weight) for each place where the model keeps a tensor.
     replicated: those slots that hold another tensor in each replica.
     trained: (weight, index of its parameter group) for each weight that the optimizer updates.
     hyper: the hyperparameters of each trained weight, by its name.
     state: the optimizer state of each trained weight, by its name.
+    rngs: the state of each local replica's random number generator.
     """
 
     def __init__(self, model: torch.nn.Module, options: Any, training: bool, seed: int):
         self.model, self.options, self.training = model, options, training
         self.attached = False
         self.synthetic = bool(options._Popart.options.get("syntheticDataMode"))
-        self.seed = seed
-        self.rng = seeded(seed)
+        self.processes = options.Distributed.numProcesses
+        self.set_rng([seed])
         with torch._C.DisableTorchFunctionSubclass():
             self.weights = {
                 id(t): Weight(name, t)
@@ -191,30 +195,37 @@ class Device:
 
     @contextlib.contextmanager
     def _installed(self):
-        """Return a context in which the model uses the device's tensors and random numbers.
+        """Return a context in which the model uses the device's tensors.
 
         Embeddings return sparse gradients in it, of the rows that were looked up. A dense gradient
         would be mostly zeros, for a whole vocabulary in every micro-batch.
         """
-        host_rng = torch.get_rng_state()
         sparse = [embedding.sparse for embedding in self.embeddings]
         held = [container[key] for container, key, _ in self.slots]
         for container, key, weight in self.slots:
             container[key] = weight.working
         for embedding in self.embeddings:
             embedding.sparse = True
-        torch.set_rng_state(self.rng)
         ops._running = True
         try:
             yield
         finally:
             ops._running = False
-            self.rng = torch.get_rng_state()
-            torch.set_rng_state(host_rng)
             for (container, key, _), tensor in zip(self.slots, held):
                 container[key] = tensor
             for embedding, was in zip(self.embeddings, sparse):
                 embedding.sparse = was
+
+    @contextlib.contextmanager
+    def _random(self, replica: int):
+        """Return a context in which random numbers are those of a local replica."""
+        host = torch.get_rng_state()
+        torch.set_rng_state(self.rngs[replica])
+        try:
+            yield
+        finally:
+            self.rngs[replica] = torch.get_rng_state()
+            torch.set_rng_state(host)
 
     def compile(self, arguments) -> None:
         """Trace the model with one micro-batch.
@@ -223,19 +234,19 @@ class Device:
         types tell the two apart from float32. Afterwards the device's tensors and random numbers
         are what they were before.
         """
-        rng = self.rng
+        rngs = list(self.rngs)
         saved = [(w, w.working) for w in self.weights.values() if w.has_copy or not w.is_parameter]
         for weight, _ in saved:
             weight.working = weight.traced()  # a new tensor starts with _version 0
         try:
-            with self._installed():
+            with self._installed(), self._random(0):
                 micro_batch = arguments.micro_batches(_with_half(torch.bfloat16),
                                                       micro_batches_per_call(self.options))(0)
                 self.trace = self._traced(micro_batch)
                 _trace.check_reassigned(self.model, self.slots)
             changed = [w for w, _ in saved if not w.is_parameter and w.working._version != 0]
         finally:
-            self.rng = rng
+            self.rngs = rngs
             for weight, working in saved:
                 weight.working = working
         if changed and self.options.replication_factor > 1:
@@ -379,9 +390,9 @@ class Device:
                 nonfinite = ~gradient.isfinite()
                 weight.nonfinite = nonfinite if nonfinite.any() else None
 
-    def _update_weights(self) -> None:
-        ready = [
-            (w, g) for w, g in ((w, w.take_gradient()) for w, _ in self.trained) if g is not None]
+    def _update_weights(self, gradients: Gradients) -> None:
+        """Update the trained weights; gradients: one for each of them."""
+        ready = [(w, g) for (w, _), g in zip(self.trained, gradients) if g is not None]
         if not ready:
             return
         with torch.no_grad():
@@ -410,18 +421,30 @@ class Device:
         return None if self.training else executor
 
     def get_rng(self) -> List[int]:
-        """Return the seed, followed by the generator's state as 64-bit integers.
+        """Return the seed, then the states of the replicas' generators as 64-bit integers.
 
-        With synthetic data PopART returns a seed that nothing has written and no state
-        (Devicex::getRandomSeedToHost and ::getRngStateToHost, devicex.cpp): here [0].
+        The replicas are the local ones. With synthetic data PopART returns a seed that nothing has
+        written and no state (Devicex::getRandomSeedToHost and ::getRngStateToHost, devicex.cpp):
+        here [0].
         """
-        return [0] if self.synthetic else [self.seed, *self.rng.view(torch.int64).tolist()]
+        return [0] if self.synthetic else [
+            self.seed, *torch.cat(self.rngs).view(torch.int64).tolist()]
 
     def set_rng(self, state: List[int]) -> None:
-        """Restore what get_rng() returned. If `state` is only a seed, start from that seed."""
-        self.seed = state[0]
-        self.rng = torch.tensor(state[1:], dtype=torch.int64).view(
-            torch.uint8) if state[1:] else seeded(self.seed)
+        """Restore what get_rng() returned. If `state` is only a seed, start from that seed.
+
+        Then each replica draws random numbers of its own: its seed is `seed` plus its index among
+        the replicas of all processes. Raises Error for a state of another number of replicas.
+        """
+        self.seed, count = state[0], self.options.replication_factor
+        first = self.options.Distributed.processId * count
+        rngs = [seeded(self.seed + first + replica) for replica in range(count)]
+        if state[1:]:
+            if (len(state) - 1) * 8 != sum(map(len, rngs)):
+                raise Error(f"rng_state has {len(state)} numbers, which are not those of {count} "
+                            "replica(s)")
+            rngs = list(torch.tensor(state[1:]).view(torch.uint8).clone().chunk(count))
+        self.rngs = rngs
 
     # ---- running ----
 
@@ -443,17 +466,19 @@ class Device:
         with self._installed(), torch.set_grad_enabled(
                 self.training), self.casts(), self._anchoring() as anchors:
             for iteration in range(options.device_iterations):
-                for step in range(accumulation):
-                    for replica in range(replicas):
-                        for container, key, weight in self.replicated:
-                            container[key] = weight.replicas[replica]
-                        args, kwargs = micro_batch((iteration * accumulation + step) * groups +
-                                                   group_of(replica))
-                        outputs.add(iteration, replica, self._run_micro_batch(args, kwargs))
-                        if anchors:
-                            anchors.add(iteration, replica)
+                gradients = PairwiseSum()
+                for replica in range(replicas):
+                    for container, key, weight in self.replicated:
+                        container[key] = weight.replicas[replica]
+                    with self._random(replica):
+                        for step in range(iteration * accumulation, (iteration + 1) * accumulation):
+                            args, kwargs = micro_batch(step * groups + group_of(replica))
+                            outputs.add(step, replica, self._run_micro_batch(args, kwargs))
+                            if anchors:
+                                anchors.add(step, replica)
+                    gradients.add([weight.take_gradient() for weight, _ in self.trained])
                 if self.training:
-                    self._update_weights()
+                    self._update_weights(sum_over_processes(gradients.total(), self.processes))
         return outputs.joined()
 
     def _anchoring(self) -> ContextManager[Optional[Anchors]]:
@@ -491,7 +516,8 @@ class Device:
         training = self.options.Training
         if training.accumulation_and_replication_reduction_type == enums.ReductionType.Sum:
             return 1.0
-        return 1.0 / (training.gradient_accumulation * self.options.replication_factor)
+        return 1.0 / (training.gradient_accumulation * self.options.replication_factor *
+                      self.processes)
 
 
 def _add(total: torch.Tensor, part: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """The outputs that a call returns: those of the micro-batches that the output mode selects."""
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 
@@ -33,17 +33,25 @@ class Outputs:
         self.synthetic = bool(popart.get("syntheticDataMode"))
         self.nan_on_overflow = popart.get("engineOptions", {}).get(
             "debug.nanOverflowMode") == "true"
-        self.kept: Any = {} if mode in (enums.OutputMode.Final, enums.OutputMode.Sum) else []
+        self.accumulation = options.Training.gradient_accumulation
+        # Tensors by (step, replica), or by (0, replica) where a replica keeps one for all steps.
+        self.kept: Dict[Tuple[int, int], List[torch.Tensor]] = {}
 
-    def add(self, iteration: int, replica: int, tensors: List[torch.Tensor]) -> None:
-        """Take the output tensors of the next micro-batch, and keep them if the mode says so."""
+    def add(self, step: int, replica: int, tensors: List[torch.Tensor]) -> None:
+        """Take the output tensors of a micro-batch, and keep them if the mode says so.
+
+        step: its number among those of its replica in this call; the steps of a replica come in
+        order.
+        """
         if self.mode == enums.OutputMode.Final:
-            self.kept[replica] = tensors
+            self.kept[0, replica] = tensors
         elif self.mode == enums.OutputMode.Sum:
-            old = self.kept.get(replica)
-            self.kept[replica] = tensors if old is None else [a + b for a, b in zip(old, tensors)]
-        elif self.mode == enums.OutputMode.All or (iteration + 1) % self.period == 0:
-            self.kept.append(tensors)
+            old = self.kept.get((0, replica))
+            self.kept[0, replica] = tensors if old is None else [
+                a + b for a, b in zip(old, tensors)]
+        elif (self.mode == enums.OutputMode.All
+              or (step // self.accumulation + 1) % self.period == 0):
+            self.kept[step, replica] = tensors
 
     def joined(self) -> List[torch.Tensor]:
         """Return one new tensor for each output, with the micro-batches joined along dimension 0.
@@ -52,7 +60,7 @@ class Outputs:
         data PopTorch returns memory that was never written (at::empty in PoplarExecutable.cpp;
         PopART makes no streams to the host, irlowering.cpp): here NaN, or 0 in integers.
         """
-        kept = list(self.kept.values()) if isinstance(self.kept, dict) else self.kept
+        kept = [self.kept[place] for place in sorted(self.kept)]
         joined = []
         for dtype, column in zip(self.types, zip(*kept)):
             out = column[0].clone() if len(column) == 1 else torch.cat([

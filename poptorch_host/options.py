@@ -265,7 +265,8 @@ class _TrainingOptions(OptionsDict):
 class _DistributedOptions(OptionsDict):
     """The number of processes, and which of them this one is.
 
-    The data loader obeys these options; the executor refuses more than one process.
+    The data loader obeys these options. The executor sums gradients over the processes if they have
+    joined torch.distributed's default group, and refuses more than one process otherwise.
     """
 
     def __init__(self) -> None:

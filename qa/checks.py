@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ipu_options import processes
 from ipu_options.errors import UsageError
 from ipu_options.flags import Settings
 
@@ -107,6 +108,11 @@ def check_infer(settings: Any) -> None:
     """Raise UsageError for settings of infer.py that exclude each other or name missing files."""
     _check_windows(settings)
     _check_needs(settings)
+    check_questions(settings)
+
+
+def check_questions(settings: Any) -> None:
+    """Raise UsageError for questions of infer.py that are incomplete or in missing files."""
     for one, other in (("context", "context_file"), ("question", "input_file")):
         if getattr(settings, one) is not None and getattr(settings, other) is not None:
             raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
@@ -119,6 +125,9 @@ def check_infer(settings: Any) -> None:
         listen(settings.host, settings.port).close()  # found early: a model takes long to load
     if settings.question is not None and settings.context is None and settings.context_file is None:
         raise UsageError("--question comes without its text: add --context or --context_file")
+    if processes.count() > 1 and settings.input_file is None:
+        raise UsageError("only the questions of an --input_file can be shared out over processes: "
+                         "name one, or start a single process")
     if settings.output_file is not None and settings.input_file is None:
         raise UsageError("--output_file comes without --input_file: name the file of questions")
     for name in ("context_file", "input_file"):
@@ -166,6 +175,17 @@ def check_row_length(settings: Any, most: int) -> None:
         raise UsageError(
             f"{settings.source('max_seq_length')} {settings.max_seq_length}: "
             f"{settings.model_name_or_path} has positions for {most} tokens; use at most {most}")
+
+
+def assume_row_shape(settings: Any, most: int) -> None:
+    """Set what is not given of max_seq_length and doc_stride, for windows of up to `most` tokens.
+
+    They get their usual values, or less: a model that train.py has not written does not say.
+    """
+    if "max_seq_length" not in settings.sources:
+        settings.max_seq_length = min(settings.max_seq_length, most)
+    if "doc_stride" not in settings.sources:
+        settings.doc_stride = min(settings.doc_stride, settings.max_seq_length // 3)
 
 
 def _check_needs(settings: Settings) -> None:

@@ -7,12 +7,14 @@ module does not import torch, so that `--help` and error messages take a fractio
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
 import yaml
 
+from ipu_options import processes
 from ipu_options.config import (
     IPU_CONFIG_NAME,
     IPUS_OF_A_HOST,
@@ -26,7 +28,15 @@ from ipu_options.config import (
 from ipu_options.errors import UsageError
 from ipu_options.files import read_json_object, write_json
 from ipu_options.flags import Layer, Parser, Settings, add_flags, did_you_mean, flag, make_settings
-from qa.checks import check_clipping, check_infer, check_train, read_text
+from ipu_options.hub import checkpoint_folder
+from qa.checks import (
+    assume_row_shape,
+    check_clipping,
+    check_infer,
+    check_questions,
+    check_train,
+    read_text,
+)
 
 log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
@@ -205,7 +215,7 @@ class RunSettings(DeviceSettings):
 class QuestionSettings(Settings):
     """Which questions infer.py answers."""
 
-    checkpoint: Optional[str] = flag(None, "folder of the fine-tuned model")
+    checkpoint: Optional[str] = flag(None, "fine-tuned model: a local folder or a name on the hub")
     question: Optional[str] = flag(None, "one question, with --context or --context_file")
     context: Optional[str] = flag(None, "the text to find the answer in")
     context_file: Optional[str] = flag(None, "file with the text to find the answer in")
@@ -250,7 +260,25 @@ class TrainSettings(TrainingSettings, DataSettings, ModelSettings, RunSettings):
 
 @dataclass
 class InferSettings(QuestionSettings, ModelSettings, RunSettings):
-    """All settings of infer.py."""
+    """All settings of infer.py.
+
+    assumed: the files of train.py that the checkpoint lacks. v2_from: what says that some questions
+    have no answer, of a checkpoint without qa_settings.json.
+    """
+
+    assumed: str = ""
+    v2_from: str = ""
+
+    def assumption(self) -> str:
+        """Return the values that were taken for want of the files `assumed`."""
+        taken = []
+        if QA_SETTINGS_NAME in self.assumed:
+            v2 = self.version_2_with_negative
+            taken = [f"--max_seq_length {self.max_seq_length}", f"--doc_stride {self.doc_stride}",
+                     f"--version_2_with_negative {str(v2).lower()}" + self.v2_from]
+        if IPU_CONFIG_NAME in self.assumed:
+            taken.append("--layers_per_ipu -1 -1")
+        return " ".join(taken)
 
 
 def parse_train(
@@ -289,32 +317,45 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
     """Return (InferSettings, IPUConfig) for infer.py.
 
     argv: by default sys.argv[1:]. Values in the checkpoint's qa_settings.json and ipu_config.json
-    apply unless --ipu_config or a flag overrides them. Raises UsageError for a value that is not
-    allowed.
+    apply unless --ipu_config or a flag overrides them. For a checkpoint without these files usual
+    values are taken, which `load_config` prints. A checkpoint on the hub is fetched. Raises
+    UsageError for a value that is not allowed, RunError if the hub does not give the checkpoint.
     """
     parser = Parser(
         "infer.py",
         "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.")
     # What makes no sense without training is not offered.
-    without = ("model_name_or_path", "model_revision", "compile_only", "synthetic_data")
+    without = ("model_name_or_path", "compile_only", "synthetic_data")
     given = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig,
                    without=without)
     _mean_inference(given)
-    folder = given.values.get("checkpoint")
-    if folder is None:
+    name = given.values.get("checkpoint")
+    if name is None:
         raise UsageError(
             "--checkpoint is missing: name the folder of a fine-tuned model, for example "
-            "--checkpoint output/demo")
-    if not (Path(folder) / "config.json").is_file():
+            "--checkpoint output/demo, or one on the hub")
+    check_questions(make_settings(InferSettings, [given]))  # before anything is downloaded
+    folder = checkpoint_folder(name, "--checkpoint", *(
+        given.values.get(key, default) for key, default in (
+            ("model_revision", "main"), ("hub_token", None))))
+    if not (folder / "config.json").is_file():
         raise UsageError(
-            f"--checkpoint {folder}: no config.json there; name a folder that train.py or "
+            f"--checkpoint {name}: no config.json there; name a folder that train.py or "
             "save_pretrained has written")
-    layers = [_read_qa_settings(folder)]
-    if (Path(folder) / IPU_CONFIG_NAME).is_file():
-        layers.append(_read_pipeline(folder, str(Path(folder) / IPU_CONFIG_NAME)))
-    layers += [*_ipu_config_layer(given), given]
+    lacks = [file for file in (QA_SETTINGS_NAME, IPU_CONFIG_NAME) if not (folder / file).is_file()]
+    layers, pipeline = [_read_qa_settings(folder)], _ipu_config_layer(given)
+    if IPU_CONFIG_NAME not in lacks:
+        layers.append(_read_pipeline(str(folder), str(folder / IPU_CONFIG_NAME)))
+    elif pipeline or "layers_per_ipu" in given.values:
+        lacks.remove(IPU_CONFIG_NAME)
+    else:
+        layers.append(Layer({"inference_layers_per_ipu": [-1, -1]}, "the default"))
+    layers += [*pipeline, given]
     settings, ipu_config = make_settings(InferSettings, layers), make_settings(IPUConfig, layers)
-    settings.model_name_or_path = folder
+    settings.assumed = " and no ".join(lacks)
+    if QA_SETTINGS_NAME in lacks:
+        _assume(settings, folder)
+    settings.model_name_or_path = name
     settings.sources["model_name_or_path"] = "--checkpoint"
     settings.pod_type = available_pod(settings.pod_type)
     refuse_several_hosts(settings)
@@ -339,11 +380,11 @@ def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
 
 
 def refuse_several_hosts(settings: DeviceSettings) -> None:
-    """Raise UsageError for a pod with more IPUs than one host feeds: a run has one host."""
-    if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST:
+    """Raise UsageError for a pod with more IPUs than one host feeds, unless there are several."""
+    if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST and processes.count() == 1:
         raise UsageError(
-            f"{settings.source('pod_type')} {settings.pod_type} takes several hosts (poprun), a "
-            f"run has one: use at most pod{IPUS_OF_A_HOST}; larger pods can be planned")
+            f"{settings.source('pod_type')} {settings.pod_type} takes several hosts: start the run "
+            f"with poprun, or use at most pod{IPUS_OF_A_HOST}; a larger pod can be planned")
 
 
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,
@@ -421,7 +462,28 @@ def _read_pipeline(name_or_path: str, source: str) -> Layer:
     return Layer(values, source)
 
 
-def _read_qa_settings(folder: str) -> Layer:
-    path = Path(folder) / QA_SETTINGS_NAME
+def _assume(settings: InferSettings, folder: Path) -> None:
+    """Choose row length, stride and version for a checkpoint of another program.
+
+    The tokenizer's limit bounds the length; the model's does as soon as it is known (load_config).
+    Whether some questions have no answer is not in such a checkpoint's files, but in its name or
+    its model card's data sets, if they are SQuAD v2.
+    """
+    path = folder / "tokenizer_config.json"
+    limit = read_json_object(path, str(path)).get("model_max_length") if path.is_file() else None
+    known = type(limit) is int and limit >= 16
+    assume_row_shape(settings, limit if known else settings.max_seq_length)
+    if "version_2_with_negative" in settings.sources:
+        return
+    card = folder / "README.md"
+    head = card.read_text("utf-8", "replace").split("\n---")[0] if card.is_file() else ""
+    for text, place in ((settings.checkpoint, "name"), (head, "model card")):
+        if re.search(r"squad[-_ ]?v?2", text, re.IGNORECASE):
+            settings.version_2_with_negative, settings.v2_from = True, f" (by its {place})"
+            return
+
+
+def _read_qa_settings(folder: Path) -> Layer:
+    path = folder / QA_SETTINGS_NAME
     values = read_json_object(path, str(path)) if path.is_file() else {}
     return Layer({name: values[name] for name in QA_SETTINGS if name in values}, str(path))

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 import torch
 from tqdm import tqdm
 
+from ipu_options import processes
 from ipu_options.config import IPUConfig, inference_pipeline
 from ipu_options.files import write_json, writing, written_whole
 from ipu_options.popvision import Spans
@@ -69,15 +70,18 @@ class Evaluation:
             examples, windows, _ = questions
             version_2 = self.settings.version_2_with_negative
             found = self.pipeline.answers(windows, examples)
-            with writing(f"--output_dir {folder}"):
-                predictions = write_answers(found, folder, version_2, prefix)
+            if processes.is_first():
+                with writing(f"--output_dir {folder}"):
+                    predictions = write_answers(found, folder, version_2, prefix)
+            else:
+                predictions = list(found)  # computes its share
             self.pipeline.detach()
-            metrics = metrics_of(examples, predictions, version_2)
+            metrics = processes.on_first(metrics_of, examples, predictions, version_2)
         if metrics:
             tqdm.write(f"{prefix.replace('_', ' ')}evaluation at step {step}: " + as_text(metrics))
             with writing(f"--output_dir {folder}"):
-                write_json(folder / f"{prefix}metrics.json",
-                           {**metrics, "step": step, "epoch": epoch})
+                processes.on_first(write_json, folder / f"{prefix}metrics.json",
+                                   {**metrics, "step": step, "epoch": epoch})
             self.log.add("evaluation", step, epoch, questions="test" if prefix else "validation",
                          seconds=time.perf_counter() - begin, **metrics)
         self._last = questions, predictions
@@ -86,8 +90,10 @@ class Evaluation:
     def samples(self) -> str:
         """Return some of the questions of the last `run` with predicted and true answers, as text.
 
-        --show_predictions says how many, --seed determines which.
+        --show_predictions says how many, --seed determines which. Only the first process has them.
         """
+        if not processes.is_first():
+            return ""
         count, (questions, predictions) = self.settings.show_predictions, self._last
         examples, lines = questions.examples, []
         chosen = random.Random(self.settings.seed).sample(range(len(examples)),

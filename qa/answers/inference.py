@@ -4,12 +4,12 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Iterator
 
-from ipu_options import poptorch
+from ipu_options import poptorch, processes
 from ipu_options.bars import progress_bar
 from ipu_options.config import Pipeline
 from ipu_options.options import inference_options
 from qa.answers.spans import AnswerFinder
-from qa.data.loader import open_loader
+from qa.data.loader import first_batch, open_loader
 from qa.data.rows import InferenceRows
 from qa.model.families import row_kind
 from qa.model.parallelize import parallelize
@@ -47,10 +47,13 @@ class InferencePipeline:
 
         windows: any qa.data.windows.Windows, since all rows have the same shape.
         """
-        self.inference_model.compile(**self._rows(windows).__getitems__(range(self.rows_per_step)))
+        self.inference_model.compile(**first_batch(self.options, self._rows(windows),
+                                                   self.settings.eval_micro_batch_size))
 
     def answers(self, windows, examples, progress: bool = True) -> Iterator[dict]:
         """Yield the answer to each question in the order of `examples`.
+
+        Collective: every process has to exhaust the iterator. Only in the first it yields.
 
         windows: qa.data.windows.Windows with offsets, made from `examples`. progress: whether to
         show a progress bar. `AnswerFinder.add` lists the keys of an answer.
@@ -82,6 +85,8 @@ def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
     that each call returns start and end logits [rows of the combined batch, tokens] in the order of
     the rows. micro_batch_size: rows of a micro-batch. progress: whether to show a progress bar.
     `AnswerFinder.add` lists the keys of an answer.
+
+    Each process runs its share of every combined batch; the first one finds the answers.
     """
     loader = open_loader(options, rows, micro_batch_size,
                          asynchronous=len(rows) > _ROWS_WORTH_A_WORKER)
@@ -89,9 +94,14 @@ def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
     first = 0
     with loader as batches, bar:
         for batch in batches:
-            slices = [rows.slices(first + place) for place in range(len(batch["input_ids"]))]
+            processes.raise_stopped()
+            logits = [processes.gather_rows(each, options.replication_factor * micro_batch_size)
+                      for each in inference_model(**batch)]
+            slices = [rows.slices(first + place) for place in range(len(logits[0]))]
             first += len(slices)
-            yield from finder.add(slices, *inference_model(**batch))
+            if processes.is_first():
+                yield from finder.add(slices, *logits)
             if progress:
                 bar.update(sum(map(len, slices)))
-    yield from finder.finish()
+    if processes.is_first():
+        yield from finder.finish()

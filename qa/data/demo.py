@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from string import Formatter
 
+from ipu_options import processes
 from ipu_options.errors import RunError
 from ipu_options.files import system_error
 
@@ -162,8 +164,9 @@ def use_demo_data(settings):
         return settings
     folder = Path(settings.output_dir) / "demo_data"
     try:
-        write_demo(folder, seed=settings.seed,
-                   version_2_with_negative=settings.version_2_with_negative)
+        processes.on_first(partial(
+            write_demo, folder, seed=settings.seed,
+            version_2_with_negative=settings.version_2_with_negative))
     # tokenizers and safetensors raise their own kinds of errors for a failed write.
     except Exception as error:
         reason = system_error(error)

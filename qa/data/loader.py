@@ -7,6 +7,7 @@ from typing import Any, Iterator
 import torch
 
 from ipu_options import poptorch
+from qa.data.rows import ProcessRows
 from qa.data.workers import workers_ignore_signals
 
 
@@ -16,10 +17,10 @@ def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
     """Open a loader for the duration of a `with` block.
 
     options: the poptorch.Options of the model that runs the rows. rows: a data set of
-    qa/data/rows.py. num_workers: processes that make rows, in addition to the one process of an
-    asynchronous loader.
+    qa/data/rows.py with the rows of all processes. num_workers: processes that make rows, in
+    addition to the one process of an asynchronous loader.
 
-    Gives an iterator over the combined batches, {name: tensor [rows of one step, ...]}. An
+    Gives an iterator over this process's combined batches, {name: tensor [rows, ...]}. An
     asynchronous loader reuses the shared memory of its tensors: clone whatever is needed after the
     iteration that gave it.
     """
@@ -29,12 +30,31 @@ def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
         return
     mode = poptorch.DataLoaderMode.Async if asynchronous else poptorch.DataLoaderMode.Sync
     with workers_ignore_signals():
-        loader = poptorch.DataLoader(options, rows, batch_size=micro_batch_size, collate_fn=collate,
-                                     num_workers=num_workers, mode=mode)
+        loader = poptorch.DataLoader(
+            options, rows_of_process(options, rows, micro_batch_size), batch_size=micro_batch_size,
+            collate_fn=collate, num_workers=num_workers, mode=mode,
+            auto_distributed_partitioning=False)
     try:
         yield iter(loader)
     finally:
         loader.terminate()
+
+
+def rows_of_process(options: Any, rows: torch.utils.data.Dataset,
+                    micro_batch_size: int) -> torch.utils.data.Dataset:
+    """Return those of `rows` that the replicas of this process take."""
+    here = options.Distributed
+    if here.numProcesses == 1:
+        return rows
+    return ProcessRows(rows, here.processId, here.numProcesses,
+                       options.replication_factor * micro_batch_size)
+
+
+def first_batch(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: int) -> dict:
+    """Return this process's first combined batch, {name: tensor [rows of one step, ...]}."""
+    count = (micro_batch_size * options.device_iterations * options.replication_factor
+             * options.Training.gradient_accumulation)
+    return rows_of_process(options, rows, micro_batch_size).__getitems__(range(count))
 
 
 def collate(rows):

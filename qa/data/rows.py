@@ -240,6 +240,29 @@ class TrainingRows(_Rows):
                            windows_in_row[row_at].sum(axis=-1).reshape(-1))
 
 
+class ProcessRows(_Rows):
+    """The rows of one process's replicas, out of the rows of all.
+
+    A combined batch is ordered by pipeline step, then replica, then row of the micro-batch, and a
+    process has consecutive replicas. rows: the rows of all. process: this one's number. processes:
+    how many there are. width: rows of this process in one pipeline step. (The partitioning of
+    poptorch.DataLoader would give each process one contiguous part of the data set: other rows in
+    an update than the loss weights are made for.)
+    """
+
+    def __init__(self, rows: _Rows, process: int, processes: int, width: int):
+        self._rows, self._process, self._processes, self._width = rows, process, processes, width
+
+    def __len__(self) -> int:
+        return len(self._rows) // self._processes
+
+    def __getitems__(self, indices) -> dict:
+        """Return the rows `indices` of this process as one batch, {name: tensor [rows, ...]}."""
+        places = (divmod(index, self._width) for index in indices)
+        return self._rows.__getitems__([
+            (step * self._processes + self._process) * self._width + row for step, row in places])
+
+
 class InferenceRows(_Rows):
     """The rows for inference: every window once.
 

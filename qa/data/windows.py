@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
+from ipu_options import processes
 from ipu_options.bars import in_terminal
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import delete, folder_written_aside, rename_folder
@@ -122,13 +123,22 @@ def load_questions(settings: TrainSettings, tokenizer,
     The windows of the training questions have labels, the others character offsets. What a run does
     not need is None. Prints as many training examples as --show_examples asks for. Raises the
     exceptions of `load_examples` and `make_windows`.
+
+    Collective: one process of each host makes what the others then find in its cache. Raises
+    UsageError if a process finds other questions.
     """
     import datasets
 
-    from qa.data.dataset import load_examples, random_examples
-
     if not in_terminal():  # a bar would fill a file with lines
         datasets.disable_progress_bars()
+    found = processes.first_of_host_first(_load_questions, settings, tokenizer)
+    processes.agree({f"the fingerprint of the {name} questions": each and each.windows.fingerprint
+                     for name, each in zip(("training", "validation", "test"), found)})
+    return found
+
+
+def _load_questions(settings: TrainSettings, tokenizer):
+    from qa.data.dataset import load_examples, random_examples
 
     def load(split, file, max_samples=None, need_answers=True, **kind):
         examples = load_examples(
@@ -142,7 +152,8 @@ def load_questions(settings: TrainSettings, tokenizer,
         windows = make_windows(
             examples, tokenizer, max_seq_length=settings.max_seq_length,
             doc_stride=settings.doc_stride, on_bad_row=settings.on_bad_row,
-            num_proc=settings.preprocessing_num_workers, overwrite_cache=settings.overwrite_cache,
+            num_proc=settings.preprocessing_num_workers,
+            overwrite_cache=settings.overwrite_cache and processes.place().local_index == 0,
             **kind)
         return Questions(examples, Windows(windows), "test_" if split == "test" else "")
 
@@ -272,8 +283,8 @@ def windows_for_answers(settings: InferSettings, tokenizer,
                         examples: Union[datasets.Dataset, FewQuestions]) -> Windows:
     """Return the windows, with character offsets, of the questions that infer.py answers.
 
-    The windows of FewQuestions are made in memory and are not cached. Raises UsageError as
-    `make_windows` does.
+    The windows of FewQuestions are made in memory and are not cached. Collective. Raises UsageError
+    as `make_windows` does.
     """
     shape = dict(max_seq_length=settings.max_seq_length, doc_stride=settings.doc_stride,
                  on_bad_row=settings.on_bad_row)
@@ -281,9 +292,11 @@ def windows_for_answers(settings: InferSettings, tokenizer,
         recipe = _recipe(tokenizer, labels=False, offsets=True, **shape)
         windows = _windows_of_batch(pa.table(examples.columns), list(range(len(examples))), recipe)
     else:
-        windows = make_windows(examples, tokenizer, labels=False, offsets=True,
-                               num_proc=settings.preprocessing_num_workers,
-                               overwrite_cache=settings.overwrite_cache, **shape)
+        windows = processes.first_of_host_first(lambda: make_windows(
+            examples, tokenizer, labels=False, offsets=True,
+            num_proc=settings.preprocessing_num_workers,
+            overwrite_cache=settings.overwrite_cache and processes.place().local_index == 0,
+            **shape))
     stop_tokenizer_threads()
     return Windows(windows)
 

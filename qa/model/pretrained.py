@@ -13,7 +13,8 @@ from transformers.utils import logging as transformers_logging
 from ipu_options.config import IPUConfig
 from ipu_options.errors import RunError, UsageError, first_line
 from ipu_options.flags import Settings
-from qa.checks import check_row_length
+from ipu_options.hub import checkpoint_folder
+from qa.checks import assume_row_shape, check_row_length
 from qa.data.windows import check_tokenizer
 from qa.model.families import SIZES, family_of, first_position
 from qa.model.parallelize import weights_of
@@ -21,15 +22,19 @@ from qa.model.roberta import ForSpans, model_class
 from qa.settings import TrainSettings, write_qa_settings
 
 
-def load_config(settings: Settings):
+def load_config(settings: Settings, weights: bool = True):
     """Return the configuration of the checkpoint that settings.model_name_or_path names.
 
-    It is a local folder or a name on the hub; no weights are read. Raises UsageError for another
-    architecture, for sizes that no model has, and if the model has too few positions for
+    It is a local folder or a name on the hub. weights: whether they will be loaded, too; then they
+    have to be in safetensors. Raises UsageError for another architecture, for sizes that no model
+    has, for weights in other formats only, and if the model has too few positions for
     max_seq_length; RunError if the checkpoint cannot be had.
+
+    The settings of infer.py for a checkpoint without qa_settings.json get a row length that the
+    model has positions for, and what was assumed is said in one line.
     """
     name, source = settings.model_name_or_path, settings.source("model_name_or_path")
-    config = _fetch(AutoConfig, settings, name)
+    config = _fetch(AutoConfig, settings, name, weights)
     family = family_of(config, f"{source} {name}")
     for field in family.sizes:
         size, least = getattr(config, field, None), SIZES.get(field, 1)
@@ -44,7 +49,12 @@ def load_config(settings: Settings):
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         raise UsageError(f"{source} {name} has {config.position_embedding_type} positions; "
                          "only absolute ones are built")
-    check_row_length(settings, config.max_position_embeddings - first_position(config))
+    most = config.max_position_embeddings - first_position(config)
+    if getattr(settings, "assumed", None):
+        assume_row_shape(settings, most)
+        print(f"note: {name} has no {settings.assumed}; taken: {settings.assumption()}; flags "
+              "change that", file=sys.stderr)
+    check_row_length(settings, most)
     return config
 
 
@@ -56,7 +66,7 @@ def load_tokenizer(settings: Settings, model_config):
     """
     kind = "tokenizer_name" if settings.tokenizer_name else "model_name_or_path"
     name, source = getattr(settings, kind), settings.source(kind)
-    tokenizer = _fetch(AutoTokenizer, settings, name, kind=kind, use_fast=True)
+    tokenizer = _fetch(AutoTokenizer, settings, name, weights=False, kind=kind, use_fast=True)
     check_tokenizer(tokenizer, f"{source} {name}")
     largest = max(tokenizer.get_vocab().values())
     if largest >= model_config.vocab_size:
@@ -114,28 +124,31 @@ def write_checkpoint_files(model: ForSpans, tokenizer, ipu_config: IPUConfig,
     write_qa_settings(settings, folder)
 
 
-def _fetch(loader, settings: Settings, name: str, kind: str = "model_name_or_path", **options):
+def _fetch(loader, settings: Settings, name: str, weights: bool = True,
+           kind: str = "model_name_or_path", **options):
     """Return loader.from_pretrained(name) without running code of the checkpoint.
 
-    kind: the setting that the name came from. Raises RunError, which begins with the cause.
+    weights: whether the checkpoint has to have some. kind: the setting that the name came from.
+    Raises UsageError for weights in other formats than safetensors; RunError, which begins with the
+    cause.
     """
-    if kind == "model_name_or_path" and not Path(name).is_dir():
-        options["revision"] = settings.model_revision
-    cache_dir = getattr(settings, "cache_dir", None)
+    revision = settings.model_revision if kind == "model_name_or_path" else "main"
+    folder = checkpoint_folder(name, settings.source(kind), revision, settings.hub_token,
+                               getattr(settings, "cache_dir", None), weights)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it has to say is said here, in one line
     try:
-        return loader.from_pretrained(name, token=settings.hub_token, trust_remote_code=False,
-                                      cache_dir=cache_dir, **options)
+        return loader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True,
+                                      **options)
     # transformers, tokenizers and safetensors raise errors of their own, and a damaged file may
     # cause any other.
     except Exception as error:
-        raise RunError(f"{settings.source(kind)} {name}: {_cause(error, Path(name))}") from error
+        raise RunError(f"{settings.source(kind)} {name}: {_cause(error)}") from error
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def _cause(error: Exception, path: Path) -> str:
+def _cause(error: Exception) -> str:
     """Return why a checkpoint could not be loaded, and what to do about it, in one line."""
     text = " ".join(str(error).split())
     package = re.search(r"requires the (\S+) library|No module named '?([\w.]+)|"
@@ -148,12 +161,5 @@ def _cause(error: Exception, path: Path) -> str:
         which = re.search(r"size mismatch for (\S+?):?\s", text)
         return (f"{which.group(1) if which else 'a weight'} has another size than config.json "
                 "says: the files do not belong together")
-    if path.is_dir():
-        return (f"{first_line(error)[:200]}; its folder should hold config.json, model.safetensors "
-                "and tokenizer.json")
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    return (f"no such folder, and the hub did not give it ({first_line(causes[0])[:120]}); name a "
-            "local folder with config.json, model.safetensors and tokenizer.json, or run --config "
-            "demo, which needs no download")
+    return (f"{first_line(error)[:200]}; its folder should hold config.json, model.safetensors "
+            "and tokenizer.json")

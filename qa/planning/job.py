@@ -205,7 +205,7 @@ def planned_model(settings: TrainSettings, planning: JobSettings) -> Any:
     if name in MODELS and not Path(settings.model_name_or_path).is_dir():
         return _configuration(MODELS[name])
     from qa.model.pretrained import load_config
-    return load_config(settings)
+    return load_config(settings, weights=False)
 
 
 def planned_name(settings: TrainSettings, planning: JobSettings) -> str:

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import stat
+import zlib
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ipu_options import processes
 from ipu_options.config import IPUConfig
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import (
@@ -104,6 +106,9 @@ class Training(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run in its output folder, for which the run must hold the lock.
 
+    With several processes all call the same methods: what is on the devices is read by all, and
+    written by the first. The checkpoint is the same whatever the number of processes.
+
     must_match: the settings, by name, that must be the same in the checkpoint and in a run that
     resumes from it. save_total_limit: how many checkpoints to keep (default: all); the oldest are
     removed first. spans: names the phase for PopVision. log: gets a line when the run begins and
@@ -155,21 +160,28 @@ class Checkpoints:
         """
         if settings.dry_run:
             return None
-        _clear_leftovers(self.output_dir)
-        if settings.resume_from_checkpoint is None:
-            for folder in list_checkpoints(self.output_dir):
-                delete_folder(folder)
+        found = processes.on_first(self._find, settings.resume_from_checkpoint)
+        if found is None:
             return None
-        folder = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
-        if folder is None:
-            print(f"no checkpoint in {self.output_dir}: the run starts from the beginning")
-            return None
+        folder = Path(found)
         checkpoint = load_checkpoint(folder)
         _check_match(checkpoint, self.must_match)
         self._best = checkpoint.progress.get("best")
         print(f"resuming from {folder}, after step {checkpoint.step}")
         self._own.append(folder)
         return checkpoint
+
+    def _find(self, resume_from_checkpoint: Optional[str]) -> Optional[str]:
+        """Clear the output folder for this run; return the checkpoint to continue from, or None."""
+        _clear_leftovers(self.output_dir)
+        if resume_from_checkpoint is None:
+            for folder in list_checkpoints(self.output_dir):
+                delete_folder(folder)
+            return None
+        found = find_checkpoint(self.output_dir, resume_from_checkpoint)
+        if found is None:
+            print(f"no checkpoint in {self.output_dir}: the run starts from the beginning")
+        return found and str(found)
 
     def save(self, training: Training, step: int, losses: List[float]) -> Path:
         """Save OUTPUT_DIR/checkpoint-STEP and return its path.
@@ -185,25 +197,21 @@ class Checkpoints:
         folder = self.output_dir / f"checkpoint-{step}"
         if self._saved_step == step:
             return folder
-        with self._span(), _written(folder) as aside:
+        with self._span():
             training.training_model.copyWeightsToHostIfNeeded()  # it may be detached
-            training.write_files(aside)
-            write_state(
-                aside, {
-                    "optimizer": optimizer_state(training.optimizer),
-                    "rng_state": training.training_model.rng_state, "random_state": random_state()})
+            state = {
+                "optimizer": optimizer_state(training.optimizer),
+                "rng_state": _rng_of_all(training.training_model), "random_state": random_state()}
             progress = {"must_match": self.must_match, "losses": losses[-200:]}
             if self._best:
                 progress["best"] = self._best
-            write_json(aside / TRAINER_STATE, {"step": step, "progress": progress})
-            write_json(aside / "manifest.json", {"step": step, "files": sync_and_hash(aside)})
-            sync_folder(aside)
-            rename_folder(aside, folder)
+            processes.on_first(_write, folder, training, state, step, progress)
         self._saved_step = step
         self._own.append(folder)
         self.note("saved", step, path=str(folder))
-        _remove_oldest(self.output_dir, step, self.save_total_limit,
-                       keep=self._best["step"] if self._best else None)
+        if processes.is_first():
+            _remove_oldest(self.output_dir, step, self.save_total_limit,
+                           keep=self._best["step"] if self._best else None)
         return folder
 
     def save_if_best(self, training: Training, step: int, losses: List[float],
@@ -247,8 +255,12 @@ class Checkpoints:
         Each file is replaced by its complete new version or left unchanged. Raises RunError as
         `save` does.
         """
-        with self._span(), _written(self.output_dir / "final-model") as aside:
+        with self._span():
             training.training_model.copyWeightsToHostIfNeeded()
+            processes.on_first(self._write_final, training)
+
+    def _write_final(self, training: Training) -> None:
+        with _written(self.output_dir / "final-model") as aside:
             training.write_files(aside)
             sync_and_hash(aside)
             for path in sorted(aside.iterdir()):
@@ -266,9 +278,12 @@ class Checkpoints:
 
         Raises RunError if there is none.
         """
+        return load_checkpoint(processes.on_first(self._newest_whole))
+
+    def _newest_whole(self) -> str:
         for folder in reversed(self._own):
             if find_fault(folder) is None:
-                return load_checkpoint(folder)
+                return str(folder)
         raise RunError(
             f"there is no whole checkpoint of this run in {self.output_dir} to go back to; "
             "save some with --save_steps")
@@ -320,15 +335,47 @@ def restore(checkpoint: Optional[Checkpoint], training_model: Any, optimizer: An
     """Restore the states of the optimizer and of the random generators from `checkpoint`, if any.
 
     training_model: a compiled poptorch.PoplarExecutor that has the checkpoint's weights already.
-    optimizer: its poptorch optimizer. Raises UsageError if the checkpoint's random state cannot be
-    used.
+    optimizer: its poptorch optimizer. The number of processes may be another than when it was
+    saved. Raises UsageError if the checkpoint's random state cannot be used, or if another process
+    has other weights.
     """
+    if processes.count() > 1:
+        weights = weights_of(training_model.model).values()
+        hashes = [zlib.crc32(each.detach().flatten().view(torch.uint8).numpy()) for each in weights]
+        processes.agree({"the checksum of the model's weights": zlib.crc32(repr(hashes).encode())})
     if checkpoint is None:
         return
     set_optimizer_state(optimizer, training_model.model, checkpoint.optimizer)
     training_model.setOptimizer(optimizer)
-    training_model.rng_state = checkpoint.rng_state
+    training_model.rng_state = _rng_of_process(checkpoint, len(training_model.rng_state) - 1)
     set_random_state(checkpoint.random_state)
+
+
+def _rng_of_all(training_model: Any) -> List[int]:
+    """Collective: return rng_state as it would be with all replicas in one process.
+
+    PopTorch's rng_state is the seed, then the states of this process's replicas. The seeds of other
+    processes than the first may differ by an offset.
+    """
+    states = processes.share(training_model.rng_state)
+    return states[0] + [number for state in states[1:] for number in state[1:]]
+
+
+def _rng_of_process(checkpoint: Checkpoint, length: int) -> List[int]:
+    """Return this process's part of the checkpoint's `_rng_of_all`.
+
+    length: of the states of its replicas, without the seed. Raises UsageError for a checkpoint of
+    another number of replicas.
+    """
+    seed, *states = checkpoint.rng_state
+    if len(states) != length * processes.count():
+        raise UsageError(
+            f"--resume_from_checkpoint {checkpoint.folder}: holds the random state of another "
+            "number of replicas; go on with the --replication_factor that it was begun with, or "
+            f"start another run from its weights: --model_name_or_path {checkpoint.folder} and a "
+            "new --output_dir")
+    first = processes.place().index * length
+    return [seed, *states[first:first + length]]
 
 
 def find_checkpoint(output_dir: Union[str, Path], which: str) -> Optional[Path]:
@@ -456,6 +503,18 @@ def _clear_leftovers(output_dir: Path) -> None:
             path.rename(path.with_name(checkpoint))
         else:
             delete(path)
+
+
+def _write(folder: Path, training: Training, state: Dict[str, Any], step: int,
+           progress: Dict[str, Any]) -> None:
+    """Write the checkpoint `folder`, whole or not at all. Raises RunError."""
+    with _written(folder) as aside:
+        training.write_files(aside)
+        write_state(aside, state)
+        write_json(aside / TRAINER_STATE, {"step": step, "progress": progress})
+        write_json(aside / "manifest.json", {"step": step, "files": sync_and_hash(aside)})
+        sync_folder(aside)
+        rename_folder(aside, folder)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import huggingface_hub
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.utils import HFValidationError
 
+from ipu_options import processes
 from ipu_options.errors import RunError, UsageError, first_line
 from qa.settings import TrainSettings
 
@@ -70,7 +71,7 @@ def check_login(settings: TrainSettings) -> None:
     nothing without --push_to_hub. Raises UsageError if the token is missing or refused, RunError if
     the hub cannot be reached.
     """
-    if not settings.push_to_hub:
+    if not settings.push_to_hub or not processes.is_first():
         return
     try:
         HfApi(token=settings.hub_token).whoami()
@@ -94,7 +95,7 @@ def push(settings: TrainSettings) -> None:
     Raises UsageError if the repository name is not valid, RunError if the upload fails. The output
     folder keeps all files in any case.
     """
-    if not settings.push_to_hub:
+    if not settings.push_to_hub or not processes.is_first():
         return
     folder, repo_id, private = (
         Path(settings.output_dir), settings.hub_model_id, settings.hub_private_repo)

@@ -30,7 +30,7 @@ from typing import Any, Callable, Dict, List, Optional, Union
 
 from tqdm import tqdm
 
-from ipu_options import poptorch
+from ipu_options import poptorch, processes
 from ipu_options.files import written_whole
 from qa.run.curves import draw_curves
 from qa.settings import TrainSettings
@@ -44,7 +44,8 @@ _NO_METRICS = ("event", "step", "epoch", "time", "questions")
 class RunLog:
     """Writes the log of a run, and passes its numbers on to what --report_to names.
 
-    A log that cannot be written is no reason to lose a run: a warning says so.
+    A log that cannot be written is no reason to lose a run: a warning says so. Of several processes
+    the first one writes.
     """
 
     def __init__(self, settings: TrainSettings):
@@ -95,7 +96,7 @@ class RunLog:
         """Start the file with `lines`. first_step: what TensorBoard has from there on is void."""
         self._begun = True
         self._attempt(self._rewrite, lines)
-        if not self.settings.synthetic_data:
+        if processes.is_first() and not self.settings.synthetic_data:
             self._reporters = [_REPORTERS[name](self.settings, first_step)
                                for name in self.settings.report_to if name in _REPORTERS]
 
@@ -108,6 +109,8 @@ class RunLog:
             file.write(text)
 
     def _attempt(self, write: Callable, what: Any) -> None:
+        if not processes.is_first():
+            return
         try:
             write(what)
         except OSError as error:

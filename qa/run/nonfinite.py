@@ -7,7 +7,7 @@ from typing import Iterable, List, Optional, Tuple
 import torch
 from tqdm import tqdm
 
-from ipu_options import poptorch
+from ipu_options import poptorch, processes
 from ipu_options.errors import RunError
 from ipu_options.options import watched_gradient
 from qa.model.parallelize import weights_of
@@ -51,7 +51,8 @@ class NonfiniteGuard:
         tensors = watched_gradient(self.options, training.training_model)
         if look_at_weights:
             tensors.update(weights_of(training.model))
-        bad_tensor = find_nonfinite(tensors.items())
+        found = processes.share(find_nonfinite(tensors.items()))  # each sees its own gradients
+        bad_tensor = next(filter(None, found), None)
         if bad_tensor is None and math.isfinite(loss):
             return True
         why = explain_nonfinite(step=step, loss=loss, earlier_losses=earlier_losses,

@@ -5,16 +5,40 @@ import fcntl
 import os
 import signal
 import socket
-from contextlib import contextmanager, suppress
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Optional, Union
 
+from ipu_options import processes
 from ipu_options.errors import Stopped, UsageError
 
 
 @contextmanager
 def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
     """Create `output_dir` if necessary, and hold a lock on it while the block runs.
+
+    Collective: the first process holds the lock, for all. Raises UsageError as `_lock` does, and if
+    another process does not see the same folder.
+    """
+    with ExitStack() as held:
+        holder = processes.on_first(lambda: held.enter_context(_lock(output_dir)))
+        lock = Path(output_dir) / ".lock"
+        # The holder would lose its lock by closing another descriptor of the file (fcntl(2)).
+        seen = processes.is_first() or lock.exists() and lock.read_text() == holder
+        blind = [index for index, sees in enumerate(processes.share(seen)) if not sees]
+        if blind:
+            raise UsageError(
+                f"--output_dir {output_dir}: process {blind[0]} does not see the first process's "
+                "folder there: name one that all hosts share")
+        yield
+
+
+@contextmanager
+def _lock(output_dir: Union[str, Path]) -> Iterator[str]:
+    """Create `output_dir` if necessary, and hold a lock on it while the block runs.
+
+    Gives the text of the lock file, which names this process.
 
     It is a POSIX record lock (fcntl(2)). Unlike a lock of flock(2) it is not inherited by forked
     workers, so that it ends with this process. If the folder was created here and nothing else was
@@ -40,11 +64,12 @@ def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
             raise UsageError(
                 f"--output_dir {output_dir}: {holder} is writing there; wait for it, "
                 "or name another folder") from None
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(holder)
         file.flush()
         try:
-            yield
+            yield holder
         finally:
             if made and os.listdir(path.parent) == [path.name]:
                 path.unlink()
@@ -58,6 +83,9 @@ class StopSignals:
     phase cleans up after itself. In a `deferred` block, which is the training loop, it only sets
     `requested`, so that the loop can finish its step, save and end.
 
+    If there are several processes, `requested` in a `deferred` block is what all know of: a signal
+    to any of them counts from the next `share` on, so that all end after the same step.
+
         with StopSignals() as stop:
             ...
             with stop.deferred():
@@ -67,7 +95,9 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: Optional[signal.Signals] = None
-        self._deferring = False
+        self._received: Optional[signal.Signals] = None
+        self._received_at = 0.0
+        self._deferring = self._together = False
         self._pid = os.getpid()
 
     @property
@@ -81,16 +111,36 @@ class StopSignals:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """In this block a signal only sets `requested`."""
-        self._deferring = True
+        self._deferring, self._together = True, processes.count() > 1
         try:
             yield
         finally:
-            self._deferring = False
+            self._deferring = self._together = False
+        if self._received and not self.requested:  # after the last `share`
+            self.requested = self._received
+            raise Stopped(self.exit_status)
+
+    def share(self) -> Optional[signal.Signals]:
+        """Collective: let all processes know of a signal that one has received.
+
+        Returns `requested`.
+        """
+        if self._together:
+            number = processes.any_true(self._received or 0)
+            self.requested = signal.Signals(number) if number else None
+        return self.requested
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """In this part of a `deferred` block a signal raises Stopped, which ends the part."""
-        self._deferring = False
+        """In this part of a `deferred` block a signal raises Stopped, which ends the part.
+
+        With several processes all have to leave the part at the same place, which is a call of
+        processes.raise_stopped in it.
+        """
+        if self._together:
+            processes.watch_signal(lambda: self._received or 0)
+        else:
+            self._deferring = False
         try:
             if self.requested:
                 raise Stopped(self.exit_status)
@@ -98,7 +148,9 @@ class StopSignals:
         except Stopped:
             pass  # `requested` tells
         finally:
+            processes.watch_signal(None)
             self._deferring = True
+        self.share()
 
     @contextmanager
     def killable(self) -> Iterator[None]:
@@ -129,13 +181,27 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.requested = signal.Signals(number)
+        if self._together and self._received is None:
+            self._received, self._received_at = signal.Signals(number), time.monotonic()
+            self._tell("saving after this step")
+            return
+        if self._together:
+            # torchrun forwards what a terminal has sent to its processes already.
+            if time.monotonic() > self._received_at + 3:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.requested = self._received = signal.Signals(number)
         # The next signal has to act at once. It therefore gets the system's default action: a
         # handler in Python would only run after the current call to PopTorch, which may take long.
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
-        what = "saving after this step" if self._deferring else "stopping"
-        with suppress(OSError):  # a terminal that was closed takes no message
-            os.write(2, f"\n{self.requested.name}: {what}; once more to stop at once\n".encode())
+        self._tell("saving after this step" if self._deferring else "stopping")
         if not self._deferring:
             raise Stopped(self.exit_status)
+
+    def _tell(self, what: str) -> None:
+        if processes.is_first():
+            name = self._received.name
+            with suppress(OSError):  # a terminal that was closed takes no message
+                os.write(2, f"\n{name}: {what}; once more to stop at once\n".encode())

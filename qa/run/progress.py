@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional
 
 from tqdm import tqdm
 
+from ipu_options import processes
 from ipu_options.bars import progress_bar
 from ipu_options.config import IPUConfig, executable_cache
 from ipu_options.files import write_json, writing
@@ -125,7 +126,8 @@ class Progress:
         print("training: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}"
                                        for name, value in summary.items() if value is not None))
         with writing(f"--output_dir {self.settings.output_dir}"):
-            write_json(Path(self.settings.output_dir) / "train_results.json", summary)
+            processes.on_first(write_json, Path(self.settings.output_dir) / "train_results.json",
+                               summary)
         summary.pop("epoch")
         self.log.add("trained", self._step, self.rows.epoch_after(self._step), **summary)
 

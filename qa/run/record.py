@@ -14,6 +14,7 @@ from typing import Dict, Optional
 
 import torch
 
+from ipu_options import processes
 from ipu_options.config import IPUConfig
 from ipu_options.files import write_json
 from qa.data.rows import TrainingRows
@@ -33,7 +34,7 @@ def write_run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: Train
     saved: the checkpoint from which the run continues, or None. The access token for the hub is
     masked, in the command line as well. Raises OSError.
     """
-    if settings.dry_run:
+    if settings.dry_run or not processes.is_first():
         return
     command, hide = [], False
     for word in sys.argv:
@@ -49,7 +50,8 @@ def write_run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: Train
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": {"host": socket.gethostname(), "platform": platform.platform(),
-                    "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+                    "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+                    "processes": processes.count(), "launcher": processes.place().launcher},
     }
     write_json(Path(settings.output_dir) / "run.json", record)
 

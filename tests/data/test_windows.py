@@ -1,4 +1,5 @@
 """Windows are compared with the plain per-token definition and with the answers' characters."""
+import copy
 import pickle
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, pre_tokenizers
 
 from ipu_options.errors import UsageError
 from qa.data.dataset import load_examples
@@ -105,6 +107,28 @@ def edge_cases():
 @pytest.mark.parametrize("max_seq_length, doc_stride", [(48, 16), (64, 0), (512, 128)])
 def test_edge_cases_are_the_plain_definition(family, side, max_seq_length, doc_stride):
     assert_plain(examples_of(edge_cases()), tokenizer_of(family, side), max_seq_length, doc_stride)
+
+
+def odd_tokenizers():
+    """Tokenizers of transformers' formats that differ from those of the published models."""
+    def sentencepiece(scheme):
+        made = copy.deepcopy(tokenizer_of("xlm-roberta"))
+        made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme=scheme)])
+        return made
+
+    added = copy.deepcopy(tokenizer_of("roberta"))
+    added.add_tokens([AddedToken("Oslo", lstrip=True, rstrip=True), "in 19", "naïve"])
+    left = sentencepiece("always")
+    left.padding_side = "left"
+    left.add_tokens(["Oslo in"])
+    return {"added tokens": added, "a space before the first word only": sentencepiece("first"),
+            "no space before a word": sentencepiece("never"), "left, with an added token": left}
+
+
+@pytest.mark.parametrize("kind", list(odd_tokenizers()))
+def test_an_odd_tokenizer_gives_the_plain_definition_too(kind):
+    assert_plain(examples_of(edge_cases()[::3]), odd_tokenizers()[kind], 64, 16)
 
 
 def test_labels_that_cross_in_the_plain_definition():
