@@ -560,3 +560,12 @@ def test_the_demo_is_planned_as_it_is_trained(tmp_path):
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                  "intermediate_size"):
         assert getattr(planned, name) == getattr(trained, name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted(
+    path.stem for path in (REPOSITORY / "qa" / "configs").glob("*.yaml")))
+def test_every_configuration_fits_as_it_is(config, capsys):
+    for phase in ([], ["--inference"]):
+        assert main(["plan", "--config", config, *phase]) == 0
+        assert "Fits, with a margin of" in capsys.readouterr().out
