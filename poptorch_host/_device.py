@@ -443,7 +443,9 @@ class Device:
             if (len(state) - 1) * 8 != sum(map(len, rngs)):
                 raise Error(f"rng_state has {len(state)} numbers, which are not those of {count} "
                             "replica(s)")
-            rngs = list(torch.tensor(state[1:]).view(torch.uint8).clone().chunk(count))
+            # Copies: torch.set_rng_state reads outside of a view that begins within its storage.
+            rngs = [each.clone()
+                    for each in torch.tensor(state[1:]).view(torch.uint8).chunk(count)]
         self.rngs = rngs
 
     # ---- running ----

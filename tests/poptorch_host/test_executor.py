@@ -365,22 +365,23 @@ def test_a_loss_scaling_not_given_is_constant_unless_it_is_automatic(automatic):
             executor.setOptimizer(optimizer)
 
 
-@pytest.mark.parametrize("dropout, half", [(0.5, False), (0.5, True)])
-def test_saved_state_continues_exactly(dropout, half):
+@pytest.mark.parametrize("replicas, half", [(1, False), (1, True), (2, False)])
+def test_saved_state_continues_exactly(replicas, half):
     """A new model gets back weights, moments, float32 masters and random numbers bit by bit."""
-    x, y = data(8)
+    x, y = data(8 * replicas)
     x = x.half() if half else x
 
     def start(state=None):
         torch.manual_seed(7)
-        model = Net(dropout)
+        model = Net(dropout=0.5)
         model = model.half() if half else model
         if state:
             model.load_state_dict(state["model"])
         optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.05, loss_scaling=64.0)
         if state:
             optimizer.load_state_dict(state["optimizer"])
-        executor = poptorch.trainingModel(model, options(2, 2).randomSeed(3), optimizer)
+        executor = poptorch.trainingModel(model, options(2, 2, replicas).randomSeed(3),
+                                          optimizer)
         executor.compile(x, y)
         if state:
             executor.rng_state = state["rng"]
