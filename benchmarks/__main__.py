@@ -20,6 +20,7 @@ COMMANDS = {  # the quickest first
     "answers": [],
     "host_overhead": [],
     "processes": [],
+    "busy": [],
     "packing": [],
     "inference": ["--runs", "3"],
     "million_windows": [],

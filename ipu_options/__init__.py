@@ -5,6 +5,11 @@ and dropout. With Graphcore's PopTorch, the kernels use only operations from Pop
 supported operations; with poptorch_host, they are the host's own. Both names are resolved on first
 use (PEP 562), so that `--help` and the checks of the command line do not import torch.
 """
+import os
+
+# Threads that have nothing to do sleep. If they spin, as is OpenMP's default, each of thousands of
+# small operations takes long where another process wants the processor. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def __getattr__(name):

@@ -18,6 +18,7 @@ from ._arguments import Parser
 from ._device import Device, micro_batches_per_call
 from ._errors import Error, NotOffered
 from ._logging import logger
+from ._threads import choose_threads
 from .options import Options
 
 NOT_COMPILED = "Model has not been compiled or has been destroyed."
@@ -222,7 +223,10 @@ class PoplarExecutor:
             hook()
         try:
             _checks.options(self._options)
-            arguments.check_batch(self._options, micro_batches_per_call(self._options))
+            micro_batches = micro_batches_per_call(self._options)
+            arguments.check_batch(self._options, micro_batches)
+            choose_threads(self._model, max(
+                (tensor.numel() // micro_batches for tensor in arguments.tensors), default=0))
             seed = self._options.random_seed if self._options.exists(
                 "random_seed") else torch.initial_seed()
             device = Device(self._model, self._options, self._training, seed)

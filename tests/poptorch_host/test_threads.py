@@ -1,0 +1,55 @@
+"""The number of threads: what the process may use, one for small layers, the user's own first."""
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from poptorch_host import _threads
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Sets the visible processors and the files of the cgroup."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setattr(_threads, "_CGROUP", tmp_path)
+
+    def be(visible, **files):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(visible)), raising=False)
+        for name, text in files.items():
+            path = tmp_path / name.replace("__", "/").replace("_DOT_", ".")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+
+    yield be
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, 4), ({"cpu_DOT_max": "max 100000\n"}, 4), ({"cpu_DOT_max": "150000 100000\n"}, 2),
+    ({"cpu_DOT_max": "20000 100000\n"}, 1), ({"cpu_DOT_max": "800000 100000\n"}, 4),
+    ({"cpu__cpu_DOT_cfs_quota_us": "-1\n", "cpu__cpu_DOT_cfs_period_us": "100000\n"}, 4),
+    ({"cpu__cpu_DOT_cfs_quota_us": "200000\n", "cpu__cpu_DOT_cfs_period_us": "100000\n"}, 2),
+    ({"cpu_DOT_max": "nonsense"}, 4)])
+def test_processors_are_those_of_the_affinity_within_the_quota(machine, files, expected):
+    machine(4, **files)
+    assert _threads.processors() == expected
+
+
+def test_small_layers_take_one_thread_and_the_users_own_number_stays(machine, monkeypatch, capsys):
+    machine(2)
+    torch.set_num_threads(2)
+    _threads.choose_threads(torch.nn.Linear(96, 384), rows=512)
+    assert torch.get_num_threads() == 1 and "1 thread on 2" in capsys.readouterr().err
+    # The word embedding is looked up, not multiplied with.
+    embedding = torch.nn.Sequential(torch.nn.Embedding(50_000, 8), torch.nn.Linear(8, 8))
+    _threads.choose_threads(embedding, rows=512)
+    assert torch.get_num_threads() == 1 and not capsys.readouterr().err  # nothing new to say
+    _threads.choose_threads(torch.nn.Linear(768, 3072), rows=384)
+    assert torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    _threads.choose_threads(torch.nn.Linear(96, 384), rows=512)
+    assert torch.get_num_threads() == 2
