@@ -129,3 +129,14 @@ class SweepSettings(Settings):
     steps: int = flag(20, "steps of such a run", min=1)
     timeout: int = flag(3600, "seconds after which such a run has failed", min=1)
     output: str = flag("sweep.csv", "table of the results, from which a later call goes on")
+
+
+@dataclass
+class CompareSettings(Settings):
+    """The comparison's own flags."""
+
+    inference: bool = flag(
+        False, "plan the pipeline of evaluation and infer.py in place of the training's")
+    json: bool = flag(False, "print the comparison as one JSON object, with units in the names")
+    plot: Optional[str] = flag(
+        None, "draw memory, time by stage and windows/s to this .png, .svg or .pdf file")
