@@ -80,6 +80,12 @@ def search(argv: List[str]) -> int:
                          "for the number of micro-batches of a call depends on it")
     plans, tried = best_plans(given.job, ipus, ipu_config, given.efficiencies, searching.keep)
     seconds = time.perf_counter() - begin
+    if searching.html:
+        from ipu_options.plan.compare import comparison_text
+        from ipu_options.plan.page import write_page
+        from qa.planning.compare import found_sides
+        sides = found_sides(given, plans, settings, ipu_config, planning, ipus)
+        write_page(searching.html, "Search", sides, comparison_text(sides))
     if searching.json:
         print(json.dumps([described(plan, settings, planning) for plan in plans], indent=2))
     else:
@@ -162,6 +168,12 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
     if planning.plot:
         from ipu_options.plan.draw import draw_plan
         draw_plan(made, planning.plot, title)
+    if planning.html:
+        from ipu_options.plan.compare import Side
+        from ipu_options.plan.page import write_page
+        side = Side("A", "", "flags", title, {}, described(made, settings, planning))
+        write_page(planning.html, f"Plan: {title}", [side],
+                   plan_text(made, title, pod_note(settings, made.job)), made)
     if settings.trace:
         from ipu_options.plan.draw import write_timeline
         write_timeline(made, settings.trace)

@@ -13,15 +13,18 @@ from ipu_options.errors import RunError, UsageError
 from ipu_options.files import read_json_object
 from ipu_options.flags import Layer, Parser, add_flags, make_settings
 from ipu_options.plan.compare import Side, comparison_dict, comparison_text
+from ipu_options.plan.planner import Plan
 from ipu_options.plan.profile import open_profile, profile_file
+from ipu_options.plan.search import settings_of
+from ipu_options.plan.text import settings_text
 from qa.planning.flags import CompareSettings, JobSettings
 from qa.planning.job import described, planned
 from qa.settings import TrainSettings, parse_train
 
 USAGE = (
-    'compare A B [C ...] [--json] [--plot FILE] [--inference] -- [train.py flags of all]; each of '
-    'them is flags of train.py in quotes, an ipu_config.json, a plan saved by `plan --json`, or '
-    'the folder of a run or of a profile')
+    'compare A B [C ...] [--json] [--plot FILE] [--html FILE] [--inference] -- [train.py flags of '
+    'all]; each of them is flags of train.py in quotes, an ipu_config.json, a plan saved by `plan '
+    '--json`, or the folder of a run or of a profile')
 RUN_RECORD, PROFILE_NOTE = "run.json", "framework.json"
 
 
@@ -41,6 +44,9 @@ def run_compare(argv: Sequence[str]) -> int:
     if own.plot:
         from ipu_options.plan.draw import draw_comparison
         draw_comparison(sides, own.plot)
+    if own.html:
+        from ipu_options.plan.page import write_page
+        write_page(own.html, "Comparison", sides, comparison_text(sides))
     return 0
 
 
@@ -101,6 +107,20 @@ def read_side(name: str, item: str, common: List[str], inference: bool = False) 
         return _flags(name, item, "flags", [*common, *words], inference)
     except (UsageError, RunError) as error:
         raise type(error)(f"{name}, \"{item}\": {error}") from error
+
+
+def found_sides(given: Plan, plans: Sequence[Plan], settings: TrainSettings,
+                ipu_config: IPUConfig, planning: JobSettings, ipus: int) -> List[Side]:
+    """Return the plan as given and those that a search for `ipus` IPUs has found, as sides."""
+    sides = []
+    for place, plan in enumerate([given, *plans]):
+        made = described(plan, settings, planning)
+        size = ("micro_batch_size" if plan.job.training else "eval_micro_batch_size")
+        sides.append(Side(
+            str(place) if place else "given", "", "flags",
+            settings_text(plan, settings_of(plan, ipu_config, ipus), ipu_config),
+            {**_settings(settings, made), size: plan.job.micro_batch_size}, made))
+    return sides
 
 
 def _flags(name: str, item: str, kind: str, words: List[str], inference: bool) -> Side:
