@@ -1,11 +1,15 @@
-"""Draws a plan: timeline, memory against the limit, and split. Also writes a Chrome trace of it."""
+"""Draws a plan: timeline, memory against the limit, and split. Also writes a Chrome trace of it.
+
+And draws several plans, runs and profiles side by side.
+"""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 from ipu_options.errors import UsageError
 from ipu_options.files import writing
+from ipu_options.plan.compare import Side
 from ipu_options.plan.machine import MIB
 from ipu_options.plan.memory import CATEGORIES
 from ipu_options.plan.planner import Plan
@@ -21,6 +25,7 @@ MEMORY_STYLES = {
     "optimizer_state": ("#bdd7ee", "...."), "stash": ("#b8860b", "xxxx"), "code": ("#7f7f7f", ""),
     "activations": ("#f3cf7a", "||||"), "matmul_temporaries": ("#ffffff", "\\\\\\\\"),
     "embedding_gradient": ("#d9735b", "++++"), "update_temporaries": ("#eeeeee", "oo")}
+PROFILED = "profiled, other than code"
 MOST_MICRO_BATCHES = 16  # in the drawn timeline; more would be too thin to see
 
 
@@ -30,16 +35,7 @@ def draw_plan(plan: Plan, path: str, title: str) -> None:
     Raises UsageError if matplotlib is missing or the file name has another ending, RunError if the
     file cannot be written.
     """
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed: pip install matplotlib "
-            "(it is in requirements-dev.txt)")
-    if not path.lower().endswith((".png", ".svg", ".pdf")):
-        raise UsageError(f"--plot {path}: name a .png, .svg or .pdf file")
+    pyplot = _pyplot(path)
     ipus = len(plan.memory)
     heights = {"height_ratios": [1.3 * ipus + 1.5, ipus + 1.5, ipus + 1]}
     size = (12, 5.5 + 1.1 * ipus)
@@ -51,6 +47,46 @@ def draw_plan(plan: Plan, path: str, title: str) -> None:
     _timeline(timeline, plan)
     _memory(memory, plan)
     _split(split, plan)
+    _save(figure, path)
+
+
+def draw_comparison(sides: Sequence[Side], path: str) -> None:
+    """Draw memory, time by stage and windows/s of several `sides` to the file `path`.
+
+    Raises what `draw_plan` raises.
+    """
+    pyplot = _pyplot(path)
+    ipus = 1 + max([ipu for side in sides for ipu in _most_ipus(side)], default=0)
+    stages = max([len(side.plan["stages"]) for side in sides if side.plan], default=1)
+    bars = [2 + len(sides) * count * 0.45 for count in (ipus, stages, 1)]
+    figure, (memory, time, speed) = pyplot.subplots(
+        3, 1, figsize=(12, 1 + sum(bars)), gridspec_kw={"height_ratios": bars},
+        layout="constrained")
+    figure.suptitle("\n".join(side.label for side in sides), fontsize=10)
+    _compared_memory(memory, sides)
+    _compared_stages(time, sides)
+    _compared_speed(speed, sides)
+    _save(figure, path)
+
+
+def _pyplot(path: str) -> Any:
+    """Return matplotlib.pyplot. Raises UsageError if it is missing or `path` is no picture's."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UsageError(
+            "--plot needs matplotlib, which is not installed: pip install matplotlib "
+            "(it is in requirements-dev.txt)")
+    if not path.lower().endswith((".png", ".svg", ".pdf")):
+        raise UsageError(f"--plot {path}: name a .png, .svg or .pdf file")
+    return pyplot
+
+
+def _save(figure: Any, path: str) -> None:
+    """Write the picture and forget it. Raises RunError if the file cannot be written."""
+    from matplotlib import pyplot
     try:
         with writing(f"--plot {path}"):
             figure.savefig(path, dpi=130)
@@ -142,6 +178,93 @@ def _split(axes: Any, plan: Plan) -> None:
     axes.set(xlim=(0, 1.25 * widest + 0.5), xticks=[], yticks=ipus,
              yticklabels=[f"IPU {i}" for i in ipus], ylim=(ipus[-1] + 0.6, -0.6))
     axes.set_title("Split (numbers: encoder layers) and the work of a micro-batch", loc="left")
+
+
+def _most_ipus(side: Side) -> List[int]:
+    """Return the IPUs of a side, of its plan and its profile."""
+    return [*side.totals(), *range(len(side.profile.total_bytes) if side.profile else 0)]
+
+
+def _compared_memory(axes: Any, sides: Sequence[Side]) -> None:
+    """Draw a bar for each IPU and side, and one for what a profile found."""
+    limit, used, rows = 0.0, set(), []
+    for place, side in enumerate(sides):
+        for ipu in side.plan["ipus"] if side.plan else ():
+            limit = max(limit, ipu["limit_bytes"] / MIB)
+            sizes = {name: ipu[f"{name}_bytes"] / MIB for name in CATEGORIES
+                     if ipu[f"{name}_bytes"]}
+            rows.append(((ipu["ipu"], place, 0), side.name, sizes))
+        for ipu, total in enumerate(side.profile.total_bytes if side.profile else ()):
+            code = side.profile.ipu_code_bytes[ipu] / MIB
+            rows.append(((ipu, place, 1), f"{side.name} profiled",
+                         {"code": code, PROFILED: total / MIB - code}))
+    labels, most = [], limit
+    for at, (key, name, sizes) in enumerate(sorted(rows, key=lambda row: row[0])):
+        left = 0.0
+        for part, size in sizes.items():
+            axes.barh(at, size, left=left, height=0.8, **_bar(MEMORY_STYLES.get(
+                part, ("#fafafa", ""))))
+            left += size
+        over = f", over by {left - limit:.0f}" if limit and left > limit else ""
+        axes.text(left, at, f" {left:.0f}{over}", va="center", fontsize=9)
+        labels.append(f"IPU {key[0]}  {name}")
+        used, most = used | set(sizes), max(most, left)
+    if limit:
+        axes.axvline(limit, color="black", linewidth=2)
+    axes.set(xlabel=f"MiB (line: {limit:.0f}, what an IPU has)", xlim=(0, 1.15 * most or 1),
+             yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.4, -0.6))
+    axes.set_title("Memory of each IPU, as planned unless it says profiled", loc="left")
+    styles = {**MEMORY_STYLES, PROFILED: ("#fafafa", "")}
+    _legend(axes, {name: styles[name] for name in styles if name in used})
+
+
+def _compared_stages(axes: Any, sides: Sequence[Side]) -> None:
+    """Draw a bar of forward, recomputation and backward for each stage and side."""
+    rows = sorted(((stage["stage"], place, side.name, stage) for place, side in enumerate(sides)
+                   if side.plan for stage in side.plan["stages"]), key=lambda row: row[:2])
+    kinds = [kind for kind in ("forward", "recompute", "backward")
+             if any(row[3][f"{kind}_seconds"] for row in rows)]
+    for at, (*_, stage) in enumerate(rows):
+        left = 0.0
+        for kind in kinds:
+            length = 1e3 * stage[f"{kind}_seconds"]
+            axes.barh(at, length, left=left, height=0.8, **_bar(STYLES[kind]))
+            left += length
+        axes.text(left, at, f" {left:.2f}", va="center", fontsize=9)
+    axes.set(xlabel="ms", yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6),
+             yticklabels=[f"stage {stage}  {name}" for stage, _, name, _ in rows])
+    axes.margins(x=0.1)
+    axes.set_title("Time of one micro-batch by pipeline stage, as planned for IPUs", loc="left")
+    _legend(axes, {kind: STYLES[kind] for kind in kinds})
+
+
+def _compared_speed(axes: Any, sides: Sequence[Side]) -> None:
+    """Draw windows/s with the expected range, and what was measured on IPUs.
+
+    What a host measured is of another kind, so that it is not drawn to the same scale but written.
+    """
+    for at, side in enumerate(sides):
+        notes, right = [], 0.0
+        if side.plan:
+            speed, low, high = (side.plan[f"windows_per_second{end}"]
+                                for end in ("", "_low", "_high"))
+            axes.barh(at, speed, height=0.6, xerr=[[speed - low], [high - speed]], capsize=4,
+                      **_bar(STYLES["forward"]))
+            notes += [f"{speed:,.0f} planned",
+                      f"{100 * side.plan['bubble_fraction']:.1f} % bubbles"]
+            notes += [] if side.plan["fits"] else ["DOES NOT FIT"]
+            right = high
+        if side.measured_on("IPU") is not None:
+            axes.plot(side.measured_on("IPU"), at, "D", color="black", markersize=8)
+            notes.append(f"{side.measured_on('IPU'):,.0f} measured on IPUs (diamond)")
+            right = max(right, side.measured_on("IPU"))
+        if side.measured_on("host") is not None:
+            notes.append(f"{side.measured_on('host'):,.1f} measured on a host without IPUs")
+        axes.text(right, at, "  " + "; ".join(notes), va="center", fontsize=9)
+    axes.set(xlabel="windows/s (line: the range that the plan expects)", yticks=range(len(sides)),
+             yticklabels=[side.name for side in sides], ylim=(len(sides) - 0.4, -0.6))
+    axes.set_xlim(0, 1.9 * (axes.dataLim.x1 if axes.dataLim.x1 > 0 else 1))
+    axes.set_title("Throughput", loc="left")
 
 
 def _bar(style) -> Dict[str, Any]:

@@ -62,6 +62,15 @@ def open_profile(path: str) -> Profile:
         raise UsageError(
             "reading a profile needs pva, which comes with the Poplar SDK and not from a package "
             "index: run this where the SDK is enabled (source its poplar enable.sh)")
+    file = profile_file(path)
+    try:
+        return read_profile(pva.openReport(str(file)))
+    except Exception as error:  # pva has its own exceptions, and RuntimeError for a broken file
+        raise RunError(f"{file}: pva cannot read it ({error})")
+
+
+def profile_file(path: str) -> Path:
+    """Return the profile.pop that `open_profile` reads. Raises UsageError if there is none."""
     found = [Path(path)] if Path(path).is_file() else sorted(
         Path(path).rglob("profile.pop"),
         key=lambda file: ("training" in file.parts, file.stat().st_mtime))
@@ -69,10 +78,7 @@ def open_profile(path: str) -> Profile:
         raise UsageError(
             f"{path}: no profile.pop there; `python train.py --profile_dir {path}` on an IPU "
             "writes one")
-    try:
-        return read_profile(pva.openReport(str(found[-1])))
-    except Exception as error:  # pva has its own exceptions, and RuntimeError for a broken file
-        raise RunError(f"{found[-1]}: pva cannot read it ({error})")
+    return found[-1]
 
 
 def read_profile(report: Any) -> Profile:

@@ -203,7 +203,7 @@ def settings_text(plan: Plan, config: IPUConfig, other: IPUConfig) -> str:
         if f.name in old and f.name not in names and matters and not follows and (
                 getattr(config, f.name) != old[f.name]):
             names.append(f.name)
-    words = [f"--{name} {_value(getattr(config, name))}" for name in names
+    words = [f"--{name} {value_text(getattr(config, name))}" for name in names
              if getattr(config, name) is not None]
     size = "micro_batch_size" if plan.job.training else "eval_micro_batch_size"
     return " ".join([*words, f"--{size} {plan.job.micro_batch_size}"])
@@ -224,8 +224,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int
     return "\n".join(lines)
 
 
-def _value(value: Any) -> str:
-    """Return a setting's value as it is written on a command line."""
+def value_text(value: Any) -> str:
+    """Return a setting's value as it is written on a command line; None as "not set"."""
+    if value is None:
+        return "not set"
     if isinstance(value, bool):
         return str(value).lower()
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -316,7 +318,7 @@ def _throughput(plan: Plan) -> str:
         f"{100 * CONFIDENCE:.0f} % sure to be within {low:,.0f} and {high:,.0f}; "
         f"a {_round(plan)} every {1e3 * plan.update_seconds:.1f} ms"]
     if plan.run_seconds is not None:
-        lines.append(f"{_amount(plan)}: {_duration(plan.run_seconds)} "
+        lines.append(f"{_amount(plan)}: {duration(plan.run_seconds)} "
                      f"(without compilation{' and evaluation' if job.training else ''})")
     if not job.training:
         lines.append(
@@ -396,13 +398,14 @@ def _reasons(plan: Plan) -> List[str]:
         f"{share['waiting for the slowest IPU']:.0f} % imbalance (IPU {max(load, key=load.get)} is "
         f"slowest), {share['pipeline ramp']:.0f} % ramp, {between:.0f} % {rest}")
     if not plan.job.training:
-        time += f"; {_amount(plan)} take {_duration(plan.run_seconds)}"
+        time += f"; {_amount(plan)} take {duration(plan.run_seconds)}"
     return [time,
             f"IPU {plan.fullest_ipu} is fullest: {used / MIB:.0f} of {limit / MIB:.0f} MiB" +
             (" (tight, for an estimate)" if plan.free_bytes < TIGHT * limit else "")]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as text, in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

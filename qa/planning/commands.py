@@ -5,6 +5,7 @@ Commands, each of which has a --help:
     plan        predict memory, time and throughput of a training run
     search      find the best split and settings for a number of IPUs
     sweep       plan or measure every combination of some flags
+    compare     set plans, runs and profiles side by side
     calibrate   fit the planner to your own runs
     report      compare a PopVision profile with the plan
 """
@@ -41,7 +42,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     commands = {
-        "plan": plan, "search": search, "sweep": sweep, "calibrate": calibrate, "report": report}
+        "plan": plan, "search": search, "sweep": sweep, "compare": compare, "calibrate": calibrate,
+        "report": report}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -69,7 +71,7 @@ def search(argv: List[str]) -> int:
     from ipu_options.plan.search import search as best_plans
     from ipu_options.plan.search import settings_of
     from ipu_options.plan.text import search_text
-    from qa.planning.job import planned
+    from qa.planning.job import described, planned
 
     begin = time.perf_counter()
     given = planned(settings, ipu_config, planning, searching.inference)
@@ -78,8 +80,14 @@ def search(argv: List[str]) -> int:
                          "for the number of micro-batches of a call depends on it")
     plans, tried = best_plans(given.job, ipus, ipu_config, given.efficiencies, searching.keep)
     seconds = time.perf_counter() - begin
+    if searching.html:
+        from ipu_options.plan.compare import comparison_text
+        from ipu_options.plan.page import write_page
+        from qa.planning.compare import found_sides
+        sides = found_sides(given, plans, settings, ipu_config, planning, ipus)
+        write_page(searching.html, "Search", sides, comparison_text(sides))
     if searching.json:
-        print(json.dumps([_described(plan, settings, planning) for plan in plans], indent=2))
+        print(json.dumps([described(plan, settings, planning) for plan in plans], indent=2))
     else:
         print(search_text(plans, tried, seconds, given, ipu_config, ipus))
     if searching.write:
@@ -96,6 +104,12 @@ def sweep(argv: List[str]) -> int:
     """Plan every combination of some flags, and measure them with --run."""
     from qa.planning.sweep import run_sweep
     return run_sweep(argv)
+
+
+def compare(argv: List[str]) -> int:
+    """Set plans, runs and profiles side by side."""
+    from qa.planning.compare import run_compare
+    return run_compare(argv)
 
 
 def calibrate(argv: List[str]) -> int:
@@ -141,12 +155,12 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
                          "--show --json` gives the errors as JSON")
     from ipu_options.plan.calibrate import compare
     from ipu_options.plan.text import fit_text, plan_text
-    from qa.planning.job import planned, planned_name, pod_note, published
+    from qa.planning.job import described, planned, planned_name, pod_note, published
 
     made = planned(settings, ipu_config, planning, planning.inference)
     title = planned_name(settings, planning)
     if planning.json:
-        print(json.dumps(_described(made, settings, planning), indent=2))
+        print(json.dumps(described(made, settings, planning), indent=2))
     else:
         print(plan_text(made, title, pod_note(settings, made.job)))
     if planning.fit:
@@ -154,6 +168,12 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
     if planning.plot:
         from ipu_options.plan.draw import draw_plan
         draw_plan(made, planning.plot, title)
+    if planning.html:
+        from ipu_options.plan.compare import Side
+        from ipu_options.plan.page import write_page
+        side = Side("A", "", "flags", title, {}, described(made, settings, planning))
+        write_page(planning.html, f"Plan: {title}", [side],
+                   plan_text(made, title, pod_note(settings, made.job)), made)
     if settings.trace:
         from ipu_options.plan.draw import write_timeline
         write_timeline(made, settings.trace)
@@ -171,22 +191,6 @@ def _refuse_trace(settings: TrainSettings, command: str) -> None:
     if settings.trace is not None:
         raise UsageError(f"{settings.source('trace')} does nothing with {command}: leave it out; "
                          "`plan` writes the timeline of a plan")
-
-
-def _described(plan, settings: TrainSettings, planning: JobSettings) -> dict:
-    """Return a plan as a dictionary for JSON, with the configuration and the model it is of."""
-    from ipu_options.plan.text import plan_dict
-    from qa.model.families import family_of
-    from qa.planning.flags import SHAPE
-    from qa.planning.job import planned_model, planned_name
-
-    model = planned_model(settings, planning)
-    own_names = family_of(model).own_names
-    return {"title": planned_name(settings, planning), "config": settings.config,
-            "model_name_or_path": None if planning.shape() or planning.config_json
-            else settings.model_name_or_path,
-            "model": {name: getattr(model, own_names.get(name, name)) for name in SHAPE},
-            "pod_type": pod_of(plan.job.ipus), **plan_dict(plan)}
 
 
 def _how_to_train(searching: SearchSettings, plan, settings: TrainSettings, ipu_config: IPUConfig,

@@ -56,6 +56,9 @@ class PlanSettings(JobSettings):
     json: bool = flag(False, "print the plan as one JSON object, with units in the names")
     plot: Optional[str] = flag(
         None, "draw timeline, memory and split of the plan to this .png, .svg or .pdf file")
+    html: Optional[str] = flag(
+        None, "write timeline, memory and time of the plan to this .html file, which needs no "
+        "network")
     fit: bool = flag(False, "also print the planner's error on each published run")
 
 
@@ -86,6 +89,8 @@ class SearchSettings(Settings):
     write: Optional[str] = flag(None, "write the best settings to this ipu_config.json")
     keep: int = flag(5, "number of settings to show", min=1)
     json: bool = flag(False, "print the plans as JSON, with units in the names")
+    html: Optional[str] = flag(
+        None, "write the plans beside the given one to this .html file, which needs no network")
 
 
 @dataclass
@@ -129,3 +134,17 @@ class SweepSettings(Settings):
     steps: int = flag(20, "steps of such a run", min=1)
     timeout: int = flag(3600, "seconds after which such a run has failed", min=1)
     output: str = flag("sweep.csv", "table of the results, from which a later call goes on")
+
+
+@dataclass
+class CompareSettings(Settings):
+    """The comparison's own flags."""
+
+    inference: bool = flag(
+        False, "plan the pipeline of evaluation and infer.py in place of the training's")
+    json: bool = flag(False, "print the comparison as one JSON object, with units in the names")
+    plot: Optional[str] = flag(
+        None, "draw memory, time by stage and windows/s to this .png, .svg or .pdf file")
+    html: Optional[str] = flag(
+        None, "write memory, time by stage and windows/s to this .html file, which needs no "
+        "network")

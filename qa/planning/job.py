@@ -24,6 +24,7 @@ from ipu_options.plan import calibrate
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import MACHINES
 from ipu_options.plan.planner import Plan, make_plan
+from ipu_options.plan.text import plan_dict
 from qa.checks import check_row_length
 from qa.data import demo
 from qa.planning.flags import SHAPE, JobSettings
@@ -81,6 +82,19 @@ def planned(settings: TrainSettings, ipu_config: IPUConfig, planning: JobSetting
     """
     job = (make_inference_job if inference else make_job)(settings, ipu_config, planning)
     return make_plan(job, calibrate.load(planning.calibration))
+
+
+def described(plan: Plan, settings: TrainSettings, planning: JobSettings) -> Dict[str, Any]:
+    """Return a plan as a dictionary for JSON, with the configuration and the model it is of."""
+    from qa.model.families import family_of
+
+    model = planned_model(settings, planning)
+    own_names = family_of(model).own_names
+    return {"title": planned_name(settings, planning), "config": settings.config,
+            "model_name_or_path": None if planning.shape() or planning.config_json
+            else settings.model_name_or_path,
+            "model": {name: getattr(model, own_names.get(name, name)) for name in SHAPE},
+            "pod_type": pod_of(plan.job.ipus), **plan_dict(plan)}
 
 
 def pod_note(settings: TrainSettings, job: Job) -> Optional[str]:

@@ -1,0 +1,172 @@
+"""Writes plans, runs and profiles as one page with Plotly, to zoom and to hover for numbers.
+
+The page holds plotly.js, so that it opens without a network. Below the views is the same as text,
+for screen readers too; patterns tell the parts of a bar apart without colour.
+"""
+from __future__ import annotations
+
+import html
+from dataclasses import replace
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from ipu_options.errors import UsageError
+from ipu_options.files import user_file, writing
+from ipu_options.plan.compare import Side
+from ipu_options.plan.draw import MEMORY_STYLES, MOST_MICRO_BATCHES, PROFILED, STYLES
+from ipu_options.plan.machine import MIB
+from ipu_options.plan.memory import CATEGORIES
+from ipu_options.plan.planner import Plan
+
+# Plotly's patterns for matplotlib's hatches in draw.py.
+_PATTERNS = {"////": "/", "....": ".", "xxxx": "x", "||||": "|", "\\\\\\\\": "\\", "++++": "+",
+             "oo": "-", "": ""}
+# A row of a chart: its group (an IPU, a stage), its side, and {part: length}.
+Row = Tuple[str, str, Dict[str, float]]
+
+
+def write_page(path: str, title: str, sides: Sequence[Side], text: str,
+               plan: Optional[Plan] = None) -> None:
+    """Write the page to `path`: the timeline of `plan`, the views of `sides`, and `text` below.
+
+    Raises UsageError if Plotly is missing or the file name does not end in .html, RunError if the
+    file cannot be written.
+    """
+    try:
+        from plotly.io import to_html
+    except ImportError:
+        raise UsageError("--html needs plotly, which is not installed: "
+                         "pip install -r requirements-pages.txt")
+    if not path.lower().endswith((".html", ".htm")):
+        raise UsageError(f"--html {path}: name an .html file")
+    figures = [_timeline(plan)] if plan else []
+    figures += [_memory(sides), _stages(sides), _throughput(sides)]
+    views = "\n".join(
+        to_html(figure, full_html=False, include_plotlyjs=not place,
+                config={"displaylogo": False, "responsive": True})
+        for place, figure in enumerate(figures))
+    title = html.escape(title)
+    names = "".join(f"<li>{html.escape(side.label)}</li>" for side in sides)
+    with writing(f"--html {path}"), user_file(path) as file:
+        file.write(
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>{title}</title></head>\n<body style=\"font-family: sans-serif\"><main>"
+            f"<h1>{title}</h1><ul>{names}</ul>\n{views}\n<h2>In words and numbers</h2>"
+            f'<pre tabindex="0" style="overflow-x: auto">{html.escape(text)}</pre>'
+            "</main></body></html>\n")
+
+
+def _timeline(plan: Plan) -> Any:
+    """Return the timeline of a weight update or call, shortened to a few micro-batches."""
+    from plotly.graph_objects import Bar, Figure
+    shown = min(plan.job.micro_batches, MOST_MICRO_BATCHES)
+    schedule, figure, named = replace(plan.schedule, micro_batches=shown), Figure(), set()
+    for event in schedule.events():
+        figure.add_trace(Bar(
+            orientation="h", y=[f"IPU {event.ipu}"] * len(event.start),
+            base=[1e3 * start for start in event.start],
+            x=[1e3 * event.seconds] * len(event.start), name=event.kind, legendgroup=event.kind,
+            showlegend=event.kind not in named, marker=_marker(STYLES[event.kind]),
+            customdata=list(range(len(event.start))),
+            hovertemplate=(f"{event.kind}, stage {event.stage}, micro-batch %{{customdata}}<br>"
+                           "from %{base:.2f} ms, %{x:.2f} ms<extra></extra>")))
+        named.add(event.kind)
+    update = 1e3 * (plan.reduction_seconds + plan.weight_update_seconds)
+    if update:
+        ipus = [f"IPU {ipu}" for ipu in plan.memory]
+        figure.add_trace(Bar(
+            orientation="h", y=ipus, base=[1e3 * schedule.seconds] * len(ipus),
+            x=[update] * len(ipus), name="reduction and weight update",
+            marker=_marker(STYLES["update"]), hovertemplate="update, %{x:.2f} ms<extra></extra>"))
+    less = f", shortened to {shown} of {plan.job.micro_batches} micro-batches" if (
+        shown < plan.job.micro_batches) else ""
+    return _finished(figure, f"Timeline of a {'weight update' if plan.job.training else 'call'}"
+                     f"{less} (white: idle)",
+                     f"ms (and {1e3 * plan.host_seconds:.0f} ms of host before the next)",
+                     len(plan.memory), barmode="overlay")
+
+
+def _memory(sides: Sequence[Side]) -> Any:
+    """Return the memory of each IPU and side, with a line at what an IPU has."""
+    rows: List[Tuple[Tuple[int, int], Row]] = []
+    limit = 0.0
+    for place, side in enumerate(sides):
+        for ipu in side.plan["ipus"] if side.plan else ():
+            limit = max(limit, ipu["limit_bytes"] / MIB)
+            rows.append(((ipu["ipu"], place), (f"IPU {ipu['ipu']}", side.name, {
+                name: ipu[f"{name}_bytes"] / MIB for name in CATEGORIES})))
+        for ipu, total in enumerate(side.profile.total_bytes if side.profile else ()):
+            code = side.profile.ipu_code_bytes[ipu]
+            rows.append(((ipu, place), (f"IPU {ipu}", f"{side.name} profiled", {
+                "code": code / MIB, PROFILED: (total - code) / MIB})))
+    rows.sort(key=lambda row: row[0])
+    figure = _stacked([row for _, row in rows], {**MEMORY_STYLES, PROFILED: ("#fafafa", "")}, "MiB")
+    if limit:
+        figure.add_vline(x=limit, line_width=3, annotation_text=f"{limit:.0f} MiB")
+    return _finished(figure, "Memory of each IPU, as planned unless it says profiled", "MiB",
+                     len(rows))
+
+
+def _stages(sides: Sequence[Side]) -> Any:
+    """Return the time of one micro-batch, by stage and side."""
+    rows = sorted(((stage["stage"], place), (f"stage {stage['stage']}", side.name, {
+        kind: 1e3 * stage[f"{kind}_seconds"] for kind in ("forward", "recompute", "backward")}))
+                  for place, side in enumerate(sides) if side.plan
+                  for stage in side.plan["stages"])
+    return _finished(_stacked([row for _, row in rows], STYLES, "ms"),
+                     "Time of one micro-batch by pipeline stage, as planned for IPUs", "ms",
+                     len(rows))
+
+
+def _throughput(sides: Sequence[Side]) -> Any:
+    """Return windows/s, planned with the expected range and measured on IPUs; a host's as text."""
+    from plotly.graph_objects import Bar, Figure, Scatter
+    figure, planned = Figure(), [side for side in sides if side.plan]
+    speeds = [side.plan["windows_per_second"] for side in planned]
+    figure.add_trace(Bar(
+        orientation="h", y=[side.name for side in planned], x=speeds, name="planned for IPUs",
+        marker=_marker(STYLES["forward"]),
+        customdata=[100 * side.plan["bubble_fraction"] for side in planned],
+        hovertemplate="%{x:,.0f} windows/s planned, %{customdata:.1f} % bubbles<extra></extra>",
+        error_x={"type": "data", "symmetric": False,
+                 "array": [side.plan["windows_per_second_high"] - speed
+                           for side, speed in zip(planned, speeds)],
+                 "arrayminus": [speed - side.plan["windows_per_second_low"]
+                                for side, speed in zip(planned, speeds)]}))
+    on_ipus = [side for side in sides if side.measured_on("IPU") is not None]
+    if on_ipus:
+        figure.add_trace(Scatter(
+            y=[side.name for side in on_ipus], x=[side.measured_on("IPU") for side in on_ipus],
+            mode="markers", name="measured on IPUs",
+            marker={"symbol": "diamond", "size": 12, "color": "black"},
+            hovertemplate="%{x:,.0f} windows/s measured on IPUs<extra></extra>"))
+    hosts = "; ".join(f"{side.name}: {side.measured_on('host'):,.1f} measured on a host, no IPUs"
+                      for side in sides if side.measured_on("host") is not None)
+    return _finished(figure, "Throughput" + (f" ({hosts})" if hosts else ""),
+                     "windows/s (line: the range that the plan expects)", len(sides))
+
+
+def _stacked(rows: Sequence[Row], styles: Dict[str, Any], unit: str) -> Any:
+    """Return stacked bars, one for each row, grouped; a part that no row has is left out."""
+    from plotly.graph_objects import Bar, Figure
+    figure = Figure()
+    for part in styles:
+        lengths = [parts.get(part, 0.0) for _, _, parts in rows]
+        if any(lengths):
+            name = part.replace("_", " ")
+            figure.add_trace(Bar(
+                orientation="h", y=[[row[0] for row in rows], [row[1] for row in rows]], x=lengths,
+                name=name, marker=_marker(styles[part]),
+                hovertemplate=f"{name}: %{{x:,.2f}} {unit}<extra></extra>"))
+    return figure
+
+
+def _marker(style: Tuple[str, str]) -> Dict[str, Any]:
+    color, hatch = style
+    return {"color": color, "line": {"color": "black", "width": 1},
+            "pattern": {"shape": _PATTERNS[hatch], "fgcolor": "black", "solidity": 0.2}}
+
+
+def _finished(figure: Any, title: str, unit: str, rows: int, barmode: str = "stack") -> Any:
+    return figure.update_layout(
+        title=title, barmode=barmode, template="plotly_white", height=200 + 34 * rows,
+        yaxis={"autorange": "reversed"}, xaxis_title=unit, legend={"traceorder": "normal"})

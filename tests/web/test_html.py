@@ -1,0 +1,64 @@
+"""--html: plans, searches and comparisons as one page, in a real browser without a network."""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ipu_options.errors import UsageError
+from qa.planning.commands import main
+from tests.planning.test_compare import write_run
+from tests.planning.test_planner import SMALL, no_calibration  # noqa: F401
+from tests.web.test_ask import browser  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+
+def bars(browser, view):  # noqa: F811
+    """Return the traces of the page's view of that number, as Plotly holds them."""
+    return browser.execute_script(
+        "return document.getElementsByClassName('plotly-graph-div')[arguments[0]].data.map("
+        "trace => ({name: trace.name, x: Array.from(trace.x)}))", view)
+
+
+def requests(browser):  # noqa: F811
+    """Return the addresses that the browser has asked for."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return {entry["params"]["request"]["url"] for entry in messages
+            if entry["method"] == "Network.requestWillBeSent"}
+
+
+@pytest.mark.parametrize("command, views", [("plan", 4), ("search", 3), ("compare", 3)])
+def test_a_page_shows_the_planned_figures_and_asks_no_one(
+        command, views, tmp_path, capsys, browser):  # noqa: F811
+    pytest.importorskip("plotly")
+    page = tmp_path / "page.html"
+    assert main(["plan", *SMALL, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    if command == "compare":
+        write_run(tmp_path / "run", "host")
+        words = [" ".join(SMALL), str(tmp_path / "run")]
+    else:
+        words = SMALL
+    assert main([command, *words, "--html", str(page)]) == 0
+    browser.get(page.as_uri())
+    assert len(browser.find_elements("css selector", ".main-svg .bglayer")) >= views
+    memory, stages, throughput = (bars(browser, views - 3 + place) for place in range(3))
+    weights = next(trace["x"] for trace in memory if trace["name"] == "weights")
+    found = [round(size * 2**20) for size in weights]
+    assert {ipu["weights_bytes"] for ipu in plan["ipus"]} <= set(found)
+    assert throughput[0]["x"][0] == pytest.approx(plan["windows_per_second"])
+    forward = next(trace["x"] for trace in stages if trace["name"] == "forward")
+    assert forward[0] == pytest.approx(1e3 * plan["stages"][0]["forward_seconds"])
+    if command == "compare":
+        assert len(weights) == 2 * 4
+        assert "windows/s, measured on a host without IPUs" in browser.page_source
+        assert all(trace["name"] != "measured on IPUs" for trace in throughput)
+    addresses = requests(browser)
+    assert addresses and all(url.startswith(("file:", "data:", "blob:")) for url in addresses)
+
+
+def test_another_ending_is_refused():
+    pytest.importorskip("plotly")
+    with pytest.raises(UsageError, match="--html page.txt: name an .html file"):
+        main(["plan", *SMALL, "--html", "page.txt"])
