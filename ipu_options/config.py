@@ -23,8 +23,9 @@ IPU_CONFIG_NAME = "ipu_config.json"
 # Keys of published files that say nothing about the pipeline.
 _OF_OTHERS = {"optimum_version", "transformers_version", "ipu_version", "seed"}
 NO_CACHE = ("", "disabled")  # values of executable_cache_dir; optimum-graphcore's is "disabled"
-POD_IPUS = {"pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64, "pod128": 128,
-            "pod256": 256}
+# pod1 and pod2 are partitions of those sizes.
+POD_IPUS = {"pod1": 1, "pod2": 2, "pod4": 4, "pod8": 8, "pod16": 16, "pod32": 32, "pod64": 64,
+            "pod128": 128, "pod256": 256}
 # The IPUs that one host feeds. Larger pods take several hosts (poprun).
 IPUS_OF_A_HOST = 64
 OUTPUT_MODES = ("final", "all", "sum", "default")
@@ -127,11 +128,15 @@ class IPUConfig(Settings):
         """Return a copy in which every by-pod dictionary is replaced by its value for `pod`.
 
         pod: a key of POD_IPUS, such as "pod4". Where a dictionary has no value for it, its
-        "default" is taken; UsageError if it has neither.
+        "default" is taken; UsageError if it has neither. Published files name no smaller pod than
+        pod4, and their default is meant for larger ones, so that pod1 and pod2 take pod4's value.
         """
         values = {}
         for name, value in self.values().items():
             if isinstance(value, dict):
+                if POD_IPUS.get(pod, 4) < 4 and pod not in value and "pod4" in value:
+                    values[name] = value["pod4"]
+                    continue
                 if pod not in value and "default" not in value:
                     raise UsageError(
                         f"{self.source(name)} has no value for {pod} and no default: add one, or "
@@ -325,7 +330,9 @@ def _check_ipus(pipeline: Pipeline, pod: str) -> None:
     if replica > ipus:
         raise UsageError(
             f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "
-            f"{replica} IPUs, {pod} has {ipus}: name at most {ipus} IPUs, or a larger --pod_type")
+            f"{replica} IPUs, {pod} has {ipus}: name at most {ipus}, as in "
+            f"{' '.join(['-1'] * ipus)} (equal shares), or a larger --pod_type; python -m "
+            f"ipu_options search --ipus {ipus} finds what fits")
     if replica * replicas > ipus:
         raise UsageError(
             f"{config.source('replication_factor')} {replicas} takes {replica * replicas} IPUs, "

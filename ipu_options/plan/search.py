@@ -111,6 +111,9 @@ def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
             f"inference_{name}": getattr(found, name)
             for name in ("matmul_proportion", "embedding_serialization_factor")
             if getattr(found, name) != inherited[name]})
+    if reserved_ipus(found.inference().num_ipus()) > ipus:
+        found = replace(found, inference_layers_per_ipu=found.layers_per_ipu,
+                        inference_ipus_per_replica=found.num_ipus())
     inference = found.inference()
     stages = len(inference.layers_per_ipu)
     if len(inference.matmul_shares()) != stages:

@@ -14,6 +14,10 @@ from qa.model.parallelize import weights_of
 from qa.run.checkpoint import Checkpoints, Training, go_back
 from qa.settings import TrainSettings
 
+# Above this a learning rate is a mistake: fine-tuning takes 1e-5 to 1e-4 (Devlin et al. 2019,
+# appendix A.3; Liu et al. 2019, table 10), and even LAMB's largest batches less (You et al. 2020).
+_LARGEST_RATE = 0.01
+
 
 class NonfiniteGuard:
     """Checks the numbers of every training step, and acts as --on_nonfinite says.
@@ -92,7 +96,8 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
     The device has updated the weights before the host sees the loss. A loss that is not finite has
     therefore made all weights useless, and its cause is the forward pass of this step or the update
     before it. The earlier losses distinguish overflow from divergence: they rise in a run that
-    diverges, whereas an overflow happens while they are steady. float16 ends at 65,504. What is
+    diverges, whereas an overflow happens while they are steady. A learning rate that no model is
+    trained with is the cause in either case. float16 ends at 65,504. What is
     beyond becomes NaN on an IPU, because options.py sets the engine option debug.nanOverflowMode.
 
     earlier_losses: the finite losses before `step`, in order. bad_tensor: the result of
@@ -110,6 +115,9 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
         what = f"{bad_tensor} is not finite after the update (the loss was {loss:.4g})"
     facts = (f"step {step}: {what}, with learning rate {learning_rate:.3g}, "
              f"loss scaling {loss_scaling:g}, {precision}")
+    if learning_rate > _LARGEST_RATE:
+        return (f"{facts}: such a learning rate destroys the model; fine-tuning takes 1e-05 to "
+                "0.0001, try --learning_rate 3e-05")
     smaller_rate = f"try --learning_rate {learning_rate / 3:.2g} or a larger --warmup_ratio"
     if _rising(earlier_losses):
         lowest, last = min(earlier_losses), earlier_losses[-1]

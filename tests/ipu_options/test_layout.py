@@ -107,6 +107,24 @@ def test_the_pod_comes_from_the_flag_or_the_environment(monkeypatch):
     assert available_pod() == "pod4"
     monkeypatch.setenv("NUM_AVAILABLE_IPU", "16")
     assert available_pod() == "pod16" and available_pod("pod64") == "pod64"
+    monkeypatch.setenv("NUM_AVAILABLE_IPU", "")
+    assert available_pod() == "pod4"
     monkeypatch.setenv("NUM_AVAILABLE_IPU", "5")
     with pytest.raises(UsageError, match="NUM_AVAILABLE_IPU=5"):
         available_pod()
+
+
+@pytest.mark.parametrize("ipus, layers", [(1, [12]), (2, [6, 6])])
+def test_a_partition_of_one_or_two_ipus_takes_the_layout_that_its_refusal_names(
+        monkeypatch, ipus, layers):
+    monkeypatch.setenv("NUM_AVAILABLE_IPU", str(ipus))
+    pod = available_pod()
+    with pytest.raises(UsageError, match=f"{pod} has {ipus}") as refusal:
+        training_pipeline(IPUConfig(), 12, pod)
+    advised = str(refusal.value).split("as in ")[1].split(" (")[0]
+    config = IPUConfig(layers_per_ipu=[int(layer) for layer in advised.split()],
+                       gradient_accumulation_steps={"pod4": 32, "default": 8})
+    pipeline = training_pipeline(config, 12, pod)
+    assert pipeline.layout.layers_per_ipu(ipus) == layers
+    assert pipeline.config.gradient_accumulation_steps == 32  # the smallest published pod's
+    assert inference_pipeline(config, 12, pod).config.replication_factor == 1

@@ -46,21 +46,31 @@ def explained(losses, **known):
 
 def test_divergence_and_overflow_are_told_apart():
     diverged = fit(learning_rate=3.0)
-    message = explained(diverged, learning_rate=3.0, loss_scaling=64.0, precision="float16")
+    # The rate that is explained is one of fine-tuning; the regression diverges at another.
+    message = explained(diverged, learning_rate=3e-3, loss_scaling=64.0, precision="float16")
     assert (f"step {len(diverged)}: the loss is" in message and "the run diverged" in message
-            and "--learning_rate 1 " in message)
+            and "--learning_rate 0.001 " in message)
     overflowed = fit(learning_rate=0.01, loss_scaling=1024.0, half_gradients=True, growth=1.1)
     assert len(overflowed) > 10
     message = explained(overflowed, learning_rate=0.01, loss_scaling=1024.0, precision="float16")
     assert ("float16 overflowed" in message and "--loss_scaling 128" in message
             and "diverged" not in message)
     assert "\n" not in message
-    steady = explained([2.0] * 8 + [math.nan], learning_rate=0.3, loss_scaling=1.0,
+    steady = explained([2.0] * 8 + [math.nan], learning_rate=3e-3, loss_scaling=1.0,
                        precision="float32")
-    assert "--learning_rate 0.1" in steady and "overflow" not in steady
+    assert "--learning_rate 0.001" in steady and "overflow" not in steady
     # With the loss scaling that the message advises, every loss is finite.
     assert all(map(math.isfinite,
                    fit(learning_rate=0.01, loss_scaling=1024.0 / 8, half_gradients=True)))
+
+
+@pytest.mark.parametrize("rate", [1e300, 1e30, 2.0])
+@pytest.mark.parametrize("losses", [[math.nan], [2.0] * 8 + [math.inf], [1.0, 9.0, 99.0, math.nan]])
+def test_an_absurd_learning_rate_is_answered_by_one_of_fine_tuning(rate, losses):
+    for precision, scaling in (("float16", 1024.0), ("float32", 1.0)):
+        message = explained(losses, learning_rate=rate, loss_scaling=scaling, precision=precision)
+        assert 1e-5 <= float(message.split("try --learning_rate ")[1]) <= 1e-4
+        assert "--loss_scaling" not in message and "--precision" not in message
 
 
 def test_the_first_step_and_weights_found_bad_before_a_save_are_explained_too():
