@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"qa", "ipu_options", "poptorch_host", "train", "infer"}
 # These come with the Poplar SDK, or an error message asks for them where they are needed.
-OPTIONAL = {"popdist", "poptorch", "libpvti", "pva", "matplotlib", "wandb", "dash", "flask",
-            "werkzeug"}
+OPTIONAL = {"popdist", "poptorch", "libpvti", "pva", "matplotlib", "wandb", "dash", "plotly",
+            "flask", "werkzeug"}
 PACKAGES = {"yaml": "pyyaml"}  # {imported name: name of its package}, where the two differ
 
 
