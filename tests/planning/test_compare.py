@@ -66,6 +66,7 @@ def test_flags_a_file_and_a_saved_plan_are_each_their_own_plan(tmp_path, capsys)
         "micro_batch_size": {"A": 1, "B": 2, "C": 1}, "ipu": {"A": "mk2", "B": "bow", "C": "mk2"},
         "layers_per_ipu": {"A": [1] * 4, "B": [1] * 4, "C": [2, 2]},
         "ipus_per_replica": {"A": 4, "B": 4, "C": 2},
+        "pod_type": {"A": "pod4", "B": "pod4", "C": "pod2"},
         # What a plan does not hold (the learning rate) makes no difference by itself.
         "gradient_accumulation_steps": {"A": 32, "B": 32, "C": 16}}
 
