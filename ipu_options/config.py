@@ -252,12 +252,7 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline
     A pipeline of several stages needs at least one device iteration for each of them. Raises
     UsageError for too few, and otherwise as `training_pipeline` does.
     """
-    training = _of_launcher(config.for_pod(pod))
-    config = training.inference()
-    if processes.place().launcher == "poprun":
-        # Its IPUs are reserved once, for replicas of one size: popdist.checkNumIpusPerReplica.
-        config.replication_factor = training.replication_factor
-        config.ipus_per_replica = config.ipus_per_replica or reserved_ipus(training.num_ipus())
+    config = _inference_of_launcher(_of_launcher(config.for_pod(pod)))
     pipeline = Pipeline(config, config.layout(num_layers))
     stages = len(pipeline.layout.stages())
     if stages > 1 and config.device_iterations < stages:
@@ -306,14 +301,44 @@ def _of_launcher(config: IPUConfig) -> IPUConfig:
                    sources={**config.sources, "replication_factor": "poprun --num-replicas"})
 
 
+def _inference_of_launcher(training: IPUConfig) -> IPUConfig:
+    """Return the inference pipeline's configuration, whose replicas are poprun's, if there is one.
+
+    poprun reserves its IPUs once, for replicas of one size (popdist.checkNumIpusPerReplica). An
+    inference layout of a configuration that takes another number of IPUs gives way to the training
+    layout, if that has the size. One from the command line stays, and is refused by its name.
+    """
+    own, here = training.inference(), processes.place()
+    if here.launcher != "poprun":
+        return own
+    layout = ("layers_per_ipu", "ipus_per_replica", "matmul_proportion")
+    if (reserved_ipus(own.num_ipus()) != here.ipus_per_replica
+            and reserved_ipus(training.num_ipus()) == here.ipus_per_replica
+            and not any(training.sources.get(f"inference_{name}") == f"--inference_{name}"
+                        for name in layout)):
+        own = replace(training, **{f"inference_{name}": None for name in layout}).inference()
+    own.replication_factor = training.replication_factor
+    return own
+
+
 def _check_processes(config: IPUConfig) -> None:
-    """Raise UsageError unless each process gets the same number of whole replicas."""
+    """Raise UsageError unless each process gets the same number of whole replicas.
+
+    A process drives at most 64 IPUs (popart_compiler/source/CompilerImpl.cpp,
+    assertSingleInstanceMaxNumIPUs).
+    """
     here, replicas = processes.place(), config.replication_factor
     if replicas % here.count:
         raise UsageError(
             f"{config.source('replication_factor')} {replicas} cannot be shared out over "
             f"{here.count} processes: it is the number of all replicas, and has to be a multiple "
             f"of {here.count}")
+    ipus = reserved_ipus(config.num_ipus()) * replicas // here.count
+    if here.count > 1 and ipus > IPUS_OF_A_HOST:
+        raise UsageError(
+            f"{config.source('replication_factor')} {replicas} takes {ipus} IPUs in each of "
+            f"{here.count} processes, which is more than the {IPUS_OF_A_HOST} that a process can "
+            f"have: start at least {here.count * -(-ipus // IPUS_OF_A_HOST)} processes")
     if here.ipus_per_replica not in (None, reserved_ipus(config.num_ipus())):
         raise UsageError(
             f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "

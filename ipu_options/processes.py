@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -43,7 +44,7 @@ from ipu_options.flags import Settings
 
 TIMEOUT = 1800  # seconds, torch's own default
 _ERRORS = {"UsageError": UsageError, "RunError": RunError}
-_PATIENCE = 10  # seconds in which a process that is alive notices that another one has gone
+_PATIENCE = 10.0  # seconds in which a process that is alive notices that another one has gone
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -303,7 +304,10 @@ class _Group:
     def __init__(self, timeout: float):
         import torch.distributed as dist
         here = place()
-        self.timeout, self.members = timeout, []
+        self.timeout, self.members, self.lost = timeout, [], set()
+        self.patience = min(_PATIENCE, timeout)
+        # Recent exchanges: see _leave.
+        self.works: Any = deque(maxlen=64)
         address = _address()
         try:
             self.store, *_ = next(dist.rendezvous("env://", here.index, here.count,
@@ -329,14 +333,13 @@ class _Group:
 
         Raises what this process has to raise: see `together`.
         """
-        import torch.distributed as dist
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun ends the others meanwhile
             with suppress(ValueError):
                 signal.signal(number, signal.SIG_IGN)
         if error is None:
             with suppress(ConnectionError):
                 share(None)
-            dist.destroy_process_group()
+            self._leave()
             return
         lost = isinstance(error, ConnectionError)
         if not lost:
@@ -344,7 +347,7 @@ class _Group:
                 self.store.set(f"words/{place().index}", json.dumps(_as_json(error)))
                 self._mark("spoken")
         with suppress(RuntimeError):
-            dist.destroy_process_group()  # wakes those who wait for this process
+            self._leave()  # wakes those who wait for this process
         try:
             if lost:
                 error = self._explained(error)
@@ -354,9 +357,22 @@ class _Group:
             self._wait_until_all_know()
         raise error
 
+    @staticmethod
+    def _leave() -> None:
+        """Close the connections.
+
+        In torch 2.0 destroy_process_group holds the GIL while it waits for gloo's worker threads
+        (~ProcessGroupGloo). One that frees the tensors of an exchange takes the GIL, and neither
+        would end: so `works` keeps the last ones, and those before get time to be freed.
+        """
+        import torch.distributed as dist
+        time.sleep(0.1)
+        dist.destroy_process_group()
+
     def _explained(self, error: BaseException) -> BaseException:
         """Return what to raise after a lost connection, once it is clear who has gone and why."""
         culprits, told = self._culprits()
+        self.lost = set(culprits) if told is None else set()
         if told and told["status"] > 2:
             return SystemExit(told["status"])  # a signal, which that process has told about
         speaker = min(set(range(count())) - set(culprits))
@@ -373,7 +389,7 @@ class _Group:
     def _culprits(self) -> tuple:
         """Return ({index: what is wrong with that process}, its last words or None)."""
         others = [index for index in range(count()) if index != place().index]
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + self.patience
         try:
             self._mark("left")
             while True:
@@ -421,7 +437,8 @@ class _Group:
         with suppress(RuntimeError):
             self._mark("left")
             self._mark("done")
-            others = [i for i in range(count()) if i != place().index and not self._gone(i)]
+            others = [index for index in range(count()) if index not in self.lost
+                      and index != place().index and not self._gone(index)]
             while is_first() and time.monotonic() < until and not all(
                     self._marked("done", index) for index in others):
                 time.sleep(0.05)
@@ -459,7 +476,8 @@ def _gathered(tensor: Any) -> List[Any]:
     import torch.distributed as dist
     parts = [torch.empty_like(tensor) for _ in range(count())]
     try:
-        dist.all_gather(parts, tensor)
+        _group.works.append(dist.all_gather(parts, tensor, async_op=True))
+        _group.works[-1].wait()
     except RuntimeError as error:
         raise ConnectionError(str(error).splitlines()[0]) from error
     return parts
