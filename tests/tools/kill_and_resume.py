@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing.forkserver
 import os
 import pkgutil
 import random
@@ -117,6 +118,8 @@ def _run(work: Path, name: str, output_dir: Path, flags: tuple) -> None:
         from ipu_options.processes import place, together
 
         place.cache_clear()
+        # A fork server that the parent may have started is no child of this process.
+        multiprocessing.forkserver._forkserver.__init__()
         random.seed(0)  # its state is compared too, and each process seeds it from the system
         sys.argv = [
             "train.py", "--config",
