@@ -355,7 +355,7 @@ def _check_ipus(pipeline: Pipeline, pod: str) -> None:
     if replica > ipus:
         raise UsageError(
             f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "
-            f"{replica} IPUs, {pod} has {ipus}: name at most {ipus}, as in "
+            f"{replica} IPUs, {pod} has {ipus}: name at most {ipus} IPUs, as in "
             f"{' '.join(['-1'] * ipus)} (equal shares), or a larger --pod_type; python -m "
             f"ipu_options search --ipus {ipus} finds what fits")
     if replica * replicas > ipus:

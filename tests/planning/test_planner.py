@@ -433,8 +433,8 @@ def test_search_for_one_ipu_brings_an_evaluation_that_was_on_two_along(tmp_path)
     path = tmp_path / "ipu_config.json"
     flags = [*SMALL, "--gradient_accumulation_steps", "64", "--inference_layers_per_ipu", "2", "2"]
     assert main(["search", "--ipus", "1", "--write", str(path), *flags]) == 0
-    settings, config, _ = parse_train([*SMALL[:6], *SMALL[11:], "--ipu_config", str(path),
-                                       "--pod_type", "pod1"], JobSettings)
+    _, config, _ = parse_train(
+        [*SMALL[:6], *SMALL[11:], "--ipu_config", str(path), "--pod_type", "pod1"], JobSettings)
     assert training_pipeline(config, 4, "pod1").layout.stages()
     assert inference_pipeline(config, 4, "pod1").config.num_ipus() == 1
 

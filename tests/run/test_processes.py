@@ -5,6 +5,7 @@ the imports of each; one test starts torchrun itself. They do 4 replicas' work.
 """
 from __future__ import annotations
 
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -75,6 +76,8 @@ def fork(count, function, tmp_path, place=None, lost=None):
             os.environ.update(place(index) if place else dict(
                 RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count)))
             processes.place.cache_clear()
+            # A fork server that the parent may have started is no child of this process.
+            multiprocessing.forkserver._forkserver.__init__()
             status = 99
             try:
                 status = run_script(processes.together(function))
@@ -374,7 +377,8 @@ def test_poprun_runs_the_same_job_through_popdist(work, tmp_path, monkeypatch):
     statuses, said = run("--replication_factor", "2", "--output_dir", str(tmp_path / "no"))
     assert statuses == [2, 2]
     assert said.count("error: --replication_factor 2: poprun --num-replicas is 4; leave") == 1
-    statuses, said = run("--layers_per_ipu", "2", "2", "--output_dir", str(tmp_path / "no"))
+    statuses, said = run("--layers_per_ipu", "2", "2", "--gradient_accumulation_steps", "4",
+                         "--output_dir", str(tmp_path / "no"))
     assert statuses == [2, 2] and said.count("poprun --ipus-per-replica is 1: start") == 1
 
 

@@ -98,6 +98,7 @@ def test_a_run_that_diverges_stops_with_what_to_try_and_keeps_the_last_good_chec
     found, said = end(start(work, "unpacked", work / "diverged", *flags))
     assert found == 1 and "Traceback" not in said, said
     assert re.search(
-        r"error: step \d+: the loss is nan, with learning rate .*try --learning_rate", said), said
+        r"error: step \d+: the loss is nan, .* learning rate .*, try --learning_rate 3e-05",
+        said), said
     weights = load_file(find_checkpoint(work / "diverged", "auto") / "model.safetensors")
     assert find_nonfinite(weights.items()) is None
