@@ -250,7 +250,8 @@ ODD_VALUES = [
     ("yaml", "layers_per_ipu: [[3], 3]", "layers_per_ipu holds a list"),
     ("yaml", "gradient_accumulation_steps: {pod4: {a: 1}}", "a whole number for each of pod4"),
     ("yaml", "gradient_accumulation_steps: {pod5: 3}", "a whole number for each of pod4"),
-    ("yaml", "seed: " + "9" * 5000, "not readable" if hasattr(sys, "set_int_max_str_digits") else "seed"),
+    ("yaml", "seed: " + "9" * 5000,
+     "not readable" if hasattr(sys, "set_int_max_str_digits") else "seed"),
     ("json", "[" * 100_000, "nested too deep"),
     ("json", '{"a":' * 100_000, "nested too deep"),
     ("json", '{"embedding_ipu": {"pod4": 1}}', "embedding_ipu is a dictionary"), ]
