@@ -11,8 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from ipu_options.errors import UsageError
 from qa.model.pretrained import load_config, load_tokenizer
 from qa.settings import TrainSettings
+from tests.reference.loopback import Handler, serving
 from tests.reference.windows import tokenizer_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +30,7 @@ COMMIT = "0123456789" * 4
 QUESTION = ["--question", "Where was Ada born?", "--context", TEXT, "--json"]
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """The endpoints that reading a repository uses: its description, its tree and its files."""
 
     def do_GET(self):
@@ -44,49 +43,32 @@ class Hub(BaseHTTPRequestHandler):
             name, file = name + file, None
         if name not in models or revision not in (None, "main", COMMIT):
             kind = "RepoNotFound" if name not in models else "RevisionNotFound"
-            return self.reply(b"", 404, {"X-Error-Code": kind})
+            return self.send(b"", 404, {"X-Error-Code": kind})
         folder = models[name]
         files = sorted(path.name for path in folder.iterdir())
         if is_api and what == "tree":
-            return self.reply(json.dumps([
+            return self.send(json.dumps([
                 {"type": "file", "path": name, "size": (folder / name).stat().st_size,
                  "oid": hashlib.sha1((folder / name).read_bytes()).hexdigest()}
                 for name in files]).encode())
         if is_api:
-            return self.reply(json.dumps({
+            return self.send(json.dumps({
                 "id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [],
                 "downloads": 0, "siblings": [{"rfilename": name} for name in files]}).encode())
         if file is None or file[1:] not in files:
-            return self.reply(b"", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            return self.send(b"", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         content = (folder / file[1:]).read_bytes()
-        return self.reply(content, 200, {
+        return self.send(content, 200, {
             "X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
 
     do_HEAD = do_GET
 
-    def reply(self, content, status=200, headers=()):
-        self.send_response(status)
-        for name, value in dict(headers).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *unused):
-        pass
-
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.models, server.asked = f"http://127.0.0.1:{server.server_port}", {}, []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub) as server:
+        server.models, server.asked = {}, []
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import train
 from ipu_options.errors import run_script
 from qa.data.demo import write_demo
 from tests.end_to_end.test_train import SMALL, flat, run
+from tests.reference.small_demo import write_small_demo
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,11 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 def demo(tmp_path_factory):
     """The demo's model and a hundred of its questions."""
     folder = tmp_path_factory.mktemp("demo")
-    write_demo(folder, seed=5)
-    for name, paragraphs in (("train", 20), ("validation", 5)):
-        data = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        data["data"][0]["paragraphs"] = data["data"][0]["paragraphs"][:paragraphs]
-        (folder / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
+    write_small_demo(folder, train=20, validation=5)
     return folder
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 import infer
 import train
 from ipu_options.errors import run_script
-from qa.data.demo import write_demo
 from qa.run.log import read_log
+from tests.reference.small_demo import write_small_demo
 from tests.run.test_checkpoint import forge
 from tests.tools.families import FAMILIES, losses_of, texts_of, write_model
 from tests.tools.kill_and_resume import differences
@@ -31,15 +31,9 @@ SMALL = [
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    write_demo(folder / "v2", seed=5, version_2_with_negative=True)
-    write_demo(folder / "v1", seed=5)
     for kind in ("v1", "v2"):
-        for name, paragraphs in (("train", 40), ("validation", 12)):
-            path = folder / kind / f"{name}.json"
-            data = json.loads(path.read_text(encoding="utf-8"))
-            data["data"] = [{**article, "paragraphs": article["paragraphs"][:paragraphs]}
-                            for article in data["data"]][:1]
-            path.write_text(json.dumps(data), encoding="utf-8")
+        write_small_demo(folder / kind, train=40, validation=12,
+                         version_2_with_negative=kind == "v2")
     return folder
 
 

@@ -8,7 +8,6 @@ line of its docstring states the assumption. The suite ends with a table of all 
 whether they were held, and with a JSON report. What a host cannot show is "not on a host" there.
 """
 import gc
-import json
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +19,7 @@ import transformers
 from ipu_options import poptorch
 from ipu_options.files import write_json
 from ipu_options.plan.text import table
-from qa.data.demo import write_demo
+from tests.reference.small_demo import write_small_demo
 
 HERE = Path(__file__).parent
 IPUS = 4
@@ -123,9 +122,5 @@ def only_on_ipu():
 def demo(tmp_path_factory):
     """A folder with the demo's model and a hundred of its questions."""
     folder = tmp_path_factory.mktemp("demo")
-    write_demo(folder, seed=5)
-    for name, paragraphs in (("train", 20), ("validation", 5)):
-        data = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        data["data"][0]["paragraphs"] = data["data"][0]["paragraphs"][:paragraphs]
-        (folder / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
+    write_small_demo(folder, train=20, validation=5)
     return folder

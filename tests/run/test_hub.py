@@ -11,14 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
 from qa.run.hub import model_card
+from tests.reference.loopback import Handler, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -36,7 +35,7 @@ def mode(path):
     return "lfs" if path.endswith(".safetensors") else "regular"
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """The endpoints that an upload uses.
 
     These are who-am-I, creation, pre-upload, batch and content of large files, and commit.
@@ -86,28 +85,14 @@ class Hub(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def reply(self, value, status=200):
-        content = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *unused):
-        pass
+        self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
 
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.large, server.commits, server.created, server.read_only = {}, [], None, False
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub) as server:
+        server.large, server.commits, server.created, server.read_only = {}, [], None, False
+        yield server
 
 
 @pytest.fixture
