@@ -5,11 +5,9 @@ the imports of each; one test starts torchrun itself. They do 4 replicas' work.
 """
 from __future__ import annotations
 
-import multiprocessing.forkserver
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,12 +18,22 @@ import torch
 
 from ipu_options import processes
 from ipu_options.config import inference_pipeline, training_pipeline
-from ipu_options.errors import RunError, UsageError, run_script
+from ipu_options.errors import RunError, UsageError
 from ipu_options.flags import Settings
 from qa.data.rows import ProcessRows
 from qa.planning.flags import TrainPlanSettings
 from qa.settings import named_configs, parse_train
-from tests.tools.kill_and_resume import ROOT, differences, end_of, has_ended, prepare, start
+from tests.tools.kill_and_resume import (
+    ROOT,
+    differences,
+    end_of,
+    forked,
+    free_port,
+    has_ended,
+    place_of,
+    prepare,
+    start,
+)
 
 FEW = ("--max_steps", "2", "--do_train")
 
@@ -61,30 +69,9 @@ def fork(count, function, tmp_path, place=None, lost=None):
     place(index): the environment of a process; by default the one that torchrun would give it.
     lost: a process that does not end by itself, and is killed after the others, as by torchrun.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
-    for index in range(count):
-        pids.append(os.fork())
-        if not pids[-1]:
-            log = os.open(tmp_path / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            os.environ.update(place(index) if place else dict(
-                RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count)))
-            processes.place.cache_clear()
-            # A fork server that the parent may have started is no child of this process.
-            multiprocessing.forkserver._forkserver.__init__()
-            status = 99
-            try:
-                status = run_script(processes.together(function))
-            except SystemExit as end:
-                status = end.code
-            finally:
-                os._exit(status)
+    port = free_port()
+    pids = [forked(function, tmp_path / "log", port,
+                   place(index) if place else place_of(index, count)) for index in range(count)]
     until = time.monotonic() + 300
     while time.monotonic() < until and not all(
             has_ended(pid) for index, pid in enumerate(pids) if index != lost):
@@ -333,9 +320,7 @@ def test_questions_are_shared_out_and_the_answers_written_in_order(work, tmp_pat
 def test_torchrun_with_two_agents_trains_as_one_process(work, tmp_path):
     """Two agents on one host stand for two hosts."""
     assert end_of(*start(work, "packed", tmp_path / "one", *FEW)) == 0, log(work, "packed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     agents = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank",

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import List
+from typing import Any, Callable, Dict, List, Optional
 
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork does not get the threads of its parent
@@ -91,41 +91,56 @@ def start(work: Path, name: str, output_dir: Path, *flags: str, processes: int =
     With several processes each gets the environment that torchrun would give it. What they print
     is appended to NAME.log.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
-    for index in range(processes):
-        place = dict(RANK=index, LOCAL_RANK=index, WORLD_SIZE=processes, MASTER_PORT=port)
-        pids.append(os.fork())
-        if not pids[-1]:
-            os.environ.update({key: str(value) for key, value in place.items()},
-                              MASTER_ADDR="127.0.0.1")
-            _run(work, name, output_dir, flags)
-    return pids
-
-
-def _run(work: Path, name: str, output_dir: Path, flags: tuple) -> None:
-    """Run train.py in this forked process, and end it."""
-    status = 1
-    try:
-        log = os.open(work / f"{name}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    def run():
         import train
-        from ipu_options.errors import run_script
-        from ipu_options.processes import place, together
 
-        place.cache_clear()
-        # A fork server that the parent may have started is no child of this process.
-        multiprocessing.forkserver._forkserver.__init__()
         random.seed(0)  # its state is compared too, and each process seeds it from the system
         sys.argv = [
             "train.py", "--config",
             str(work / f"{name}.yaml"), "--output_dir",
             str(output_dir), *(flags or ("--resume_from_checkpoint", "auto"))]
-        status = run_script(together(train.main))
+        return train.main()
+
+    port = free_port()
+    return [forked(run, work / f"{name}.log", port, place_of(index, processes))
+            for index in range(processes)]
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def place_of(index: int, processes: int) -> Dict[str, str]:
+    """Return the variables by which torchrun tells a process its place."""
+    return dict(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(processes))
+
+
+def forked(run: Callable[[], Optional[int]], log: Path, port: int, place: Dict[str, str]) -> int:
+    """Start a fork of this process that calls `run` as a script does; returns its process id.
+
+    log: the file to which it appends what it prints. port: where the processes meet. place: the
+    variables that a launcher gives to this one.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    status: Any = 99
+    try:
+        file = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        from ipu_options import processes
+        from ipu_options.errors import run_script
+
+        os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        processes.place.cache_clear()
+        # A fork server that the parent may have started is no child of this process.
+        multiprocessing.forkserver._forkserver.__init__()
+        status = run_script(processes.together(run))
         sys.stdout.flush()
     except SystemExit as end:
         status = end.code
