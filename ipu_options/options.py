@@ -10,7 +10,7 @@ from typing import Dict, Optional
 
 import torch
 
-from ipu_options import poptorch, processes
+from ipu_options import device, poptorch, processes
 from ipu_options.config import DeviceSettings, IPUConfig, Pipeline, executable_cache, reserved_ipus
 
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
@@ -23,7 +23,7 @@ def describe_poptorch(run: DeviceSettings) -> str:
     text = f"PopTorch: {poptorch.__name__} {poptorch.__version__}, torch {torch.__version__}"
     asked = [f"--{name}" for name in ("compile_only", "ipu_model", "synthetic_data", "profile_dir")
              if getattr(run, name)]
-    if poptorch.__name__ == "poptorch_host" and asked:
+    if device == "host" and asked:
         text += f" (no IPU: what {', '.join(asked)} shows is this host's)"
     return text
 

@@ -43,11 +43,11 @@ def check_train(settings: Any) -> None:
         if getattr(settings, one) and getattr(settings, other):
             raise UsageError(f"{source(one)} and {source(other)} exclude each other: {why}; leave "
                              "one out")
-    for package in set(settings.report_to) - {"none"}:
-        if len(settings.report_to) > 1 and "none" in settings.report_to:
-            raise UsageError(f"{source('report_to')} {' '.join(settings.report_to)}: none excludes "
-                             "the others; leave it out")
-        if find_spec(package) is None:
+    if set(settings.report_to) > {"none"}:
+        raise UsageError(f"{source('report_to')} {' '.join(settings.report_to)}: none excludes "
+                         "the others; leave it out")
+    for package in settings.report_to:
+        if package != "none" and find_spec(package) is None:
             raise UsageError(f"{source('report_to')} {package} needs the package {package}: pip "
                              f"install {package}, or leave it out")
     if settings.on_nonfinite == "skip" and not settings.save_steps:

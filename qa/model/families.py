@@ -114,6 +114,11 @@ def first_position(config: Any) -> int:
     return config.pad_token_id + 1 if family_of(config).positions_after_padding else 0
 
 
+def most_tokens(config: Any) -> int:
+    """Return how many tokens of a window the model has positions for."""
+    return config.max_position_embeddings - first_position(config)
+
+
 def row_kind(config: Any) -> Dict[str, Any]:
     """Return what the rows of qa/data/rows.py need to know of a model, as their arguments.
 

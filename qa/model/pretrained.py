@@ -16,7 +16,7 @@ from ipu_options.flags import Settings
 from ipu_options.hub import checkpoint_folder
 from qa.checks import assume_row_shape, check_row_length
 from qa.data.windows import check_tokenizer
-from qa.model.families import SIZES, family_of, first_position
+from qa.model.families import SIZES, family_of, most_tokens
 from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
 from qa.settings import TrainSettings, write_qa_settings
@@ -49,7 +49,7 @@ def load_config(settings: Settings, weights: bool = True):
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         raise UsageError(f"{source} {name} has {config.position_embedding_type} positions; "
                          "only absolute ones are built")
-    most = config.max_position_embeddings - first_position(config)
+    most = most_tokens(config)
     if getattr(settings, "assumed", None):
         assume_row_shape(settings, most)
         print(f"note: {name} has no {settings.assumed}; taken: {settings.assumption()}; flags "

@@ -133,11 +133,11 @@ def planned_pod(settings: TrainSettings, ipu_config: IPUConfig, inference: bool 
 def _job(settings: TrainSettings, planning: JobSettings, pipeline: Pipeline,
          micro_batch_size: int, training: bool = True) -> Job:
     """Return the job of a checked pipeline, without its windows."""
-    from qa.model.families import first_position
+    from qa.model.families import most_tokens
     from qa.planning.counting import make_counter
 
     model_config = planned_model(settings, planning)
-    check_row_length(settings, model_config.max_position_embeddings - first_position(model_config))
+    check_row_length(settings, most_tokens(model_config))
     packed = _packed_windows_per_row(settings, planning)
     if settings.pack and packed is None:
         raise UsageError(

@@ -30,7 +30,7 @@ from typing import Any, Callable, Dict, List, Optional, Union
 
 from tqdm import tqdm
 
-from ipu_options import poptorch, processes
+from ipu_options import device, processes
 from ipu_options.files import written_whole
 from qa.run.curves import draw_curves
 from qa.settings import TrainSettings
@@ -64,7 +64,6 @@ class RunLog:
             return
         kept = before_resume(read_log(resumed.folder.parent / LOG), resumed.step) if resumed else []
         self._open(kept, resumed.step + 1 if resumed else 0)
-        device = "host" if poptorch.__name__ == "poptorch_host" else "IPU"
         if resumed:
             self.add("resumed", resumed.step, device=device, **{"from": str(resumed.folder)})
         else:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from ipu_options import poptorch
+from ipu_options import device, poptorch
 from ipu_options.files import write_json
 from ipu_options.plan.text import table
 from tests.reference.small_demo import write_small_demo
@@ -29,7 +29,7 @@ ROWS = []  # of the table: (assumption, verdict, what was seen)
 
 def on_host():
     """Whether poptorch_host runs the suite."""
-    return poptorch.__name__ == "poptorch_host"
+    return device == "host"
 
 
 def why_skipped(config):
