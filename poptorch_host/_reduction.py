@@ -43,37 +43,57 @@ class PairwiseSum:
 def sum_over_processes(gradients: Gradients, processes: int) -> Gradients:
     """Return the sums of all processes' gradients; they get the same bits.
 
-    Each process receives the gradients of all, piece by piece, and adds them up itself, because
-    gloo's own sum has another order. Small gradients travel together. Raises ConnectionError if a
-    process has gone or does not answer within the group's timeout.
+    gloo's own sum has another order. So each process adds up one part of the elements, of which it
+    receives all processes' values, and sends the others the sums (a reduce-scatter and an
+    all-gather, as in a ring; Patarasuk and Yuan 2009). Small gradients travel together. Of a large
+    matrix, such as an embedding's gradient, only the rows travel that are not zero everywhere.
+    Raises ConnectionError if a process has gone or does not answer within the group's timeout.
     """
     if processes == 1:
         return gradients
     gradients = [None if each is None else each.contiguous() for each in gradients]
-    present = [each.view(-1) for each in gradients if each is not None]
-    small = [gradient for gradient in present if len(gradient) < PIECE]
-    with torch.no_grad():
-        if small:
-            joined = torch.cat(small)
-            _sum_in_place(joined, processes)
-            for gradient, part in zip(small, joined.split([len(each) for each in small])):
-                gradient.copy_(part)
-        for gradient in present:
-            if len(gradient) >= PIECE:
-                _sum_in_place(gradient, processes)
+    present = [each for each in gradients if each is not None]
+    small = [gradient.view(-1) for gradient in present if gradient.numel() < PIECE]
+    try:
+        with torch.no_grad():
+            if small:
+                joined = torch.cat(small)
+                _sum_in_place(joined, processes)
+                for gradient, part in zip(small, joined.split([len(each) for each in small])):
+                    gradient.copy_(part)
+            for gradient in present:
+                if gradient.numel() >= PIECE:
+                    _sum_rows(gradient.view(len(gradient), -1), processes)
+    except RuntimeError as error:
+        raise ConnectionError(f"the gradients of {processes} processes could not be exchanged: "
+                              f"{error}") from error
     return gradients
 
 
-def _sum_in_place(tensor: torch.Tensor, processes: int) -> None:
-    for piece in tensor.split(PIECE):
-        parts = [torch.empty_like(piece) for _ in range(processes)]
-        try:
-            torch.distributed.all_gather(parts, piece)
-        except RuntimeError as error:
-            raise ConnectionError(
-                f"the gradients of {processes} processes could not be exchanged: "
-                f"{error}") from error
-        total = PairwiseSum()
-        for part in parts:
+def _sum_rows(matrix: torch.Tensor, processes: int) -> None:
+    """Sum a matrix over the processes in place; rows of zeros in all of them stay where they are.
+
+    A row counts as zero if all its bits are, so that -0.0 is summed as everything else.
+    """
+    used = matrix.view(torch.int32).any(dim=1).to(torch.uint8)
+    torch.distributed.all_reduce(used, torch.distributed.ReduceOp.MAX)
+    rows = used.nonzero().flatten()
+    if 2 * len(rows) > len(matrix):
+        _sum_in_place(matrix.view(-1), processes)
+        return
+    values = matrix[rows]
+    _sum_in_place(values.view(-1), processes)
+    matrix.index_copy_(0, rows, values)
+
+
+def _sum_in_place(values: torch.Tensor, processes: int) -> None:
+    """Sum a vector over the processes in place."""
+    for piece in values.split(PIECE):
+        # Each process sums one of as many equal parts as there are processes.
+        sums = torch.nn.functional.pad(piece, (0, -len(piece) % processes))
+        parts, total = torch.empty_like(sums), PairwiseSum()
+        torch.distributed.all_to_all_single(parts, sums)
+        for part in parts.chunk(processes):
             total.add([part])
-        piece.copy_(total.total()[0])
+        torch.distributed.all_gather(list(sums.chunk(processes)), total.total()[0])
+        piece.copy_(sums[:len(piece)])
