@@ -9,7 +9,6 @@
 import json
 import sys
 from contextlib import suppress
-from dataclasses import replace
 
 from ipu_options import processes
 from ipu_options.config import inference_pipeline
@@ -50,11 +49,8 @@ def load_answerer(settings, ipu_config, spans):
 
     print(describe_poptorch(settings), file=sys.stderr)
     model_config = load_config(settings)
-    if not settings.input_file:  # single questions: one replica, whatever the training took
-        ipu_config = replace(ipu_config, inference_replication_factor=1)
-    pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type)
-    if not settings.input_file:
-        pipeline, settings.eval_micro_batch_size = pipeline.for_single_rows(), 1
+    pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type,
+                                  single_rows=not settings.input_file)
     tokenizer = load_tokenizer(settings, model_config)
     answering = InferencePipeline(load_model(settings, model_config), pipeline, settings)
 
@@ -62,7 +58,7 @@ def load_answerer(settings, ipu_config, spans):
         """Give an answer as it is printed for each example, in order."""
         with spans("windows"):
             windows = windows_for_answers(settings, tokenizer, examples)
-        with spans("answer"):
+        with spans("answer"):  # and what the caller does between two answers
             found = answering.answers(windows, examples, progress=settings.input_file is not None)
             for question, each in zip(examples["question"], found):
                 yield printed_answer(question, each, settings.n_best)
@@ -77,16 +73,16 @@ def answer_file(settings, answer):
 
     version_2, predictions = settings.version_2_with_negative, []
     examples = processes.first_of_host_first(lambda: load_examples(
-        split="test", file=settings.input_file, need_answers=None,
+        split="test", file=settings.input_file, need_answers=None,  # the file may have them
         on_bad_row=settings.on_bad_row, version_2_with_negative=version_2))
 
-    def kept():
+    def noting_predictions():
         for each in answer(examples):
             odds = {"no_answer_probability": each["null_odds"]} if version_2 else {}
             predictions.append({"id": each["id"], "prediction_text": each["answer"], **odds})
             yield each
 
-    print_answers(settings, kept())
+    print_answers(settings, noting_predictions())
     metrics = processes.on_first(metrics_of, examples, predictions, version_2)
     if metrics:
         print(f"{len(examples)} questions: {as_text(metrics)}", file=sys.stderr)
@@ -98,7 +94,9 @@ def print_answers(settings, answers):
     if settings.output_file and processes.is_first():
         with writing(f"--output_file {settings.output_file}"), \
                 user_file(settings.output_file) as file:
-            count = sum(1 for answer in answers if file.write(json.dumps(answer) + "\n"))
+            count = 0
+            for count, answer in enumerate(answers, 1):
+                file.write(json.dumps(answer) + "\n")
         print(f"{count} answers in {settings.output_file}", file=sys.stderr)
         return
     for answer in answers:

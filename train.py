@@ -8,11 +8,10 @@
 `fine_tune` is the whole job. Its parts are in qa/, and how it is mapped to IPUs in ipu_options/.
 """
 import sys
-import time
 from functools import partial
 
 from ipu_options import processes
-from ipu_options.config import training_pipeline
+from ipu_options.config import inference_pipeline, training_pipeline
 from ipu_options.errors import keep_running_without_reader, run_script
 from ipu_options.hub import offline_unless_reachable
 from ipu_options.popvision import Spans, profiling_environment
@@ -43,7 +42,7 @@ def fine_tune(settings, ipu_config, stop, spans, log):
 
     stop: signals that ask it to save and end.  spans: times its phases.  log: its log.jsonl.
     """
-    # 0. Imports, here because every process of the data loader imports this file once more.
+    # 0. Imports: here, because a process of the data loader imports this file and needs none.
     from transformers import set_seed
 
     from ipu_options import poptorch
@@ -51,73 +50,77 @@ def fine_tune(settings, ipu_config, stop, spans, log):
     from qa.answers.evaluation import Evaluation
     from qa.data.demo import use_demo_data
     from qa.data.loader import first_batch, open_loader
-    from qa.data.packing import for_packed_rows
+    from qa.data.packing import with_packed_accumulation
     from qa.data.rows import TrainingRows
     from qa.data.windows import load_questions
     from qa.model.families import row_kind
     from qa.model.optimizer import make_optimizer, make_schedule
-    from qa.model.parallelize import last_gradient, parallelize, weights_of
+    from qa.model.parallelize import parallelize, parameter_to_watch, weights_of
     from qa.model.pretrained import load_config, load_model, load_tokenizer, write_checkpoint_files
     from qa.run import hub
-    from qa.run.checkpoint import Checkpoints, Training, check_output_folder, restore
+    from qa.run.checkpoint import Checkpoints, Training, check_output_folder, restore_states
     from qa.run.nonfinite import NonfiniteGuard
     from qa.run.progress import Progress, describe_compiled, describe_rows
     from qa.run.record import write_run_record
 
-    # 1. What is trained, and where: the model, and its blocks on the IPUs of both pipelines.
-    begin = time.perf_counter()
+    # 1. What is trained, and where: --layers_per_ipu becomes the layout, an IPU for each block.
     print(describe_poptorch(settings))
     check_output_folder(settings)
     hub.check_login(settings)
     settings = use_demo_data(settings)
     model_config = load_config(settings)
     tokenizer = load_tokenizer(settings, model_config)
-    pipeline = training_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type)
-    evaluation = Evaluation(settings, model_config, ipu_config, spans, log)
-    print(pipeline.layout.table())
+    layers = model_config.num_hidden_layers
+    pipeline = training_pipeline(ipu_config, layers, settings.pod_type) if settings.trains else None
+    inference = inference_pipeline(ipu_config, layers, settings.pod_type)
+    print((pipeline or inference).layout.table())
 
-    # 2. Questions -> windows -> rows of all epochs. Packing needs fewer micro-batches an update.
-    questions, eval_questions, test_questions = load_questions(settings, tokenizer)
+    # 2. Questions -> windows -> rows. With packed rows, an update takes fewer micro-batches.
+    questions, *to_evaluate = load_questions(settings, tokenizer)
+    evaluation = Evaluation(settings, model_config, inference, to_evaluate, spans, log)
     if not settings.trains:
-        weights = weights_of(load_model(settings, model_config))
-        return evaluation.report(weights, eval_questions, test_questions)
-    pipeline = for_packed_rows(pipeline, questions.windows.lengths, settings)
+        evaluation.report(weights_of(load_model(settings, model_config)))
+        return 0
+    pipeline = with_packed_accumulation(pipeline, questions.windows.lengths, settings)
     rows = TrainingRows.of_run(settings, pipeline.config, row_kind(model_config), questions.windows)
     print(describe_rows(rows, len(questions.examples), settings, pipeline.config))
 
     # 3. From the beginning, or from a checkpoint of a run that was stopped.
     checkpoints = Checkpoints.of_run(settings, pipeline.config, rows, spans, log)
-    saved = checkpoints.open(settings)
+    saved = checkpoints.start_or_resume(settings)
     step = saved.step if saved else 0
     rows = rows.starting_at(step)
     write_run_record(settings, pipeline.config, rows, saved)
     log.begin(saved)
 
-    # 4. The model on the IPUs: annotated, in its precision, compiled for one combined batch.
+    # 4. The model on the IPUs: split into blocks, in its precision, compiled for a combined batch.
     set_seed(settings.seed)
     model = load_model(settings, model_config, saved and saved.folder).train()
-    parallelize(
-        model, pipeline.layout,
-        recompute_checkpoint_every_layer=pipeline.config.recompute_checkpoint_every_layer,
-        embedding_serialization_factor=pipeline.config.embedding_serialization_factor)
+    parallelize(model, pipeline.layout,
+                recompute_checkpoint_every_layer=pipeline.config.recompute_checkpoint_every_layer,
+                embedding_serialization_factor=pipeline.config.embedding_serialization_factor)
     if settings.precision == "float16":
         model.half()
     optimizer = make_optimizer(model, settings, pipeline.config)
     schedule = make_schedule(optimizer, settings, rows.total_steps, steps_done=step)
     options = training_options(pipeline.config, settings, seed=settings.seed,
-                               watched=last_gradient(model), watch=settings.watch_gradients)
+                               watched=parameter_to_watch(model), watch=settings.watch_gradients)
     training_model = poptorch.trainingModel(model, options, optimizer)
     with stop.killable(), spans("compile"):
         training_model.compile(**first_batch(options, rows, settings.micro_batch_size))
         if settings.compile_only:
             evaluation.compile(questions.windows)
-            print(describe_compiled(begin, pipeline.config, settings))
+            print(describe_compiled(spans.total(), pipeline.config, settings))
             return 0
-    restore(saved, training_model, optimizer)
+    restore_states(saved, training_model, optimizer)  # load_model has loaded the weights
 
     # 5. The loop. A step is one call of the device: one combined batch, device_iterations updates.
     write_files = partial(write_checkpoint_files, model, tokenizer, ipu_config, settings)
     training = Training(model, optimizer, training_model, write_files)
+
+    def evaluate(step):
+        return evaluation.run(training.detached_weights(), step, rows.epoch_after(step))
+
     guard = NonfiniteGuard(settings, checkpoints, training, options)
     progress = Progress(rows, settings, saved, spans, log)
     loader = open_loader(options, rows, settings.micro_batch_size, settings.dataloader_num_workers)
@@ -125,16 +128,16 @@ def fine_tune(settings, ipu_config, stop, spans, log):
         while step < rows.total_steps and not stop.requested:
             learning_rate = schedule.get_last_lr()[0]
             with spans("data"):
-                batch = next(batches)
+                batch = next(batches)  # the arguments of the model, which returns the loss
             with spans("step"):
                 loss = mean_loss(training_model(**batch), pipeline.config)
             step += 1
+            last = stop.poll() or step == rows.total_steps  # now all processes know of a signal
             saving = settings.save_steps and step % settings.save_steps == 0
-            evaluating = progress.evaluation_is_due(step)
-            last = stop.share() or step == rows.total_steps
-            # What is saved is finite. Reading weights costs a transfer from the device.
-            finite = guard.passes(step, loss, learning_rate, progress.losses,
-                                  look_at_weights=saving or evaluating or last)
+            evaluating = progress.evaluation_is_due(step) and not stop.requested
+            # Only finite weights are saved. If they are not, they are the last checkpoint's again.
+            finite = guard.check_or_go_back(step, loss, learning_rate, progress.losses,
+                                            look_at_weights=saving or evaluating or last)
             with spans("schedule"):
                 schedule.step()
                 training_model.setOptimizer(optimizer)  # before this, the device sees no change
@@ -142,25 +145,22 @@ def fine_tune(settings, ipu_config, stop, spans, log):
             if saving:
                 checkpoints.save_or_warn(training, step, progress.losses)
             if evaluating:
-                with stop.immediate():
-                    epoch = rows.epoch_after(step)
-                    metrics = evaluation.run(training.weights(), eval_questions, step, epoch)
-                    checkpoints.save_if_best(training, step, progress.losses, metrics)
+                with stop.immediate():  # a signal ends the evaluation, and then the loop
+                    checkpoints.save_if_best(training, step, progress.losses, evaluate(step))
         if settings.synthetic_data:
             print(f"{step} steps on synthetic data were timed; nothing was read or saved")
             return stop.exit_status
-        if stop.requested:
+        if stop.poll():
             checkpoints.save(training, step, progress.losses)
             log.stopped(step, stop.requested)
             return stop.exit_status
 
-    # 6. The end: the model is saved, evaluated, shown and shared.
-    step = checkpoints.load_best(training, step)
+    # 6. The end: the last model, or the best if asked for, is saved, evaluated and shared.
+    step = checkpoints.load_best(training, step, progress.losses, evaluate)
     checkpoints.save_final(training)
     progress.write_summary()
-    evaluation.report(training.weights(), eval_questions, test_questions,
-                      step=step, epoch=rows.epoch_after(step))
-    print(f"saved to {settings.output_dir} after {time.perf_counter() - begin:.0f} s; "
+    evaluation.report(training.detached_weights(), step, rows.epoch_after(step))
+    print(f"saved to {settings.output_dir} after {spans.total():.0f} s; "
           f"ask it: python infer.py --checkpoint {settings.output_dir}")
     hub.push(settings)
     return 0

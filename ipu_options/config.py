@@ -76,8 +76,8 @@ class IPUConfig(Settings):
          "default": 1},
         "replicas of the pipeline that train in parallel", type=int, min=1, by_pod=True)
     gradient_accumulation_steps: Union[int, Dict[str, int]] = flag(
-        32, "micro-batches per weight update on each replica", type=int, min=1, max=65_536,
-        by_pod=True)
+        32, "micro-batches per weight update on each replica; --pack divides it by the windows a "
+        "row holds, so that an update keeps its windows", type=int, min=1, max=65_536, by_pod=True)
     device_iterations: Union[int, Dict[str, int]] = flag(
         1, "weight updates per call of the device", type=int, min=1, max=65_536, by_pod=True)
     matmul_proportion: Union[float, List[float]] = flag(
@@ -88,7 +88,8 @@ class IPUConfig(Settings):
         1, "parts into which the word embedding is split, to save memory", type=int, min=1,
         max=256)
     recompute_checkpoint_every_layer: bool = flag(
-        True, "keep only each layer's input and recompute the rest in the backward pass", type=bool)
+        True, "keep the output of each layer but the last for the backward pass, and recompute the "
+        "rest; if false, keep only what enters a stage", type=bool)
     optimizer_state_offchip: bool = flag(
         False, "keep the optimizer state off chip, in streaming memory", type=bool)
     enable_half_first_order_momentum: bool = flag(
@@ -215,16 +216,6 @@ class Pipeline:
     layout: Layout
     sharded: bool = False
 
-    def for_single_rows(self) -> "Pipeline":
-        """Return the inference pipeline that answers a single row in the least time.
-
-        A row takes S steps through S stages with poptorch.ShardedExecution. Pipelined execution
-        needs at least S rows a call, which take 2S - 1 steps. optimum-graphcore answers single
-        questions in the same way (pipelines/__init__.py, get_poplar_executor).
-        """
-        config = replace(self.config, device_iterations=1, replication_factor=1)
-        return replace(self, config=config, sharded=True)
-
 
 def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
     """Return the training pipeline of a model with `num_layers` encoder layers on `pod`.
@@ -245,17 +236,26 @@ def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
     return pipeline
 
 
-def inference_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
+def inference_pipeline(config: IPUConfig, num_layers: int, pod: str,
+                       single_rows: bool = False) -> Pipeline:
     """Return the inference pipeline of a model with `num_layers` encoder layers on `pod`.
 
     config: the whole configuration with its training values; `IPUConfig.inference` is applied here.
     A pipeline of several stages needs at least one device iteration for each of them. Raises
     UsageError for too few, and otherwise as `training_pipeline` does.
+
+    single_rows: return the one that answers a single row in the least time, on one replica. A row
+    takes S steps through S stages with poptorch.ShardedExecution. Pipelined execution needs at
+    least S rows a call, which take 2S - 1 steps. optimum-graphcore answers single questions in the
+    same way (pipelines/__init__.py, get_poplar_executor).
     """
-    config = _inference_of_launcher(_of_launcher(config.for_pod(pod)))
-    pipeline = Pipeline(config, config.layout(num_layers))
+    config = config.for_pod(pod)
+    if single_rows:
+        config = replace(config, inference_replication_factor=1, inference_device_iterations=1)
+    config = _inference_of_launcher(_of_launcher(config))
+    pipeline = Pipeline(config, config.layout(num_layers), sharded=single_rows)
     stages = len(pipeline.layout.stages())
-    if stages > 1 and config.device_iterations < stages:
+    if not single_rows and stages > 1 and config.device_iterations < stages:
         raise UsageError(
             f"{config.source('device_iterations')} {config.device_iterations} is too small: "
             f"the inference pipeline has {stages} stages; use at least {stages}")

@@ -81,6 +81,7 @@ class Spans:
 
     def __init__(self, channel: str, settings: DeviceSettings) -> None:
         self.seconds: Dict[str, float] = defaultdict(float)
+        self._begin = time.perf_counter()
         self._trace = settings.trace and processes.own_path(settings.trace)
         self._name = channel
         self._events: List[Tuple[str, int, int]] = []  # name, start and duration in nanoseconds
@@ -88,6 +89,10 @@ class Spans:
         if settings.profile_dir is not None:
             from ipu_options import poptorch
             self._channel = poptorch.profiling.Channel(channel)
+
+    def total(self) -> float:
+        """Return the seconds since this object was made."""
+        return time.perf_counter() - self._begin
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

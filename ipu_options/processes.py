@@ -281,7 +281,7 @@ def watch_signal(received: Optional[Callable[[], int]]) -> None:
 
 def raise_stopped() -> None:
     """Collective: raise Stopped in all processes if one has received a signal that is watched."""
-    if count() > 1 and _received is not None:
+    if _received is not None:
         number = any_true(_received())
         if number:
             raise Stopped(128 + number)

@@ -15,12 +15,12 @@ from ipu_options.flags import Settings
 # Files that a checkpoint consists of, over which nothing else may be written.
 _OF_A_CHECKPOINT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 _TABLES = "name a JSON, JSON Lines, CSV or Parquet file"
-# Settings that do nothing without another one; named only where the command line gives them.
+# Settings that do nothing without one of others; named only where the command line gives them.
 _NEED = {
-    "hub_model_id": "push_to_hub", "hub_private_repo": "push_to_hub",
-    "save_total_limit": "save_steps", "host": "web", "port": "web",
-    "metric_for_best_model": "load_best_model_at_end",
-    "null_score_diff_threshold": "version_2_with_negative"}
+    "hub_model_id": ("push_to_hub",), "hub_private_repo": ("push_to_hub",),
+    "save_total_limit": ("save_steps", "load_best_model_at_end"), "host": ("web",),
+    "port": ("web",), "metric_for_best_model": ("load_best_model_at_end",),
+    "null_score_diff_threshold": ("version_2_with_negative",)}
 
 
 def check_train(settings: Any) -> None:
@@ -53,6 +53,10 @@ def check_train(settings: Any) -> None:
     if settings.on_nonfinite == "skip" and not settings.save_steps:
         raise UsageError(f"{source('on_nonfinite')} skip goes back to a checkpoint: save some with "
                          "--save_steps")
+    for name in ("load_best_model_at_end", "eval_steps", "evaluate_every_epoch"):
+        if settings.sources.get(name) == f"--{name}" and getattr(
+                settings, name) and not settings.evaluates:
+            raise UsageError(f"--{name} does nothing in a run that only trains: add --do_eval")
     if settings.load_best_model_at_end and not (settings.eval_steps
                                                 or settings.evaluate_every_epoch):
         raise UsageError(f"{source('load_best_model_at_end')} has only the last model to choose "
@@ -190,10 +194,11 @@ def assume_row_shape(settings: Any, most: int) -> None:
 
 def _check_needs(settings: Settings) -> None:
     """Raise UsageError for a flag that does nothing without another one."""
-    for name, other in _NEED.items():
-        if settings.sources.get(name) == f"--{name}" and not getattr(settings, other, True):
-            raise UsageError(f"--{name} {getattr(settings, name)} does nothing without --{other}: "
-                             "add it")
+    for name, others in _NEED.items():
+        if settings.sources.get(name) == f"--{name}" and not any(
+                getattr(settings, other, True) for other in others):
+            raise UsageError(f"--{name} {getattr(settings, name)} does nothing without "
+                             f"--{' or --'.join(others)}: add it")
 
 
 def _check_output(settings: Settings, name: str) -> None:

@@ -56,7 +56,7 @@ QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "m
 HINTS = {
     "lr": "the learning rate is --learning_rate here",
     "epochs": "the number of epochs is --num_train_epochs here",
-    "batch_size": "rows of a pipeline step are --micro_batch_size here, and a weight update takes "
+    "batch_size": "rows of a micro-batch are --micro_batch_size here, and a weight update takes "
                   "--gradient_accumulation_steps x --replication_factor times as many",
     "fp16": "float16 is --precision float16 here, which is the default",
     "bf16": "an IPU has no bfloat16; --precision is float16 or float32",
@@ -99,7 +99,7 @@ class ModelSettings(Settings):
         None, "processes that make windows", type=int, min=1, max=256)
     overwrite_cache: bool = flag(False, "make the windows again even if they are cached")
     on_bad_row: str = flag(
-        "refuse", "malformed rows of the data set: refuse the data set, or skip and count them",
+        "refuse", "malformed questions: refuse the whole data set, or skip and count them",
         choices=("refuse", "skip"))
 
     def row_capacity(self) -> int:
@@ -133,7 +133,7 @@ class DataSettings(Settings):
 
 
 @dataclass
-class TrainingSettings(Settings):
+class FineTuningSettings(Settings):
     """The fine-tuning run."""
 
     output_dir: Optional[str] = flag(
@@ -149,7 +149,8 @@ class TrainingSettings(Settings):
     num_train_epochs: float = flag(3.0, "passes over the training windows", above=0,
                                    max=1_000_000)
     max_steps: Optional[int] = flag(
-        None, "end after N steps, whatever num_train_epochs is", type=int, min=1, max=10 ** 9)
+        None, "end after N steps (calls of the device), whatever num_train_epochs is", type=int,
+        min=1, max=10 ** 9)
     learning_rate: float = flag(2e-5, "peak learning rate", above=0)
     lr_scheduler_type: str = flag("linear", "learning-rate schedule", choices=SCHEDULES)
     warmup_ratio: float = flag(
@@ -234,8 +235,10 @@ class QuestionSettings(Settings):
 
 
 @dataclass
-class TrainSettings(TrainingSettings, DataSettings, ModelSettings, RunSettings):
-    """All settings of train.py."""
+class TrainSettings(FineTuningSettings, DataSettings, ModelSettings, RunSettings):
+    """All settings of train.py. config: the name of the configuration, the YAML file's stem."""
+
+    config: str = DEFAULT_CONFIG
 
     @property
     def needs_hub(self) -> bool:
@@ -254,8 +257,6 @@ class TrainSettings(TrainingSettings, DataSettings, ModelSettings, RunSettings):
     def evaluates(self) -> bool:
         """Whether the run evaluates: unless only --do_train is given."""
         return self.do_eval or not self.do_train
-
-    config: str = DEFAULT_CONFIG
 
 
 @dataclass
@@ -297,10 +298,12 @@ def parse_train(
         "--config", metavar="NAME",
         help=f"named configuration ({', '.join(named_configs())}) or a YAML file "
              f"(default: {DEFAULT_CONFIG})")
-    given = _parse(parser, argv, DataSettings, ModelSettings, TrainingSettings, RunSettings,
+    given = _parse(parser, argv, DataSettings, ModelSettings, FineTuningSettings, RunSettings,
                    IPUConfig, *more)
     name = given.values.pop("config", DEFAULT_CONFIG)
     layers = [_read_config(name), *_ipu_config_layer(given), given]
+    if given.values.get("do_eval") and not given.values.get("do_train"):  # as the model was trained
+        layers.insert(1, _read_qa_settings(Path(given.values.get("model_name_or_path", ""))))
     settings, ipu_config = make_settings(TrainSettings, layers), make_settings(IPUConfig, layers)
     settings.config = Path(name).stem
     settings.output_dir = settings.output_dir or f"output/{settings.config}"

@@ -6,13 +6,13 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
 from tqdm import tqdm
 
 from ipu_options import processes
-from ipu_options.config import IPUConfig, inference_pipeline
+from ipu_options.config import Pipeline
 from ipu_options.files import write_json, writing, written_whole
 from ipu_options.popvision import Spans
 from qa.answers.inference import InferencePipeline
@@ -27,55 +27,56 @@ from qa.settings import TrainSettings
 class Evaluation:
     """The inference pipeline of a training run, which answers its validation and test questions.
 
-    model_config: the configuration of the model, as of transformers. spans: names the phase for
-    PopVision. log: gets the metrics.
+    It has a model of its own, into which weights are loaded. model_config: the configuration of the
+    model, as of transformers. pipeline: its layout on the IPUs. questions: the validation and the
+    test questions, None where there are none. spans: names the phase for PopVision. log: gets the
+    metrics.
     """
 
-    def __init__(self, settings: TrainSettings, model_config: Any, ipu_config: IPUConfig,
-                 spans: Spans, log: RunLog):
-        self.settings, self.spans, self.log = settings, spans, log
-        pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type)
+    def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline,
+                 questions: Sequence[Optional[Questions]], spans: Spans, log: RunLog):
+        self.settings, self.questions, self.spans, self.log = settings, questions, spans, log
         model = model_class(model_config)(model_config)
-        self.pipeline = InferencePipeline(model, pipeline, settings)
+        self.answerer = InferencePipeline(model, pipeline, settings)
 
     def compile(self, windows: Windows) -> None:
         """Compile the inference pipeline without running it. windows: any, for their shapes."""
-        self.pipeline.compile(windows)
+        self.answerer.compile(windows)
 
-    def report(self, weights: Dict[str, torch.Tensor], *questions: Optional[Questions],
-               step: int = 0, epoch: float = 0.0) -> int:
+    def report(self, weights: Dict[str, torch.Tensor], step: int = 0, epoch: float = 0.0) -> None:
         """Evaluate the validation and the test questions, and print some with their answers.
 
-        The arguments are those of `run`; questions that are None are left out. Returns 0, the exit
-        status of a run that ends with it.
+        The arguments are those of `run`.
         """
-        for each in filter(None, questions):
-            self.run(weights, each, step, epoch)
+        for each in filter(None, self.questions):
+            self._evaluate(weights, each, step, epoch)
             print(self.samples())
-        return 0
 
-    def run(self, weights: Dict[str, torch.Tensor], questions: Questions, step: int, epoch: float,
-            ) -> Dict[str, float]:
-        """Answer `questions` with a model's weights, and return the metrics.
+    def run(self, weights: Dict[str, torch.Tensor], step: int, epoch: float) -> Dict[str, float]:
+        """Answer the validation questions with a model's weights, and return the metrics.
 
         weights: as `weights_of` gives them. The IPUs must be free, and are free again at the end.
-        Prints the metrics, and writes them and the answers to files of the output folder whose
-        names begin with questions.prefix. Without true answers there are no metrics. step, epoch:
-        where the training is. Raises RunError if a file cannot be written.
+        Prints the metrics, and writes them and the answers to files of the output folder. Without
+        true answers there are no metrics. step, epoch: where the training is. Raises RunError if a
+        file cannot be written.
         """
+        return self._evaluate(weights, self.questions[0], step, epoch)
+
+    def _evaluate(self, weights: Dict[str, torch.Tensor], questions: Questions, step: int,
+                  epoch: float) -> Dict[str, float]:
         folder, prefix = Path(self.settings.output_dir), questions.prefix
         begin = time.perf_counter()
         with self.spans("evaluate"):
-            set_weights(self.pipeline.model, weights)
+            set_weights(self.answerer.model, weights)
             examples, windows, _ = questions
             version_2 = self.settings.version_2_with_negative
-            found = self.pipeline.answers(windows, examples)
+            found = self.answerer.answers(windows, examples)
             if processes.is_first():
                 with writing(f"--output_dir {folder}"):
                     predictions = write_answers(found, folder, version_2, prefix)
             else:
                 predictions = list(found)  # computes its share
-            self.pipeline.detach()
+            self.answerer.detach()
             metrics = processes.on_first(metrics_of, examples, predictions, version_2)
         if metrics:
             tqdm.write(f"{prefix.replace('_', ' ')}evaluation at step {step}: " + as_text(metrics))

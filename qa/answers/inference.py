@@ -38,7 +38,8 @@ class InferencePipeline:
         if settings.precision == "float16":
             model.half()
         self.options = inference_options(pipeline, settings)
-        self.rows_per_step = (settings.eval_micro_batch_size * config.device_iterations
+        self.micro_batch_size = 1 if pipeline.sharded else settings.eval_micro_batch_size
+        self.rows_per_step = (self.micro_batch_size * config.device_iterations
                               * config.replication_factor)
         self.inference_model = poptorch.inferenceModel(model, self.options)
 
@@ -48,12 +49,13 @@ class InferencePipeline:
         windows: any qa.data.windows.Windows, since all rows have the same shape.
         """
         self.inference_model.compile(**first_batch(self.options, self._rows(windows),
-                                                   self.settings.eval_micro_batch_size))
+                                                   self.micro_batch_size))
 
     def answers(self, windows, examples, progress: bool = True) -> Iterator[dict]:
         """Yield the answer to each question in the order of `examples`.
 
-        Collective: every process has to exhaust the iterator. Only in the first it yields.
+        Collective: every process has to exhaust the iterator, which yields answers in the first
+        process and nothing in the others.
 
         windows: qa.data.windows.Windows with offsets, made from `examples`. progress: whether to
         show a progress bar. `AnswerFinder.add` lists the keys of an answer.
@@ -64,7 +66,7 @@ class InferencePipeline:
                               version_2_with_negative=settings.version_2_with_negative,
                               null_score_diff_threshold=settings.null_score_diff_threshold)
         return predict(self.inference_model, self.options, rows, finder,
-                       settings.eval_micro_batch_size, progress)
+                       self.micro_batch_size, progress)
 
     def detach(self) -> None:
         """Free the IPUs. The weights are uploaded again when the pipeline is used next."""

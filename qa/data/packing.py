@@ -107,8 +107,8 @@ def windows_per_row(lengths: numpy.ndarray, row_length: int, max_windows_per_row
     return len(lengths) / (len(pack(lengths, row_length, max_windows_per_row).row_slots) - 1)
 
 
-def for_packed_rows(pipeline: Pipeline, lengths: numpy.ndarray,
-                    settings: TrainSettings) -> Pipeline:
+def with_packed_accumulation(pipeline: Pipeline, lengths: numpy.ndarray,
+                             settings: TrainSettings) -> Pipeline:
     """Return the training pipeline with its gradient accumulation adapted to packed rows.
 
     lengths: int [N], tokens of each training window. See `packed_accumulation`.

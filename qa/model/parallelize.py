@@ -15,7 +15,8 @@ from ipu_options.errors import UsageError
 from ipu_options.layout import Layout
 from qa.model.roberta import ForSpans
 
-WORD_EMBEDDING = "embeddings.word_embeddings."  # in the names of parameters, behind the encoder's
+# In the names of parameters; it follows the encoder's own prefix.
+WORD_EMBEDDING = "embeddings.word_embeddings."
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ def parallelize(model: ForSpans, layout: Layout, *,
                 embedding_serialization_factor: int = 1) -> List[Block]:
     """Place each block of `model` on its IPU; returns the blocks in the order of execution.
 
-    layout: the IPU of each block. recompute_checkpoint_every_layer: keep each layer's output for
-    the backward pass and recompute what lies between. The last layer's output is not kept: its
-    backward pass follows at once, so that recomputing it would only take time (graphcore/examples,
-    nlp/bert/pytorch/modeling.py, PipelinedBertForQuestionAnswering, leaves it out as well).
+    layout: the IPU of each block; a stage begins where the IPU changes (options.py, AutoIncrement).
+    recompute_checkpoint_every_layer: True keeps, for the backward pass, each layer's output and
+    recomputes what lies between; False keeps only what enters a stage. The last layer's output is
+    not kept: its backward pass follows at once, so that recomputing it would only take time
+    (graphcore/examples, nlp/bert/pytorch/modeling.py, PipelinedBertForQuestionAnswering, leaves it
+    out as well).
     embedding_serialization_factor: number of parts of the word embedding (see SerializedEmbedding).
 
     The embedding's LayerNorm gets an outlining attribute of its own. If it were outlined together
@@ -57,10 +60,11 @@ def parallelize(model: ForSpans, layout: Layout, *,
                        *(each.num_embeddings for each in embeddings.children()
                          if isinstance(each, nn.Embedding)
                          and each is not embeddings.word_embeddings)))
-    parts, places = _parts(model), layout.blocks()
-    if len(parts) != len(places):
-        raise ValueError(f"the layout has {len(places)} blocks, the model has {len(parts)}")
-    blocks = [Block(name, kind, ipu, module) for (name, ipu), (kind, module) in zip(places, parts)]
+    modules, places = _block_modules(model), layout.blocks()
+    if len(modules) != len(places):
+        raise ValueError(f"the layout has {len(places)} blocks, the model has {len(modules)}")
+    blocks = [Block(name, kind, ipu, module)
+              for (name, ipu), (kind, module) in zip(places, modules)]
     handles = _outline(embeddings.LayerNorm, "embedding")
     layers = [block for block in blocks if block.kind == "layer"]
     if recompute_checkpoint_every_layer:
@@ -140,10 +144,12 @@ def part_sizes(rows: int, parts: int, *others: int) -> List[int]:
         "into so many parts of different sizes; use fewer")
 
 
-def last_gradient(model: ForSpans) -> str:
-    """Return the name of the parameter whose gradient is computed last in a backward pass.
+def parameter_to_watch(model: ForSpans) -> str:
+    """Return the name of a parameter whose gradient tells whether a backward pass was finite.
 
-    A value that is not finite anywhere in the pass makes this gradient not finite, too.
+    It is that of the LayerNorm behind the embeddings, to which the gradients of all activations
+    lead: a value among them that is not finite makes it not finite, too. A weight's gradient that
+    overflows while those of the activations are finite does not show in it.
     """
     return f"{model.base_model_prefix}.embeddings.LayerNorm.bias"
 
@@ -201,7 +207,7 @@ def split_parts(model: nn.Module, tensors: Dict[str, torch.Tensor]) -> Dict[str,
     return divided
 
 
-def _parts(model: ForSpans) -> List[Tuple[str, nn.Module]]:
+def _block_modules(model: ForSpans) -> List[Tuple[str, nn.Module]]:
     """Return (kind, module) of each block in the order of execution, that of Layout.blocks()."""
     return [("embedding", model.base_model.embeddings),
             *(("layer", layer) for layer in model.layers),

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from ipu_options.bars import in_terminal
 from ipu_options.config import IPUConfig
 from ipu_options.errors import RunError, UsageError, first_line
 from ipu_options.flags import Settings
@@ -21,14 +22,17 @@ from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
 from qa.settings import TrainSettings, write_qa_settings
 
+if not in_terminal():  # a bar would fill a file with lines
+    transformers_logging.disable_progress_bar()
+
 
 def load_config(settings: Settings, weights: bool = True):
     """Return the configuration of the checkpoint that settings.model_name_or_path names.
 
-    It is a local folder or a name on the hub. weights: whether they will be loaded, too; then they
-    have to be in safetensors. Raises UsageError for another architecture, for sizes that no model
-    has, for weights in other formats only, and if the model has too few positions for
-    max_seq_length; RunError if the checkpoint cannot be had.
+    It is a local folder or a name on the hub. weights: whether they are needed as well, in
+    safetensors. Raises UsageError for another architecture, for sizes that no model has, for
+    weights in other formats only, and if the model has too few positions for max_seq_length;
+    RunError if the checkpoint cannot be fetched.
 
     The settings of infer.py for a checkpoint without qa_settings.json get a row length that the
     model has positions for, and what was assumed is said in one line.
@@ -62,7 +66,7 @@ def load_tokenizer(settings: Settings, model_config):
     """Return the tokenizer that settings.tokenizer_name names, or else the checkpoint's own.
 
     Raises UsageError unless it is a fast one that joins two texts with special tokens and knows
-    fewer tokens than the model has embeddings; RunError if it cannot be had.
+    fewer tokens than the model has embeddings; RunError if it cannot be fetched.
     """
     kind = "tokenizer_name" if settings.tokenizer_name else "model_name_or_path"
     name, source = getattr(settings, kind), settings.source(kind)

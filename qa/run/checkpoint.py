@@ -96,7 +96,7 @@ class Training(NamedTuple):
     training_model: Any  # a poptorch.PoplarExecutor
     write_files: Callable[[Path], Any]
 
-    def weights(self) -> Dict[str, torch.Tensor]:
+    def detached_weights(self) -> Dict[str, torch.Tensor]:
         """Free the IPUs, and return the weights as `weights_of` gives them."""
         if self.training_model.isAttachedToDevice():
             self.training_model.detachFromDevice()  # copies the weights to the host
@@ -127,8 +127,10 @@ class Checkpoints:
         # The folder may also hold later ones, of an earlier run.
         self._own: List[Path] = []
         self._saved_step: Optional[int] = None  # of the newest one that this run has written
-        # The best evaluation so far: its step and its metric.
-        self._best: Optional[Dict[str, float]] = None
+        # The best evaluation so far: its step, its metric, and the metric's name.
+        self._best: Optional[Dict[str, Any]] = None
+        self._best_folder: Optional[Path] = None  # the checkpoint of it
+        self._compared: Optional[int] = None  # the step of the last evaluation of this process
 
     @classmethod
     def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
@@ -147,7 +149,7 @@ class Checkpoints:
         best_by = settings.metric_for_best_model if settings.load_best_model_at_end else None
         return cls(settings.output_dir, must_match, settings.save_total_limit, spans, log, best_by)
 
-    def open(self, settings: TrainSettings) -> Optional[Checkpoint]:
+    def start_or_resume(self, settings: TrainSettings) -> Optional[Checkpoint]:
         """Return the checkpoint from which this run continues, or None if it starts from scratch.
 
         settings.resume_from_checkpoint: None, "auto" or a path, see `find_checkpoint`. A run from
@@ -166,10 +168,23 @@ class Checkpoints:
         folder = Path(found)
         checkpoint = load_checkpoint(folder)
         _check_match(checkpoint, self.must_match)
-        self._best = checkpoint.progress.get("best")
         print(f"resuming from {folder}, after step {checkpoint.step}")
         self._own.append(folder)
+        self._resume_best(checkpoint)
         return checkpoint
+
+    def _resume_best(self, checkpoint: Checkpoint) -> None:
+        """Continue to look for the best evaluation, if this run looks for it by the same metric."""
+        best = checkpoint.progress.get("best")
+        if self._metric is None or best is None or best.get("by") != self._metric:
+            return
+        folder = checkpoint.folder.parent / f"checkpoint-{best['step']}"
+        fault = processes.on_first(find_fault, folder)
+        if fault is None:
+            self._best, self._best_folder = best, folder
+        else:
+            log.warning("%s, the best checkpoint so far, is left out of the comparison: %s",
+                        folder, fault)
 
     def _find(self, resume_from_checkpoint: Optional[str]) -> Optional[str]:
         """Clear the output folder for this run; return the checkpoint to continue from, or None."""
@@ -221,33 +236,46 @@ class Checkpoints:
         metrics: of the evaluation. Does nothing without --load_best_model_at_end.
         """
         metric = metrics.get(self._metric)
+        self._compared = step
         if metric is not None and (self._best is None or metric > self._best["metric"]):
-            self._best = {"step": step, "metric": metric}
+            before, self._best = self._best, {"step": step, "metric": metric, "by": self._metric}
             self._saved_step = None  # one that has just been saved does not know yet
-            self.save(training, step, losses)
+            if self.save_or_warn(training, step, losses):
+                self._best_folder = self._own[-1]
+            else:
+                self._best = before
 
-    def load_best(self, training: Training, step: int) -> int:
+    def load_best(self, training: Training, step: int, losses: List[float],
+                  evaluate: Callable[[int], Dict[str, float]]) -> int:
         """Put the weights of the best evaluation into the model; returns its step.
 
-        step: the last step of the training, whose weights stay if they are the best.
+        step: the last step of the training, whose weights stay if they are the best, or without
+        --load_best_model_at_end. evaluate: returns the metrics of a step; it is called if the run
+        was stopped while it evaluated the last one, and is resumed.
         """
-        best = int(self._best["step"]) if self._best else step
+        if self._metric and self._compared != step:
+            self.save_if_best(training, step, losses, evaluate(step))
+        best = self._best["step"] if self._best else step
         if best != step:
-            training.weights()  # frees the IPUs, so that no later call brings their weights back
-            file = self.output_dir / f"checkpoint-{best}" / "model.safetensors"
+            # Frees the IPUs, so that no later call brings their weights back.
+            training.detached_weights()
+            file = self._best_folder / "model.safetensors"
             set_weights(training.model, safetensors.torch.load_file(file))
             print(f"the best model is that of step {best}")
         return best
 
-    def save_or_warn(self, training: Training, step: int, losses: List[float]) -> None:
+    def save_or_warn(self, training: Training, step: int, losses: List[float]) -> bool:
         """Save a checkpoint like `save`, but only print a warning if that fails.
 
-        A full disk may have room again when the next checkpoint is saved.
+        A full disk may have room again when the next checkpoint is saved. Returns whether it was
+        saved.
         """
         try:
             self.save(training, step, losses)
+            return True
         except RunError as error:
             tqdm.write(f"warning: {error}; the run goes on")
+            return False
 
     def save_final(self, training: Training) -> None:
         """Write the trained model into OUTPUT_DIR itself.
@@ -263,6 +291,9 @@ class Checkpoints:
         with _written(self.output_dir / "final-model") as aside:
             training.write_files(aside)
             sync_and_hash(aside)
+            former = self.output_dir / "metrics.json"
+            if former.is_file():  # of the model that is replaced
+                former.unlink()
             for path in sorted(aside.iterdir()):
                 os.replace(path, self.output_dir / path.name)
             aside.rmdir()
@@ -331,10 +362,11 @@ def check_output_folder(settings: TrainSettings) -> None:
                          "--overwrite_output_dir, or name another folder")
 
 
-def restore(checkpoint: Optional[Checkpoint], training_model: Any, optimizer: Any) -> None:
+def restore_states(checkpoint: Optional[Checkpoint], training_model: Any, optimizer: Any) -> None:
     """Restore the states of the optimizer and of the random generators from `checkpoint`, if any.
 
-    training_model: a compiled poptorch.PoplarExecutor that has the checkpoint's weights already.
+    training_model: a poptorch.PoplarExecutor that has the checkpoint's weights already. It must be
+    compiled, because rng_state is on the device (PopTorch, _poplar_executor.py).
     optimizer: its poptorch optimizer. The number of processes may be another than when it was
     saved. Raises UsageError if the checkpoint's random state cannot be used, or if another process
     has other weights.

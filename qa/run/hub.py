@@ -126,14 +126,13 @@ def model_card(folder: Union[str, Path], repo_id: str) -> str:
 
     It has metadata with the results (YAML), and says how to use the model, which data, settings and
     layout it was trained with, and with which versions of the packages. The sources are run.json,
-    metrics.json and config.json in `folder`. Local files are named without their folders. Raises
-    OSError if one of the three cannot be read.
+    config.json and, if the model was evaluated, metrics.json in `folder`. Local files are named
+    without their folders. Raises OSError if one of them cannot be read.
     """
     run = json.loads((Path(folder) / "run.json").read_text("utf-8"))
-    metrics = {
-        name: value
-        for name, value in json.loads((Path(folder) / "metrics.json").read_text("utf-8")).items()
-        if name not in ("step", "epoch")}
+    file = Path(folder) / "metrics.json"
+    metrics = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    metrics = {name: value for name, value in metrics.items() if name not in ("step", "epoch")}
     model_type = json.loads((Path(folder) / "config.json").read_text("utf-8"))["model_type"]
     settings, layout = run["settings"], run["ipu_config"]
     name = repo_id.split("/")[-1]
@@ -153,7 +152,7 @@ def model_card(folder: Union[str, Path], repo_id: str) -> str:
         fingerprint=run["data_fingerprint"],
         metrics=_table("metric", {
             key: f"{value:.2f}" if isinstance(value, float) else value
-            for key, value in metrics.items()}),
+            for key, value in metrics.items()}) if metrics else "Not evaluated.\n",
         settings=_table("setting", {
             key: settings[key] for key in _SHOWN_SETTINGS if settings.get(key) is not None}),
         layout=_table("ipu_config.json", {
@@ -172,11 +171,11 @@ def _metadata(name: str, model_type: str, settings: Dict[str, Any], metrics: Dic
         EvalResult(task_type="question-answering", dataset_type=evaluated, dataset_name=evaluated,
                    dataset_split="validation", metric_type=kind, metric_name=label,
                    metric_value=round(metrics[kind], 4))
-        for kind, label in (("exact_match", "Exact Match"), ("f1", "F1"))]
+        for kind, label in (("exact_match", "Exact Match"), ("f1", "F1")) if kind in metrics]
     card = ModelCardData(model_name=name, base_model=base_model, datasets=data_set,
                          metrics=["exact_match", "f1"], library_name="transformers",
                          pipeline_tag="question-answering", tags=[model_type, "ipu", "poptorch"],
-                         eval_results=results)
+                         eval_results=results or None)
     return card.to_yaml()
 
 

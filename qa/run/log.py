@@ -4,7 +4,7 @@ Each line of log.jsonl is a JSON object with the keys `event`, `step` and `time`
 The events and their further keys:
 
     started, resumed    device ("IPU" or "host"); from, the checkpoint
-    log                 epoch, loss (mean of the steps since the last such line), learning_rate,
+    log                 epoch, loss (mean of the last --logging_steps steps), learning_rate,
                         windows_per_second, rows_per_second, and the shares of the time in which the
                         host waited for data, for the device, and did the rest (evaluating, saving):
                         data_share, step_share, rest_share

@@ -33,13 +33,13 @@ class NonfiniteGuard:
         self._passed_over: Optional[int] = None
         self._back_at: Optional[int] = None
 
-    def passes(self, step: int, loss: float, learning_rate: float, earlier_losses: List[float],
-               look_at_weights: bool) -> bool:
+    def check_or_go_back(self, step: int, loss: float, learning_rate: float,
+                         earlier_losses: List[float], look_at_weights: bool) -> bool:
         """Return whether the loss, the watched gradient and the weights after a step are finite.
 
         look_at_weights: whether to read the weights, which costs a transfer from the device. If a
         number is not finite and --on_nonfinite is skip, weights and optimizer are reset to the last
-        checkpoint.
+        checkpoint, and the run goes on from them.
 
         With synthetic data it returns False and reads nothing: the loss is memory that PopTorch has
         never written (PoplarExecutable.cpp, run), and PopART crashes where weights or states are

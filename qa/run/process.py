@@ -80,17 +80,15 @@ class StopSignals:
     """In its block SIGTERM, SIGINT and SIGHUP end the run in an orderly way; a second one kills.
 
     Outside of `deferred` blocks a signal raises Stopped at once: nothing has to be saved, and each
-    phase cleans up after itself. In a `deferred` block, which is the training loop, it only sets
-    `requested`, so that the loop can finish its step, save and end.
-
-    If there are several processes, `requested` in a `deferred` block is what all know of: a signal
-    to any of them counts from the next `share` on, so that all end after the same step.
+    phase cleans up after itself. In a `deferred` block, which is the training loop, it counts from
+    the next `poll` on, which tells all processes, so that they end after the same step and save.
 
         with StopSignals() as stop:
             ...
             with stop.deferred():
                 while not stop.requested:
                     ...
+                    stop.poll()
     """
 
     def __init__(self) -> None:
@@ -106,51 +104,43 @@ class StopSignals:
 
         0 as long as no signal has been received.
         """
-        return 128 + self.requested if self.requested else 0
+        number = self.requested or self._received
+        return 128 + number if number else 0
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In this block a signal only sets `requested`."""
+        """In this block a signal waits for `poll`."""
         self._deferring, self._together = True, processes.count() > 1
         try:
             yield
         finally:
             self._deferring = self._together = False
-        if self._received and not self.requested:  # after the last `share`
-            self.requested = self._received
+        if self._received and not self.requested:  # after the last `poll`
             raise Stopped(self.exit_status)
 
-    def share(self) -> Optional[signal.Signals]:
-        """Collective: let all processes know of a signal that one has received.
-
-        Returns `requested`.
-        """
-        if self._together:
-            number = processes.any_true(self._received or 0)
-            self.requested = signal.Signals(number) if number else None
+    def poll(self) -> Optional[signal.Signals]:
+        """Collective: set `requested` to the signal that a process has received, and return it."""
+        number = processes.any_true(self._received or 0)
+        self.requested = signal.Signals(number) if number else None
         return self.requested
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
         """In this part of a `deferred` block a signal raises Stopped, which ends the part.
 
-        With several processes all have to leave the part at the same place, which is a call of
-        processes.raise_stopped in it.
+        `requested` tells that it was so. With several processes all have to leave the part at the
+        same place, which is a call of processes.raise_stopped in it.
         """
-        if self._together:
-            processes.watch_signal(lambda: self._received or 0)
-        else:
-            self._deferring = False
+        processes.watch_signal(lambda: self._received or 0)
+        self._deferring = self._together
         try:
-            if self.requested:
-                raise Stopped(self.exit_status)
             yield
         except Stopped:
-            pass  # `requested` tells
+            pass
         finally:
             processes.watch_signal(None)
             self._deferring = True
-        self.share()
+        self.poll()
 
     @contextmanager
     def killable(self) -> Iterator[None]:
@@ -191,7 +181,7 @@ class StopSignals:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        self.requested = self._received = signal.Signals(number)
+        self._received = signal.Signals(number)
         # The next signal has to act at once. It therefore gets the system's default action: a
         # handler in Python would only run after the current call to PopTorch, which may take long.
         for each in self._before:

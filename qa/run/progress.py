@@ -37,9 +37,9 @@ def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
         f"{rows.steps_per_epoch} steps an epoch, {rows.total_steps} in all")
 
 
-def describe_compiled(begin: float, ipu_config: IPUConfig, settings: TrainSettings) -> str:
-    """Return the last line of a run that only compiles. begin: its time.perf_counter()."""
-    return (f"compiled in {time.perf_counter() - begin:.0f} s, executable cache: "
+def describe_compiled(seconds: float, ipu_config: IPUConfig, settings: TrainSettings) -> str:
+    """Return the last line of a run that only compiles, which took so many seconds."""
+    return (f"compiled in {seconds:.0f} s, executable cache: "
             f"{executable_cache(ipu_config, settings)}; nothing was run")
 
 

@@ -291,15 +291,16 @@ def test_python_without_docstrings_is_named():
 def test_an_existing_model_is_evaluated_and_a_test_file_answered(demo, trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(train, "--do_eval", "--model_name_or_path", trained, "--validation_file",
-               demo / "validation.json", "--output_dir", out, "--test_file", demo / "train.json",
-               *SMALL) == 0
+               demo / "validation.json", "--output_dir", out, "--test_file",
+               demo / "train.json") == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert not (out / "model.safetensors").exists()
     assert len(json.loads((out / "test_predictions.json").read_text())) == 80
     assert "exact_match" in json.loads((out / "test_metrics.json").read_text())
 
-    # infer.py prints the same figures for the same questions, and none where no answer is known.
-    ask = ("--checkpoint", trained, "--precision", "float32", "--input_file")
+    # infer.py prints the same figures for the same questions, since both take the checkpoint's
+    # settings, and none where no answer is known.
+    ask = ("--checkpoint", trained, "--input_file")
     capsys.readouterr()
     assert run(infer, *ask, demo / "validation.json") == 0
     assert f"exact_match {metrics['exact_match']:.2f}, f1 {metrics['f1']:.2f}" in (
@@ -312,23 +313,45 @@ def test_an_existing_model_is_evaluated_and_a_test_file_answered(demo, trained, 
 
 
 def test_the_best_model_becomes_the_final_one(demo, tmp_path, capsys):
-    """A learning rate that ruins the model after some steps makes an early evaluation the best."""
+    """Updates that change the weights, but no answer, make the first evaluation the best."""
     out = tmp_path / "out"
-    more = ("--max_steps", "6", "--eval_steps", "2", "--learning_rate", "0.03", "--warmup_steps",
-            "0", "--load_best_model_at_end")
+    more = ("--max_steps", "6", "--eval_steps", "2", "--learning_rate", "1e-7", "--warmup_steps",
+            "0", "--precision", "float32", "--load_best_model_at_end")
     assert fit(demo, out, *more) == 0
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith("evaluation at step ")]
     found = {int(line.split()[3].rstrip(":")): float(line.split("f1 ")[1].split(",")[0])
              for line in lines[:3]}
     best = max(found, key=lambda step: (found[step], -step))
-    assert set(found) == {2, 4, 6}
+    assert set(found) == {2, 4, 6} and best == 2
     kept = load_file(out / f"checkpoint-{best}" / "model.safetensors")
     final = load_file(out / "model.safetensors")
     assert all(torch.equal(kept[name], final[name]) for name in final)
     assert json.loads((out / "metrics.json").read_text())["step"] == best
     summary = json.loads((out / "train_results.json").read_text())
     assert summary["steps"] == 6 and summary["windows_per_second"] > 0
+
+    # Resumed in another folder, the best one is still that of the first.
+    resumed = ("--resume_from_checkpoint", out / f"checkpoint-{best}", *more)
+    assert fit(demo, tmp_path / "other", *resumed) == 0
+    assert f"the best model is that of step {best}" in capsys.readouterr().out
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    assert all(torch.equal(kept[name], other[name]) for name in final)
+    # A run that does not ask for the best one ends with its last.
+    assert fit(demo, tmp_path / "last", *resumed[:-1]) == 0
+    assert "the best model" not in capsys.readouterr().out
+    last = load_file(tmp_path / "last" / "model.safetensors")
+    assert not all(torch.equal(kept[name], last[name]) for name in final)
+
+
+def test_a_run_that_was_stopped_in_its_last_evaluation_makes_up_for_it(demo, tmp_path, capsys):
+    out = tmp_path / "out"
+    best = ("--eval_steps", "1", "--save_steps", "2", "--load_best_model_at_end")
+    assert fit(demo, out, *best) == 0
+    capsys.readouterr()
+    assert fit(demo, out, *best, "--resume_from_checkpoint", out / "checkpoint-2") == 0
+    said = capsys.readouterr().out
+    assert "after step 2" in said and "evaluation at step 2" in said.split("training: ")[0]
 
 
 def test_a_resumed_run_says_where_it_goes_on(demo, tmp_path, capsys):

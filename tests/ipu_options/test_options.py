@@ -121,7 +121,7 @@ def test_inference_replicas_share_the_ipus_that_train(training_layers, replicas,
 
 
 def test_a_single_row_runs_through_the_stages_one_after_the_other():
-    pipeline = inference_pipeline(CONFIG, 12, "pod16").for_single_rows()
+    pipeline = inference_pipeline(CONFIG, 12, "pod16", single_rows=True)
     options = inference_options(pipeline, DeviceSettings()).toDict()
     assert (options["device_iterations"], options["replication_factor"]) == (1, 1)
     assert options["execution_mode"] == 1  # sharded

@@ -18,7 +18,7 @@ from qa.answers.inference import InferencePipeline
 from qa.data.rows import InferenceRows, TrainingRows
 from qa.model.families import row_kind
 from qa.model.optimizer import make_optimizer
-from qa.model.parallelize import last_gradient, parallelize, weights_of
+from qa.model.parallelize import parallelize, parameter_to_watch, weights_of
 from qa.model.roberta import RobertaForSpans
 from qa.settings import TrainSettings
 from tests.model.test_gradients import CONFIG, LENGTHS, plain_gradient, plain_model, windows_in
@@ -88,7 +88,8 @@ def make_training(model_config=CONFIG, watch=True, **changes):
     if settings.precision == "float16":
         model.half()
     optimizer = make_optimizer(model, settings, config)
-    options = training_options(config, settings, seed=1, watched=last_gradient(model), watch=watch)
+    options = training_options(config, settings, seed=1, watched=parameter_to_watch(model),
+                               watch=watch)
     return SimpleNamespace(settings=settings, ipu_config=config, rows=rows, model=model,
                            optimizer=optimizer, options=options,
                            training_model=poptorch.trainingModel(model, options, optimizer))
@@ -106,7 +107,8 @@ def run(**changes):
 
     logits: (start, end) of each window before training. loss: the mean of the losses that one
     training call returns. update: the change of each weight by that call. watched: gradient of
-    last_gradient(), [micro-batches, hidden], without the loss scaling. compiled_with: all options.
+    parameter_to_watch(), [micro-batches, hidden], without the loss scaling. compiled_with: all
+    options.
     """
     made, answering = make_training(**changes), make_answering(**changes)
     logits = logits_of(answering, made.rows.windows)
@@ -160,7 +162,7 @@ def run_plainly(result):
             weight *= size / last
         losses.append(weight * sum(plain_losses(plain, windows, returned)))
         gradients = plain_gradient(plain, windows, chosen)
-        watched.append(gradients[last_gradient(plain)])
+        watched.append(gradients[parameter_to_watch(plain)])
         for name, parameter in plain.named_parameters():
             parameter.grad = gradients[name]
         optimizer.step()

@@ -70,7 +70,7 @@ def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_matc
         output_dir=str(output_dir), resume_from_checkpoint=resume_from_checkpoint,
         overwrite_output_dir=overwrite_output_dir, **settings)
     check_output_folder(settings)
-    return Checkpoints(output_dir, must_match).open(settings)
+    return Checkpoints(output_dir, must_match).start_or_resume(settings)
 
 
 def names(output_dir):
@@ -208,7 +208,8 @@ def test_a_run_never_goes_back_to_a_checkpoint_of_another_run(tmp_path):
             RunError,
             match="there is no whole checkpoint of this run in .*; save some with --save_steps"):
         checkpoints.newest_of_run()
-    checkpoints.open(TrainSettings(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+    checkpoints.start_or_resume(
+        TrainSettings(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
     assert checkpoints.newest_of_run().step == 2
     training = Training(
         None, SimpleNamespace(state_dict=dict),

@@ -204,6 +204,8 @@ def test_the_card_says_what_was_done(trained):
                   "| torch | 2.0.1 |"):
         assert words in card
     assert "secret-host" not in card and "hub_token" not in card
+    (trained / "metrics.json").unlink()
+    assert "## Results\n\nNot evaluated.\n" in model_card(trained, "ada/my-model")
 
     local = {
         **RUN, "settings": {

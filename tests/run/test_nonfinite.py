@@ -114,7 +114,7 @@ def test_a_run_that_comes_back_to_the_same_checkpoint_a_second_time_stops(tmp_pa
                                        "weights of step 2 and come to this again$"):
         for step, weight in enumerate([1.0, 1.0, math.inf, 1.0, math.inf, 1.0], start=1):
             loss = training_model(ids, ids, ids, label.int(), label.int(), torch.tensor([[weight]]))
-            passed.append(guard.passes(step, loss.item(), 0.01, [], False))
+            passed.append(guard.check_or_go_back(step, loss.item(), 0.01, [], False))
             if step == 2:
                 checkpoints.save(training, 2, [])
     assert passed == [True, True, False, True]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ipu_options import processes
 from ipu_options.errors import UsageError
 from qa.run.process import StopSignals, output_lock
 
@@ -70,7 +71,7 @@ with StopSignals() as stop, stop.deferred():
     print("begun", flush=True)
     for step in iter(sys.stdin.readline, ""):
         print("step", step.strip(), flush=True)
-        if stop.requested:
+        if stop.poll():
             print("saved", flush=True)
             sys.exit(stop.exit_status)
 """
@@ -101,5 +102,22 @@ def test_signals_are_handled_as_before_when_the_loop_is_over():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals() as stop, stop.deferred():
         signal.raise_signal(signal.SIGTERM)
-        assert stop.requested is signal.SIGTERM
+        assert stop.requested is None and stop.poll() is stop.requested is signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_signal_ends_a_part_that_is_immediate_and_waits_elsewhere():
+    with StopSignals() as stop, stop.deferred():
+        with stop.immediate():
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("the part went on")
+        assert stop.requested is signal.SIGINT and stop.exit_status == 130
+
+
+def test_a_signal_just_before_a_part_that_is_immediate_ends_it_where_it_looks():
+    with StopSignals() as stop, stop.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        with stop.immediate():
+            processes.raise_stopped()
+            raise AssertionError("the part went on")
+        assert stop.requested is signal.SIGTERM
