@@ -104,7 +104,7 @@ class _ByWindow(torch.autograd.Function):
         probabilities: List[torch.Tensor] = []
         masks: List[Optional[torch.Tensor]] = []
         for row, begin, end in spans:
-            q, k, v = (t[row, :, begin:end] for t in (query, key, value))
+            q, k, v = (t[row, :, begin:end].contiguous() for t in (query, key, value))
             probabilities.append(
                 torch.softmax(torch.matmul(q, k.transpose(1, 2)).mul_(scale), dim=-1))
             masks.append(keep_mask(probabilities[-1], dropout_p) if dropout_p else None)
@@ -120,7 +120,7 @@ class _ByWindow(torch.autograd.Function):
         scale = query.shape[-1] ** -0.5
         grads = [torch.zeros_like(t) for t in (query, key, value)]
         for (row, begin, end), probability, mask in zip(ctx.spans, ctx.probabilities, ctx.masks):
-            q, k, v, g = (t[row, :, begin:end] for t in (query, key, value, grad))
+            q, k, v, g = (t[row, :, begin:end].contiguous() for t in (query, key, value, grad))
             kept = probability if mask is None else probability * mask
             grads[2][row, :, begin:end] = torch.matmul(kept.transpose(1, 2), g)
             g_probability = torch.matmul(g, v.transpose(1, 2))
