@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--doc_stride", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=8, help="windows computed at once")
     parser.add_argument("--num_train_epochs", type=float, default=1.0)
+    parser.add_argument("--max_steps", type=int, default=-1, help="end after N weight updates")
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     given = parser.parse_args()
 
@@ -56,14 +57,15 @@ def main() -> None:
         **(by_length if given.best else {}), **warmup,
         per_device_train_batch_size=given.batch_size,
         gradient_accumulation_steps=32 // given.batch_size, num_train_epochs=given.num_train_epochs,
-        learning_rate=given.learning_rate, weight_decay=0.01,
+        max_steps=given.max_steps, learning_rate=given.learning_rate, weight_decay=0.01,
         max_grad_norm=0.0 if given.best else 1.0, save_strategy="no", report_to=[], seed=42)
     trainer = Trainer(
         AutoModelForQuestionAnswering.from_pretrained(given.model), arguments,
         train_dataset=windows, processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer) if given.best else default_data_collator)
     print(f"{len(windows)} windows")
-    trainer.train()
+    speed = trainer.train().metrics["train_samples_per_second"]
+    print(f"{speed} windows/s")
     trainer.save_model()
 
 

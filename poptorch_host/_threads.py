@@ -15,7 +15,7 @@ import torch
 
 # Multiplications of a linear layer with a micro-batch below which a second thread does not pay.
 SMALL = 100_000_000
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def choose_threads(model: torch.nn.Module, rows: int) -> None:
@@ -38,21 +38,35 @@ def choose_threads(model: torch.nn.Module, rows: int) -> None:
 
 
 def processors() -> int:
-    """Return how many processors this process may use: its affinity, within a cgroup's quota."""
+    """Return how many processors this process may use: its affinity, within its cgroups' quota."""
     visible = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, math.ceil(min(visible or 1, _quota())))
 
 
 def _quota() -> float:
-    """Return the processors of this process's cgroup (v2 cpu.max, v1 cpu.cfs_*), or infinity.
+    """Return the processors that this process's cgroups leave it, or infinity.
 
-    A container sees its own cgroup at the top of the file system.
+    That is cpu.max (v2) or cpu.cfs_quota_us / cpu.cfs_period_us (v1) of its cgroup and of all above
+    it (cgroups(7)). A container often sees its own cgroup at the top of the file system.
     """
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
-        try:
-            quota, period = " ".join((_CGROUP / file).read_text() for file in files).split()
-            if float(quota) > 0:
-                return float(quota) / float(period)
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return math.inf
+    try:
+        groups = [line.split(":", 2)[1:] for line in _OWN_CGROUPS.read_text().splitlines()]
+    except OSError:
+        groups = []
+    folders = [(_CGROUPS, ""), (_CGROUPS / "cpu", "")] + [
+        (_CGROUPS / "cpu" if controllers else _CGROUPS, path)
+        for controllers, path in groups if "cpu" in controllers.split(",") or not controllers]
+    quotas = [math.inf]
+    for top, path in folders:
+        steps = [step for step in path.split("/") if step]
+        for depth in range(len(steps) + 1):
+            folder = top.joinpath(*steps[:depth])
+            for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+                try:
+                    quota, period = " ".join(
+                        (folder / file).read_text() for file in files).split()
+                    if float(quota) > 0:
+                        quotas.append(float(quota) / float(period))
+                except (OSError, ValueError):  # no such file, or "max"
+                    continue
+    return min(quotas)

@@ -15,13 +15,14 @@ def machine(tmp_path, monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    monkeypatch.setattr(_threads, "_CGROUP", tmp_path)
+    monkeypatch.setattr(_threads, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(_threads, "_OWN_CGROUPS", tmp_path / "own")
 
     def be(visible, **files):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(visible)), raising=False)
         for name, text in files.items():
             path = tmp_path / name.replace("__", "/").replace("_DOT_", ".")
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
 
     yield be
@@ -33,6 +34,10 @@ def machine(tmp_path, monkeypatch):
     ({"cpu_DOT_max": "20000 100000\n"}, 1), ({"cpu_DOT_max": "800000 100000\n"}, 4),
     ({"cpu__cpu_DOT_cfs_quota_us": "-1\n", "cpu__cpu_DOT_cfs_period_us": "100000\n"}, 4),
     ({"cpu__cpu_DOT_cfs_quota_us": "200000\n", "cpu__cpu_DOT_cfs_period_us": "100000\n"}, 2),
+    ({"own": "0::/a/b\n", "a__cpu_DOT_max": "100000 100000\n"}, 1),  # of a cgroup above its own
+    ({"own": "0::/a\n", "c__cpu_DOT_max": "100000 100000\n"}, 4),
+    ({"own": "3:cpu,cpuacct:/job\n2:cpuset:/\n", "cpu__job__cpu_DOT_cfs_quota_us": "150000\n",
+      "cpu__job__cpu_DOT_cfs_period_us": "100000\n"}, 2),
     ({"cpu_DOT_max": "nonsense"}, 4)])
 def test_processors_are_those_of_the_affinity_within_the_quota(machine, files, expected):
     machine(4, **files)
