@@ -62,7 +62,9 @@ class PoplarExecutor:
         self._compiled_arguments = None
         self._dirty_host_weights = False
         self._host_weights_version = 0
-        self._rng_state: Optional[List[int]] = None
+        self._rng_state: Optional[List[int]] = [options.random_seed] if options.exists(
+            "random_seed") else None
+        self._rng_has_run = False  # whether the device's state is another than `_rng_state`
         self._anchored: Dict[str, torch.Tensor] = {}
         self._settings: Dict[str, Any] = {}
         self._optimizer = None
@@ -245,7 +247,6 @@ class PoplarExecutor:
         self._compilation_time = datetime.timedelta(seconds=time.monotonic() - began)
         if self._training:
             self._constants = _hyperparameters.constants(self._optimizer, self._settings)
-        self._rng_state = None
         if self._options.connection_type != enums.ConnectionType.Never:
             self._attach()
 
@@ -290,7 +291,7 @@ class PoplarExecutor:
         self._require_compiled()
         if not self._device.attached:
             raise Error("Device is not attached")
-        self._rng_state = self.rng_state
+        _ = self.rng_state
         if self._training:
             self.copyWeightsToHostIfNeeded()
             self._read_optimizer_state()
@@ -332,6 +333,7 @@ class PoplarExecutor:
             self._write_optimizer_state()
         with self._profiling.tracepoint("modelExecution"):
             outputs = self._device.run(arguments)
+        self._rng_has_run = True
         self._anchored = self._device.anchors.joined()
         self._dirty_host_weights = self._training
         if isinstance(self._optimizer, optim.Optimizer):
@@ -363,15 +365,22 @@ class PoplarExecutor:
                 self._host_weights_version = trainer._host_weights_version
 
     @property
-    def rng_state(self) -> List[int]:
-        """The seed and state of the device's random number generator, as integers."""
+    def rng_state(self) -> Optional[List[int]]:
+        """The seed and state of the device's random number generator, as integers.
+
+        As in PopTorch (_poplar_executor.py, rng_state), it is what was set as long as the model has
+        not run since: at first the seed alone, or None without Options.randomSeed.
+        """
         self._require_compiled()
-        return self._device.get_rng()
+        if self._rng_has_run:
+            self._rng_has_run = False
+            self._rng_state = self._device.get_rng()
+        return self._rng_state
 
     @rng_state.setter
     def rng_state(self, state: List[int]) -> None:
         self._require_compiled()
-        self._rng_state = list(state)
+        self._rng_state, self._rng_has_run = state.copy(), False
         self._device.set_rng(self._rng_state)
 
     def compilationTime(self) -> datetime.timedelta:

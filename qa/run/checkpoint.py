@@ -217,7 +217,8 @@ class Checkpoints:
             state = {
                 "optimizer": optimizer_state(training.optimizer),
                 "rng_state": _rng_of_all(training.training_model), "random_state": random_state()}
-            progress = {"must_match": self.must_match, "losses": losses[-200:]}
+            progress = {"must_match": self.must_match, "losses": losses[-200:],
+                        "replicas": _replicas(training.training_model)}
             if self._best:
                 progress["best"] = self._best
             processes.on_first(_write, folder, training, state, step, progress)
@@ -379,7 +380,7 @@ def restore_states(checkpoint: Optional[Checkpoint], training_model: Any, optimi
         return
     set_optimizer_state(optimizer, training_model.model, checkpoint.optimizer)
     training_model.setOptimizer(optimizer)
-    training_model.rng_state = _rng_of_process(checkpoint, len(training_model.rng_state) - 1)
+    training_model.rng_state = _rng_of_process(checkpoint, _replicas(training_model))
     set_random_state(checkpoint.random_state)
 
 
@@ -393,14 +394,21 @@ def _rng_of_all(training_model: Any) -> List[int]:
     return states[0] + [number for state in states[1:] for number in state[1:]]
 
 
-def _rng_of_process(checkpoint: Checkpoint, length: int) -> List[int]:
+def _replicas(training_model: Any) -> int:
+    """Return the number of replicas of all processes."""
+    return training_model.options.replication_factor * processes.count()
+
+
+def _rng_of_process(checkpoint: Checkpoint, replicas: int) -> List[int]:
     """Return this process's part of the checkpoint's `_rng_of_all`.
 
-    length: of the states of its replicas, without the seed. Raises UsageError for a checkpoint of
-    another number of replicas.
+    How long a replica's state is, only the device knows, and before its first run PopTorch does not
+    ask it (_poplar_executor.py, rng_state). replicas: of all processes of this run. Raises
+    UsageError for a checkpoint of another number of replicas.
     """
     seed, *states = checkpoint.rng_state
-    if len(states) != length * processes.count():
+    length = len(states) // processes.count()
+    if checkpoint.progress.get("replicas", replicas) != replicas:
         raise UsageError(
             f"--resume_from_checkpoint {checkpoint.folder}: holds the random state of another "
             "number of replicas; go on with the --replication_factor that it was begun with, or "

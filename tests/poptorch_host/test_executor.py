@@ -388,7 +388,9 @@ def test_saved_state_continues_exactly(replicas, half):
         return model, optimizer, executor
 
     model, optimizer, executor = start()
+    assert executor.rng_state == [3]  # PopTorch asks the device only after a run
     executor(x, y)
+    assert len(executor.rng_state) > 1
     file = io.BytesIO()
     torch.save(
         {

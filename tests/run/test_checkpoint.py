@@ -29,6 +29,7 @@ from qa.run import checkpoint, state
 from qa.run.checkpoint import (
     Checkpoints,
     Training,
+    _rng_of_process,
     check_output_folder,
     find_checkpoint,
     go_back,
@@ -50,7 +51,8 @@ def save(output_dir, step, write_model=write_model, optimizer=None, rng_state=(4
          losses=(0.5, ), must_match=None, save_total_limit=None):
     state = optimizer if optimizer is not None else {
         "ipu_state": {"Accl1___w": torch.full((5, ), step)}}
-    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=list(rng_state))
+    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=list(rng_state),
+                             options=SimpleNamespace(replication_factor=1))
     training = Training(None, SimpleNamespace(state_dict=lambda: state), device, write_model)
     return Checkpoints(output_dir, must_match or {}, save_total_limit).save(
         training, step, list(losses))
@@ -116,7 +118,7 @@ def test_every_kind_of_state_is_read_back_bit_for_bit(tmp_path):
     # All files have the same permissions as any other file of the user.
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     assert (loaded.step, loaded.rng_state, loaded.progress) == (
-        7, rng_state, {"losses": [1 / 3, 5e-324], "must_match": {"seed": 3}})
+        7, rng_state, {"losses": [1 / 3, 5e-324], "must_match": {"seed": 3}, "replicas": 1})
 
 
 def test_state_of_a_torch_optimizer_continues_exactly(tmp_path):
@@ -213,7 +215,8 @@ def test_a_run_never_goes_back_to_a_checkpoint_of_another_run(tmp_path):
     assert checkpoints.newest_of_run().step == 2
     training = Training(
         None, SimpleNamespace(state_dict=dict),
-        SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1]), write_model)
+        SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1],
+                        options=SimpleNamespace(replication_factor=1)), write_model)
     checkpoints.save(training, 3, [])
     assert checkpoints.newest_of_run().step == 3
     truncate(tmp_path / "checkpoint-3")
@@ -363,7 +366,8 @@ def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(
 
 def test_a_step_that_is_saved_is_not_saved_again_when_a_signal_comes_in_it(tmp_path):
     written = []
-    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1])
+    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1],
+                             options=SimpleNamespace(replication_factor=1))
     training = Training(None, SimpleNamespace(state_dict=dict), device,
                         lambda folder: (written.append(folder), write_model(folder)))
     checkpoints = Checkpoints(tmp_path, {})
@@ -372,6 +376,13 @@ def test_a_step_that_is_saved_is_not_saved_again_when_a_signal_comes_in_it(tmp_p
     assert len(written) == 1
     checkpoints.save(training, 3, [])
     assert len(written) == 2
+
+
+def test_random_states_of_another_number_of_replicas_are_refused(tmp_path):
+    checkpoint = load_checkpoint(save(tmp_path, 4, rng_state=(42, 7)))
+    assert _rng_of_process(checkpoint, 1) == [42, 7]
+    with pytest.raises(UsageError, match="--resume_from_checkpoint .*--replication_factor"):
+        _rng_of_process(checkpoint, 2)
 
 
 def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
