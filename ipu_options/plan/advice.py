@@ -18,6 +18,11 @@ class Change(NamedTuple):
     plan: Plan
     text: str
 
+    @property
+    def flags(self) -> str:
+        """The change as flags of train.py, without the remark."""
+        return self.text.partition(" (")[0]
+
 
 def changes(plan: Plan) -> List[Change]:
     """Return the single changes that are worth making, the fastest first.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ipu_options.errors import UsageError
@@ -20,6 +21,11 @@ from ipu_options.plan.planner import Plan
 # Plotly's patterns for matplotlib's hatches in draw.py.
 _PATTERNS = {"////": "/", "....": ".", "xxxx": "x", "||||": "|", "\\\\\\\\": "\\", "++++": "+",
              "oo": "-", "": ""}
+_PART_STYLES = {
+    **{kind: STYLES[kind] for kind in ("forward", "recompute", "backward")},
+    "waiting for the slowest IPU": ("#ffffff", ""), "pipeline ramp": ("#ffffff", "\\\\\\\\"),
+    "copies between IPUs": ("#b8860b", "xxxx"), "gradient reduction": ("#5b9bd5", "||||"),
+    "weight update": STYLES["update"], "host": ("#bbbbbb", "++++")}
 # A row of a chart: its group (an IPU, a stage), its side, and {part: length}.
 Row = Tuple[str, str, Dict[str, float]]
 
@@ -28,22 +34,15 @@ def write_page(path: str, title: str, sides: Sequence[Side], text: str,
                plan: Optional[Plan] = None) -> None:
     """Write the page to `path`: the timeline of `plan`, the views of `sides`, and `text` below.
 
-    Raises UsageError if Plotly is missing or the file name does not end in .html, RunError if the
-    file cannot be written.
+    Raises UsageError as `check_page` does, RunError if the file cannot be written.
     """
-    try:
-        from plotly.io import to_html
-    except ImportError:
-        raise UsageError("--html needs plotly, which is not installed: "
-                         "pip install -r requirements-pages.txt")
-    if not path.lower().endswith((".html", ".htm")):
-        raise UsageError(f"--html {path}: name an .html file")
-    figures = [_timeline(plan)] if plan else []
-    figures += [_memory(sides), _stages(sides), _throughput(sides)]
+    check_page(path)
+    from plotly.io import to_html
+    figures = [timeline(plan)] if plan else []
     views = "\n".join(
         to_html(figure, full_html=False, include_plotlyjs=not place,
                 config={"displaylogo": False, "responsive": True})
-        for place, figure in enumerate(figures))
+        for place, figure in enumerate([*figures, *views_of(sides)]))
     title = html.escape(title)
     names = "".join(f"<li>{html.escape(side.label)}</li>" for side in sides)
     with writing(f"--html {path}"), user_file(path) as file:
@@ -55,7 +54,21 @@ def write_page(path: str, title: str, sides: Sequence[Side], text: str,
             "</main></body></html>\n")
 
 
-def _timeline(plan: Plan) -> Any:
+def check_page(path: str) -> None:
+    """Raise UsageError if Plotly is missing or the name `path` of a page does not end in .html."""
+    if find_spec("plotly") is None:
+        raise UsageError("--html needs plotly, which is not installed: "
+                         "pip install -r requirements-pages.txt")
+    if not path.lower().endswith((".html", ".htm")):
+        raise UsageError(f"--html {path}: name an .html file")
+
+
+def views_of(sides: Sequence[Side]) -> List[Any]:
+    """Return the figures of `sides`: where the time goes, memory, stages, throughput."""
+    return [_parts(sides), _memory(sides), _stages(sides), _throughput(sides)]
+
+
+def timeline(plan: Plan) -> Any:
     """Return the timeline of a weight update or call, shortened to a few micro-batches."""
     from plotly.graph_objects import Bar, Figure
     shown = min(plan.job.micro_batches, MOST_MICRO_BATCHES)
@@ -83,6 +96,17 @@ def _timeline(plan: Plan) -> Any:
                      f"{less} (white: idle)",
                      f"ms (and {1e3 * plan.host_seconds:.0f} ms of host before the next)",
                      len(plan.memory), barmode="overlay")
+
+
+def _parts(sides: Sequence[Side]) -> Any:
+    """Return where the time of a weight update or call goes."""
+    planned = [side for side in sides if side.plan]
+    phases = {side.plan["phase"] for side in planned}
+    rows = [("", side.name, {name: 1e3 * seconds for name, seconds
+                             in side.plan["update_parts_seconds"].items()}) for side in planned]
+    return _finished(_stacked(rows, _PART_STYLES, "ms"), "Where the time of a "
+                     f"{'call' if phases == {'inference'} else 'weight update'} goes, as planned "
+                     "for IPUs (mean over the IPUs)", "ms", len(rows))
 
 
 def _memory(sides: Sequence[Side]) -> Any:
@@ -167,6 +191,7 @@ def _marker(style: Tuple[str, str]) -> Dict[str, Any]:
 
 
 def _finished(figure: Any, title: str, unit: str, rows: int, barmode: str = "stack") -> Any:
-    return figure.update_layout(
-        title=title, barmode=barmode, template="plotly_white", height=200 + 34 * rows,
-        yaxis={"autorange": "reversed"}, xaxis_title=unit, legend={"traceorder": "normal"})
+    return figure.update_layout(  # Plotly's own template takes longer than all the rest
+        title=title, barmode=barmode, template={}, height=200 + 34 * rows, plot_bgcolor="white",
+        xaxis={"title": {"text": unit}, "gridcolor": "#dddddd"}, yaxis={"autorange": "reversed"},
+        legend={"traceorder": "normal"})

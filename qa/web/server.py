@@ -21,9 +21,12 @@ class _Quiet(WSGIRequestHandler):
         pass
 
 
-def new_page(title: str, layout: Any) -> dash.Dash:
-    """Return an app whose page asks nothing of any other machine. layout: its content."""
-    app = dash.Dash(__name__, title=title, update_title=None, serve_locally=True)
+def new_page(title: str, layout: Any, **options: Any) -> dash.Dash:
+    """Return an app whose page asks nothing of any other machine.
+
+    layout: its content. options: more of Dash's own.
+    """
+    app = dash.Dash(__name__, title=title, update_title=None, serve_locally=True, **options)
     app.index_string = app.index_string.replace("<html>", '<html lang="en">')
     app.layout = layout
     return app
