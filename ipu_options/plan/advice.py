@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ipu_options.plan.job import Job
 from ipu_options.plan.planner import Plan, make_plan, with_config, with_micro_batch
@@ -59,9 +59,11 @@ def _best(job: Job, plan: Plan) -> float:
                                              plan.efficiencies).windows_per_second
 
 
-def suggestion(plan: Plan) -> str:
-    """Return one line with the best change and its throughput, or that there is none."""
-    better = changes(plan)
+def suggestion(plan: Plan, better: Sequence[Change]) -> str:
+    """Return one line with the best change and its throughput, or that there is none.
+
+    better: what `changes` returns for the plan.
+    """
     if better:
         return describe(plan, better[0])
     if plan.fits:

@@ -21,6 +21,8 @@ from ipu_options.plan.planner import Plan
 # Plotly's patterns for matplotlib's hatches in draw.py.
 _PATTERNS = {"////": "/", "....": ".", "xxxx": "x", "||||": "|", "\\\\\\\\": "\\", "++++": "+",
              "oo": "-", "": ""}
+# Plotly's toolbar without the button that uploads a plot.
+PLOT_CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False}
 _PART_STYLES = {
     **{kind: STYLES[kind] for kind in ("forward", "recompute", "backward")},
     "waiting for the slowest IPU": ("#ffffff", ""), "pipeline ramp": ("#ffffff", "\\\\\\\\"),
@@ -41,7 +43,7 @@ def write_page(path: str, title: str, sides: Sequence[Side], text: str,
     figures = [timeline(plan)] if plan else []
     views = "\n".join(
         to_html(figure, full_html=False, include_plotlyjs=not place,
-                config={"displaylogo": False, "responsive": True})
+                config=PLOT_CONFIG)
         for place, figure in enumerate([*figures, *views_of(sides)]))
     title = html.escape(title)
     names = "".join(f"<li>{html.escape(side.label)}</li>" for side in sides)
@@ -72,17 +74,19 @@ def timeline(plan: Plan) -> Any:
     """Return the timeline of a weight update or call, shortened to a few micro-batches."""
     from plotly.graph_objects import Bar, Figure
     shown = min(plan.job.micro_batches, MOST_MICRO_BATCHES)
-    schedule, figure, named = replace(plan.schedule, micro_batches=shown), Figure(), set()
-    for event in schedule.events():
+    schedule, figure = replace(plan.schedule, micro_batches=shown), Figure()
+    passes = [(event, batch, start) for event in schedule.events()
+              for batch, start in enumerate(event.start)]
+    for kind in dict.fromkeys(event.kind for event, _, _ in passes):
+        of_kind = [each for each in passes if each[0].kind == kind]
         figure.add_trace(Bar(
-            orientation="h", y=[f"IPU {event.ipu}"] * len(event.start),
-            base=[1e3 * start for start in event.start],
-            x=[1e3 * event.seconds] * len(event.start), name=event.kind, legendgroup=event.kind,
-            showlegend=event.kind not in named, marker=_marker(STYLES[event.kind]),
-            customdata=list(range(len(event.start))),
-            hovertemplate=(f"{event.kind}, stage {event.stage}, micro-batch %{{customdata}}<br>"
+            orientation="h", y=[f"IPU {event.ipu}" for event, _, _ in of_kind],
+            base=[1e3 * start for _, _, start in of_kind],
+            x=[1e3 * event.seconds for event, _, _ in of_kind], name=kind,
+            marker=_marker(STYLES[kind]),
+            customdata=[(event.stage, batch) for event, batch, _ in of_kind],
+            hovertemplate=(f"{kind}, stage %{{customdata[0]}}, micro-batch %{{customdata[1]}}<br>"
                            "from %{base:.2f} ms, %{x:.2f} ms<extra></extra>")))
-        named.add(event.kind)
     update = 1e3 * (plan.reduction_seconds + plan.weight_update_seconds)
     if update:
         ipus = [f"IPU {ipu}" for ipu in plan.memory]

@@ -44,6 +44,7 @@ def plan_dict(plan: Plan) -> Dict[str, Any]:
     limit = job.machine.memory_bytes
     names = {ipu: [name for name, at in job.layout.blocks() if at == ipu] for ipu in plan.memory}
     low, high = expected_windows_per_second(plan)
+    better = changes(plan)
     return {
         "phase": "training" if job.training else "inference",
         "fits": plan.fits, "free_bytes": plan.free_bytes, "fullest_ipu": plan.fullest_ipu,
@@ -54,10 +55,10 @@ def plan_dict(plan: Plan) -> Dict[str, Any]:
         "update_seconds": plan.update_seconds, "pipeline_steps": plan.schedule.steps,
         "step_seconds": plan.schedule.step_seconds, "update_parts_seconds": plan.parts(),
         "one_question_seconds": None if job.training else latency_seconds(plan),
-        "suggestion": suggestion(plan),
+        "suggestion": suggestion(plan, better),
         "suggestions": [{
             "flags": change.text, "windows_per_second": change.plan.windows_per_second,
-            "fits": change.plan.fits} for change in changes(plan)],
+            "fits": change.plan.fits} for change in better],
         "half_layers_windows_per_second": half_layers(plan),
         "why_not": reasons(job, plan.memory),
         "ipus": [{

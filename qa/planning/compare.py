@@ -128,9 +128,16 @@ def flags_side(name: str, item: str, kind: str, words: List[str], inference: boo
     """Return the plan of the flags of train.py in `words`. Raises what parsing and planning do."""
     settings, ipu_config, planning = parse_train(
         words, JobSettings, program="compare", description=USAGE)
-    plan = described(planned(settings, ipu_config, planning, inference), settings, planning)
-    return Side(name, item, kind, item if item.strip() else plan["title"],
-                _settings(settings, plan), plan)
+    return planned_side(name, item, kind, planned(settings, ipu_config, planning, inference),
+                        settings, planning)
+
+
+def planned_side(name: str, item: str, kind: str, plan: Plan, settings: TrainSettings,
+                 planning: JobSettings) -> Side:
+    """Return a plan that was made of flags."""
+    made = described(plan, settings, planning)
+    return Side(name, item, kind, item if item.strip() else made["title"],
+                _settings(settings, made), made)
 
 
 def _saved_plan(name: str, item: str, plan: Dict[str, Any]) -> Side:

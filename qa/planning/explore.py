@@ -8,7 +8,8 @@ from __future__ import annotations
 import shlex
 import threading
 from dataclasses import fields
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from functools import lru_cache
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from dash import ALL, Input, Output, State, ctx, dcc, html, set_props
 from dash.exceptions import PreventUpdate
@@ -17,12 +18,12 @@ from ipu_options.config import POD_IPUS, IPUConfig, pod_of
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import write_json, writing
 from ipu_options.plan.advice import changes, describe
-from ipu_options.plan.compare import comparison_text
-from ipu_options.plan.page import timeline, views_of
+from ipu_options.plan.compare import Side, comparison_text
+from ipu_options.plan.page import PLOT_CONFIG, timeline, views_of
 from ipu_options.plan.planner import Plan
 from ipu_options.plan.search import search, settings_of
 from ipu_options.plan.text import heading, settings_text, throughput_text, value_text, verdict
-from qa.planning.compare import flags_side
+from qa.planning.compare import planned_side
 from qa.planning.flags import ExploreSettings, JobSettings
 from qa.planning.job import planned, planned_name, pod_note
 from qa.settings import TrainSettings, parse_train
@@ -187,13 +188,21 @@ def make_app(base: Planned, file: str) -> Any:
 
     @app.callback(
         output={**{name: Output(name, "children") for name in (
-            "verdict", "error", "moves", "advice", "command", "text")},
+            "verdict", "error", "advice", "command", "text")},
             **{name: Output(name, "figure") for name in VIEWS},
             "words": Output("words", "data"), "hidden": Output("pinned-view", "hidden")},
         inputs={"values": inputs, "pinned": Input("pinned", "data")})
     def show(values: Dict[str, Any], pinned: Optional[List[str]]) -> Dict[str, Any]:
         made = plan_of(with_values(base, values))
         return {**shown(made, pinned), "error": "", "words": made.words, "hidden": not pinned}
+
+    @app.callback(Output("moves", "children"), Input("layers_per_ipu", "value"),
+                  State({"from": ALL, "to": ALL}, "id"))
+    def offer_moves(layers: str, old: List[Any]) -> List[Any]:
+        ipus = len(layers.split())
+        if len(old) == 2 * (ipus - 1):
+            raise PreventUpdate  # a button that was pressed keeps the keyboard's focus
+        return _moves(ipus)
 
     @app.callback(output=into_fields, inputs={
         "moves": Input({"from": ALL, "to": ALL}, "n_clicks"),
@@ -207,7 +216,7 @@ def make_app(base: Planned, file: str) -> Any:
         layers = {place: int(text) for place, text in enumerate(
             values["layers_per_ipu"].split()) if text.isdigit()}
         if not layers.get(pressed["from"]) or pressed["to"] not in layers:
-            raise UsageError("to move a layer, give the number of layers on each IPU")
+            raise UsageError(f"IPU {pressed['from']} has no layer to move")
         layers[pressed["from"]] -= 1
         layers[pressed["to"]] += 1
         return {**values, "layers_per_ipu": value_text(list(layers.values()))}
@@ -236,20 +245,32 @@ def make_app(base: Planned, file: str) -> Any:
 def shown(made: Planned, pinned: Optional[List[str]] = None) -> Dict[str, Any]:
     """Return what the page shows of a plan, by the id of its element. pinned: flags, or None."""
     plan = made.plan
-    sides = ([flags_side("pinned", shlex.join(pinned), "flags", pinned)] if pinned else []) + [
-        flags_side("now", shlex.join(made.words), "flags", made.words)]
+    kept, pinned_timeline = _pinned(tuple(pinned)) if pinned else ([], {})
+    sides = [*kept, _side("now", made)]
     title, note = planned_name(made.settings, made.planning), pod_note(made.settings, plan.job)
     offers = changes(plan)[:4]
-    figures = [timeline(plan), timeline(plan_of(pinned).plan) if pinned else {}, *views_of(sides)]
+    figures = [timeline(plan), pinned_timeline, *views_of(sides)]
     return {
         "verdict": "\n".join([verdict(plan), throughput_text(plan), heading(plan, title),
                               *([note] if note else [])]),
-        "moves": _moves(plan), "text": comparison_text(sides), "command": command(made),
+        "text": comparison_text(sides), "command": command(made),
         "advice": [html.Li([describe(plan, change), " ", html.Button(
             "Try", id={"flags": change.flags}, **{"aria-label": f"Try {change.flags}"})])
                    for change in offers] or [html.Li("No single change of a setting " + (
                        "is faster and fits" if plan.fits else "makes it fit: search"))],
         **dict(zip(VIEWS, figures))}
+
+
+@lru_cache(maxsize=32)
+def _pinned(words: Tuple[str, ...]) -> Tuple[List[Side], Any]:
+    """Return a pinned plan as a side, and its timeline."""
+    made = plan_of(words)
+    return [_side("pinned", made)], timeline(made.plan)
+
+
+def _side(name: str, made: Planned) -> Side:
+    return planned_side(name, shlex.join(made.words), "flags", made.plan, made.settings,
+                        made.planning)
 
 
 def _show_error(error: Exception) -> None:
@@ -259,16 +280,14 @@ def _show_error(error: Exception) -> None:
     set_props("error", {"children": f"Error: {text if known else type(error).__name__ + text}"})
 
 
-def _moves(plan: Plan) -> List[Any]:
-    """Return the split with two buttons between neighbours, each of which moves a layer."""
-    layers, parts = plan.job.layout.layers_per_ipu(plan.job.config.num_ipus()), []
-    for ipu, count in enumerate(layers):
-        for start, end, arrow in ((ipu, ipu - 1, "\u25c0"), (ipu - 1, ipu, "\u25b6")):
-            if ipu:
-                parts.append(html.Button(
-                    arrow, id={"from": start, "to": end}, disabled=not layers[start],
-                    **{"aria-label": f"Move a layer from IPU {start} to IPU {end}"}))
-        parts.append(html.Span(f" IPU {ipu}: {count} ", style={"whiteSpace": "nowrap"}))
+def _moves(ipus: int) -> List[Any]:
+    """Return two buttons between neighbouring IPUs, each of which moves a layer."""
+    parts: List[Any] = ["IPU 0"]
+    for ipu in range(1, ipus):
+        parts += [html.Button(arrow, id={"from": start, "to": end}, style={"margin": "0 0.2em"}, **{
+            "aria-label": f"Move a layer from IPU {start} to IPU {end}"})
+            for start, end, arrow in ((ipu, ipu - 1, "\u25c0"), (ipu - 1, ipu, "\u25b6"))]
+        parts.append(f"IPU {ipu}")
     return parts
 
 
@@ -299,7 +318,7 @@ def _layout(base: Planned) -> Any:
             ("pin", "Pin this plan"), ("unpin", "Unpin"), ("search", "Search the best"),
             ("save", "Save"))], style=block),
         html.P(id="said", role="status", style=_WRAPPED)]
-    view = {name: dcc.Graph(id=name, config={"displaylogo": False, "responsive": True})
+    view = {name: dcc.Graph(id=name, config={**PLOT_CONFIG, "displayModeBar": False})
             for name in VIEWS}
     return html.Main([
         dcc.Store(id="words"), dcc.Store(id="pinned"),
