@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from dash import ALL, Input, Output, State, ctx, dcc, html, set_props
+from dash import ALL, Input, Output, State, ctx, dcc, html, no_update, set_props
 from dash.exceptions import PreventUpdate
 
 from ipu_options.config import POD_IPUS, IPUConfig, pod_of
@@ -30,17 +30,17 @@ from qa.settings import TrainSettings, parse_train
 from qa.web.server import new_page, serve
 
 # The flags that have a field, and the field's label.
-NUMBERS = {"micro_batch_size": "Rows of a micro-batch",
-           "gradient_accumulation_steps": "Micro-batches of an update",
-           "replication_factor": "Replicas of the pipeline",
-           "embedding_serialization_factor": "Parts of the word embedding"}
+NUMBERS = {"micro_batch_size": "Micro-batch size",
+           "gradient_accumulation_steps": "Accumulation",
+           "replication_factor": "Replicas",
+           "embedding_serialization_factor": "Embedding parts"}
 TEXTS = {"layers_per_ipu": "Encoder layers on each IPU",
          "matmul_proportion": "Memory proportion of multiplications"}
 SWITCHES = {"pack": "Pack several windows into a row",
             "recompute_checkpoint_every_layer": "Recompute layer by layer",
             "optimizer_state_offchip": "Optimizer state off chip"}
 FIELDS = (*TEXTS, *NUMBERS, *SWITCHES, "ipu", "further")
-VIEWS = ("timeline", "pinned-timeline", "parts", "memory", "stages", "throughput")
+VIEWS = ("timeline", "pinned-timeline", "memory", "parts", "stages", "throughput")
 COUNTED_AHEAD = (1, 2, 4, 8, 16)  # parts of the embedding; others take a moment once
 _WRAPPED = {"whiteSpace": "pre-wrap", "overflowWrap": "anywhere", "userSelect": "all"}
 
@@ -190,11 +190,17 @@ def make_app(base: Planned, file: str) -> Any:
         output={**{name: Output(name, "children") for name in (
             "verdict", "error", "advice", "command", "text")},
             **{name: Output(name, "figure") for name in VIEWS},
-            "words": Output("words", "data"), "hidden": Output("pinned-view", "hidden")},
+            **{f"{name}-style": Output(name, "style") for name in VIEWS},
+            "words": Output("words", "data")},
         inputs={"values": inputs, "pinned": Input("pinned", "data")})
     def show(values: Dict[str, Any], pinned: Optional[List[str]]) -> Dict[str, Any]:
         made = plan_of(with_values(base, values))
-        return {**shown(made, pinned), "error": "", "words": made.words, "hidden": not pinned}
+        parts = shown(made, pinned)
+        styles = {f"{name}-style": {"height": parts[name]["layout"]["height"]} if parts[name] else {
+            "display": "none"} for name in VIEWS}
+        same = ["pinned-timeline", "pinned-timeline-style"] if ctx.triggered_id in FIELDS else []
+        return {**parts, **styles, "error": "", "words": made.words, **dict.fromkeys(
+            same, no_update)}
 
     @app.callback(Output("moves", "children"), Input("layers_per_ipu", "value"),
                   State({"from": ALL, "to": ALL}, "id"))
@@ -265,7 +271,9 @@ def shown(made: Planned, pinned: Optional[List[str]] = None) -> Dict[str, Any]:
 def _pinned(words: Tuple[str, ...]) -> Tuple[List[Side], Any]:
     """Return a pinned plan as a side, and its timeline."""
     made = plan_of(words)
-    return [_side("pinned", made)], timeline(made.plan)
+    drawn = timeline(made.plan)
+    drawn["layout"]["title"]["text"] = "Pinned: " + drawn["layout"]["title"]["text"]
+    return [_side("pinned", made)], drawn
 
 
 def _side(name: str, made: Planned) -> Side:
@@ -305,8 +313,9 @@ def _layout(base: Planned) -> Any:
     controls = [
         labelled("layers_per_ipu", TEXTS["layers_per_ipu"], text("layers_per_ipu", debounce=0.5)),
         html.Div(id="moves", role="group", **{"aria-label": "Move layers"}),
-        *(labelled(name, label, text(name, type="number", step=1, debounce=0.3))
-          for name, label in NUMBERS.items()),
+        html.Div([labelled(name, label, text(name, type="number", step=1, debounce=0.3))
+                  for name, label in NUMBERS.items()],
+                 style={"display": "grid", "gridTemplateColumns": "1fr 1fr", "gap": "0 1em"}),
         labelled("matmul_proportion", TEXTS["matmul_proportion"],
                  text("matmul_proportion", debounce=0.5)),
         *(dcc.Checklist([{"label": label, "value": "true"}], ["true"] * (values[name] == "true"),
@@ -317,23 +326,20 @@ def _layout(base: Planned) -> Any:
         html.Div([html.Button(label, id=name) for name, label in (
             ("pin", "Pin this plan"), ("unpin", "Unpin"), ("search", "Search the best"),
             ("save", "Save"))], style=block),
-        html.P(id="said", role="status", style=_WRAPPED)]
-    view = {name: dcc.Graph(id=name, config={**PLOT_CONFIG, "displayModeBar": False})
-            for name in VIEWS}
+        html.P(id="said", role="status", style=_WRAPPED),
+        html.P(id="error", role="alert", style={"fontWeight": "bold"}),
+        html.P(id="verdict", role="status", style={"whiteSpace": "pre-wrap"})]
     return html.Main([
         dcc.Store(id="words"), dcc.Store(id="pinned"),
         html.H1("Explore a plan"),
         html.Div([
-            html.Div(controls, style={"flex": "1 1 20em", "maxWidth": "28em"}),
+            html.Div(controls, style={"flex": "1 1 20em", "maxWidth": "28em", "top": 0,
+                                      "position": "sticky", "alignSelf": "flex-start"}),
             html.Div([
-                html.P(id="error", role="alert", style={"fontWeight": "bold"}),
-                html.P(id="verdict", role="status", style={"whiteSpace": "pre-wrap"}),
                 html.H2("What would help most"), html.Ul(id="advice"),
                 html.H2("Run it"), html.Pre(id="command", style=_WRAPPED),
-                view["timeline"],
-                html.Div([html.H2("Pinned"), view["pinned-timeline"]], id="pinned-view",
-                         hidden=True),
-                *(view[name] for name in VIEWS[2:]),
+                *(dcc.Graph(id=name, config={**PLOT_CONFIG, "displayModeBar": False},
+                            style={"display": "none"}) for name in VIEWS),
                 html.H2("In words and numbers"),
                 html.Pre(id="text", tabIndex=0, style={"overflowX": "auto"})],
                 style={"flex": "3 1 40em", "minWidth": 0})],

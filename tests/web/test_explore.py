@@ -48,7 +48,7 @@ def fields(explore, base, **changes):
 
 def lengths(figure, name):
     """Return the lengths of a figure's bars of that name."""
-    return [list(trace.x) for trace in figure.data if trace.name == name]
+    return [list(trace["x"]) for trace in figure["data"] if trace["name"] == name]
 
 
 @pytest.mark.parametrize("changes, flags", [
@@ -83,7 +83,7 @@ def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, fl
     assert lengths(shown["throughput"], "planned for IPUs")[0] == pytest.approx(
         [pinned["windows_per_second"], plan["windows_per_second"]])
     for figure, each in (("timeline", plan), ("pinned-timeline", pinned)):
-        drawn = {name for trace in shown[figure].data for name in trace.y}
+        drawn = {name for trace in shown[figure]["data"] for name in trace["y"]}
         assert drawn == {f"IPU {ipu['ipu']}" for ipu in each["ipus"]}
         passes = sum(map(len, lengths(shown[figure], "forward")))
         assert passes == len(each["stages"]) * min(each["micro_batches"], 16)
@@ -214,12 +214,12 @@ def test_change_pin_search_and_save_in_a_browser(page, browser, capsys):  # noqa
     browser.get(address)
     wait_for("#verdict", speed())
     assert set(bars("timeline")) >= {"forward", "backward"}
-    assert not find("#pinned-view").is_displayed()
+    assert not find("#pinned-timeline").is_displayed()
     for field in browser.find_elements("css selector", "input:not([type=radio], [type=checkbox])"):
         assert browser.find_elements("css selector", f"label[for={field.get_attribute('id')}]")
 
     press("#pin")
-    WebDriverWait(browser, 30).until(lambda _: find("#pinned-view").is_displayed())
+    WebDriverWait(browser, 30).until(lambda _: find("#pinned-timeline").is_displayed())
     press("button[aria-label='Move a layer from IPU 1 to IPU 2']")
     wait_for("#error", "leaves IPU 1 without any block")
     press("button[aria-label='Move a layer from IPU 2 to IPU 1']")
@@ -241,7 +241,7 @@ def test_change_pin_search_and_save_in_a_browser(page, browser, capsys):  # noqa
     browser.switch_to.new_window("tab")  # as a second user
     browser.get(address)
     wait_for("#verdict", speed())
-    assert not find("#pinned-view").is_displayed()
+    assert not find("#pinned-timeline").is_displayed()
     press("#search")
     best, *_ = printed(capsys, "search", *SMALL)
     wait_for("#verdict", f"Predicted: {best['windows_per_second']:,.0f} windows/s")

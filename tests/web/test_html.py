@@ -47,7 +47,7 @@ def test_a_page_shows_the_planned_figures_and_asks_no_one(
     assert main([command, *words, *([] if "--" in words else ["--html", str(page)])]) == 0
     browser.get(page.as_uri())
     assert len(browser.find_elements("css selector", ".main-svg .bglayer")) >= views
-    where, memory, stages, throughput = (
+    memory, where, stages, throughput = (
         bars(browser, views - 4 + place) for place in range(4))
     shares = {trace["name"]: trace["x"][0] / 1e3 for trace in where}
     assert shares == pytest.approx({name: plan["update_parts_seconds"][name] for name in shares})
