@@ -42,6 +42,9 @@ SWITCHES = {"pack": "Pack several windows into a row",
 FIELDS = (*TEXTS, *NUMBERS, *SWITCHES, "ipu", "further")
 VIEWS = ("timeline", "pinned-timeline", "memory", "parts", "stages", "throughput")
 COUNTED_AHEAD = (1, 2, 4, 8, 16)  # parts of the embedding; others take a moment once
+# On a wide screen the fields stay in sight.
+_STYLE = ("@media (min-width: 60em) {#controls {position: sticky; top: 0; align-self: flex-start;"
+          " max-height: 100vh; overflow-y: auto}}")
 _WRAPPED = {"whiteSpace": "pre-wrap", "overflowWrap": "anywhere", "userSelect": "all"}
 
 
@@ -181,7 +184,7 @@ def serve_planner(argv: List[str], exploring: ExploreSettings) -> None:
 
 def make_app(base: Planned, file: str) -> Any:
     """Return the page. base: the plan to begin with. file: what Save writes."""
-    app = new_page("Explore a plan", _layout(base), on_error=_show_error)
+    app = new_page("Explore a plan", _layout(base), _STYLE, on_error=_show_error)
     inputs = {name: Input(name, "value") for name in FIELDS}
     states = {name: State(name, "value") for name in FIELDS}
     into_fields = {name: Output(name, "value", allow_duplicate=True) for name in FIELDS}
@@ -333,8 +336,7 @@ def _layout(base: Planned) -> Any:
         dcc.Store(id="words"), dcc.Store(id="pinned"),
         html.H1("Explore a plan"),
         html.Div([
-            html.Div(controls, style={"flex": "1 1 20em", "maxWidth": "28em", "top": 0,
-                                      "position": "sticky", "alignSelf": "flex-start"}),
+            html.Div(controls, id="controls", style={"flex": "1 1 20em", "maxWidth": "28em"}),
             html.Div([
                 html.H2("What would help most"), html.Ul(id="advice"),
                 html.H2("Run it"), html.Pre(id="command", style=_WRAPPED),

@@ -207,6 +207,7 @@ def test_change_pin_search_and_save_in_a_browser(page, browser, capsys):  # noqa
                 f"{printed(capsys, 'plan', *SMALL, *flags)['windows_per_second']:,.0f} windows/s")
 
     def bars(view):
+        find(f"#{view} .bglayer")
         return browser.execute_script(
             "return document.querySelector('#' + arguments[0] + ' .js-plotly-plot').data"
             ".map(trace => trace.name)", view)
