@@ -1,9 +1,11 @@
 """Finds the change of one setting that would help most, by planning each such change."""
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+from ipu_options.errors import UsageError
 from ipu_options.plan.job import Job
 from ipu_options.plan.planner import Plan, make_plan, with_config, with_micro_batch
 from ipu_options.plan.search import best_split, with_cut
@@ -144,8 +146,9 @@ def _memory_changes(job: Job) -> Iterator[Tuple[Job, str]]:
            f"--recompute_checkpoint_every_layer {'false' if checkpoints else 'true'}")
     if job.count:
         factor = 2 * config.embedding_serialization_factor
-        serialised = with_micro_batch(with_config(job, embedding_serialization_factor=factor),
-                                      job.micro_batch_size)
-        yield serialised, f"--embedding_serialization_factor {factor}"
+        with suppress(UsageError):  # an embedding of few rows has no more parts
+            serialised = with_micro_batch(with_config(job, embedding_serialization_factor=factor),
+                                          job.micro_batch_size)
+            yield serialised, f"--embedding_serialization_factor {factor}"
     if config.replication_factor > 1 and not config.replicated_tensor_sharding:
         yield with_config(job, replicated_tensor_sharding=True), "--replicated_tensor_sharding true"

@@ -171,15 +171,20 @@ def serve_planner(argv: List[str], exploring: ExploreSettings) -> None:
     own = {f.name for f in fields(ExploreSettings)}
     base = plan_of(words_of({name: given for name, given in flags_of(argv).items()
                              if name not in own}))
-    for pack in ("true", "false"):  # counted now, so that a change on the page need not wait
+    count_ahead(base)
+    serve(make_app(base, exploring.write), "127.0.0.1", exploring.port)
+    threading.Event().wait()
+
+
+def count_ahead(base: Planned) -> None:
+    """Count the model for what the fields may ask for, so that a change need not wait for it."""
+    for pack in ("true", "false"):
         for parts in COUNTED_AHEAD:
             try:
                 shown(plan_of([*base.words, "--pack", pack, "--embedding_serialization_factor",
                                str(parts)]))
             except UsageError:
                 break  # of one's own data it is not known how well they pack
-    serve(make_app(base, exploring.write), "127.0.0.1", exploring.port)
-    threading.Event().wait()
 
 
 def make_app(base: Planned, file: str) -> Any:
@@ -293,12 +298,12 @@ def _show_error(error: Exception) -> None:
 
 def _moves(ipus: int) -> List[Any]:
     """Return two buttons between neighbouring IPUs, each of which moves a layer."""
-    parts: List[Any] = ["IPU 0"]
+    parts: List[Any] = ["IPU\u00a00"]
     for ipu in range(1, ipus):
         parts += [html.Button(arrow, id={"from": start, "to": end}, style={"margin": "0 0.2em"}, **{
             "aria-label": f"Move a layer from IPU {start} to IPU {end}"})
             for start, end, arrow in ((ipu, ipu - 1, "\u25c0"), (ipu - 1, ipu, "\u25b6"))]
-        parts.append(f"IPU {ipu}")
+        parts.append(f"IPU\u00a0{ipu}")
     return parts
 
 
@@ -326,7 +331,7 @@ def _layout(base: Planned) -> Any:
         html.Fieldset([html.Legend("IPU"), dcc.RadioItems(["mk2", "bow"], values["ipu"], id="ipu",
                                                           inline=True)], style=block),
         labelled("further", "Further flags (Enter)", text("further", debounce=True)),
-        html.Div([html.Button(label, id=name) for name, label in (
+        html.Div([html.Button(label, id=name, style={"marginRight": "0.5em"}) for name, label in (
             ("pin", "Pin this plan"), ("unpin", "Unpin"), ("search", "Search the best"),
             ("save", "Save"))], style=block),
         html.P(id="said", role="status", style=_WRAPPED),

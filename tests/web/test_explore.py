@@ -15,6 +15,7 @@ import pytest
 import train
 from ipu_options.errors import UsageError
 from ipu_options.plan.machine import MIB
+from qa.planning import counting
 from qa.planning.commands import main
 from qa.settings import parse_train
 from tests.planning.test_planner import SMALL, no_calibration  # noqa: F401
@@ -57,9 +58,9 @@ def lengths(figure, name):
       "ipu": "bow", "pack": ["true"]}, "--micro_batch_size 4 --gradient_accumulation_steps 8 "
      "--replication_factor 2 --ipu bow --pack"),
     ({"recompute_checkpoint_every_layer": [], "optimizer_state_offchip": ["true"],
-      "embedding_serialization_factor": 2, "matmul_proportion": "0.1 0.2 0.3 0.4",
+      "embedding_serialization_factor": 16, "matmul_proportion": "0.1 0.2 0.3 0.4",
       "further": "--precision float32"}, "--recompute_checkpoint_every_layer false --precision "
-     "float32 --optimizer_state_offchip true --embedding_serialization_factor 2 "
+     "float32 --optimizer_state_offchip true --embedding_serialization_factor 16 "
      "--matmul_proportion 0.1 0.2 0.3 0.4"),
     ({"micro_batch_size": 4000}, "--micro_batch_size 4000")])
 def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, flags, capsys):
@@ -92,6 +93,20 @@ def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, fl
     assert all(reason in shown["verdict"] for reason in plan["why_not"])
     assert shown["verdict"].startswith("Fits" if plan["fits"] else "Does not fit: IPU 0 is over by")
     assert f"Predicted: {plan['windows_per_second']:,.0f} windows/s" in shown["verdict"]
+
+
+def test_a_change_waits_for_no_count_of_the_model(explore, monkeypatch):
+    base = explore.plan_of([*SMALL, "--intermediate_size", "96"])  # counted by no other test
+    explore.count_ahead(base)
+    monkeypatch.setattr(counting, "count_model", None)
+    for name, value in (("layers_per_ipu", "2 1 1"), ("micro_batch_size", 3), ("ipu", "bow"),
+                        ("pack", ["true"]), ("embedding_serialization_factor", 4),
+                        ("recompute_checkpoint_every_layer", [])):
+        values = fields(explore, base, **{name: value})
+        assert explore.shown(explore.plan_of(explore.with_values(base, values)))["command"]
+    with pytest.raises(TypeError):
+        explore.plan_of(explore.with_values(base, fields(explore, base,
+                                                         further="--max_seq_length 32")))
 
 
 @pytest.mark.slow
