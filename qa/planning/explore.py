@@ -291,9 +291,8 @@ def _side(name: str, made: Planned) -> Side:
 
 def _show_error(error: Exception) -> None:
     """Show why there is no plan; what was shown last stays."""
-    known = isinstance(error, (UsageError, RunError))
-    text = " ".join(str(error).split())
-    set_props("error", {"children": f"Error: {text if known else type(error).__name__ + text}"})
+    kind = "Error" if isinstance(error, (UsageError, RunError)) else type(error).__name__
+    set_props("error", {"children": f"{kind}: {' '.join(str(error).split())}"})
 
 
 def _moves(ipus: int) -> List[Any]:
