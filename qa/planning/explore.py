@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from dash import ALL, Input, Output, State, ctx, dcc, html, no_update, set_props
+from dash import ALL, Input, Output, State, ctx, dcc, html, set_props
 from dash.exceptions import PreventUpdate
 
 from ipu_options.config import POD_IPUS, IPUConfig, pod_of
@@ -40,7 +40,7 @@ SWITCHES = {"pack": "Pack several windows into a row",
             "recompute_checkpoint_every_layer": "Recompute layer by layer",
             "optimizer_state_offchip": "Optimizer state off chip"}
 FIELDS = (*TEXTS, *NUMBERS, *SWITCHES, "ipu", "further")
-VIEWS = ("timeline", "pinned-timeline", "memory", "parts", "stages", "throughput")
+VIEWS = ("timeline", "memory", "parts", "stages", "throughput")
 COUNTED_AHEAD = (1, 2, 4, 8, 16)  # parts of the embedding; others take a moment once
 # On a wide screen the fields stay in sight.
 _STYLE = ("@media (min-width: 60em) {#controls {position: sticky; top: 0; align-self: flex-start;"
@@ -204,11 +204,14 @@ def make_app(base: Planned, file: str) -> Any:
     def show(values: Dict[str, Any], pinned: Optional[List[str]]) -> Dict[str, Any]:
         made = plan_of(with_values(base, values))
         parts = shown(made, pinned)
-        styles = {f"{name}-style": {"height": parts[name]["layout"]["height"]} if parts[name] else {
-            "display": "none"} for name in VIEWS}
-        same = ["pinned-timeline", "pinned-timeline-style"] if ctx.triggered_id in FIELDS else []
-        return {**parts, **styles, "error": "", "words": made.words, **dict.fromkeys(
-            same, no_update)}
+        styles = {f"{name}-style": _height(parts[name]) for name in VIEWS}
+        return {**parts, **styles, "error": "", "words": made.words}
+
+    @app.callback(Output("pinned-timeline", "figure"), Output("pinned-timeline", "style"),
+                  Input("pinned", "data"))
+    def show_pinned(words: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:
+        figure = pinned_plan(tuple(words))[1] if words else {}
+        return figure, _height(figure) if figure else {"display": "none"}
 
     @app.callback(Output("moves", "children"), Input("layers_per_ipu", "value"),
                   State({"from": ALL, "to": ALL}, "id"))
@@ -259,11 +262,9 @@ def make_app(base: Planned, file: str) -> Any:
 def shown(made: Planned, pinned: Optional[List[str]] = None) -> Dict[str, Any]:
     """Return what the page shows of a plan, by the id of its element. pinned: flags, or None."""
     plan = made.plan
-    kept, pinned_timeline = _pinned(tuple(pinned)) if pinned else ([], {})
-    sides = [*kept, _side("now", made)]
+    sides = [*([pinned_plan(tuple(pinned))[0]] if pinned else []), _side("now", made)]
     title, note = planned_name(made.settings, made.planning), pod_note(made.settings, plan.job)
     offers = changes(plan)[:4]
-    figures = [timeline(plan), pinned_timeline, *views_of(sides)]
     return {
         "verdict": "\n".join([verdict(plan), throughput_text(plan), heading(plan, title),
                               *([note] if note else [])]),
@@ -272,21 +273,25 @@ def shown(made: Planned, pinned: Optional[List[str]] = None) -> Dict[str, Any]:
             "Try", id={"flags": change.flags}, **{"aria-label": f"Try {change.flags}"})])
                    for change in offers] or [html.Li("No single change of a setting " + (
                        "is faster and fits" if plan.fits else "makes it fit: search"))],
-        **dict(zip(VIEWS, figures))}
+        **dict(zip(VIEWS, [timeline(plan), *views_of(sides)]))}
 
 
 @lru_cache(maxsize=32)
-def _pinned(words: Tuple[str, ...]) -> Tuple[List[Side], Any]:
-    """Return a pinned plan as a side, and its timeline."""
+def pinned_plan(words: Tuple[str, ...]) -> Tuple[Side, Any]:
+    """Return the pinned plan of these flags as a side, and its timeline."""
     made = plan_of(words)
     drawn = timeline(made.plan)
     drawn["layout"]["title"]["text"] = "Pinned: " + drawn["layout"]["title"]["text"]
-    return [_side("pinned", made)], drawn
+    return _side("pinned", made), drawn
 
 
 def _side(name: str, made: Planned) -> Side:
     return planned_side(name, shlex.join(made.words), "flags", made.plan, made.settings,
                         made.planning)
+
+
+def _height(figure: Dict[str, Any]) -> Dict[str, Any]:
+    return {"height": figure["layout"]["height"]}
 
 
 def _show_error(error: Exception) -> None:
@@ -345,7 +350,8 @@ def _layout(base: Planned) -> Any:
                 html.H2("What would help most"), html.Ul(id="advice"),
                 html.H2("Run it"), html.Pre(id="command", style=_WRAPPED),
                 *(dcc.Graph(id=name, config={**PLOT_CONFIG, "displayModeBar": False},
-                            style={"display": "none"}) for name in VIEWS),
+                            style={"display": "none"})
+                  for name in ("timeline", "pinned-timeline", *VIEWS[1:])),
                 html.H2("In words and numbers"),
                 html.Pre(id="text", tabIndex=0, style={"overflowX": "auto"})],
                 style={"flex": "3 1 40em", "minWidth": 0})],

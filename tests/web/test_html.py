@@ -47,6 +47,9 @@ def test_a_page_shows_the_planned_figures_and_asks_no_one(
     assert main([command, *words, *([] if "--" in words else ["--html", str(page)])]) == 0
     browser.get(page.as_uri())
     assert len(browser.find_elements("css selector", ".main-svg .bglayer")) >= views
+    buttons = browser.execute_script(
+        "return [...document.querySelectorAll('.modebar-btn')].map(button => button.outerHTML)")
+    assert buttons and not any("Share" in button or "Cloud" in button for button in buttons)
     memory, where, stages, throughput = (
         bars(browser, views - 4 + place) for place in range(4))
     shares = {trace["name"]: trace["x"][0] / 1e3 for trace in where}
