@@ -1,4 +1,4 @@
-"""Runs `python -m ipu_options plan | search | sweep | compare | calibrate | report`.
+"""Runs `python -m ipu_options COMMAND`.
 
 The commands are in qa/planning/commands.py. Importing them here is the only import from a lower
 layer (ipu_options) to a higher one (qa).

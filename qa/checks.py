@@ -158,8 +158,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise UsageError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); "
-                         "choose another port, or 0 for any that is free") from error
+        where = f"--port {port}" if host == "127.0.0.1" else f"--host {host} --port {port}"
+        raise UsageError(f"{where}: cannot listen there ({error.strerror}); choose another port, "
+                         "or 0 for any that is free") from error
 
 
 def read_text(path: str) -> str:

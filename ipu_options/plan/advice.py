@@ -1,9 +1,11 @@
 """Finds the change of one setting that would help most, by planning each such change."""
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+from ipu_options.errors import UsageError
 from ipu_options.plan.job import Job
 from ipu_options.plan.planner import Plan, make_plan, with_config, with_micro_batch
 from ipu_options.plan.search import best_split, with_cut
@@ -17,6 +19,11 @@ class Change(NamedTuple):
 
     plan: Plan
     text: str
+
+    @property
+    def flags(self) -> str:
+        """The change as flags of train.py, without the remark."""
+        return self.text.partition(" (")[0]
 
 
 def changes(plan: Plan) -> List[Change]:
@@ -54,9 +61,11 @@ def _best(job: Job, plan: Plan) -> float:
                                              plan.efficiencies).windows_per_second
 
 
-def suggestion(plan: Plan) -> str:
-    """Return one line with the best change and its throughput, or that there is none."""
-    better = changes(plan)
+def suggestion(plan: Plan, better: Sequence[Change]) -> str:
+    """Return one line with the best change and its throughput, or that there is none.
+
+    better: what `changes` returns for the plan.
+    """
     if better:
         return describe(plan, better[0])
     if plan.fits:
@@ -137,8 +146,9 @@ def _memory_changes(job: Job) -> Iterator[Tuple[Job, str]]:
            f"--recompute_checkpoint_every_layer {'false' if checkpoints else 'true'}")
     if job.count:
         factor = 2 * config.embedding_serialization_factor
-        serialised = with_micro_batch(with_config(job, embedding_serialization_factor=factor),
-                                      job.micro_batch_size)
-        yield serialised, f"--embedding_serialization_factor {factor}"
+        with suppress(UsageError):  # an embedding of few rows has no more parts
+            serialised = with_micro_batch(with_config(job, embedding_serialization_factor=factor),
+                                          job.micro_batch_size)
+            yield serialised, f"--embedding_serialization_factor {factor}"
     if config.replication_factor > 1 and not config.replicated_tensor_sharding:
         yield with_config(job, replicated_tensor_sharding=True), "--replicated_tensor_sharding true"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from ipu_options.errors import RunError, UsageError
-from ipu_options.plan.advice import suggestion
+from ipu_options.plan.advice import changes, suggestion
 from ipu_options.plan.machine import MIB
 from ipu_options.plan.planner import Plan
 from ipu_options.plan.text import table
@@ -164,7 +164,7 @@ def advice(profile: Profile, plan: Plan) -> str:
             f"{100 * host:.0f} % of the time goes to the host: "
             f"--device_iterations {2 * plan.job.config.device_iterations}, "
             "or more --dataloader_num_workers")
-    return suggestion(plan)
+    return suggestion(plan, changes(plan))
 
 
 def _planned_load(plan: Plan) -> Dict[int, float]:

@@ -27,11 +27,11 @@ def plan_text(plan: Plan, title: str, note: Optional[str] = None) -> str:
     title: what to call the job in the heading. note: a sentence to add to the heading.
     """
     parts = [
-        _heading(plan, title) + (f"\n{note}" if note else ""),
+        heading(plan, title) + (f"\n{note}" if note else ""),
         _blocks(plan),
         _memory(plan),
         _stages(plan),
-        _throughput(plan),
+        throughput_text(plan),
         _where(plan),
         _advice(plan),
         _provenance(plan.efficiencies)]
@@ -44,6 +44,7 @@ def plan_dict(plan: Plan) -> Dict[str, Any]:
     limit = job.machine.memory_bytes
     names = {ipu: [name for name, at in job.layout.blocks() if at == ipu] for ipu in plan.memory}
     low, high = expected_windows_per_second(plan)
+    better = changes(plan)
     return {
         "phase": "training" if job.training else "inference",
         "fits": plan.fits, "free_bytes": plan.free_bytes, "fullest_ipu": plan.fullest_ipu,
@@ -54,10 +55,10 @@ def plan_dict(plan: Plan) -> Dict[str, Any]:
         "update_seconds": plan.update_seconds, "pipeline_steps": plan.schedule.steps,
         "step_seconds": plan.schedule.step_seconds, "update_parts_seconds": plan.parts(),
         "one_question_seconds": None if job.training else latency_seconds(plan),
-        "suggestion": suggestion(plan),
+        "suggestion": suggestion(plan, better),
         "suggestions": [{
             "flags": change.text, "windows_per_second": change.plan.windows_per_second,
-            "fits": change.plan.fits} for change in changes(plan)],
+            "fits": change.plan.fits} for change in better],
         "half_layers_windows_per_second": half_layers(plan),
         "why_not": reasons(job, plan.memory),
         "ipus": [{
@@ -233,7 +234,8 @@ def value_text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _heading(plan: Plan, title: str) -> str:
+def heading(plan: Plan, title: str) -> str:
+    """Return the lines that begin a plan's text: model, IPUs and batch."""
     job, config = plan.job, plan.job.config
     replicas, ipus = config.replication_factor, config.num_ipus()
     batches = (f"accumulation {job.micro_batches}" if job.training else
@@ -279,15 +281,15 @@ def _memory(plan: Plan) -> str:
                 f"OVER BY {(total - limit) / MIB:.0f}")
         rows.append([f"IPU {ipu}"] + [f"{parts[name] / MIB:.0f}" for name in used] +
                     [f"{total / MIB:.0f}", free])
-    verdict = (_spare(plan) if plan.fits else "Does not fit: " +
-               "; ".join(reasons(plan.job, plan.memory)) + ".")
     return (f"Memory of each IPU in MiB, of {limit / MIB:.0f}\n" +
             table([""] + [SHORT.get(name, name) for name in used] + ["total", "free"], rows) +
-            "\n" + verdict)
+            "\n" + verdict(plan))
 
 
-def _spare(plan: Plan) -> str:
-    """Return a sentence on the margin of a plan that fits."""
+def verdict(plan: Plan) -> str:
+    """Return a sentence on the margin of a plan that fits, or on why it does not fit."""
+    if not plan.fits:
+        return f"Does not fit: {'; '.join(reasons(plan.job, plan.memory))}."
     share = plan.free_bytes / plan.job.machine.memory_bytes
     text = (f"Fits, with a margin of {plan.free_bytes / MIB:.0f} MiB ({100 * share:.0f} %) on IPU "
             f"{plan.fullest_ipu}, the fullest")
@@ -309,7 +311,8 @@ def _stages(plan: Plan) -> str:
         f"{100 * plan.schedule.bubble_fraction:.1f} % of them ramp-up and ramp-down.")
 
 
-def _throughput(plan: Plan) -> str:
+def throughput_text(plan: Plan) -> str:
+    """Return lines with the throughput, its range, and the time of the whole run."""
     job = plan.job
     low, high = expected_windows_per_second(plan)
     real = (f" real, in {plan.rows_per_second:,.0f} rows/s" if job.windows_per_row > 1 else "")

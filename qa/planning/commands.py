@@ -6,6 +6,7 @@ Commands, each of which has a --help:
     search      find the best split and settings for a number of IPUs
     sweep       plan or measure every combination of some flags
     compare     set plans, runs and profiles side by side
+    explore     change a plan on a page, and see at once what it does
     calibrate   fit the planner to your own runs
     report      compare a PopVision profile with the plan
 """
@@ -16,13 +17,16 @@ import math
 import sys
 import time
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import Any, Dict, List, Optional, Tuple
 
 from ipu_options.config import POD_IPUS, IPUConfig, pod_of
 from ipu_options.errors import UsageError
 from ipu_options.files import write_json, writing
+from qa.checks import listen
 from qa.planning.flags import (
     CalibrateSettings,
+    ExploreSettings,
     JobSettings,
     PlanSettings,
     ReportSettings,
@@ -42,8 +46,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     commands = {
-        "plan": plan, "search": search, "sweep": sweep, "compare": compare, "calibrate": calibrate,
-        "report": report}
+        "plan": plan, "search": search, "sweep": sweep, "compare": compare, "explore": explore,
+        "calibrate": calibrate, "report": report}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -110,6 +114,20 @@ def compare(argv: List[str]) -> int:
     """Set plans, runs and profiles side by side."""
     from qa.planning.compare import run_compare
     return run_compare(argv)
+
+
+def explore(argv: List[str]) -> int:
+    """Change a plan on a page of this machine, and see at once what it does."""
+    settings, _, _, exploring = _parse(argv, explore, JobSettings, ExploreSettings)
+    _refuse_trace(settings, "explore")
+    if find_spec("dash") is None:
+        raise UsageError("explore needs the package dash: pip install -r requirements-pages.txt")
+    listen("127.0.0.1", exploring.port).close()  # found early: to count a model takes seconds
+    from qa.planning.explore import serve_planner
+    from qa.run.process import StopSignals
+    with StopSignals():
+        serve_planner(argv, exploring)
+    return 0
 
 
 def calibrate(argv: List[str]) -> int:

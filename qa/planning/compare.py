@@ -85,7 +85,7 @@ def read_side(name: str, item: str, common: List[str], inference: bool = False) 
             if (path / RUN_RECORD).is_file():
                 return _run(name, item, common, inference)
             if (path / IPU_CONFIG_NAME).is_file():
-                return _flags(name, item, "ipu_config.json", [*common, "--ipu_config", item],
+                return flags_side(name, item, "ipu_config.json", [*common, "--ipu_config", item],
                               inference)
             return _profile(name, item, common, inference)
         if item.strip() and path.is_file():
@@ -94,7 +94,8 @@ def read_side(name: str, item: str, common: List[str], inference: bool = False) 
             values = read_json_object(path, item)
             if "update_parts_seconds" in values:
                 return _saved_plan(name, item, values)
-            return _flags(name, item, "ipu_config.json", [*common, "--ipu_config", item], inference)
+            return flags_side(name, item, "ipu_config.json", [*common, "--ipu_config", item],
+                              inference)
         words = shlex.split(item)
     except (UsageError, RunError) as error:
         raise type(error)(f"{name}, {error}") from error
@@ -104,7 +105,7 @@ def read_side(name: str, item: str, common: List[str], inference: bool = False) 
         raise UsageError(f"{name}, {item}: there is no such file or folder, and flags begin with "
                          f"--; usage: {USAGE}")
     try:
-        return _flags(name, item, "flags", [*common, *words], inference)
+        return flags_side(name, item, "flags", [*common, *words], inference)
     except (UsageError, RunError) as error:
         raise type(error)(f"{name}, \"{item}\": {error}") from error
 
@@ -123,13 +124,20 @@ def found_sides(given: Plan, plans: Sequence[Plan], settings: TrainSettings,
     return sides
 
 
-def _flags(name: str, item: str, kind: str, words: List[str], inference: bool) -> Side:
-    """Return the plan of flags of train.py."""
+def flags_side(name: str, item: str, kind: str, words: List[str], inference: bool = False) -> Side:
+    """Return the plan of the flags of train.py in `words`. Raises what parsing and planning do."""
     settings, ipu_config, planning = parse_train(
         words, JobSettings, program="compare", description=USAGE)
-    plan = described(planned(settings, ipu_config, planning, inference), settings, planning)
-    return Side(name, item, kind, item if item.strip() else plan["title"],
-                _settings(settings, plan), plan)
+    return planned_side(name, item, kind, planned(settings, ipu_config, planning, inference),
+                        settings, planning)
+
+
+def planned_side(name: str, item: str, kind: str, plan: Plan, settings: TrainSettings,
+                 planning: JobSettings) -> Side:
+    """Return a plan that was made of flags."""
+    made = described(plan, settings, planning)
+    return Side(name, item, kind, item if item.strip() else made["title"],
+                _settings(settings, made), made)
 
 
 def _saved_plan(name: str, item: str, plan: Dict[str, Any]) -> Side:

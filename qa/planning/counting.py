@@ -3,8 +3,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
-from functools import lru_cache
-from typing import List
+from typing import Dict, List, Tuple
 
 import torch
 
@@ -15,6 +14,8 @@ from ipu_options.plan.job import BlockCounter
 from qa.model.families import row_kind
 from qa.model.parallelize import parallelize
 from qa.model.roberta import model_class
+
+_COUNTED: Dict[Tuple, List[List[CountedBlock]]] = {}  # by all that it depends on
 
 
 def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
@@ -29,21 +30,28 @@ def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
 
     The model is counted for two and for three rows, from which the counts of any micro-batch
     follow. Of its layers, only the first, the second and the last are run: those in between are
-    like the second.
+    like the second. The factor changes the embedding alone, for which one layer is run. What was
+    counted once is not counted again by another counter of such a model.
     """
     layers = model_config.num_hidden_layers
+    of_all = (type(model_config), model_config.to_json_string(), max_seq_length, windows_per_row,
+              precision, training)
 
-    @lru_cache(maxsize=None)
-    def counted(factor: int, halves: bool) -> List[List[CountedBlock]]:
-        small = deepcopy(model_config)
-        small.num_hidden_layers = min(layers, 3)
-        both = count_model(small, max_seq_length, windows_per_row, precision, factor, training,
-                           halves)
-        return [_with_layers(blocks, layers, 2 if halves else 1) for blocks in both]
+    def counted(most_layers: int, factor: int, halves: bool) -> List[List[CountedBlock]]:
+        key = (*of_all, most_layers, factor, halves)
+        if key not in _COUNTED:
+            small = deepcopy(model_config)
+            small.num_hidden_layers = min(layers, most_layers)
+            _COUNTED[key] = count_model(small, max_seq_length, windows_per_row, precision, factor,
+                                        training, halves)
+        return _COUNTED[key]
 
     def count(micro_batch_size: int, embedding_serialization_factor: int = 1,
               halves: bool = False) -> List[CountedBlock]:
-        return for_micro_batch(*counted(embedding_serialization_factor, halves), micro_batch_size)
+        embeddings = counted(1, embedding_serialization_factor, False)
+        both = [_with_layers([embedding, *blocks], layers, 2 if halves else 1)
+                for (embedding, *_), (_, *blocks) in zip(embeddings, counted(3, 1, halves))]
+        return for_micro_batch(*both, micro_batch_size)
 
     return count
 

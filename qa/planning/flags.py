@@ -134,6 +134,18 @@ class SweepSettings(Settings):
     steps: int = flag(20, "steps of such a run", min=1)
     timeout: int = flag(3600, "seconds after which such a run has failed", min=1)
     output: str = flag("sweep.csv", "table of the results, from which a later call goes on")
+    html: Optional[str] = flag(
+        None, "write the table and all plans side by side to this .html file, which needs no "
+        "network")
+
+
+@dataclass
+class ExploreSettings(Settings):
+    """The page."""
+
+    port: int = flag(8050, "port of the page on this machine; 0: any that is free", min=0,
+                     max=65_535)
+    write: str = flag("ipu_config.json", "file that the page's button Save writes")
 
 
 @dataclass

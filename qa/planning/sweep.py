@@ -12,21 +12,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import writing, written_whole
 from ipu_options.flags import Layer, Parser, add_flags, make_settings
+from ipu_options.plan.compare import Side
 from ipu_options.plan.text import table
+from qa.planning.compare import flags_side
 from qa.planning.flags import JobSettings, SweepSettings
 from qa.settings import parse_train
 
 USAGE = (
     'sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] '
-    '[--timeout SECONDS] [--output FILE] -- [train.py flags]')
+    '[--timeout SECONDS] [--output FILE] [--html FILE] -- [train.py flags]')
 COLUMNS = ("setting", "job", "fits", "planned_windows_per_second", "measured_windows_per_second",
            "measured_on", "bubble_percent", "fullest_mib", "status")
+_HOST = "this host"
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
@@ -39,6 +43,9 @@ def run_sweep(argv: Sequence[str]) -> int:
     Raises UsageError for a wrong command line, RunError if the file cannot be written.
     """
     swept, own, common = parse(argv)
+    if own.html:
+        from ipu_options.plan.page import check_page
+        check_page(own.html)  # before a measurement of hours
     output = Path(own.output)
     rows, ours = read_rows(output), []
     for flags in combinations(swept):
@@ -57,6 +64,11 @@ def run_sweep(argv: Sequence[str]) -> int:
         ours.append(row)
     others = f", {len(rows) - len(ours)} of other jobs" if len(rows) > len(ours) else ""
     print(sweep_table(ours) + f"\n{len(rows)} rows in {output}{others}")
+    if own.html:
+        from ipu_options.plan.compare import comparison_text
+        from ipu_options.plan.page import write_page
+        sides = [_side(str(place), row, common) for place, row in enumerate(ordered(ours), 1)]
+        write_page(own.html, "Sweep", sides, f"{sweep_table(ours)}\n\n{comparison_text(sides)}")
     return 0
 
 
@@ -121,6 +133,19 @@ def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
         "fullest_mib": f"{max(sum(parts.values()) for parts in plan.memory.values()) / 2**20:.0f}"}
 
 
+def _side(name: str, row: Dict[str, Any], common: Sequence[str]) -> Side:
+    """Return the row of a combination as the Side `name`: its plan, and what it measured."""
+    setting, measured = row["setting"], {}
+    if row["measured_windows_per_second"]:
+        measured = {"windows_per_second": float(row["measured_windows_per_second"]),
+                    "device": {_HOST: "host"}.get(row["measured_on"], row["measured_on"])}
+    try:
+        side = flags_side(name, setting, "flags", [*setting.split(), *common])
+    except (UsageError, RunError):
+        side = Side(name, setting, "flags", setting, {})
+    return replace(side, measured=measured, note=row["status"])
+
+
 def _key(row: Dict[str, str]) -> Tuple[str, str]:
     """Return what makes two rows the same: the combination, and the job that it is part of."""
     return row["setting"], row["job"]
@@ -149,7 +174,7 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
     if done.returncode or not speeds:
         lines = done.stderr.strip().splitlines() or ["no output"]
         return {"status": f"failed ({done.returncode}): {lines[-1]}"}
-    device = {"host": "this host"}.get(log[0]["device"], log[0]["device"])
+    device = {"host": _HOST}.get(log[0]["device"], log[0]["device"])
     return {
         "measured_windows_per_second": f"{speeds[-1]:.1f}", "measured_on": device,
         "status": f"measured on {device} in {time.perf_counter() - begin:.0f} s"}
@@ -200,20 +225,23 @@ def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def sweep_table(rows: Sequence[Dict[str, Any]]) -> str:
-    """Return the rows as a text table, the fastest first.
+def ordered(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Return the rows with the fastest first.
 
     The order is by measured windows/s where there is one, else by planned windows/s. Settings that
     do not fit or are not possible come last.
     """
-    def key(row):
-        return (
-            row["fits"] != "yes",
-            -float(row["measured_windows_per_second"] or row["planned_windows_per_second"] or 0))
+    return sorted(rows, key=lambda row: (
+        row["fits"] != "yes",
+        -float(row["measured_windows_per_second"] or row["planned_windows_per_second"] or 0)))
+
+
+def sweep_table(rows: Sequence[Dict[str, Any]]) -> str:
+    """Return the rows as a text table, the fastest first."""
     head = ["setting", "fits", "planned", "measured", "bubbles", "fullest", "status"]
     return table(head, [[
         row["setting"], row["fits"], row["planned_windows_per_second"],
         row["measured_windows_per_second"] and
         f"{row['measured_windows_per_second']} ({row['measured_on']})", row["bubble_percent"] and
         row["bubble_percent"] + " %", row["fullest_mib"] and row["fullest_mib"] + " MiB",
-        row["status"]] for row in sorted(rows, key=key)], left=(0, 6))
+        row["status"]] for row in ordered(rows)], left=(0, 6))

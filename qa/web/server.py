@@ -21,10 +21,14 @@ class _Quiet(WSGIRequestHandler):
         pass
 
 
-def new_page(title: str, layout: Any) -> dash.Dash:
-    """Return an app whose page asks nothing of any other machine. layout: its content."""
-    app = dash.Dash(__name__, title=title, update_title=None, serve_locally=True)
-    app.index_string = app.index_string.replace("<html>", '<html lang="en">')
+def new_page(title: str, layout: Any, style: str = "", **options: Any) -> dash.Dash:
+    """Return an app whose page asks nothing of any other machine.
+
+    layout: its content. style: CSS. options: more of Dash's own.
+    """
+    app = dash.Dash(__name__, title=title, update_title=None, serve_locally=True, **options)
+    app.index_string = app.index_string.replace("<html>", '<html lang="en">').replace(
+        "</head>", f"<style>{style}</style></head>")
     app.layout = layout
     return app
 

@@ -1,4 +1,4 @@
-"""--html: plans, searches and comparisons as one page, in a real browser without a network."""
+"""--html: plans, searches, sweeps and comparisons as a page, in a real browser, without network."""
 from __future__ import annotations
 
 import json
@@ -28,7 +28,8 @@ def requests(browser):  # noqa: F811
             if entry["method"] == "Network.requestWillBeSent"}
 
 
-@pytest.mark.parametrize("command, views", [("plan", 4), ("search", 3), ("compare", 3)])
+@pytest.mark.parametrize("command, views", [("plan", 5), ("search", 4), ("compare", 4),
+                                            ("sweep", 4)])
 def test_a_page_shows_the_planned_figures_and_asks_no_one(
         command, views, tmp_path, capsys, browser):  # noqa: F811
     pytest.importorskip("plotly")
@@ -38,12 +39,22 @@ def test_a_page_shows_the_planned_figures_and_asks_no_one(
     if command == "compare":
         write_run(tmp_path / "run", "host")
         words = [" ".join(SMALL), str(tmp_path / "run")]
+    elif command == "sweep":
+        words = ["--layers_per_ipu", "1 1 1 2", "1 1 1 1", "--output", str(tmp_path / "sweep.csv"),
+                 "--html", str(page), "--", *SMALL[:6], *SMALL[11:]]
     else:
         words = SMALL
-    assert main([command, *words, "--html", str(page)]) == 0
+    assert main([command, *words, *([] if "--" in words else ["--html", str(page)])]) == 0
     browser.get(page.as_uri())
     assert len(browser.find_elements("css selector", ".main-svg .bglayer")) >= views
-    memory, stages, throughput = (bars(browser, views - 3 + place) for place in range(3))
+    buttons = browser.execute_script(
+        "return [...document.querySelectorAll('.modebar-btn')].map(button => button.outerHTML)")
+    assert buttons and not any("Share" in button or "Cloud" in button for button in buttons)
+    memory, where, stages, throughput = (
+        bars(browser, views - 4 + place) for place in range(4))
+    shares = {trace["name"]: trace["x"][0] / 1e3 for trace in where}
+    assert shares == pytest.approx({name: plan["update_parts_seconds"][name] for name in shares})
+    assert sum(shares.values()) == pytest.approx(plan["update_seconds"])
     weights = next(trace["x"] for trace in memory if trace["name"] == "weights")
     found = [round(size * 2**20) for size in weights]
     assert {ipu["weights_bytes"] for ipu in plan["ipus"]} <= set(found)
@@ -54,11 +65,16 @@ def test_a_page_shows_the_planned_figures_and_asks_no_one(
         assert len(weights) == 2 * 4
         assert "windows/s, measured on a host without IPUs" in browser.page_source
         assert all(trace["name"] != "measured on IPUs" for trace in throughput)
+    if command == "sweep":
+        assert len(weights) == 4 and "refused: --layers_per_ipu 1 1 1 2" in browser.page_source
     addresses = requests(browser)
     assert addresses and all(url.startswith(("file:", "data:", "blob:")) for url in addresses)
 
 
-def test_another_ending_is_refused():
+def test_another_ending_is_refused(tmp_path):
     pytest.importorskip("plotly")
-    with pytest.raises(UsageError, match="--html page.txt: name an .html file"):
-        main(["plan", *SMALL, "--html", "page.txt"])
+    table = tmp_path / "sweep.csv"
+    for words in (["plan", *SMALL], ["sweep", "--micro_batch_size", "1", "--output", str(table)]):
+        with pytest.raises(UsageError, match="--html page.txt: name an .html file"):
+            main([*words, "--html", "page.txt"])
+    assert not table.exists()  # nothing is measured first
