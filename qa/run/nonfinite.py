@@ -11,6 +11,7 @@ from ipu_options import poptorch, processes
 from ipu_options.errors import RunError
 from ipu_options.options import watched_gradient
 from qa.model.parallelize import weights_of
+from qa.model.pretrained import all_finite
 from qa.run.checkpoint import Checkpoints, Training, go_back
 from qa.settings import TrainSettings
 
@@ -82,7 +83,7 @@ def find_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]
     tensors: (name, tensor) pairs; tensors that are not floating-point are ignored.
     """
     for name, tensor in tensors:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             return name
     return None
 
