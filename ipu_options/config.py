@@ -284,18 +284,20 @@ def pod_of(ipus: int) -> str:
     return min(fitting, key=POD_IPUS.get) if fitting else max(POD_IPUS, key=POD_IPUS.get)
 
 
-def _of_launcher(config: IPUConfig) -> IPUConfig:
-    """Return the training configuration with poprun's number of replicas, if poprun has one.
+def _of_launcher(config: IPUConfig, flag: str = "replication_factor") -> IPUConfig:
+    """Return the configuration of a pipeline with poprun's number of replicas, if poprun has one.
 
-    Raises UsageError if the flag contradicts it (graphcore/examples override the flag instead,
-    nlp/bert/pytorch/args.py, init_popdist).
+    flag: the name under which the command line gives the pipeline's own number. Raises UsageError
+    if it contradicts poprun's (graphcore/examples override the flag instead, nlp/bert/pytorch/
+    args.py, init_popdist), of which there is one for all pipelines: popdist.poptorch.Options
+    refuses to be told another (PopTorch, tests/popdist_test.py).
     """
     replicas = processes.place().replicas
     if replicas is None or replicas == config.replication_factor:
         return config
-    if config.sources.get("replication_factor") == "--replication_factor":
+    if config.sources.get(flag) == f"--{flag}":
         raise UsageError(
-            f"--replication_factor {config.replication_factor}: poprun --num-replicas is "
+            f"--{flag} {config.replication_factor}: poprun --num-replicas is "
             f"{replicas}; leave the flag out, or start poprun with the same number")
     return replace(config, replication_factor=replicas,
                    sources={**config.sources, "replication_factor": "poprun --num-replicas"})
@@ -317,8 +319,7 @@ def _inference_of_launcher(training: IPUConfig) -> IPUConfig:
             and not any(training.sources.get(f"inference_{name}") == f"--inference_{name}"
                         for name in layout)):
         own = replace(training, **{f"inference_{name}": None for name in layout}).inference()
-    own.replication_factor = training.replication_factor
-    return own
+    return _of_launcher(own, "inference_replication_factor")
 
 
 def _check_processes(config: IPUConfig) -> None:

@@ -21,6 +21,7 @@ is found when the timeout of `join` is over.
 """
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -45,6 +46,7 @@ from ipu_options.flags import Settings
 TIMEOUT = 1800  # seconds, torch's own default
 _ERRORS = {"UsageError": UsageError, "RunError": RunError}
 _PATIENCE = 10.0  # seconds in which a process that is alive notices that another one has gone
+_UNREACHABLE = "has ended, or its host cannot be reached"
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -319,7 +321,10 @@ class _Group:
         except (RuntimeError, ValueError) as error:
             raise RunError(f"the {here.count} processes could not meet at {address} within "
                            f"{timeout:.0f} s ({str(error).splitlines()[0][:200]})") from error
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._ending = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._beating.start()
+        atexit.register(self._stop_beating)
 
     def name(self, index: int) -> str:
         """Return what to call a process in a message."""
@@ -344,7 +349,7 @@ class _Group:
         lost = isinstance(error, ConnectionError)
         if not lost:
             with suppress(RuntimeError):
-                self.store.set(f"words/{place().index}", json.dumps(_as_json(error)))
+                self._ask("set", f"words/{place().index}", json.dumps(_as_json(error)))
                 self._mark("spoken")
         with suppress(RuntimeError):
             self._leave()  # wakes those who wait for this process
@@ -395,7 +400,7 @@ class _Group:
             while True:
                 for index in others:
                     if self._marked("spoken", index):
-                        return {index: ""}, json.loads(self.store.get(f"words/{index}"))
+                        return {index: ""}, json.loads(self._ask("get", f"words/{index}"))
                 # Those that have left because of this same loss are not its cause.
                 silent = [index for index in others if not self._marked("left", index)]
                 gone = {index: why for index in silent for why in [self._gone(index)] if why}
@@ -405,8 +410,10 @@ class _Group:
                     why = f"has not answered for --process_timeout {self.timeout:.0f} s"
                     return dict.fromkeys(silent, why), None
                 time.sleep(0.1)
-        except RuntimeError:  # the store ends with the first process
-            return {0: "has ended"}, None
+        except RuntimeError:  # the store ends, or stops, with the first process
+            with suppress(RuntimeError):
+                return {0: self._gone(0) or "does not answer"}, None
+            return {0: _UNREACHABLE}, None
 
     def _gone(self, index: int) -> Optional[str]:
         """Return in what way a process is gone, or None if it is alive."""
@@ -420,19 +427,28 @@ class _Group:
                 return "has ended"
             state = status.rpartition(")")[2].split()[0]
             return {"Z": "has ended", "X": "has ended", "T": "is stopped"}.get(state)
-        before = self.store.add(f"beat/{index}", 0)
+        before = self._ask("add", f"beat/{index}", 0)
         time.sleep(2.5)
-        return None if self.store.add(f"beat/{index}", 0) > before else (
-            "has ended, or its host cannot be reached")
+        return None if self._ask("add", f"beat/{index}", 0) > before else _UNREACHABLE
 
     def _beat(self) -> None:
         with suppress(RuntimeError):
-            while True:
+            while not self._ending.wait(1):
                 self.store.add(f"beat/{place().index}", 1)
-                time.sleep(1)
+
+    def _stop_beating(self) -> None:
+        """End the thread before Python does.
+
+        Python 3.11 ends a thread by unwinding, which torch's C++ code answers with std::terminate:
+        if the thread is in the store then, the process ends with SIGABRT.
+        """
+        self._ending.set()
+        self._beating.join(0 if 0 in self.lost else _PATIENCE)
 
     def _wait_until_all_know(self) -> None:
         """Let the others read the store, which may end with this process."""
+        if 0 in self.lost:
+            return
         until = time.monotonic() + _PATIENCE
         with suppress(RuntimeError):
             self._mark("left")
@@ -444,10 +460,28 @@ class _Group:
                 time.sleep(0.05)
 
     def _mark(self, what: str) -> None:
-        self.store.add(f"{what}/{place().index}", 1)
+        self._ask("add", f"{what}/{place().index}", 1)
 
     def _marked(self, what: str, index: int) -> bool:
-        return self.store.add(f"{what}/{index}", 0) > 0  # torch 2.0's stores have no check()
+        return self._ask("add", f"{what}/{index}", 0) > 0  # torch 2.0's stores have no check()
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Return what a method of the store returns. Raises RuntimeError if it does not answer.
+
+        torch 2.13 would wait for ever for the store of a process that is stopped.
+        """
+        answer: List[Any] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answer.append(getattr(self.store, method)(*arguments))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_PATIENCE)
+        if not answer:
+            raise RuntimeError("the store does not answer")
+        return answer[0]
 
 
 _group: Optional[_Group] = None

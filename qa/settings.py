@@ -387,8 +387,7 @@ def refuse_several_hosts(settings: DeviceSettings) -> None:
     if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST and processes.count() == 1:
         raise UsageError(
             f"{settings.source('pod_type')} {settings.pod_type} takes several hosts: start several "
-            f"processes with poprun, or use at most pod{IPUS_OF_A_HOST}; a larger pod can be "
-            "planned")
+            f"processes with poprun, or use at most pod{IPUS_OF_A_HOST}; --plan says how many")
 
 
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,

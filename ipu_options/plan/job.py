@@ -4,7 +4,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from ipu_options.config import IPUConfig, packed_accumulation, reserved_ipus
+from ipu_options.config import (
+    IPUS_OF_A_HOST,
+    IPUConfig,
+    packed_accumulation,
+    reserved_ipus,
+)
 from ipu_options.layout import Layout, least_accumulation
 from ipu_options.plan.count import CountedBlock
 from ipu_options.plan.machine import Machine
@@ -78,6 +83,11 @@ class Job:
     def ipus(self) -> int:
         """IPUs of all replicas, each of which reserves a power of two."""
         return self.config.replication_factor * reserved_ipus(self.config.num_ipus())
+
+    @property
+    def hosts(self) -> int:
+        """Hosts, each with a rack of 64 IPUs and one instance (process), the fewest possible."""
+        return -(-self.ipus // IPUS_OF_A_HOST)
 
     def stages(self) -> List[Tuple[int, Tuple[CountedBlock, ...]]]:
         """Return the forward pipeline stages in order: (IPU, counted blocks) of each."""

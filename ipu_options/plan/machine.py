@@ -26,6 +26,9 @@ class Machine:
     tiles: int = 1472
     tile_bytes: int = 624 * 1024
     link_bytes_per_second: float = 320e9           # IPU-Link, all links of an IPU, both directions
+    # Two GW-Links of 100 Gbit/s join an IPU-Machine, with its four IPUs, to those of other racks
+    # (docs.graphcore.ai, "Switched GW-Links"). In each direction.
+    gateway_bytes_per_second: float = 2 * 100e9 / 8 / 4
     # The DRAM of an IPU-Machine gives 20e9 bytes/s to its four IPUs together.
     streaming_bytes_per_second: float = 20e9 / 4
 

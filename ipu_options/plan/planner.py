@@ -9,7 +9,13 @@ from ipu_options.plan.job import Job
 from ipu_options.plan.machine import Efficiencies
 from ipu_options.plan.memory import ipu_memory
 from ipu_options.plan.schedule import KINDS, Schedule, StageWork
-from ipu_options.plan.throughput import copy_seconds, host_seconds, stage_work, update_seconds
+from ipu_options.plan.throughput import (
+    between_hosts_seconds,
+    copy_seconds,
+    host_seconds,
+    stage_work,
+    update_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,13 @@ class Plan:
         mean = {
             kind: batches * sum(getattr(work, kind) for work in self.work) / ipus for kind in KINDS}
         slowest = self.schedule.step_seconds - self.copy_seconds
+        between = between_hosts_seconds(self.job)
         return {
             **mean, "waiting for the slowest IPU": batches * slowest - sum(mean.values()),
             "pipeline ramp": (steps - batches) * slowest,
             "copies between IPUs": steps * self.copy_seconds,
-            "gradient reduction": self.reduction_seconds,
+            "gradient reduction": self.reduction_seconds - between,
+            "gradient reduction between hosts": between,
             "weight update": self.weight_update_seconds, "host": self.host_seconds}
 
 

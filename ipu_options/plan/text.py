@@ -5,10 +5,11 @@ import math
 from dataclasses import fields
 from typing import Any, Dict, List, Optional, Sequence
 
-from ipu_options.config import IPUConfig
+from ipu_options.config import IPUS_OF_A_HOST, IPUConfig, reserved_ipus
 from ipu_options.plan.advice import changes, describe, half_layers, suggestion
 from ipu_options.plan.calibrate import Comparison
 from ipu_options.plan.confidence import CONFIDENCE, PUBLISHED_RMS, expected_error
+from ipu_options.plan.job import Job
 from ipu_options.plan.machine import MIB, Efficiencies
 from ipu_options.plan.memory import CATEGORIES, reasons
 from ipu_options.plan.planner import Plan, latency_seconds
@@ -77,7 +78,8 @@ def plan_dict(plan: Plan) -> Dict[str, Any]:
             "forward_flops": block.forward_flops, "backward_flops": block.backward_flops,
             "saved_bytes": block.saved_bytes, "output_bytes": block.output_bytes}
             for block, (_, ipu) in zip(job.blocks, job.layout.blocks())],
-        "machine": job.machine.name, "ipus_in_all": job.ipus, "precision": job.precision,
+        "machine": job.machine.name, "ipus_in_all": job.ipus, "hosts": job.hosts,
+        "instances": job.hosts, "precision": job.precision,
         "max_seq_length": job.max_seq_length, "micro_batch_size": job.micro_batch_size,
         "rows_per_update": job.rows_per_update, "micro_batches": job.micro_batches,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -183,6 +185,8 @@ def search_text(plans: Sequence[Plan], tried: int, seconds: float, given: Plan, 
         lines.append(f"\n{place}. {setting}: {plan.windows_per_second:,.0f} windows/s, "
                      f"{ratio:.2f} times as {'' if plan.job.training else 'fast as '}given")
         lines += ["   " + reason for reason in _reasons(plan)]
+    if ipus > IPUS_OF_A_HOST:
+        lines += ["", f"The first takes {hosts_text(plans[0].job)}"]
     return "\n".join(lines)
 
 
@@ -249,6 +253,19 @@ def heading(plan: Plan, title: str) -> str:
         f"({replicas} replica{'s' * (replicas > 1)} of {ipus})\n"
         f"micro-batch {job.micro_batch_size} x {batches} x replicas {replicas} = "
         f"{job.rows_per_update} rows a {_round(plan)}{packed}")
+
+
+def hosts_text(job: Job) -> str:
+    """Return how several hosts share the job, what starts them, and what is assumed of them."""
+    replicas, hosts = job.config.replication_factor, job.hosts
+    text = (f"{hosts} hosts of {IPUS_OF_A_HOST} IPUs, with one instance each, which feeds "
+            f"{replicas // hosts} replicas (more instances on a host are not planned): poprun "
+            f"--num-instances {hosts} --num-replicas {replicas} --ipus-per-replica "
+            f"{reserved_ipus(job.config.num_ipus())}.")
+    return text if not job.training else (
+        f"{text}\nAssumed: gradients are reduced within each rack of {IPUS_OF_A_HOST} over its "
+        "IPU-Links, and the shares of its IPUs between racks over two GW-Links of 100 Gbit/s for "
+        "each four IPUs; no published run tells how good this is.")
 
 
 def _round(plan: Plan) -> str:
@@ -391,7 +408,8 @@ def _reasons(plan: Plan) -> List[str]:
     limit, load = plan.job.machine.memory_bytes, plan.schedule.load
     share = {name: 100 * seconds / plan.update_seconds for name, seconds in plan.parts().items()}
     useful, between = (share["forward"] + share["backward"],
-                       share["host"] + share["weight update"] + share["gradient reduction"])
+                       share["host"] + share["weight update"] + share["gradient reduction"] +
+                       share["gradient reduction between hosts"])
     used = limit - plan.free_bytes
     work = ("forward and backward work, "
             f"{share['recompute']:.0f} % recomputation" if plan.job.training else "work")

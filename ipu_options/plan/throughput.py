@@ -1,9 +1,8 @@
 """Predicts the seconds of each stage, of the copies between IPUs, of the update and of the host."""
 from __future__ import annotations
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-from ipu_options.config import IPUS_OF_A_HOST
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import INFERENCE_CALL_SECONDS, LINK_SHARE, Efficiencies
 from ipu_options.plan.schedule import StageWork
@@ -76,24 +75,47 @@ def update_seconds(job: Job) -> Tuple[float, float]:
 
     Both are those of the slowest IPU, the one with most parameters.
     """
+    return update_seconds_of(job, _most_parameters(job))
+
+
+def between_hosts_seconds(job: Job, parameters: Optional[int] = None) -> float:
+    """Return the part of the gradient reduction that travels between the racks of several hosts.
+
+    parameters: of an IPU; by default of the one with most. Assumed is a reduction in phases: a
+    reduce-scatter within each rack over its IPU-Links, a ring all-reduce of each IPU's share over
+    the GW-Links, and an all-gather within each rack. No published run tells how good this is.
+    """
+    racks = min(job.hosts, job.config.replication_factor)
+    if not job.training or racks == 1:
+        return 0.0
+    parameters = _most_parameters(job) if parameters is None else parameters
+    share = parameters * job.element_bytes * racks / job.config.replication_factor
+    return 2 * (racks - 1) / racks * share / job.machine.gateway_bytes_per_second
+
+
+def _most_parameters(job: Job) -> int:
     parameters: Dict[int, int] = {}
     for ipu, blocks in job.stages():
         parameters[ipu] = parameters.get(ipu, 0) + sum(block.parameters for block in blocks)
-    return update_seconds_of(job, max(parameters.values()))
+    return max(parameters.values())
 
 
 def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
     """Return what `update_seconds` does, for an IPU with the given number of parameters.
 
     A ring all-reduce over R replicas moves 2 (R - 1) / R of the gradients over each IPU's links
-    (Patarasuk and Yuan 2009). Optimizer state off chip is read from and written back to streaming
-    memory. State on chip passes through the exchange, as weights and gradients do.
+    (Patarasuk and Yuan 2009). Over several hosts, R are those of one of them, and what travels
+    between hosts is added (`between_hosts_seconds`). Optimizer state off chip is read from and
+    written back to streaming memory. State on chip passes through the exchange, as weights and
+    gradients do.
     """
     if not job.training:
         return 0.0, 0.0
-    replicas, machine = job.config.replication_factor, job.machine
-    reduction = 2 * (replicas - 1) / replicas * parameters * job.element_bytes / (
-        machine.link_bytes_per_second * LINK_SHARE)
+    machine = job.machine
+    replicas = max(1, job.config.replication_factor // job.hosts)
+    reduction = between_hosts_seconds(job, parameters) + (
+        2 * (replicas - 1) / replicas * parameters * job.element_bytes /
+        (machine.link_bytes_per_second * LINK_SHARE))
     state = 2 * parameters * job.state_bytes_per_parameter()
     rate = (machine.streaming_bytes_per_second if job.config.optimizer_state_offchip else
             machine.exchange_bytes_per_second)
@@ -102,9 +124,11 @@ def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
 
 
 def host_seconds(job: Job, efficiencies: Efficiencies) -> float:
-    """Return the seconds that the host adds to one weight update, or to one inference call."""
-    hosts = -(-job.ipus // IPUS_OF_A_HOST)
-    tokens = job.rows_per_update * job.max_seq_length / hosts
+    """Return the seconds that the host adds to one weight update, or to one inference call.
+
+    Of several hosts each has an instance, and feeds its own replicas at the same time.
+    """
+    tokens = job.rows_per_update * job.max_seq_length / job.hosts
     call = (efficiencies.call_seconds / job.config.device_iterations if job.training else
             INFERENCE_CALL_SECONDS)
     return call + efficiencies.token_seconds * tokens

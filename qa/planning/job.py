@@ -24,7 +24,7 @@ from ipu_options.plan import calibrate
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import MACHINES
 from ipu_options.plan.planner import Plan, make_plan
-from ipu_options.plan.text import plan_dict
+from ipu_options.plan.text import hosts_text, plan_dict
 from qa.checks import check_row_length
 from qa.data import demo
 from qa.planning.flags import SHAPE, JobSettings
@@ -104,7 +104,8 @@ def pod_note(settings: TrainSettings, job: Job) -> Optional[str]:
     """
     pod = pod_of(job.ipus)
     if job.ipus > IPUS_OF_A_HOST:
-        return f"That takes {pod} and several hosts (poprun): this program can plan it, not run it."
+        return (f"That takes {pod} and several hosts; a run needs --pod_type {pod} as well.\n"
+                f"{hosts_text(job)}")
     if job.ipus <= POD_IPUS[settings.pod_type]:
         return None
     return (f"That takes {pod}: a run needs --pod_type {pod} --replication_factor "

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -372,9 +373,32 @@ def test_a_plan_takes_the_pod_it_needs_and_says_what_a_run_needs(capsys):
     assert main(["plan", *small, "4"]) == 0
     assert "--pod_type pod16 --replication_factor 4" in capsys.readouterr().out
     assert main(["plan", *small, "64"]) == 0
-    assert "pod256 and several hosts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pod256 and several hosts; a run needs --pod_type pod256" in said
+    assert "poprun --num-instances 4 --num-replicas 64 --ipus-per-replica 4." in said
     with pytest.raises(UsageError, match="pod4 has 4"):
         main(["plan", *small, "4", "--pod_type", "pod4"])
+
+
+def test_several_hosts_reduce_within_a_rack_and_between_racks_and_feed_their_own_replicas(capsys):
+    """64 replicas of 4 IPUs on 4 hosts, by hand: 100 Gbit/s are 12.5e9 bytes/s."""
+    flags = [*SMALL, "--replication_factor", "64", "--precision", "float16"]
+    assert main(["plan", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["hosts"] == plan["instances"] == 4 and plan["pod_type"] == "pod256"
+    parameters = Counter()
+    for block in plan["blocks"]:
+        parameters[block["ipu"]] += block["parameters"]
+    most, parts = max(parameters.values()), plan["update_parts_seconds"]
+    assert parts["gradient reduction"] == pytest.approx(2 * 15 / 16 * 2 * most / 160e9)
+    assert parts["gradient reduction between hosts"] == pytest.approx(
+        2 * 3 / 4 * 2 * most / 16 / (2 * 12.5e9 / 4))
+    assert parts["host"] == pytest.approx(
+        plan["efficiencies"]["call_seconds"] + plan["efficiencies"]["token_seconds"] *
+        plan["rows_per_update"] / 4 * plan["max_seq_length"])
+    assert sum(parts.values()) == pytest.approx(plan["update_seconds"])
+    assert main(["search", *flags, "--ipus", "256", "--keep", "1"]) == 0
+    assert "The first takes 4 hosts of 64 IPUs" in capsys.readouterr().out
 
 
 def test_inference_is_planned_as_its_schedule_says(capsys):

@@ -20,6 +20,7 @@ from ipu_options import processes
 from ipu_options.config import inference_pipeline, training_pipeline
 from ipu_options.errors import RunError, UsageError
 from ipu_options.flags import Settings
+from poptorch_host import _reduction
 from qa.data.rows import ProcessRows
 from qa.planning.flags import TrainPlanSettings
 from qa.settings import named_configs, parse_train
@@ -98,6 +99,58 @@ def test_what_processes_tell_each_other(tmp_path):
     assert fork(3, run, tmp_path) == ([0, 0, 0], "3 processes (torchrun) on 1 host(s)\nwell\n")
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_gradients_are_summed_in_the_order_of_a_tree_bit_for_bit(tmp_path, monkeypatch, count):
+    """Against the sum written out; a matrix of 8 elements travels alone, and without zero rows."""
+    monkeypatch.setattr(_reduction, "PIECE", 8)
+    make = torch.Generator().manual_seed(count)
+    nan, inf, zero = float("nan"), float("inf"), torch.zeros(9, 3)
+    shapes = [(), (0,), (5,), (7, 1), (3, 3), (11, 3), (13,), (2, 2, 5)]
+    parts = [[torch.randn(shape, generator=make) for shape in shapes] for _ in range(count)]
+    for index, part in enumerate(parts):
+        sparse, odd = zero.clone(), zero.clone()
+        sparse[2 * index % 9] = torch.randn(3, generator=make)
+        odd[4] = torch.tensor([-0.0, nan if index == 1 else 1.0, inf])
+        odd[5:7] = -0.0 if index else torch.tensor([[0.0], [-0.0]])
+        part += [None, zero.clone(), sparse, odd, torch.randn(9, 4, generator=make).t()]
+
+    def run():
+        processes.join()
+        mine = [each if each is None else each.clone() for each in parts[processes.place().index]]
+        found = _reduction.sum_over_processes(mine, count)
+        for each, *given in zip(found, *parts):
+            if each is None:
+                assert given == [None] * count
+                continue
+            total = given[0] + given[1]
+            if count == 4:
+                total = total + (given[2] + given[3])
+            elif count == 3:
+                total = total + given[2]
+            assert each.numpy().tobytes() == total.contiguous().numpy().tobytes(), (each, total)
+        return 0
+
+    assert fork(count, run, tmp_path)[0] == [0] * count, (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_the_thread_that_counts_seconds_does_not_take_a_process_down_at_its_end(tmp_path):
+    """A thread inside of the store as Python ends was a SIGABRT; here it is always inside."""
+    program = """if True:
+        import sys, threading
+        from ipu_options import processes
+        wait = threading.Event.wait
+        threading.Event.wait = lambda self, timeout=None: wait(self, 0 if timeout == 1 else timeout)
+        sys.exit(processes.together(processes.join)())
+    """
+    port = free_port()
+    started = [subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env={
+            **os.environ, **place_of(index, 2), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}) for index in range(2)]
+    assert [each.wait(timeout=120) for each in started] == [0, 0]
+
+
 @pytest.mark.parametrize("case, statuses, line", [
     ("usage", [2, 2, 2], "error: no such thing"),  # in all, as a wrong flag
     ("usage of one", [2, 2, 2], r"error: process 1 \(pid \d+ on .*\): no such thing"),
@@ -107,17 +160,21 @@ def test_what_processes_tell_each_other(tmp_path):
     ("died", [1, -9, 1], r"error: process 1 \(pid \d+ on .*\) has ended; the run of all"),
     pytest.param("stopped", [1, -9, 1], r"error: process 1 \(pid \d+ on .*\) is stopped",
                  marks=pytest.mark.slow),
+    pytest.param("first stopped", [-9, 1, 1], r"error: process 0 \(pid \d+ on .*\) is stopped",
+                 marks=pytest.mark.slow),
     pytest.param("hung", [1, -9, 1], r"error: process 1 \(pid .*\) has not answered for "
                  "--process_timeout 5", marks=pytest.mark.slow),
     ("first died", [-9, 1, 1], r"error: process 0 \(pid \d+ on .*\) has ended"),
 ])
 def test_an_error_in_one_process_ends_all_with_one_line(tmp_path, case, statuses, line):
+    lost = {"hung": 1, "stopped": 1, "first stopped": 0}.get(case)
+
     def run():
         index = int(os.environ["RANK"])
         if case == "usage" or case == "usage of one" and index == 1:
             raise UsageError("no such thing")
         processes.join(Timeout(
-            process_timeout=5.0 if case in ("hung", "stopped") else 300.0))
+            process_timeout=5.0 if lost is not None else 300.0))
         if case == "disk":
             def full():
                 raise RunError("No space left on device: model.safetensors")
@@ -126,17 +183,17 @@ def test_an_error_in_one_process_ends_all_with_one_line(tmp_path, case, statuses
             processes.agree({"x": index if index == 2 else 0})
         elif case == "own" and index == 1:
             return 1 // 0
-        elif case == "stopped" and index == 1:
+        elif case.endswith("stopped") and index == lost:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif case == "hung" and index == 1:
             time.sleep(1000)
-        elif index == (0 if case == "first died" else 1):
+        elif lost is None and index == (0 if case == "first died" else 1):
             os.kill(os.getpid(), signal.SIGKILL)
         processes.share("after")
         return 0
 
     begin = time.monotonic()
-    found, said = fork(3, run, tmp_path, lost=1 if case in ("hung", "stopped") else None)
+    found, said = fork(3, run, tmp_path, lost=lost)
     lines = [each for each in said.splitlines() if "processes (torchrun)" not in each]
     assert found == statuses, said
     assert len(lines) == 1 and re.match(line, lines[0]), said
@@ -183,6 +240,23 @@ def test_an_inference_layout_that_poprun_has_no_ipus_for_is_refused_and_one_it_h
     poprun(2, 4, 2)  # infer.py, whose training layout does not matter
     _, config, _ = parse_train(flags, TrainPlanSettings)
     assert inference_pipeline(config, 12, "pod16").layout.layers_per_ipu(2) == [6, 6]
+
+
+def test_inference_replicas_that_poprun_does_not_have_are_refused_from_a_flag_only(
+        poprun, tmp_path):
+    poprun(2, 4, 4)
+    (tmp_path / "ipu_config.json").write_text('{"inference_replication_factor": 2}')
+    flags = ["--config", "squad_base_384_pod16", "--output_dir", "x"]
+    for given, right in ((("--inference_replication_factor", "2"), False),
+                         (("--inference_replication_factor", "4"), True),
+                         (("--ipu_config", str(tmp_path)), True)):
+        _, config, _ = parse_train([*flags, *given], TrainPlanSettings)
+        if right:
+            assert inference_pipeline(config, 12, "pod16").config.replication_factor == 4
+        else:
+            with pytest.raises(UsageError, match="^--inference_replication_factor 2: poprun "
+                                                 "--num-replicas is 4; leave the flag out"):
+                inference_pipeline(config, 12, "pod16")
 
 
 def test_a_pod_of_several_hosts_takes_processes_enough_for_its_ipus(poprun):
