@@ -235,7 +235,8 @@ class Device:
         are what they were before.
         """
         rngs = list(self.rngs)
-        saved = [(w, w.working) for w in self.weights.values() if w.has_copy or not w.is_parameter]
+        saved = [(w, w.working) for w in self.weights.values() if not w.is_parameter
+                 or w.has_copy and w.working.dtype != torch.bfloat16]
         for weight, _ in saved:
             weight.working = weight.traced()  # a new tensor starts with _version 0
         try:
