@@ -27,12 +27,9 @@ from ipu_options.plan.planner import Plan, make_plan
 from ipu_options.plan.text import hosts_text, plan_dict
 from qa.checks import check_row_length
 from qa.data import demo
-from qa.planning.flags import SHAPE, JobSettings
+from qa.planning.flags import MODELS, SHAPE, JobSettings
 from qa.settings import TrainSettings
 
-# Sizes of well-known checkpoints, from their config.json on the hub. With these, planning such a
-# checkpoint needs no network.
-MODELS = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
 # Mean number of real tokens of a window, and number of windows of an epoch, for SQuAD at length 384
 # and stride 128. v1: as in the published run of roberta-base; v2: as in that of
 # roberta-base-squad2.
@@ -216,9 +213,8 @@ def planned_model(settings: TrainSettings, planning: JobSettings) -> Any:
                                 "intermediate_size": shape.get("intermediate_size", 4 * width)})
     if settings.demo_data:
         return RobertaConfig(**demo.MODEL)
-    name = settings.model_name_or_path.split("/")[-1]
-    if name in MODELS and not Path(settings.model_name_or_path).is_dir():
-        return _configuration(MODELS[name])
+    if not planning.needs_checkpoint(settings):
+        return _configuration(MODELS[settings.model_name_or_path.split("/")[-1]])
     from qa.model.pretrained import load_config
     return load_config(settings, weights=False)
 
