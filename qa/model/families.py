@@ -113,7 +113,7 @@ def family_of(config: Any, name: str = "the model") -> Family:
     reason = REFUSED.get(kind, f"this program has the families {families}")
     if decodes or kind not in REFUSED and _is_decoder(kind):
         reason = _DECODER.format(families=families)
-    raise UsageError(f"{name} is a {kind} model: {reason}")
+    raise UsageError(f"{name} is of the type {kind}: {reason}")
 
 
 def _is_decoder(kind: str) -> bool:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from ipu_options.config import (
 )
 from ipu_options.errors import UsageError
 from ipu_options.flags import Settings, check_field, flag
+from ipu_options.layout import in_ipus
 from ipu_options.plan import calibrate
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import MACHINES
@@ -105,6 +107,10 @@ def pod_note(settings: TrainSettings, job: Job) -> Optional[str]:
                 f"{hosts_text(job)}")
     if job.ipus <= POD_IPUS[settings.pod_type]:
         return None
+    if os.environ.get("NUM_AVAILABLE_IPU") and "pod_type" not in settings.sources:
+        return (f"That takes {in_ipus(job.ipus)}, and NUM_AVAILABLE_IPU is "
+                f"{POD_IPUS[settings.pod_type]}: `python -m ipu_options search` with these flags "
+                "finds what fits there.")
     return (f"That takes {pod}: a run needs --pod_type {pod} --replication_factor "
             f"{job.config.replication_factor} as well.")
 

@@ -678,7 +678,7 @@ def test_damaged_files_of_a_model_are_one_line(tmp_path):
                     safetensors.torch.save({"a": torch.ones(9)})[:-4]):
         (tmp_path / "model.safetensors").write_bytes(content)
         for load in (load_model, load_tokenizer):
-            with pytest.raises(RunError, match="its folder should hold config.json") as refusal:
+            with pytest.raises(RunError, match="its (model|tokenizer) cannot be loaded") as refusal:
                 load(model_at(tmp_path), load_config(model_at(tmp_path)))
             assert "\n" not in str(refusal.value)
 
