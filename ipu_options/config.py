@@ -362,8 +362,9 @@ def _check_ipus(pipeline: Pipeline, pod: str) -> None:
             f"ipu_options search --ipus {ipus} finds what fits")
     if replica * replicas > ipus:
         raise UsageError(
-            f"{config.source('replication_factor')} {replicas} takes {in_ipus(replica * replicas)}, "
-            f"{pod} has {ipus}: use at most {ipus // replica}, or a larger --pod_type")
+            f"{config.source('replication_factor')} {replicas} takes "
+            f"{in_ipus(replica * replicas)}, {pod} has {ipus}: use at most "
+            f"{ipus // replica}, or a larger --pod_type")
     shares = config.matmul_shares()
     if len(shares) != config.num_ipus():
         raise UsageError(

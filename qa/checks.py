@@ -38,7 +38,7 @@ def check_train(settings: Any) -> None:
     if Path(settings.output_dir).exists() and not Path(settings.output_dir).is_dir():
         raise UsageError(f"{source('output_dir')} {settings.output_dir} is a file: name a folder")
     if settings.learning_rate > LARGEST_RATE and settings.trains and processes.is_first():
-        log.warning("%s %g destroys a model: fine-tuning takes 1e-05 to 0.0001",
+        log.warning("warning: %s %g destroys a model: fine-tuning takes 1e-05 to 0.0001",
                     source("learning_rate"), settings.learning_rate)
     resume = settings.resume_from_checkpoint
     if resume not in (None, "auto") and not Path(resume).is_dir():

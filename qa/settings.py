@@ -156,7 +156,8 @@ class FineTuningSettings(Settings):
     warmup_ratio: float = flag(
         0.25, "share of the run in which the learning rate rises to its peak", min=0, max=1)
     warmup_steps: Optional[int] = flag(
-        None, "steps in which it does so (default: warmup_ratio of the run)", type=int, min=0)
+        None, "steps in which it does so (default: warmup_ratio of the run)", type=int, min=0,
+        max=10 ** 9)
     weight_decay: float = flag(
         0.01, "decoupled weight decay of matrices (biases and LayerNorm have none)", min=0)
     optimizer: str = flag("adamw", "optimizer", choices=("adamw", "lamb"))

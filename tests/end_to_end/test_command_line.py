@@ -143,8 +143,13 @@ TRAIN_WITH_MODEL = [
     ("--layers_per_ipu 1 1 1 --inference_layers_per_ipu 1 1 1 --inference_device_iterations 2",
      "--inference_device_iterations 2", "at least 3"),
     ("--layers_per_ipu 1 1 1 --replication_factor 2", "--replication_factor 2", "at most 1"),
+    ("--layers_per_ipu 2 1 --pod_type pod1", "takes 2 IPUs, pod1 has 1: name no more than that",
+     "as in -1 (equal shares)"),
+    ("--layers_per_ipu 3 --pod_type pod1 --matmul_proportion 0.1 0.2", "0.1 0.2 has 2",
+     "replica's IPUs, 1"),
     ("--layers_per_ipu 1 1 1 --head_ipu 3", "--head_ipu 3", "0 to 2"),
-    ("--layers_per_ipu 1 1 1 --matmul_proportion 0.1 0.2", "--matmul_proportion 0.1 0.2", "3 IPUs"),
+    ("--layers_per_ipu 1 1 1 --matmul_proportion 0.1 0.2", "--matmul_proportion 0.1 0.2",
+     "replica's IPUs, 3"),
     ("--layers_per_ipu 1 1 1 --inference_layers_per_ipu 2 2", "--inference_layers_per_ipu 2 2",
      "the sum must be 3"),
     ("--layers_per_ipu 1 1 1 --max_seq_length 512", "--max_seq_length 512", "at most 64"), ]
@@ -282,6 +287,15 @@ def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
     _, ipu_config = parse_train(["--ipu_config", str(tmp_path)])
     assert ipu_config.layers_per_ipu == [5, 7] and ipu_config.ipus_per_replica is None
     assert "wibble" in caplog.text and "optimum_version" not in caplog.text
+
+
+def test_a_learning_rate_that_destroys_a_model_is_named_once_with_the_usual_range(caplog):
+    parse_train(["--learning_rate", "0.01", "--optimizer", "lamb"])
+    assert not caplog.records
+    parse_train(["--learning_rate", "10"])
+    (line,) = caplog.records
+    assert line.getMessage() == (
+        "warning: --learning_rate 10 destroys a model: fine-tuning takes 1e-05 to 0.0001")
 
 
 def test_the_scripts_themselves_end_with_status_2_and_show_a_traceback_only_when_asked():
