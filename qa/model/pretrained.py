@@ -14,7 +14,6 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from ipu_options.bars import in_terminal
 from ipu_options.config import IPUConfig
 from ipu_options.errors import RunError, UsageError
 from ipu_options.flags import Settings
@@ -25,9 +24,6 @@ from qa.model.families import check_checkpoint, check_config, family_of, most_to
 from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
 from qa.settings import TrainSettings, write_qa_settings
-
-if not in_terminal():  # a bar would fill a file with lines
-    transformers_logging.disable_progress_bar()
 
 
 def load_config(settings: Settings, weights: bool = True):

@@ -17,6 +17,10 @@ from qa.run.checkpoint import Checkpoints, Training, go_back
 from qa.settings import TrainSettings
 
 
+# Above this the scaled loss itself, which begins near ln(384) = 6, overflows in float16.
+_LARGEST_SCALING = 8192.0
+
+
 class NonfiniteGuard:
     """Checks the numbers of every training step, and acts as --on_nonfinite says.
 
@@ -128,7 +132,7 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
     overflow = f"{facts}: {precision} overflowed, the losses before it were steady; try "
     if loss_scaling <= 1:
         return overflow + "--precision float32"
-    overflow += f"--loss_scaling {max(1.0, loss_scaling / 8):g}"
+    overflow += f"--loss_scaling {max(1.0, min(loss_scaling / 8, _LARGEST_SCALING)):g}"
     if not sound_forward:
         overflow += (", or --precision float32 if the same step stops again: "
                      "then the forward pass overflowed, not the gradients")

@@ -58,6 +58,9 @@ TRAIN = [
     ("--learning_rate inf", "--learning_rate inf", "finite"),
     ("--learning_rate fast", "--learning_rate fast", "a number"),
     ("--warmup_ratio 1.5", "--warmup_ratio 1.5", "at most 1"),
+    ("--warmup_steps 1000000000000", "--warmup_steps 1000000000000", "at most 1000000000"),
+    ("--weight_decay 1e308", "--weight_decay 1e+308", "at most 100"),
+    ("--config {tmp}/twice.yaml", "twice.yaml", "seed is given twice"),
     ("--warmup_ratio -0.1", "--warmup_ratio -0.1", "at least 0"),
     ("--weight_decay -0.01", "--weight_decay -0.01", "at least 0"),
     ("--loss_scaling 0", "--loss_scaling 0", "more than 0"),
@@ -65,7 +68,7 @@ TRAIN = [
     ("--max_steps 0", "--max_steps 0", "at least 1"),
     ("--adam_beta1 1", "--adam_beta1 1", "less than 1"),
     ("--adam_beta2 -0.5", "--adam_beta2 -0.5", "at least 0"),
-    ("--adam_epsilon 0", "--adam_epsilon 0", "more than 0"),
+    ("--adam_epsilon 1e-300", "--adam_epsilon 1e-300", "at least 1e-30"),
     ("--max_grad_norm 0", "--max_grad_norm 0", "more than 0"),
     ("--max_grad_norm 1 --optimizer lamb", "--max_grad_norm 1.0: PopTorch's LAMB",
      "--optimizer adamw"),
@@ -185,6 +188,7 @@ def folder(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("command_line")
     (tmp / "list.yaml").write_text("- a\n- b\n")
     (tmp / "broken.yaml").write_text("a: [1\n")
+    (tmp / "twice.yaml").write_text("seed: 1\nseed: 2\n")
     (tmp / "unknown.yaml").write_text("learning_rat: 1\n")
     (tmp / "wrong_type.yaml").write_text("num_train_epochs: three\n")
     (tmp / "python_object.yaml").write_text(
