@@ -16,7 +16,6 @@ from qa.model.pretrained import all_finite
 from qa.run.checkpoint import Checkpoints, Training, go_back
 from qa.settings import TrainSettings
 
-
 # Above this the scaled loss itself, which begins near ln(384) = 6, overflows in float16.
 _LARGEST_SCALING = 8192.0
 
