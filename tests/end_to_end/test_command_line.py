@@ -293,6 +293,18 @@ def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
     assert "wibble" in caplog.text and "optimum_version" not in caplog.text
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_output_hides_what_is_printed_and_no_more(closed):
+    code = "import os, sys; from ipu_options.errors import run_script; " \
+        "run_script(lambda: print('out') or print('err', file=sys.stderr)); " \
+        "sys.exit(run_script(lambda: 3))"
+    done = subprocess.run(f'"{sys.executable}" -c "{code}" {closed}', shell=True, cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 3
+    assert done.stdout == "out\n" * (">&-" not in closed.split())
+    assert done.stderr == "err\n" * ("2>&-" not in closed)
+
+
 def test_a_learning_rate_that_destroys_a_model_is_named_once_with_the_usual_range(caplog):
     parse_train(["--learning_rate", "0.01", "--optimizer", "lamb"])
     assert not caplog.records

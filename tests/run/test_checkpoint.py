@@ -676,7 +676,8 @@ def test_a_refused_resume_names_only_what_a_user_can_give():
     """Every argument of the rows and every other setting that must match is a flag or in words."""
     flags = {f.name for group in (TrainSettings, IPUConfig) for f in dataclasses.fields(group)
              if "help" in f.metadata}
-    rows = set(inspect.signature(TrainingRows).parameters) - {"windows", "first_step"}
+    rows = set(inspect.signature(TrainingRows.__init__).parameters) - {
+        "self", "windows", "first_step"}
     for name in (*rows, "data", *MUST_MATCH, "embedding_serialization_factor"):
         assert name in flags or not _AS_FLAGS[name].startswith(f"--{name}"), name
     then = Checkpoint(Path("c"), 1, {}, None, {}, {"must_match": {
