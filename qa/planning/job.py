@@ -107,7 +107,8 @@ def pod_note(settings: TrainSettings, job: Job) -> Optional[str]:
                 f"{hosts_text(job)}")
     if job.ipus <= POD_IPUS[settings.pod_type]:
         return None
-    if os.environ.get("NUM_AVAILABLE_IPU") and "pod_type" not in settings.sources:
+    here = os.environ.get("NUM_AVAILABLE_IPU") and "pod_type" not in settings.sources
+    if here and reserved_ipus(job.config.num_ipus()) > POD_IPUS[settings.pod_type]:
         return (f"That takes {in_ipus(job.ipus)}, and NUM_AVAILABLE_IPU is "
                 f"{POD_IPUS[settings.pod_type]}: `python -m ipu_options search` with these flags "
                 "finds what fits there.")
