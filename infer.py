@@ -15,12 +15,14 @@ from ipu_options.config import inference_pipeline
 from ipu_options.errors import UsageError, run_script
 from ipu_options.files import user_file, writing
 from ipu_options.popvision import Spans, profiling_environment
+from qa.model.families import check_checkpoint
 from qa.settings import parse_infer
 
 
 def main(argv=None):
     """Run the command line `argv`, by default the process's own; returns the exit status."""
     settings, ipu_config = parse_infer(argv)
+    check_checkpoint(settings)
     processes.join(settings, ipu_config)
     profiling_environment(settings, ipu_config, "inference")
     from qa.data.windows import one_question

@@ -13,8 +13,8 @@ from functools import partial
 from ipu_options import processes
 from ipu_options.config import inference_pipeline, training_pipeline
 from ipu_options.errors import keep_running_without_reader, run_script
-from ipu_options.hub import offline_unless_reachable
 from ipu_options.popvision import Spans, profiling_environment
+from qa.model.families import refuse_early
 from qa.planning.flags import TrainPlanSettings
 from qa.settings import parse_train
 
@@ -29,7 +29,7 @@ def main(argv=None):
     processes.join(settings, ipu_config)
     profiling_environment(settings, ipu_config, "training", "inference")
     keep_running_without_reader()
-    offline_unless_reachable(settings.needs_hub)
+    refuse_early(settings)
     from qa.run.log import RunLog
     from qa.run.process import StopSignals, output_lock
     with output_lock(settings.output_dir), StopSignals() as stop, \

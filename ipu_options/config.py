@@ -16,7 +16,8 @@ from ipu_options import processes
 from ipu_options.errors import UsageError
 from ipu_options.files import read_json_object, write_json
 from ipu_options.flags import Settings, flag
-from ipu_options.layout import Layout, make_layout
+from ipu_options.hub import hub_cause, offline_unless_reachable
+from ipu_options.layout import Layout, in_ipus, make_layout
 
 log = logging.getLogger(__name__)
 IPU_CONFIG_NAME = "ipu_config.json"
@@ -337,13 +338,13 @@ def _check_processes(config: IPUConfig) -> None:
     ipus = reserved_ipus(config.num_ipus()) * replicas // here.count
     if here.count > 1 and ipus > IPUS_OF_A_HOST:
         raise UsageError(
-            f"{config.source('replication_factor')} {replicas} takes {ipus} IPUs in each of "
+            f"{config.source('replication_factor')} {replicas} takes {in_ipus(ipus)} in each of "
             f"{here.count} processes, which is more than the {IPUS_OF_A_HOST} that a process can "
             f"have: start at least {here.count * -(-ipus // IPUS_OF_A_HOST)} processes")
     if here.ipus_per_replica not in (None, reserved_ipus(config.num_ipus())):
         raise UsageError(
             f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "
-            f"{reserved_ipus(config.num_ipus())} IPUs, poprun --ipus-per-replica is "
+            f"{in_ipus(reserved_ipus(config.num_ipus()))}, poprun --ipus-per-replica is "
             f"{here.ipus_per_replica}: start poprun with the same number")
 
 
@@ -356,18 +357,19 @@ def _check_ipus(pipeline: Pipeline, pod: str) -> None:
     if replica > ipus:
         raise UsageError(
             f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "
-            f"{replica} IPUs, {pod} has {ipus}: name at most {ipus} IPUs, as in "
+            f"{in_ipus(replica)}, {pod} has {ipus}: name no more than that, as in "
             f"{' '.join(['-1'] * ipus)} (equal shares), or a larger --pod_type; python -m "
             f"ipu_options search --ipus {ipus} finds what fits")
     if replica * replicas > ipus:
         raise UsageError(
-            f"{config.source('replication_factor')} {replicas} takes {replica * replicas} IPUs, "
-            f"{pod} has {ipus}: use at most {ipus // replica}, or a larger --pod_type")
+            f"{config.source('replication_factor')} {replicas} takes "
+            f"{in_ipus(replica * replicas)}, {pod} has {ipus}: use at most "
+            f"{ipus // replica}, or a larger --pod_type")
     shares = config.matmul_shares()
     if len(shares) != config.num_ipus():
         raise UsageError(
             f"{config.source('matmul_proportion')} {' '.join(map(str, shares))} has {len(shares)} "
-            f"values: give one, or one for each of the {config.num_ipus()} IPUs of a replica")
+            f"values: give one, or one for each of a replica's IPUs, {config.num_ipus()}")
 
 
 def executable_cache(config: IPUConfig, run: DeviceSettings) -> Optional[str]:
@@ -416,7 +418,8 @@ def check_offline(run: DeviceSettings, config: IPUConfig) -> None:
         if ipus & (ipus - 1):
             raise UsageError(
                 f"{offline}: {pipeline.source('layers_per_ipu')} "
-                f"{' '.join(map(str, pipeline.layers_per_ipu))} takes {pipeline.num_ipus()} IPUs, "
+                f"{' '.join(map(str, pipeline.layers_per_ipu))} takes "
+                f"{in_ipus(pipeline.num_ipus())}, "
                 f"with replication {pipeline.replication_factor} {ipus} in all, but a run reserves "
                 f"{1 << ipus.bit_length()} and would not find what was compiled for {ipus}: "
                 "use a power of two")
@@ -471,6 +474,7 @@ def available_pod(pod_type: Optional[str] = None) -> str:
 
 
 def _from_hub(name: str) -> Path:
+    offline_unless_reachable()
     from huggingface_hub import hf_hub_download
     try:
         return Path(hf_hub_download(name, IPU_CONFIG_NAME))
@@ -478,4 +482,4 @@ def _from_hub(name: str) -> Path:
     except Exception as error:
         raise UsageError(
             f"--ipu_config {name}: no such file or folder, and the hub did not give it "
-            f"({type(error).__name__}): name a local ipu_config.json or a folder that holds one")
+            f"({hub_cause(error)}): name a local ipu_config.json or a folder that holds one")

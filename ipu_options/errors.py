@@ -48,8 +48,11 @@ def run_script(main: Callable[[], Optional[int]]) -> int:
     error is printed as one line on standard error, after its traceback if `--debug` is on the
     command line. Characters that the terminal's encoding lacks are printed as escapes.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         if sys.flags.optimize > 1:

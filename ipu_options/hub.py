@@ -21,6 +21,10 @@ _NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 # The files of a checkpoint that are read: those of its root, and weights in one format only.
 _FILES = ("*.json", "*.txt", "*.model", "README.md")
 _WEIGHTS = "model*.safetensors"
+# What the status of an answer means; all from 500 on are the hub's own troubles.
+_MEANING = {401: ": no valid access token, give --hub_token", 403: ": access is forbidden",
+            404: ": it has no such thing", 429: ": too many requests, try again later",
+            500: ": try again later"}
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.h5", "*.msgpack", "*.ckpt*")
 
 
@@ -78,7 +82,7 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
             demo = "" if source == "--checkpoint" else (
                 ", or run --config demo, which needs no download")
             raise RunError(f"{source} {name}: no such folder, and the hub did not give it "
-                           f"({_cause(error, revision)}); name a local folder with config.json, "
+                           f"({hub_cause(error, revision)}); name a local folder with config.json, "
                            f"model.safetensors and tokenizer.json{demo}") from error
     if weights and not fnmatch.filter(files, _WEIGHTS):
         _refuse_other_weights(name, source, files)
@@ -99,8 +103,8 @@ def _refuse_other_weights(name: str, source: str, files: list) -> None:
         + ("" if folder == name else f", and name {folder}"))
 
 
-def _cause(error: BaseException, revision: str) -> str:
-    """Return in a few words why the hub did not give a checkpoint."""
+def hub_cause(error: BaseException, revision: str = "main") -> str:
+    """Return in a few words why the hub did not give something. error: of any of its libraries."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "RevisionNotFoundError" in kinds:
         return f"it has no revision {revision}"
@@ -108,9 +112,22 @@ def _cause(error: BaseException, revision: str) -> str:
         return "access to it has to be asked for on its page, and given with --hub_token"
     if "RepositoryNotFoundError" in kinds:
         return "it has no model of that name, or it is private and needs --hub_token"
+    status = http_status(error)  # without one the hub was not asked, or did not answer
+    if status is not None:
+        return f"it answers with status {status}{_MEANING.get(min(status, 500), '')}"
     if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
         return "it does not answer, and the model is not in the cache"
-    return first_line(error)[:120]
+    return f"its answer cannot be read: {first_line(error)[:80]}"
+
+
+def http_status(error: Optional[BaseException]) -> Optional[int]:
+    """Return the status of the hub's answer that an error, or one on the way to it, is about."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _endpoint() -> str:

@@ -82,8 +82,8 @@ def make_layout(layers_per_ipu: Sequence[int], num_layers: int,
     ipus = len(counts)
     if ipus_per_replica and ipus != ipus_per_replica:
         raise UsageError(
-            f"{given} names {ipus} IPUs, but {source('ipus_per_replica')} is {ipus_per_replica}: "
-            "the two must agree")
+            f"{given} names {in_ipus(ipus)}, but {source('ipus_per_replica')} is "
+            f"{ipus_per_replica}: the two must agree")
     wildcards = [i for i, count in enumerate(counts) if count == -1]
     left = num_layers - sum(count for count in counts if count >= 0)
     if left < 0 or (left and not wildcards):
@@ -121,3 +121,8 @@ def even_split(total: int, parts: int) -> List[int]:
     """Return `parts` whole numbers, as equal as possible and larger first, with sum `total`."""
     share, rest = divmod(total, parts)
     return [share + (i < rest) for i in range(parts)]
+
+
+def in_ipus(number: int) -> str:
+    """Return a number of IPUs in words, for a message."""
+    return f"{number} IPU{'s' * (number != 1)}"

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import socket
 from importlib.util import find_spec
@@ -12,9 +13,13 @@ from ipu_options import processes
 from ipu_options.errors import UsageError
 from ipu_options.flags import Settings
 
+log = logging.getLogger(__name__)
 # Files that a checkpoint consists of, over which nothing else may be written.
 _OF_A_CHECKPOINT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 _TABLES = "name a JSON, JSON Lines, CSV or Parquet file"
+# Above this a learning rate is a mistake: fine-tuning takes 1e-5 to 1e-4 (Devlin et al. 2019,
+# appendix A.3; Liu et al. 2019, table 10), and even LAMB's largest batches less (You et al. 2020).
+LARGEST_RATE = 0.01
 # Settings that do nothing without one of others; named only where the command line gives them.
 _NEED = {
     "hub_model_id": ("push_to_hub",), "hub_private_repo": ("push_to_hub",),
@@ -32,6 +37,9 @@ def check_train(settings: Any) -> None:
     _check_data(settings)
     if Path(settings.output_dir).exists() and not Path(settings.output_dir).is_dir():
         raise UsageError(f"{source('output_dir')} {settings.output_dir} is a file: name a folder")
+    if settings.learning_rate > LARGEST_RATE and settings.trains and processes.is_first():
+        log.warning("warning: %s %g destroys a model: fine-tuning takes 1e-05 to 0.0001",
+                    source("learning_rate"), settings.learning_rate)
     resume = settings.resume_from_checkpoint
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise UsageError(

@@ -156,14 +156,16 @@ class FineTuningSettings(Settings):
     warmup_ratio: float = flag(
         0.25, "share of the run in which the learning rate rises to its peak", min=0, max=1)
     warmup_steps: Optional[int] = flag(
-        None, "steps in which it does so (default: warmup_ratio of the run)", type=int, min=0)
+        None, "steps in which it does so (default: warmup_ratio of the run)", type=int, min=0,
+        max=10 ** 9)
     weight_decay: float = flag(
-        0.01, "decoupled weight decay of matrices (biases and LayerNorm have none)", min=0)
+        0.01, "decoupled weight decay of matrices (biases and LayerNorm have none)", min=0,
+        max=100)
     optimizer: str = flag("adamw", "optimizer", choices=("adamw", "lamb"))
     adam_beta1: float = flag(0.9, "decay of the first moment", min=0, below=1)
     adam_beta2: float = flag(0.999, "decay of the second moment", min=0, below=1)
     adam_epsilon: float = flag(
-        1e-8, "term added to the denominator, which keeps the update finite", above=0)
+        1e-8, "term added to the denominator, which keeps the update finite", min=1e-30)
     max_grad_norm: Optional[float] = flag(
         None, "clip the gradient of an update to this norm (default: it is not clipped; 1 is "
         "run_qa's default)", type=float, above=0)
@@ -412,6 +414,18 @@ def _mean_inference(given: Layer) -> None:
             given.values.setdefault(twin, given.values[f.name])
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which otherwise lets the last of several values of a key win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Return the mapping as a dictionary. Raises YAMLError if it has a key twice."""
+        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read_config(name_or_path: str) -> Layer:
     """Return the values of a named configuration or of a YAML file.
 
@@ -425,7 +439,7 @@ def _read_config(name_or_path: str) -> Layer:
                 f"--config {name_or_path}: no such configuration; choose from "
                 f"{', '.join(named_configs())}, or name a YAML file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--config {name_or_path}: not readable as YAML "
                          f"({' '.join(str(error).split())[:200]})") from error

@@ -28,7 +28,7 @@ from ipu_options.config import (
 )
 from ipu_options.errors import UsageError
 from ipu_options.flags import Layer, make_settings
-from ipu_options.layout import Layout, least_accumulation
+from ipu_options.layout import Layout, in_ipus, least_accumulation
 from ipu_options.plan.count import CountedBlock
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import Efficiencies
@@ -79,7 +79,7 @@ def search(job: Job, ipus: int, whole: IPUConfig, efficiencies: Efficiencies = E
     if not plans:
         batch = f" with {job.batch_size} rows a weight update" if job.training else ""
         raise UsageError(
-            f"nothing fits: no split of this model over {ipus} IPUs keeps every IPU within its "
+            f"nothing fits: no split of this model over {in_ipus(ipus)} keeps every IPU within its "
             f"memory{batch}; use more IPUs, or a shorter --max_seq_length")
     if job.training:
         plans.sort(key=lambda plan: (

@@ -249,7 +249,7 @@ def heading(plan: Plan, title: str) -> str:
     packed = f", {job.windows_per_row:.2f} windows in a row" if job.windows_per_row > 1 else ""
     return (
         f"Plan{'' if job.training else ' of inference'}: {title}, length {job.max_seq_length}, "
-        f"{job.precision}, on {job.ipus} {job.machine.name} IPUs "
+        f"{job.precision}, on {job.ipus} {job.machine.name} IPU{'s' * (job.ipus != 1)} "
         f"({replicas} replica{'s' * (replicas > 1)} of {ipus})\n"
         f"micro-batch {job.micro_batch_size} x {batches} x replicas {replicas} = "
         f"{job.rows_per_update} rows a {_round(plan)}{packed}")

@@ -35,6 +35,7 @@ from typing import Optional
 import datasets
 import pyarrow as pa
 
+from ipu_options.bars import in_terminal
 from ipu_options.errors import RunError, UsageError, first_line
 from ipu_options.files import written_whole
 from qa.data.readers import BadRow, columns, read_rows
@@ -68,6 +69,8 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
     Raises UsageError if the source is malformed or contains no usable example, RunError if the hub
     cannot be reached or the cache cannot be written.
     """
+    if not in_terminal():  # a bar would fill a file with lines, here and where windows are made
+        datasets.disable_progress_bars()
     if file:
         source, rows, identity = str(file), read_rows(file, need_answers), _content(file)
     else:

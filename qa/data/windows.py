@@ -39,7 +39,6 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from ipu_options import processes
-from ipu_options.bars import in_terminal
 from ipu_options.errors import RunError, UsageError
 from ipu_options.files import delete, folder_written_aside, rename_folder
 from qa.data.workers import forked_workers
@@ -127,10 +126,6 @@ def load_questions(settings: TrainSettings, tokenizer,
     Collective: one process of each host makes what the others then find in its cache. Raises
     UsageError if a process finds other questions.
     """
-    import datasets
-
-    if not in_terminal():  # a bar would fill a file with lines
-        datasets.disable_progress_bars()
     found = processes.first_of_host_first(_load_questions, settings, tokenizer)
     processes.agree({f"the fingerprint of the {name} questions": each and each.windows.fingerprint
                      for name, each in zip(("training", "validation", "test"), found)})

@@ -1,16 +1,19 @@
 """The families of encoders: where transformers keeps their parts, and what differs between them.
 
 qa/model/roberta.py is written for RoBERTa. The other families are the same post-norm encoder under
-other names, and their differences are entries of a Family. CONTRIBUTING says how to add one.
+other names, and their differences are entries of a Family. CONTRIBUTING says how to add one. This
+module does not import torch, so that a model that cannot be run is refused in a second.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from ipu_options.errors import UsageError
+from ipu_options.files import read_json_object
+from ipu_options.flags import Settings
+from ipu_options.hub import checkpoint_folder, offline_unless_reachable
 
 
 class LayerParts(NamedTuple):
@@ -37,6 +40,8 @@ class LayerParts(NamedTuple):
 SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
          "intermediate_size": 1, "max_position_embeddings": 1, "type_vocab_size": 1,
          "pad_token_id": 0}
+# The least --max_seq_length: a model with fewer positions has room for no row.
+LEAST_POSITIONS = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Family:
     that follows the embeddings if they are narrower than the layers. head_dropout: the field of
     config.json with the dropout before the head. positions_after_padding: whether positions count
     from padding_idx + 1, and not from 0. sizes, fractions: the fields of config.json that are
-    checked, see `load_config`. own_names: those of the fields that the family calls otherwise.
+    checked, see `check_config`. own_names: those of the fields that the family calls otherwise.
     """
 
     model: str
@@ -78,7 +83,8 @@ DISTILBERT = Family(
            "pad_token_id"),
     fractions=("dropout", "attention_dropout", "qa_dropout"),
     own_names={"hidden_size": "dim", "num_hidden_layers": "n_layers",
-               "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"})
+               "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim",
+               "hidden_act": "activation"})
 # By the model_type of config.json. distilroberta has the type "roberta", MiniLM the type "bert".
 FAMILIES = {"roberta": ROBERTA, "xlm-roberta": ROBERTA, "camembert": ROBERTA, "bert": BERT,
             "distilbert": DISTILBERT, "electra": ELECTRA}
@@ -100,13 +106,85 @@ def family_of(config: Any, name: str = "the model") -> Family:
     name: what to call the model in messages. Raises UsageError if it is of none, with the reason.
     """
     kind, families = config.model_type, ", ".join(FAMILIES)
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    decodes = any(getattr(config, name, False) for name in (
+        "is_decoder", "is_encoder_decoder", "add_cross_attention"))
     if kind in FAMILIES and not decodes:
         return FAMILIES[kind]
     reason = REFUSED.get(kind, f"this program has the families {families}")
-    if decodes or kind not in REFUSED and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if decodes or kind not in REFUSED and _is_decoder(kind):
         reason = _DECODER.format(families=families)
-    raise UsageError(f"{name} is a {kind} model: {reason}")
+    raise UsageError(f"{name} is of the type {kind}: {reason}")
+
+
+def _is_decoder(kind: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def refuse_early(settings: Settings) -> None:
+    """Find out whether the hub answers, if it is needed, and refuse a model that cannot be run.
+
+    This is before torch is imported, which takes seconds, and before any work. Raises what
+    `check_checkpoint` raises.
+    """
+    offline_unless_reachable(settings.needs_hub)
+    if not settings.demo_data:
+        check_checkpoint(settings)
+
+
+def check_checkpoint(settings: Settings, weights: bool = True) -> None:
+    """Refuse the checkpoint settings.model_name_or_path by its files, fetched if need be.
+
+    weights: whether they are needed, too. Raises what `checkpoint_folder` and `check_config` raise.
+    """
+    name, source = settings.model_name_or_path, settings.source("model_name_or_path")
+    path = checkpoint_folder(name, source, settings.model_revision, settings.hub_token,
+                             getattr(settings, "cache_dir", None), weights) / "config.json"
+    values = read_json_object(path, f"{source} {name}: config.json") if path.is_file() else {}
+    if "model_type" in values:  # else transformers guesses it
+        check_config(SimpleNamespace(**values), f"{source} {name}")
+
+
+def check_config(config: Any, name: str) -> None:
+    """Raise UsageError if a model is of no family here, or if no model has its sizes.
+
+    config: transformers' configuration, or what config.json holds of it. name: what to call the
+    model in messages.
+    """
+    family = family_of(config, name)
+
+    def refuse(key: str, right: str):
+        raise UsageError(f"{name}: {key} is {_shown(getattr(config, key))} in its config.json; "
+                         f"it should be {right}")
+
+    for key in family.sizes:
+        least = SIZES.get(key, 1)
+        size = getattr(config, key, least)
+        if type(size) is not int or size < least:
+            refuse(key, f"a whole number from {least} on")
+    for key in family.fractions:
+        number = getattr(config, key, 0.0)
+        if type(number) not in (int, float) or not 0 <= number < 1:
+            refuse(key, "a number from 0 to 1")
+    if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
+        raise UsageError(f"{name} has {config.position_embedding_type} positions; only absolute "
+                         "ones are built")
+    width, heads, positions = (
+        family.own_names.get(key, key)
+        for key in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
+    given = vars(config)
+    if width in given and heads in given and given[width] % given[heads]:
+        refuse(width, f"a multiple of the {given[heads]} attention heads")
+    if given.get("pad_token_id", 0) >= given.get("vocab_size", 1 << 62):
+        refuse("pad_token_id", f"less than vocab_size, which is {config.vocab_size}")
+    if positions in given and "pad_token_id" in given and most_tokens(config) < LEAST_POSITIONS:
+        refuse(positions, f"at least {LEAST_POSITIONS + first_position(config)}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value of config.json as a message shows it, which it cannot make long."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"a {type(value).__name__}"
 
 
 def first_position(config: Any) -> int:

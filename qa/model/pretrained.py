@@ -3,28 +3,27 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Dict, Iterator, Optional, Union
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from ipu_options.bars import in_terminal
 from ipu_options.config import IPUConfig
-from ipu_options.errors import RunError, UsageError, first_line
+from ipu_options.errors import RunError, UsageError
 from ipu_options.flags import Settings
 from ipu_options.hub import checkpoint_folder
 from qa.checks import assume_row_shape, check_row_length
 from qa.data.windows import check_tokenizer
-from qa.model.families import SIZES, family_of, most_tokens
+from qa.model.families import check_checkpoint, check_config, family_of, most_tokens
 from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
 from qa.settings import TrainSettings, write_qa_settings
-
-if not in_terminal():  # a bar would fill a file with lines
-    transformers_logging.disable_progress_bar()
 
 
 def load_config(settings: Settings, weights: bool = True):
@@ -39,21 +38,14 @@ def load_config(settings: Settings, weights: bool = True):
     model has positions for, and what was assumed is said in one line.
     """
     name, source = settings.model_name_or_path, settings.source("model_name_or_path")
+    check_checkpoint(settings, weights)
     config = _fetch(AutoConfig, settings, name, weights)
-    family = family_of(config, f"{source} {name}")
-    for field in family.sizes:
-        size, least = getattr(config, field, None), SIZES.get(field, 1)
-        if type(size) is not int or size < least:
-            raise UsageError(f"{source} {name}: {field} is {size!r} in its config.json; it should "
-                             f"be a whole number from {least} on")
-    for field in family.fractions:
-        number = getattr(config, field, 0.0)
-        if type(number) not in (int, float) or not 0 <= number < 1:
-            raise UsageError(f"{source} {name}: {field} is {number!r} in its config.json; it "
-                             "should be a number from 0 to 1")
-    if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
-        raise UsageError(f"{source} {name} has {config.position_embedding_type} positions; "
-                         "only absolute ones are built")
+    check_config(config, f"{source} {name}")
+    activation = getattr(config, family_of(config).own_names.get("hidden_act", "hidden_act"))
+    if activation not in ACT2FN:
+        raise UsageError(f"{source} {name}: its config.json has the activation {activation!r}; "
+                         f"it should be one of {', '.join(sorted(ACT2FN))}")
+    config.num_labels = 2  # start and end, also if the encoder has been trained to classify
     most = most_tokens(config)
     if getattr(settings, "assumed", None):
         assume_row_shape(settings, most)
@@ -71,6 +63,7 @@ def load_tokenizer(settings: Settings, model_config):
     """
     kind = "tokenizer_name" if settings.tokenizer_name else "model_name_or_path"
     name, source = getattr(settings, kind), settings.source(kind)
+    _check_tokenizer_files(_folder(settings, name, False, kind), f"{source} {name}")
     tokenizer = _fetch(AutoTokenizer, settings, name, weights=False, kind=kind, use_fast=True)
     check_tokenizer(tokenizer, f"{source} {name}")
     largest = max(tokenizer.get_vocab().values())
@@ -87,11 +80,14 @@ def load_model(settings: Settings, model_config, folder: Optional[Path] = None) 
 
     model_config: the return value of `load_config`. A QA head that the checkpoint lacks is
     initialised at random, which is said in one line. Raises RunError if the checkpoint cannot be
-    had or read, or if one of its weights is not finite.
+    had or read, if its weights are not those of its config.json, or if one is not finite.
     """
     name, source = str(folder or settings.model_name_or_path), settings.source("model_name_or_path")
+    # The attention is that of qa/model/roberta.py, whatever config.json asks of transformers.
     model, found = _fetch(model_class(model_config), settings, name, config=model_config,
+                          attn_implementation="eager", ignore_mismatched_sizes=True,
                           output_loading_info=True)
+    _check_loaded(model, found, f"{source} {name}")
     for parameter, weight in model.named_parameters():
         if not all_finite(weight):
             raise RunError(f"{source} {name}: {parameter} is not finite; the checkpoint is damaged")
@@ -115,7 +111,8 @@ def save_model(model: ForSpans, folder: Union[str, Path]) -> None:
     AutoModelForQuestionAnswering.from_pretrained can read them. Raises OSError, or what safetensors
     raises in its place.
     """
-    model.save_pretrained(folder, state_dict=weights_of(model), safe_serialization=True)
+    with _quiet_transformers():
+        model.save_pretrained(folder, state_dict=weights_of(model), safe_serialization=True)
     # Older transformers would write the folder that the model was loaded from.
     model.config._name_or_path = ""
     # save_pretrained has written the name of this program's class, unknown to transformers.
@@ -145,34 +142,98 @@ def _fetch(loader, settings: Settings, name: str, weights: bool = True,
     Raises UsageError for weights in other formats than safetensors; RunError, which begins with the
     cause.
     """
-    revision = settings.model_revision if kind == "model_name_or_path" else "main"
-    folder = checkpoint_folder(name, settings.source(kind), revision, settings.hub_token,
-                               getattr(settings, "cache_dir", None), weights)
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it has to say is said here, in one line
+    folder = _folder(settings, name, weights, kind)
     try:
-        return loader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True,
-                                      **options)
+        with _quiet_transformers():
+            return loader.from_pretrained(str(folder), trust_remote_code=False,
+                                          local_files_only=True, **options)
     # transformers, tokenizers and safetensors raise errors of their own, and a damaged file may
     # cause any other.
     except Exception as error:
-        raise RunError(f"{settings.source(kind)} {name}: {_cause(error)}") from error
+        raise RunError(f"{settings.source(kind)} {name}: {_cause(error, loader)}") from error
+
+
+def _folder(settings: Settings, name: str, weights: bool, kind: str) -> Path:
+    """Return the folder of a checkpoint. The arguments and exceptions are those of `_fetch`."""
+    revision = settings.model_revision if kind == "model_name_or_path" else "main"
+    return checkpoint_folder(name, settings.source(kind), revision, settings.hub_token,
+                             getattr(settings, "cache_dir", None), weights)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """In this block transformers prints nothing: what it has to say is said here, in one line.
+
+    Its progress bars would otherwise add a line to the output for every checkpoint.
+    """
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
-def _cause(error: Exception) -> str:
-    """Return why a checkpoint could not be loaded, and what to do about it, in one line."""
+def _check_tokenizer_files(folder: Path, name: str) -> None:
+    """Raise RunError if `folder` has no tokenizer, or only one whose package is not installed.
+
+    transformers would name another package, or make a tokenizer that knows nothing.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return
+    pieces = sorted(path.name for path in folder.glob("*.model"))
+    if pieces and find_spec("sentencepiece") is None:
+        raise RunError(f"{name}: has its tokenizer only in {pieces[0]}, which needs the package "
+                       "sentencepiece: pip install sentencepiece protobuf")
+    if not pieces and not any((folder / file).is_file() for file in ("vocab.txt", "vocab.json")):
+        raise RunError(f"{name}: has no tokenizer.json; name a tokenizer by --tokenizer_name")
+
+
+def _check_loaded(model: ForSpans, found: Dict[str, Any], name: str) -> None:
+    """Raise RunError unless the weights were those that config.json describes.
+
+    A head may be missing. Layers that config.json does not count are left out with a note, as
+    transformers leaves them out without one. found: transformers' loading info.
+    """
+    for key, stored, wanted in sorted(found["mismatched_keys"]):
+        sizes = " and ".join(" x ".join(map(str, shape)) for shape in (stored, wanted))
+        if key.startswith("qa_outputs"):
+            raise RunError(f"{name}: its head {key} has not 2 outputs, start and end ({sizes}): it "
+                           "is not one for extractive question answering; name a checkpoint "
+                           "without a head or with such a one")
+        raise RunError(f"{name}: {key} has another size than config.json says ({sizes}): the files "
+                       "do not belong together")
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("qa_outputs"))
+    if missing:
+        raise RunError(f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more of what "
+                       "its config.json describes: the files do not belong together")
+    layers = f"{model.base_model_prefix}.{model.family.layers}."
+    if any(key.startswith(layers) for key in found["unexpected_keys"]):
+        print(f"note: {name} has weights of more layers than the {len(model.layers)} of its "
+              "config.json; they are left out", file=sys.stderr)
+
+
+def _cause(error: Exception, loader: Any) -> str:
+    """Return why a checkpoint could not be loaded, and what to do about it, in one line.
+
+    loader: the class that was to load it.
+    """
     text = " ".join(str(error).split())
     package = re.search(r"requires the (\S+) library|No module named '?([\w.]+)|"
-                        r"`pip install ([\w-]+)", text)
+                        r"`pip install (\w[\w-]*)", text)
     if package or isinstance(error, ImportError):
-        missing = next((group for group in package.groups() if group), "a package") if package \
-            else getattr(error, "name", None) or "a package"
-        return f"it needs {missing}, which is not installed: pip install {missing}"
-    if "size mismatch" in text:
-        which = re.search(r"size mismatch for (\S+?):?\s", text)
-        return (f"{which.group(1) if which else 'a weight'} has another size than config.json "
-                "says: the files do not belong together")
-    return (f"{first_line(error)[:200]}; its folder should hold config.json, model.safetensors "
-            "and tokenizer.json")
+        missing = next((group for group in package.groups() if group), None) if package \
+            else getattr(error, "name", None)
+        if missing:
+            return f"it needs {missing}, which is not installed: pip install {missing}"
+    if isinstance(error, OSError):
+        return (f"{text[:200]}; its folder should hold config.json, model.safetensors and "
+                "tokenizer.json")
+    part = {"AutoConfig": "config.json", "AutoTokenizer": "tokenizer"}.get(loader.__name__,
+                                                                           "model")
+    return f"its {part} cannot be loaded ({type(error).__name__}: {text[:200]})"

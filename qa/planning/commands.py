@@ -24,6 +24,7 @@ from ipu_options.config import POD_IPUS, IPUConfig, pod_of
 from ipu_options.errors import UsageError
 from ipu_options.files import write_json, writing
 from qa.checks import listen
+from qa.model.families import check_checkpoint
 from qa.planning.flags import (
     CalibrateSettings,
     ExploreSettings,
@@ -72,6 +73,7 @@ def search(argv: List[str]) -> int:
         raise UsageError(
             f"--ipus {ipus}: IPUs are reserved in powers of two, at most {counts[-1]}; the nearest "
             f"is {near}")
+    _refuse_early(settings, planning)
     from ipu_options.plan.search import search as best_plans
     from ipu_options.plan.search import settings_of
     from ipu_options.plan.text import search_text
@@ -171,6 +173,7 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
     if planning.fit and planning.json:
         raise UsageError("--fit and --json exclude each other: `python -m ipu_options calibrate "
                          "--show --json` gives the errors as JSON")
+    _refuse_early(settings, planning)
     from ipu_options.plan.calibrate import compare
     from ipu_options.plan.text import fit_text, plan_text
     from qa.planning.job import described, planned, planned_name, pod_note, published
@@ -202,6 +205,12 @@ def _parse(argv: List[str], command, *groups: type):
     """Parse the flags of a command, whose docstring is its description in --help."""
     return parse_train(argv, *groups, program=f"python -m ipu_options {command.__name__}",
                        description=command.__doc__)
+
+
+def _refuse_early(settings: TrainSettings, planning: JobSettings) -> None:
+    """Refuse a checkpoint that cannot be planned before torch is imported, which takes seconds."""
+    if planning.needs_checkpoint(settings):
+        check_checkpoint(settings, weights=False)
 
 
 def _refuse_trace(settings: TrainSettings, command: str) -> None:

@@ -1,7 +1,9 @@
 """The planner's own flags, which come in addition to those of train.py."""
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Dict, Optional
 
 from ipu_options.errors import UsageError
@@ -10,6 +12,9 @@ from qa.settings import TrainSettings, refuse_several_hosts
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "vocab_size")
+# Sizes of well-known checkpoints, from their config.json on the hub. With these, planning such a
+# checkpoint needs no network.
+MODELS = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -45,6 +50,12 @@ class JobSettings(Settings):
     def shape(self) -> Dict[str, int]:
         """Return those sizes of the model that were given, by their names in a config.json."""
         return {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
+
+    def needs_checkpoint(self, settings: TrainSettings) -> bool:
+        """Whether the model to plan is that of a folder, or of a name that only the hub knows."""
+        name = settings.model_name_or_path
+        known = name.split("/")[-1] in MODELS and not Path(name).is_dir()
+        return not (self.config_json or self.shape() or settings.demo_data or known)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from ipu_options.config import (
 )
 from ipu_options.errors import UsageError
 from ipu_options.flags import Settings, check_field, flag
+from ipu_options.layout import in_ipus
 from ipu_options.plan import calibrate
 from ipu_options.plan.job import Job
 from ipu_options.plan.machine import MACHINES
@@ -27,12 +29,9 @@ from ipu_options.plan.planner import Plan, make_plan
 from ipu_options.plan.text import hosts_text, plan_dict
 from qa.checks import check_row_length
 from qa.data import demo
-from qa.planning.flags import SHAPE, JobSettings
+from qa.planning.flags import MODELS, SHAPE, JobSettings
 from qa.settings import TrainSettings
 
-# Sizes of well-known checkpoints, from their config.json on the hub. With these, planning such a
-# checkpoint needs no network.
-MODELS = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
 # Mean number of real tokens of a window, and number of windows of an epoch, for SQuAD at length 384
 # and stride 128. v1: as in the published run of roberta-base; v2: as in that of
 # roberta-base-squad2.
@@ -108,6 +107,11 @@ def pod_note(settings: TrainSettings, job: Job) -> Optional[str]:
                 f"{hosts_text(job)}")
     if job.ipus <= POD_IPUS[settings.pod_type]:
         return None
+    here = os.environ.get("NUM_AVAILABLE_IPU") and "pod_type" not in settings.sources
+    if here and reserved_ipus(job.config.num_ipus()) > POD_IPUS[settings.pod_type]:
+        return (f"That takes {in_ipus(job.ipus)}, and NUM_AVAILABLE_IPU is "
+                f"{POD_IPUS[settings.pod_type]}: `python -m ipu_options search` with these flags "
+                "finds what fits there.")
     return (f"That takes {pod}: a run needs --pod_type {pod} --replication_factor "
             f"{job.config.replication_factor} as well.")
 
@@ -216,9 +220,8 @@ def planned_model(settings: TrainSettings, planning: JobSettings) -> Any:
                                 "intermediate_size": shape.get("intermediate_size", 4 * width)})
     if settings.demo_data:
         return RobertaConfig(**demo.MODEL)
-    name = settings.model_name_or_path.split("/")[-1]
-    if name in MODELS and not Path(settings.model_name_or_path).is_dir():
-        return _configuration(MODELS[name])
+    if not planning.needs_checkpoint(settings):
+        return _configuration(MODELS[settings.model_name_or_path.split("/")[-1]])
     from qa.model.pretrained import load_config
     return load_config(settings, weights=False)
 

@@ -63,7 +63,8 @@ _AS_FLAGS = {
     "micro_batches_per_update": "the micro-batches of a weight update "
                                 "(--gradient_accumulation_steps x --replication_factor)",
     "epochs": "--num_train_epochs", "pad_token_id": "the tokenizer's padding token",
-    "data": "the data (training questions, tokenizer, --doc_stride)"}
+    "first_position": "the model's family", "token_types": "the model's family",
+    "data": "the data (training questions, tokenizer, --doc_stride, or the version of datasets)"}
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What a killed process may leave behind: checkpoints that were being written, replaced or removed,
 # a final model that was being written, and temporary files.
@@ -507,13 +508,18 @@ def _check_match(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
     """
     then = checkpoint.progress.get("must_match", {})
     different = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-    differences = [f"{_AS_FLAGS.get(name, '--' + name)} was {then.get(name)}, is {now.get(name)}"
-                   for name in different]
+    differences = [f"{_AS_FLAGS.get(name, '--' + name)} was {_given(then.get(name))}, "
+                   f"is {_given(now.get(name))}" for name in different]
     if differences:
         raise UsageError(
             f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differences)}. "
             "Go on with what it was begun with, or start another run from its weights: "
             f"--model_name_or_path {checkpoint.folder} and a new --output_dir")
+
+
+def _given(value: Any) -> str:
+    """Return a setting's value as a message shows it. Without --max_steps, the rows have -1."""
+    return "not given" if value in (None, -1) else str(value)
 
 
 def _what_is_left(output_dir: Union[str, Path]) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub.utils import HFValidationError
 
 from ipu_options import processes
 from ipu_options.errors import RunError, UsageError, first_line
+from ipu_options.hub import http_status
 from qa.settings import TrainSettings
 
 # Only the model and what is needed to use it are uploaded: no checkpoints, no logs, and no
@@ -76,7 +77,7 @@ def check_login(settings: TrainSettings) -> None:
     try:
         HfApi(token=settings.hub_token).whoami()
     except Exception as error:
-        if _status(error) == 401 or type(error).__name__ == "LocalTokenNotFoundError":
+        if http_status(error) == 401 or type(error).__name__ == "LocalTokenNotFoundError":
             raise UsageError(
                 "--push_to_hub: no valid access token; give --hub_token, or log in with "
                 f"`{_CLI[0]}`") from error
@@ -184,8 +185,3 @@ def _table(head: str, rows: Dict[str, Any]) -> str:
     lines = [
         f"| {head} | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
     return "\n".join(lines) + "\n"
-
-
-def _status(error: BaseException) -> Optional[int]:
-    """Return the status of the HTTP response that `error` carries, or None."""
-    return getattr(getattr(error, "response", None), "status_code", None)

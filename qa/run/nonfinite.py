@@ -10,14 +10,14 @@ from tqdm import tqdm
 from ipu_options import poptorch, processes
 from ipu_options.errors import RunError
 from ipu_options.options import watched_gradient
+from qa.checks import LARGEST_RATE
 from qa.model.parallelize import weights_of
 from qa.model.pretrained import all_finite
 from qa.run.checkpoint import Checkpoints, Training, go_back
 from qa.settings import TrainSettings
 
-# Above this a learning rate is a mistake: fine-tuning takes 1e-5 to 1e-4 (Devlin et al. 2019,
-# appendix A.3; Liu et al. 2019, table 10), and even LAMB's largest batches less (You et al. 2020).
-_LARGEST_RATE = 0.01
+# Above this the scaled loss itself, which begins near ln(384) = 6, overflows in float16.
+_LARGEST_SCALING = 8192.0
 
 
 class NonfiniteGuard:
@@ -116,7 +116,7 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
         what = f"{bad_tensor} is not finite after the update (the loss was {loss:.4g})"
     facts = (f"step {step}: {what}, with learning rate {learning_rate:.3g}, "
              f"loss scaling {loss_scaling:g}, {precision}")
-    if learning_rate > _LARGEST_RATE:
+    if learning_rate > LARGEST_RATE:
         return (f"{facts}: such a learning rate destroys the model; fine-tuning takes 1e-05 to "
                 "0.0001, try --learning_rate 3e-05")
     smaller_rate = f"try --learning_rate {learning_rate / 3:.2g} or a larger --warmup_ratio"
@@ -131,7 +131,7 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
     overflow = f"{facts}: {precision} overflowed, the losses before it were steady; try "
     if loss_scaling <= 1:
         return overflow + "--precision float32"
-    overflow += f"--loss_scaling {max(1.0, loss_scaling / 8):g}"
+    overflow += f"--loss_scaling {max(1.0, min(loss_scaling / 8, _LARGEST_SCALING)):g}"
     if not sound_forward:
         overflow += (", or --precision float32 if the same step stops again: "
                      "then the forward pass overflowed, not the gradients")

@@ -58,6 +58,9 @@ TRAIN = [
     ("--learning_rate inf", "--learning_rate inf", "finite"),
     ("--learning_rate fast", "--learning_rate fast", "a number"),
     ("--warmup_ratio 1.5", "--warmup_ratio 1.5", "at most 1"),
+    ("--warmup_steps 1000000000000", "--warmup_steps 1000000000000", "at most 1000000000"),
+    ("--weight_decay 1e308", "--weight_decay 1e+308", "at most 100"),
+    ("--config {tmp}/twice.yaml", "twice.yaml", "seed is given twice"),
     ("--warmup_ratio -0.1", "--warmup_ratio -0.1", "at least 0"),
     ("--weight_decay -0.01", "--weight_decay -0.01", "at least 0"),
     ("--loss_scaling 0", "--loss_scaling 0", "more than 0"),
@@ -65,7 +68,7 @@ TRAIN = [
     ("--max_steps 0", "--max_steps 0", "at least 1"),
     ("--adam_beta1 1", "--adam_beta1 1", "less than 1"),
     ("--adam_beta2 -0.5", "--adam_beta2 -0.5", "at least 0"),
-    ("--adam_epsilon 0", "--adam_epsilon 0", "more than 0"),
+    ("--adam_epsilon 1e-300", "--adam_epsilon 1e-300", "at least 1e-30"),
     ("--max_grad_norm 0", "--max_grad_norm 0", "more than 0"),
     ("--max_grad_norm 1 --optimizer lamb", "--max_grad_norm 1.0: PopTorch's LAMB",
      "--optimizer adamw"),
@@ -143,8 +146,13 @@ TRAIN_WITH_MODEL = [
     ("--layers_per_ipu 1 1 1 --inference_layers_per_ipu 1 1 1 --inference_device_iterations 2",
      "--inference_device_iterations 2", "at least 3"),
     ("--layers_per_ipu 1 1 1 --replication_factor 2", "--replication_factor 2", "at most 1"),
+    ("--layers_per_ipu 2 1 --pod_type pod1", "takes 2 IPUs, pod1 has 1: name no more than that",
+     "as in -1 (equal shares)"),
+    ("--layers_per_ipu 3 --pod_type pod1 --matmul_proportion 0.1 0.2", "0.1 0.2 has 2",
+     "replica's IPUs, 1"),
     ("--layers_per_ipu 1 1 1 --head_ipu 3", "--head_ipu 3", "0 to 2"),
-    ("--layers_per_ipu 1 1 1 --matmul_proportion 0.1 0.2", "--matmul_proportion 0.1 0.2", "3 IPUs"),
+    ("--layers_per_ipu 1 1 1 --matmul_proportion 0.1 0.2", "--matmul_proportion 0.1 0.2",
+     "replica's IPUs, 3"),
     ("--layers_per_ipu 1 1 1 --inference_layers_per_ipu 2 2", "--inference_layers_per_ipu 2 2",
      "the sum must be 3"),
     ("--layers_per_ipu 1 1 1 --max_seq_length 512", "--max_seq_length 512", "at most 64"), ]
@@ -180,6 +188,7 @@ def folder(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("command_line")
     (tmp / "list.yaml").write_text("- a\n- b\n")
     (tmp / "broken.yaml").write_text("a: [1\n")
+    (tmp / "twice.yaml").write_text("seed: 1\nseed: 2\n")
     (tmp / "unknown.yaml").write_text("learning_rat: 1\n")
     (tmp / "wrong_type.yaml").write_text("num_train_epochs: three\n")
     (tmp / "python_object.yaml").write_text(
@@ -282,6 +291,27 @@ def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
     _, ipu_config = parse_train(["--ipu_config", str(tmp_path)])
     assert ipu_config.layers_per_ipu == [5, 7] and ipu_config.ipus_per_replica is None
     assert "wibble" in caplog.text and "optimum_version" not in caplog.text
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_output_hides_what_is_printed_and_no_more(closed):
+    code = "import os, sys; from ipu_options.errors import run_script; " \
+        "run_script(lambda: print('out') or print('err', file=sys.stderr)); " \
+        "sys.exit(run_script(lambda: 3))"
+    done = subprocess.run(f'"{sys.executable}" -c "{code}" {closed}', shell=True, cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 3
+    assert done.stdout == "out\n" * (">&-" not in closed.split())
+    assert done.stderr == "err\n" * ("2>&-" not in closed)
+
+
+def test_a_learning_rate_that_destroys_a_model_is_named_once_with_the_usual_range(caplog):
+    parse_train(["--learning_rate", "0.01", "--optimizer", "lamb"])
+    assert not caplog.records
+    parse_train(["--learning_rate", "10"])
+    (line,) = caplog.records
+    assert line.getMessage() == (
+        "warning: --learning_rate 10 destroys a model: fine-tuning takes 1e-05 to 0.0001")
 
 
 def test_the_scripts_themselves_end_with_status_2_and_show_a_traceback_only_when_asked():

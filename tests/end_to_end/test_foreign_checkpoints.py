@@ -9,17 +9,19 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ipu_options.errors import UsageError
-from qa.model.pretrained import load_config, load_tokenizer
+from ipu_options.errors import RunError, UsageError
+from qa.model.pretrained import load_config, load_model, load_tokenizer, save_model
 from qa.settings import TrainSettings
 from tests.reference.loopback import Handler, serving
 from tests.reference.windows import tokenizer_of
@@ -34,6 +36,8 @@ class Hub(Handler):
     """The endpoints that reading a repository uses: its description, its tree and its files."""
 
     def do_GET(self):
+        if self.server.status != 200:
+            return self.send(b"<html>" + b"x" * 3000, self.server.status)
         path, models = self.path.split("?")[0].strip("/"), self.server.models
         self.server.asked.append(path)
         match = re.fullmatch(
@@ -67,7 +71,7 @@ class Hub(Handler):
 @pytest.fixture
 def hub():
     with serving(Hub) as server:
-        server.models, server.asked = {}, []
+        server.models, server.asked, server.status = {}, [], 200
         yield server
 
 
@@ -191,6 +195,17 @@ def test_what_the_hub_does_not_give_is_one_line(folders, run, hub, name, revisio
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("status, cause", [
+    (401, "no valid access token, give --hub_token"), (403, "access is forbidden"),
+    (429, "too many requests, try again later"), (503, "try again later")])
+def test_what_the_hub_answers_is_the_cause_and_not_that_it_is_silent(run, hub, status, cause):
+    hub.status = status
+    given, _, err = run("infer.py", *QUESTION, "--checkpoint", "ada/whole")
+    assert given == 1 and len(err.splitlines()) == 1 and len(err) < 300
+    assert f"the hub did not give it (it answers with status {status}: {cause})" in err
+
+
+@pytest.mark.slow
 def test_training_refuses_a_pickle_before_it_reads_data(folders, run, hub, tmp_path):
     hub.models = {"ada/pickled": folders / "pickled"}
     status, _, err = run("train.py", "--model_name_or_path", "ada/pickled", "--train_file",
@@ -202,7 +217,6 @@ def test_training_refuses_a_pickle_before_it_reads_data(folders, run, hub, tmp_p
 
 @pytest.mark.slow
 def test_the_command_that_converts_a_pickle_does(folders, run, tmp_path):
-    import shutil
     folder = tmp_path / "pickled"
     shutil.copytree(folders / "pickled", folder)
     status, _, err = run("infer.py", "--checkpoint", folder, *QUESTION)
@@ -211,6 +225,86 @@ def test_the_command_that_converts_a_pickle_does(folders, run, tmp_path):
     assert run("-c", code)[0] == 0
     status, out, _ = run("infer.py", "--checkpoint", folder, *QUESTION, "--precision", "float32")
     assert status == 0 and json.loads(out)["answer"] == answer_by_transformers(folders / "whole")
+
+
+def changed(folder, goal, **values):
+    """Copy a checkpoint to `goal` with other values in its config.json; returns its settings."""
+    shutil.copytree(folder, goal)
+    config = json.loads((goal / "config.json").read_text())
+    (goal / "config.json").write_text(json.dumps({**config, **values}))
+    return TrainSettings(model_name_or_path=str(goal), max_seq_length=64)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"num_hidden_layers": 4}, r"its weights lack roberta\.encoder\.layer\.3.* and 15 more"),
+    ({"intermediate_size": 48}, r"intermediate.dense.* another size .*\(32 .*and 48"),
+    ({"model_type": "camembert"}, None), ({"num_labels": 3}, None),
+    ({"num_hidden_layers": 2}, None)])
+def test_weights_are_those_of_config_json_or_refused(folders, tmp_path, capfd, values, message):
+    """No weight that config.json counts is random. A head has 2 outputs, whatever it counts."""
+    settings = changed(folders / "whole", tmp_path / "model", **values)
+    config = load_config(settings)
+    if message:
+        with pytest.raises(RunError, match=f"^--model_name_or_path .*{message}"):
+            load_model(settings, config)
+        return
+    model = load_model(settings, config)
+    save_model(model, tmp_path / "again")
+    stored = load_file(folders / "whole" / "model.safetensors")
+    saved = load_file(tmp_path / "again" / "model.safetensors")
+    prefix = {"camembert": "roberta"}.get(config.model_type, config.model_type)
+    assert saved and all(torch.equal(stored[name], weight) for name, weight in saved.items())
+    assert saved["qa_outputs.bias"].shape == (2, ) and f"{prefix}.embeddings" in str(list(saved))
+    said = capfd.readouterr().err.splitlines()  # and no progress bar of transformers
+    assert [line[:5] for line in said] == ["note:"] * (config.num_hidden_layers == 2)
+
+
+def test_a_head_of_another_kind_is_refused(folders, tmp_path):
+    settings = changed(folders / "whole", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(path), "qa_outputs.weight": torch.ones(3, 16)}, path, {"format": "pt"})
+    with pytest.raises(RunError, match=r"its head .* has not 2 outputs.*\(3 x 16 and 2 x 16\)"):
+        load_model(settings, load_config(settings))
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"hidden_size": 17}, "hidden_size is 17 .* a multiple of the 2 attention heads"),
+    ({"hidden_size": "16"}, "hidden_size is '16' .* a whole number"),
+    ({"pad_token_id": 400}, "pad_token_id is 400 .* less than vocab_size, which is 389"),
+    ({"max_position_embeddings": 9}, "max_position_embeddings is 9 .* at least 18"),
+    ({"hidden_act": "wibble"}, "activation 'wibble'; it should be one of gelu, "),
+    ({"layer_norm_eps": "1e-5"}, "layer_norm_eps is '1e-5' .* a number from 0 to 1"),
+    ({"add_cross_attention": True}, "it is a decoder")])
+def test_a_bad_value_in_config_json_is_the_cause_that_is_named(folders, tmp_path, values, message):
+    with pytest.raises(UsageError, match=f"^--model_name_or_path .*{message}"):
+        load_config(changed(folders / "whole", tmp_path / "model", **values))
+
+
+@pytest.mark.parametrize("command", [
+    ["train", "--model_name_or_path"], ["train", "--plan", "--model_name_or_path"],
+    ["infer", "--question", "Who?", "--context", "Ann", "--checkpoint"]])
+def test_a_model_that_cannot_run_is_refused_without_torch(folders, tmp_path, command):
+    changed(folders / "whole", tmp_path / "model", model_type="albert")
+    script, *flags = command
+    code = f"import sys, {script}\ntry:\n    {script}.main()\nexcept ValueError as error:\n" \
+        "    print('torch' in sys.modules, error)"
+    done = subprocess.run([sys.executable, "-c", code, *flags, str(tmp_path / "model")], cwd=ROOT,
+                          stdout=subprocess.PIPE, universal_newlines=True)
+    assert re.match("False .* is of the type albert: its layers share one set", done.stdout)
+
+
+def test_a_tokenizer_that_needs_a_package_is_refused_with_its_name(folders, tmp_path, monkeypatch):
+    settings = changed(folders / "whole", tmp_path / "model")
+    config = load_config(settings)
+    for path in (tmp_path / "model").glob("*"):
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    with pytest.raises(RunError, match="has no tokenizer.json; name a tokenizer by --tokenizer_"):
+        load_tokenizer(settings, config)
+    (tmp_path / "model" / "sentencepiece.bpe.model").write_bytes(b"")
+    monkeypatch.setattr("qa.model.pretrained.find_spec", lambda name: None)
+    with pytest.raises(RunError, match="only in sentencepiece.bpe.model, .* pip install sentence"):
+        load_tokenizer(settings, config)
 
 
 def refused_tokenizers():

@@ -60,7 +60,7 @@ def test_a_layout_that_does_not_add_up_is_refused(given, layers, ipus, message):
     (dict(gradient_accumulation_steps=6), "needs at least 7"),
     (dict(inference_device_iterations=3), "use at least 4"),
     (dict(replication_factor=2), "use at most 1"),
-    (dict(layers_per_ipu=[2, 2, 2, 2, 4]), "name at most 4 IPUs?, as in -1 -1 -1 -1"),
+    (dict(layers_per_ipu=[2, 2, 2, 2, 4]), "name no more than that, as in -1 -1 -1 -1"),
     (dict(embedding_ipu=4), "--embedding_ipu 4"),
 ])
 def test_a_pipeline_poptorch_would_refuse_is_refused_with_the_nearest_setting(change, message):

@@ -237,14 +237,15 @@ def test_a_layout_of_another_model_is_refused():
     ("t5", "it is a decoder.*roberta"), ("longformer", "has the families roberta, .*electra$")])
 def test_another_architecture_is_refused_with_the_reason(tmp_path, kind, reason):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=f"^.* {tmp_path} is a {kind} model: .*{reason}") as error:
+    with pytest.raises(UsageError, match=f"^.* {tmp_path} is of the type {kind}: .*{reason}"
+                       ) as error:
         load_config(TrainSettings(model_name_or_path=str(tmp_path)))
     assert "\n" not in str(error.value)
 
 
 def test_a_decoder_of_a_known_family_is_refused(tmp_path):
     AutoConfig.for_model("bert", is_decoder=True).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="is a bert model: it is a decoder"):
+    with pytest.raises(UsageError, match="is of the type bert: it is a decoder"):
         load_config(TrainSettings(model_name_or_path=str(tmp_path)))
 
 

@@ -56,6 +56,16 @@ def no_calibration(monkeypatch, tmp_path):
     monkeypatch.setenv("NUM_AVAILABLE_IPU", "4")
 
 
+def test_a_plan_that_this_machine_has_too_few_ipus_for_says_so(monkeypatch, capsys):
+    for available, note in (("2", "takes 4 IPUs, and NUM_AVAILABLE_IPU is 2: `python -m "
+                             "ipu_options search`"), ("4", None)):
+        monkeypatch.setenv("NUM_AVAILABLE_IPU", available)
+        assert main(["plan"]) == 0
+        said = capsys.readouterr().out
+        assert note in said if note else "NUM_AVAILABLE_IPU" not in said
+        assert "--pod_type" not in said
+
+
 def run_named(runs, name):
     return next(run for run in runs if run.name == name)
 

@@ -1,7 +1,9 @@
 """Checkpoints are read back bit for bit, survive kills and full disks, and do no harm if forged."""
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -25,10 +27,14 @@ from ipu_options import files, poptorch
 from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.errors import RunError, UsageError
 from ipu_options.options import training_options
+from qa.data.rows import TrainingRows
 from qa.run import checkpoint, state
 from qa.run.checkpoint import (
+    _AS_FLAGS,
+    Checkpoint,
     Checkpoints,
     Training,
+    _check_match,
     _rng_of_process,
     check_output_folder,
     find_checkpoint,
@@ -37,7 +43,7 @@ from qa.run.checkpoint import (
     load_checkpoint,
 )
 from qa.run.state import set_random_state
-from qa.settings import TrainSettings
+from qa.settings import MUST_MATCH, TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -666,6 +672,23 @@ def test_a_model_of_impossible_size_is_refused_by_name(tmp_path, name, value):
         load_config(model_at(tmp_path))
 
 
+def test_a_refused_resume_names_only_what_a_user_can_give():
+    """Every argument of the rows and every other setting that must match is a flag or in words."""
+    flags = {f.name for group in (TrainSettings, IPUConfig) for f in dataclasses.fields(group)
+             if "help" in f.metadata}
+    rows = set(inspect.signature(TrainingRows.__init__).parameters) - {
+        "self", "windows", "first_step"}
+    for name in (*rows, "data", *MUST_MATCH, "embedding_serialization_factor"):
+        assert name in flags or not _AS_FLAGS[name].startswith(f"--{name}"), name
+    then = Checkpoint(Path("c"), 1, {}, None, {}, {"must_match": {
+        "max_steps": -1, "row_length": 64, "micro_batches_per_update": 9}})
+    now = {"max_steps": 5, "row_length": 32, "micro_batches_per_update": 3}
+    with pytest.raises(UsageError, match=(
+            "--max_steps was not given, is 5; .*--gradient_accumulation_steps x "
+            r"--replication_factor\) was 9, is 3; --max_seq_length was 64, is 32\. ")):
+        _check_match(then, now)
+
+
 def test_damaged_files_of_a_model_are_one_line(tmp_path):
     from transformers import RobertaConfig
 
@@ -678,7 +701,7 @@ def test_damaged_files_of_a_model_are_one_line(tmp_path):
                     safetensors.torch.save({"a": torch.ones(9)})[:-4]):
         (tmp_path / "model.safetensors").write_bytes(content)
         for load in (load_model, load_tokenizer):
-            with pytest.raises(RunError, match="its folder should hold config.json") as refusal:
+            with pytest.raises(RunError, match="its (model|tokenizer) cannot be loaded") as refusal:
                 load(model_at(tmp_path), load_config(model_at(tmp_path)))
             assert "\n" not in str(refusal.value)
 

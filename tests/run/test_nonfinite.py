@@ -56,6 +56,8 @@ def test_divergence_and_overflow_are_told_apart():
     assert ("float16 overflowed" in message and "--loss_scaling 128" in message
             and "diverged" not in message)
     assert "\n" not in message
+    huge = explained(overflowed, learning_rate=1e-5, loss_scaling=1e300, precision="float16")
+    assert float(huge.split("--loss_scaling ")[1].split(",")[0]) < 65504 / math.log(384)
     steady = explained([2.0] * 8 + [math.nan], learning_rate=3e-3, loss_scaling=1.0,
                        precision="float32")
     assert "--learning_rate 0.001" in steady and "overflow" not in steady
