@@ -22,7 +22,7 @@ def start(script, *arguments):
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}",
          *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # if the tests run by nohup
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also under nohup
         universal_newlines=True)
 
 
