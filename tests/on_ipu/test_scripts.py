@@ -169,7 +169,7 @@ def test_overflow(demo, tmp_path, seen):
                                       "--watch_gradients", "true"))
     error = said.strip().splitlines()[-1]
     seen(error[:150])
-    assert status == 1 and "float16 overflowed" in error and "try --loss_scaling 1.25e+08" in error
+    assert status == 1 and "float16 overflowed" in error and "try --loss_scaling 8192" in error
     assert "error: step 1: the gradient of roberta.embeddings.LayerNorm.bias" in error
 
 
