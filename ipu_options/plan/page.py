@@ -27,6 +27,7 @@ _PART_STYLES = {
     **{kind: STYLES[kind] for kind in ("forward", "recompute", "backward")},
     "waiting for the slowest IPU": ("#ffffff", ""), "pipeline ramp": ("#ffffff", "\\\\\\\\"),
     "copies between IPUs": ("#b8860b", "xxxx"), "gradient reduction": ("#5b9bd5", "||||"),
+    "gradient reduction between hosts": ("#cfe8fa", "||||"),
     "weight update": STYLES["update"], "host": ("#bbbbbb", "++++")}
 # A row of a chart: its group (an IPU, a stage), its side, and {part: length}.
 Row = Tuple[str, str, Dict[str, float]]

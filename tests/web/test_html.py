@@ -6,7 +6,9 @@ import json
 import pytest
 
 from ipu_options.errors import UsageError
+from ipu_options.plan.page import views_of
 from qa.planning.commands import main
+from qa.planning.compare import flags_side
 from tests.planning.test_compare import write_run
 from tests.planning.test_planner import SMALL, no_calibration  # noqa: F401
 from tests.web.test_ask import browser  # noqa: F401
@@ -69,6 +71,18 @@ def test_a_page_shows_the_planned_figures_and_asks_no_one(
         assert len(weights) == 4 and "refused: --layers_per_ipu 1 1 1 2" in browser.page_source
     addresses = requests(browser)
     assert addresses and all(url.startswith(("file:", "data:", "blob:")) for url in addresses)
+
+
+@pytest.mark.parametrize("pod, hosts", [("pod4", 1), ("pod256", 4)])
+def test_every_part_of_an_update_is_shown(pod, hosts):
+    """Also what only several hosts have."""
+    side = flags_side("A", "", "flags", ["--config", "squad_large_384", "--pod_type", pod])
+    parts = {name: 1e3 * seconds for name, seconds in side.plan["update_parts_seconds"].items()
+             if seconds}
+    assert side.plan["hosts"] == hosts
+    assert ("gradient reduction between hosts" in parts) == (hosts > 1)
+    _, shown, *_ = views_of([side])
+    assert {trace["name"]: trace["x"][0] for trace in shown["data"]} == parts
 
 
 def test_another_ending_is_refused(tmp_path):
