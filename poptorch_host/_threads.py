@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,24 +50,21 @@ def _quota() -> float:
     That is cpu.max (v2) or cpu.cfs_quota_us / cpu.cfs_period_us (v1) of its cgroup and of all above
     it (cgroups(7)). A container often sees its own cgroup at the top of the file system.
     """
-    try:
-        groups = [line.split(":", 2)[1:] for line in _OWN_CGROUPS.read_text().splitlines()]
-    except OSError:
-        groups = []
-    folders = [(_CGROUPS, ""), (_CGROUPS / "cpu", "")] + [
-        (_CGROUPS / "cpu" if controllers else _CGROUPS, path)
-        for controllers, path in groups if "cpu" in controllers.split(",") or not controllers]
-    quotas = [math.inf]
-    for top, path in folders:
-        steps = [step for step in path.split("/") if step]
-        for depth in range(len(steps) + 1):
-            folder = top.joinpath(*steps[:depth])
-            for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-                try:
-                    quota, period = " ".join(
-                        (folder / file).read_text() for file in files).split()
-                    if float(quota) > 0:
-                        quotas.append(float(quota) / float(period))
-                except (OSError, ValueError):  # no such file, or "max"
-                    continue
-    return min(quotas)
+    folders = {_CGROUPS, _CGROUPS / "cpu"}
+    with suppress(OSError):
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "cpu" in controllers.split(","):
+                own = (_CGROUPS / "cpu" if controllers else _CGROUPS) / path.strip("/")
+                folders.update((own, *own.parents))
+    return min(map(_quota_of, folders))
+
+
+def _quota_of(folder: Path) -> float:
+    """Return the processors that the files of one cgroup name, or infinity."""
+    for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = " ".join((folder / file).read_text() for file in files).split()
+            if float(quota) > 0:
+                return float(quota) / float(period)
+    return math.inf
