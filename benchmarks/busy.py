@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 from benchmarks.measure import compare, machine
+from benchmarks.training import trainer_on_demo
 from qa.data.demo import write_demo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,13 +39,8 @@ def windows_per_second(side: str, folder: Path, steps: int, prefix: List[str]) -
     """Return the windows/s of one run of `steps` weight updates of about 32 windows."""
     environment = {name: value for name, value in os.environ.items()
                    if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")}
-    command = [
+    command = trainer_on_demo(folder) if side == TRAINER else [
         "train.py", "--config", "demo", "--do_train", "--overwrite_output_dir"]
-    if side == TRAINER:
-        command = [
-            "-m", "benchmarks.trainer", "--model", folder / "model", "--train_file",
-            folder / "train.json", "--batch_size", "32", "--max_seq_length", "64", "--doc_stride",
-            "16", "--learning_rate", "2e-3"]
     said = subprocess.run(
         [*prefix, sys.executable, *map(str, command), "--max_steps", str(steps), "--output_dir",
          str(folder / "out")], cwd=ROOT, check=True, stdout=subprocess.PIPE,

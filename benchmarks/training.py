@@ -96,18 +96,23 @@ def shape_job(folder: Path, seed: int, layers: int, questions: int) -> Dict[str,
             "--micro_batch_size", "8", "--gradient_accumulation_steps", "4", *ONE_IPU], }
 
 
-def demo_job(folder: Path, seed: int) -> Dict[str, List[str]]:
-    """The commands of the job `demo`.
+def trainer_on_demo(folder: Path) -> List[str]:
+    """The command of Trainer on what write_demo has written to `folder`.
 
-    Trainer pads to 64 tokens, since no window of the demo is longer.
+    It pads to 64 tokens, since no window of the demo is longer.
     """
+    return [
+        "-m", "benchmarks.trainer", "--model", folder / "model", "--train_file",
+        folder / "train.json", "--batch_size", "32", "--max_seq_length", "64", "--doc_stride", "16",
+        "--learning_rate", "2e-3"]
+
+
+def demo_job(folder: Path, seed: int) -> Dict[str, List[str]]:
+    """The commands of the job `demo`."""
     from qa.data.demo import write_demo
 
     write_demo(folder, seed=seed)
-    trainer = [
-        "-m", "benchmarks.trainer", "--model", folder / "model", "--train_file",
-        folder / "train.json", "--batch_size", "32", "--max_seq_length", "64", "--doc_stride", "16",
-        "--num_train_epochs", "3", "--learning_rate", "2e-3"]
+    trainer = [*trainer_on_demo(folder), "--num_train_epochs", "3"]
     return {
         PADDED: trainer, **{side: trainer + flags for side, flags in BEST.items()},
         # 7 packed rows hold 31 windows.
