@@ -200,9 +200,9 @@ class IPUConfig(Settings):
         """Return all fields by name, as ipu_config.json holds them."""
         return self.values()
 
-    def write(self, folder: Union[str, Path]) -> None:
-        """Write `folder`/ipu_config.json. Raises OSError."""
-        write_json(Path(folder) / IPU_CONFIG_NAME, dict(sorted(self.to_dict().items())))
+    def write(self, path: Union[str, Path]) -> None:
+        """Write the file `path`, an ipu_config.json. Raises OSError."""
+        write_json(path, dict(sorted(self.to_dict().items())))
 
 
 @dataclass(frozen=True)

@@ -132,9 +132,7 @@ def check_questions(settings: Any) -> None:
         for name in ("question", "input_file"):
             if getattr(settings, name) is not None:
                 raise UsageError(f"--web and --{name} exclude each other: leave one out")
-        if find_spec("dash") is None:
-            raise UsageError("--web needs the package dash: pip install -r requirements-pages.txt")
-        listen(settings.host, settings.port).close()  # found early: a model takes long to load
+        check_page("--web", settings.host, settings.port)
     if settings.question is not None and settings.context is None and settings.context_file is None:
         raise UsageError("--question comes without its text: add --context or --context_file")
     if processes.count() > 1 and settings.input_file is None:
@@ -159,6 +157,16 @@ def check_questions(settings: Any) -> None:
         except UnicodeError:
             raise UsageError(f"--{name} is not valid UTF-8: give its text in that "
                              f"encoding") from None
+
+
+def check_page(what: str, host: str, port: int) -> None:
+    """Raise UsageError if `what` cannot serve its page on host:port.
+
+    It is found out early, because to load or to count a model takes seconds.
+    """
+    if find_spec("dash") is None:
+        raise UsageError(f"{what} needs the package dash: pip install -r requirements-pages.txt")
+    listen(host, port).close()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from ipu_options.config import IPUConfig
+from ipu_options.config import IPU_CONFIG_NAME, IPUConfig
 from ipu_options.errors import RunError, UsageError
 from ipu_options.flags import Settings
 from ipu_options.hub import checkpoint_folder
@@ -130,7 +130,7 @@ def write_checkpoint_files(model: ForSpans, tokenizer, ipu_config: IPUConfig,
     """
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
-    ipu_config.write(folder)
+    ipu_config.write(Path(folder) / IPU_CONFIG_NAME)
     write_qa_settings(settings, folder)
 
 

@@ -17,13 +17,12 @@ import math
 import sys
 import time
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from typing import Any, Dict, List, Optional, Tuple
 
 from ipu_options.config import POD_IPUS, IPUConfig, pod_of
 from ipu_options.errors import UsageError
-from ipu_options.files import write_json, writing
-from qa.checks import listen
+from ipu_options.files import writing
+from qa.checks import check_page
 from qa.model.families import check_checkpoint
 from qa.planning.flags import (
     CalibrateSettings,
@@ -99,7 +98,7 @@ def search(argv: List[str]) -> int:
     if searching.write:
         found = settings_of(plans[0], ipu_config, ipus)
         with writing(f"--write {searching.write}"):
-            write_json(searching.write, dict(sorted(found.to_dict().items())))
+            found.write(searching.write)
         print(f"wrote {searching.write}; " +
               _how_to_train(searching, plans[0], settings, ipu_config, found, ipus),
               file=sys.stderr)
@@ -122,9 +121,7 @@ def explore(argv: List[str]) -> int:
     """Change a plan on a page of this machine, and see at once what it does."""
     settings, _, _, exploring = _parse(argv, explore, JobSettings, ExploreSettings)
     _refuse_trace(settings, "explore")
-    if find_spec("dash") is None:
-        raise UsageError("explore needs the package dash: pip install -r requirements-pages.txt")
-    listen("127.0.0.1", exploring.port).close()  # found early: to count a model takes seconds
+    check_page("explore", "127.0.0.1", exploring.port)
     from qa.planning.explore import serve_planner
     from qa.run.process import StopSignals
     with StopSignals():

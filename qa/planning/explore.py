@@ -16,7 +16,7 @@ from dash.exceptions import PreventUpdate
 
 from ipu_options.config import POD_IPUS, IPUConfig, pod_of
 from ipu_options.errors import RunError, UsageError
-from ipu_options.files import write_json, writing
+from ipu_options.files import writing
 from ipu_options.plan.advice import changes, describe
 from ipu_options.plan.compare import Side, comparison_text
 from ipu_options.plan.page import PLOT_CONFIG, timeline, views_of
@@ -159,7 +159,7 @@ def save(made: Planned, file: str) -> str:
     """
     found = settings_of(made.plan, made.ipu_config, made.plan.job.ipus)
     with writing(f"--write {file}"):
-        write_json(file, dict(sorted(found.to_dict().items())))
+        found.write(file)
     return f"Wrote {file}. Train with it: {command(made, file)}"
 
 
@@ -191,8 +191,6 @@ def make_app(base: Planned, file: str) -> Any:
     """Return the page. base: the plan to begin with. file: what Save writes."""
     app = new_page("Explore a plan", _layout(base), _STYLE, on_error=_show_error)
     inputs = {name: Input(name, "value") for name in FIELDS}
-    states = {name: State(name, "value") for name in FIELDS}
-    into_fields = {name: Output(name, "value", allow_duplicate=True) for name in FIELDS}
 
     @app.callback(
         output={**{name: Output(name, "children") for name in (
@@ -221,6 +219,15 @@ def make_app(base: Planned, file: str) -> Any:
             raise PreventUpdate  # a button that was pressed keeps the keyboard's focus
         return _moves(ipus)
 
+    _add_actions(app, base, file)
+    return app
+
+
+def _add_actions(app: Any, base: Planned, file: str) -> None:
+    """Add what the buttons do. The arguments are those of `make_app`, and its page."""
+    states = {name: State(name, "value") for name in FIELDS}
+    into_fields = {name: Output(name, "value", allow_duplicate=True) for name in FIELDS}
+
     @app.callback(output=into_fields, inputs={
         "moves": Input({"from": ALL, "to": ALL}, "n_clicks"),
         "offers": Input({"flags": ALL}, "n_clicks"), "values": states}, prevent_initial_call=True)
@@ -230,13 +237,8 @@ def make_app(base: Planned, file: str) -> Any:
         pressed = ctx.triggered_id
         if "flags" in pressed:
             return filled(values, pressed["flags"])
-        layers = {place: int(text) for place, text in enumerate(
-            values["layers_per_ipu"].split()) if text.isdigit()}
-        if not layers.get(pressed["from"]) or pressed["to"] not in layers:
-            raise UsageError(f"IPU {pressed['from']} has no layer to move")
-        layers[pressed["from"]] -= 1
-        layers[pressed["to"]] += 1
-        return {**values, "layers_per_ipu": value_text(list(layers.values()))}
+        return {**values, "layers_per_ipu": moved(values["layers_per_ipu"], pressed["from"],
+                                                  pressed["to"])}
 
     @app.callback(output=into_fields, inputs={"clicks": Input("search", "n_clicks"),
                                               "values": states}, prevent_initial_call=True,
@@ -256,7 +258,16 @@ def make_app(base: Planned, file: str) -> Any:
     def write_pipeline(clicks: int, values: Dict[str, Any]) -> str:
         return save(plan_of(with_values(base, values)), file)
 
-    return app
+
+def moved(layers_per_ipu: str, start: int, end: int) -> str:
+    """Return a split with a layer moved from IPU `start` to IPU `end`. Raises UsageError."""
+    layers = {place: int(text) for place, text in enumerate(layers_per_ipu.split())
+              if text.isdigit()}
+    if not layers.get(start) or end not in layers:
+        raise UsageError(f"IPU {start} has no layer to move")
+    layers[start] -= 1
+    layers[end] += 1
+    return value_text(list(layers.values()))
 
 
 def shown(made: Planned, pinned: Optional[List[str]] = None) -> Dict[str, Any]:

@@ -98,7 +98,7 @@ def test_the_published_ipu_config_is_read_and_written(tmp_path):
         "pod4").replication_factor == 1
     assert training_pipeline(config.for_pod("pod16"), 12, "pod16").layout == make_layout(
         [0, 4, 4, 4], 12)
-    config.write(tmp_path)
+    config.write(tmp_path / "ipu_config.json")
     assert IPUConfig(**read_ipu_config(str(tmp_path / "ipu_config.json"))) == config
 
 
