@@ -11,59 +11,64 @@ import torch
 
 from ipu_options.ipu_kernels import MASKED, Kernels
 
-# The time of one more iteration of the loop over windows, as the number of attention scores that
-# are computed in the same time (measured, 1 thread).
-LOOP_COST = 25_000
+# One more group of windows takes about as long as this number of attention scores of each head
+# (measured, 1 thread, 4 and 12 heads).
+GROUP_COST = 2_000
 
 
-class Windows(NamedTuple):
-    """The windows of some rows: int [B, S] with a number for each token, and `_spans` of it."""
+class Group(NamedTuple):
+    """Windows of about the same length, whose attention is computed together.
 
-    ids: torch.Tensor
-    spans: List[Tuple[int, int, int]]
+    length: the tokens of the longest one. spans: (first token, token after the last) of each window
+    in the rows joined end to end. padding: what is added to the attention scores of the shorter
+    windows, [windows, 1, 1, length]; None if all are equally long.
+    """
+
+    length: int
+    spans: List[Tuple[int, int]]
+    padding: Optional[torch.Tensor]
 
 
-def window_mask(window_ids: torch.Tensor, dtype: torch.dtype) -> Windows:
-    """Return the windows that attention is restricted to.
+def window_mask(window_ids: torch.Tensor, dtype: torch.dtype) -> List[Group]:
+    """Return the windows that attention is restricted to, grouped by their length.
 
     window_ids: int [B, S]; the tokens of a window are consecutive and share a number, 0 is padding.
+    A window joins a group if the scores of its padding take less time than one more group.
     """
-    return Windows(window_ids, _spans(window_ids))
+    spans = sorted(_spans(window_ids), key=lambda span: span[0] - span[1])
+    groups: List[Group] = []
+    while spans:
+        longest = spans[0][1] - spans[0][0]
+        count = next((index for index, (begin, end) in enumerate(spans)
+                      if longest ** 2 - (end - begin) ** 2 > GROUP_COST), len(spans))
+        lengths = torch.tensor([[end - begin] for begin, end in spans[:count]])
+        padding = None
+        if lengths[-1] < longest:
+            padding = ((torch.arange(longest) >= lengths) * MASKED).to(dtype)[:, None, None]
+        groups.append(Group(longest, spans[:count], padding))
+        spans = spans[count:]
+    return groups
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, windows: Windows,
-              dropout_p: float = 0.0, training: bool = False) -> torch.Tensor:
+def attention(qkv: torch.Tensor, heads: int, groups: List[Group], dropout_p: float = 0.0,
+              training: bool = False) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) within each window of a row.
 
-    query, key, value: [B, heads, S, head_dim]. windows: of `window_mask`. dropout_p: dropout of the
-    probabilities, applied if `training`. Returns [B, heads, S, head_dim]; the values at padding are
-    finite but have no meaning.
-
-    Attention is computed window by window where that skips enough scores between windows to pay for
-    the loop, else with a mask.
+    qkv: [B, S, 3 * width], query, key and value. groups: of `window_mask`. dropout_p: dropout of
+    the probabilities, applied if `training`. Returns [B, S, width]; it is 0 at padding.
     """
-    dropout_p = dropout_p if training else 0.0
-    window_ids, spans = windows
-    batch, heads, length, _ = query.shape
-    # Scores between tokens of different windows, which the loop over windows does not compute.
-    saved = heads * (batch * length * length - sum((end - begin) ** 2 for _, begin, end in spans))
-    if saved > LOOP_COST * len(spans):
-        return _ByWindow.apply(query, key, value, spans, dropout_p)
-    same_window = (window_ids.unsqueeze(2) == window_ids.unsqueeze(1)).unsqueeze(1)
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
-    probabilities = torch.softmax(scores.masked_fill(~same_window, MASKED), dim=-1)
-    return torch.matmul(dropout(probabilities, dropout_p), value)
+    return _ByGroup.apply(qkv, heads, groups, dropout_p if training else 0.0)
 
 
 def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True) -> torch.Tensor:
     """torch.nn.functional.dropout with a cheaper mask (see keep_mask), for any shape."""
-    return input * keep_mask(input, p) if training and p else input
+    return input * keep_mask(input, p).mul_(1 / (1 - p)) if training and p else input
 
 
 def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
-    """Return a dropout mask that is 0 with probability p and 1 / (1 - p) elsewhere.
+    """Return a mask that is 1, or 0 with probability p rounded to a multiple of 1/65536.
 
-    The mask has the shape and type of `like`; p is rounded to a multiple of 1/65536.
+    It has the shape and type of `like`.
 
     Each 64-bit number of NumPy's SFC64, seeded by torch's generator, gives four 16-bit numbers. The
     comparison writes to the mask directly, because PyTorch takes longer to convert bool to bfloat16
@@ -74,63 +79,93 @@ def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
     draws = torch.from_numpy(
         numpy.random.SFC64(seed).random_raw((like.numel() + 3) // 4).view(numpy.int16))
     mask = torch.empty(like.shape, dtype=like.dtype)
-    torch.ge(draws[:like.numel()].view(like.shape), round(p * 65536) - 32768, out=mask)
-    return mask.mul_(1.0 / (1.0 - p))
+    return torch.ge(draws[:like.numel()].view(like.shape), round(p * 65536) - 32768, out=mask)
 
 
-def _spans(window_ids: torch.Tensor) -> List[Tuple[int, int, int]]:
-    """Return (row, first token, token after the last) of every window, without padding."""
+def _spans(window_ids: torch.Tensor) -> List[Tuple[int, int]]:
+    """Return (first token, token after the last) of every window in the rows joined end to end."""
     rows, length = window_ids.shape
     edges = torch.ones(rows, length + 1, dtype=torch.bool)
     edges[:, 1:-1] = window_ids[:, 1:] != window_ids[:, :-1]
-    positions = edges.nonzero().tolist()
-    spans = [(row, begin, end) for (row, begin), (other, end) in zip(positions, positions[1:])
-             if row == other]
-    real = window_ids.flatten()[[row * length + begin for row, begin, _ in spans]].tolist()
-    return [span for span, window in zip(spans, real) if window]
+    places = [row * length + place for row, place in edges.nonzero().tolist()]
+    windows = window_ids.flatten().tolist()
+    # The end of a row and the begin of the next are the same place.
+    return [(begin, end) for begin, end in zip(places, places[1:])
+            if begin < end and windows[begin]]
 
 
-class _ByWindow(torch.autograd.Function):
-    """Attention computed window by window, with a backward pass written by hand.
+class _ByGroup(torch.autograd.Function):
+    """Attention computed group by group, with a backward pass written by hand.
 
     The backward pass of autograd's slices would fill a zero tensor of the full size per window.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, spans, dropout_p):
-        scale = query.shape[-1] ** -0.5
-        out = torch.zeros_like(query.transpose(1, 2),
-                               memory_format=torch.contiguous_format).transpose(1, 2)
-        probabilities: List[torch.Tensor] = []
-        masks: List[Optional[torch.Tensor]] = []
-        for row, begin, end in spans:
-            q, k, v = (t[row, :, begin:end].contiguous() for t in (query, key, value))
-            probabilities.append(
-                torch.softmax(torch.matmul(q, k.transpose(1, 2)).mul_(scale), dim=-1))
-            masks.append(keep_mask(probabilities[-1], dropout_p) if dropout_p else None)
-            kept = probabilities[-1] if masks[-1] is None else probabilities[-1] * masks[-1]
-            out[row, :, begin:end] = torch.matmul(kept, v)
-        ctx.save_for_backward(query, key, value)
-        ctx.spans, ctx.probabilities, ctx.masks = spans, probabilities, masks
-        return out
+    def forward(ctx, qkv, heads, groups, dropout_p):
+        rows, length, width = qkv.shape
+        tokens = qkv.reshape(rows * length, width)
+        out = tokens.new_zeros(rows * length, width // 3)
+        ctx.heads, ctx.groups, ctx.saved = heads, groups, []
+        ctx.scale, ctx.kept_scale = (width // 3 // heads) ** -0.5, 1 / (1 - dropout_p)
+        for group in groups:
+            # The factors are taken into the query and the value, which are smaller than the scores.
+            query, key, value = parts = _take(tokens, group, 3, heads)
+            scores = torch.bmm(query.mul_(ctx.scale), key.transpose(1, 2))
+            if group.padding is not None:
+                scores.view(-1, heads, group.length, group.length).add_(group.padding)
+            probabilities, mask = torch.softmax(scores, dim=-1), None
+            if dropout_p:
+                mask = keep_mask(probabilities, dropout_p)
+                value.mul_(ctx.kept_scale)
+            _put(out, torch.bmm(_masked(probabilities, mask), value), group, 1, heads)
+            ctx.saved.append((parts, probabilities, mask))
+        return out.view(rows, length, -1)
 
     @staticmethod
     def backward(ctx, grad):
-        query, key, value = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5
-        grads = [torch.zeros_like(t) for t in (query, key, value)]
-        for (row, begin, end), probability, mask in zip(ctx.spans, ctx.probabilities, ctx.masks):
-            q, k, v, g = (t[row, :, begin:end].contiguous() for t in (query, key, value, grad))
-            kept = probability if mask is None else probability * mask
-            grads[2][row, :, begin:end] = torch.matmul(kept.transpose(1, 2), g)
-            g_probability = torch.matmul(g, v.transpose(1, 2))
+        rows, length, width = grad.shape
+        tokens = grad.reshape(rows * length, width)
+        out = tokens.new_zeros(rows * length, 3 * width)
+        for group, (parts, probabilities, mask) in zip(ctx.groups, ctx.saved):
+            query, key, value = parts
+            g_out, = _take(tokens, group, 1, ctx.heads)
+            g_query, g_key, g_value = grads = torch.empty_like(parts)
+            torch.bmm(_masked(probabilities, mask).transpose(1, 2), g_out, out=g_value)
+            g_value.mul_(ctx.kept_scale)
+            g_probabilities = torch.bmm(g_out, value.transpose(1, 2))
             if mask is not None:
-                g_probability.mul_(mask)
-            g_scores = torch._softmax_backward_data(g_probability, probability, -1,
-                                                    probability.dtype).mul_(scale)
-            grads[0][row, :, begin:end] = torch.matmul(g_scores, k)
-            grads[1][row, :, begin:end] = torch.matmul(g_scores.transpose(1, 2), q)
-        return (*grads, None, None)
+                g_probabilities.mul_(mask)
+            g_scores = torch._softmax_backward_data(g_probabilities, probabilities, -1,
+                                                    probabilities.dtype)
+            torch.bmm(g_scores, key, out=g_query).mul_(ctx.scale)
+            torch.bmm(g_scores.transpose(1, 2), query, out=g_key)
+            _put(out, grads, group, 3, ctx.heads)
+        return out.view(rows, length, -1), None, None, None
+
+
+def _masked(probabilities: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+    return probabilities if mask is None else probabilities * mask
+
+
+def _take(tokens: torch.Tensor, group: Group, parts: int, heads: int) -> torch.Tensor:
+    """Return a group's part of [tokens, parts * heads * head_dim], 0 at padding.
+
+    Its shape is [parts, windows * heads, length, head_dim].
+    """
+    taken = tokens.new_zeros if group.padding is not None else tokens.new_empty
+    out = taken((parts, len(group.spans), heads, group.length, tokens.shape[1] // parts // heads))
+    for window, (begin, end) in enumerate(group.spans):
+        out[:, window, :, :end - begin] = tokens[begin:end].view(
+            end - begin, parts, heads, -1).permute(1, 2, 0, 3)
+    return out.flatten(1, 2)
+
+
+def _put(tokens: torch.Tensor, values: torch.Tensor, group: Group, parts: int, heads: int) -> None:
+    """Write what has the form of `_take`'s result back to the places it was taken from."""
+    values = values.view(parts, -1, heads, *values.shape[-2:])
+    for window, (begin, end) in enumerate(group.spans):
+        tokens[begin:end].view(end - begin, parts, heads, -1).copy_(
+            values[:, window, :, :end - begin].permute(2, 0, 1, 3))
 
 
 HOST_KERNELS = Kernels(attention, dropout, window_mask)

@@ -36,16 +36,22 @@ class Kernels(NamedTuple):
     window_mask: Callable[[torch.Tensor, torch.dtype], Any] = window_mask
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor,
-              dropout_p: float = 0.0, training: bool = False) -> torch.Tensor:
+def attention(qkv: torch.Tensor, heads: int, mask: torch.Tensor, dropout_p: float = 0.0,
+              training: bool = False) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) within each window of a row.
 
-    query, key, value: [B, heads, S, head_dim]. mask: of `window_mask`. dropout_p: dropout of the
-    probabilities, applied if `training`. Returns [B, heads, S, head_dim].
+    qkv: [B, S, 3 * width], query, key and value. mask: of `window_mask`. dropout_p: dropout of the
+    probabilities, applied if `training`. Returns [B, S, width].
     """
+    batch, length, width = qkv.shape
+    # split becomes slices. unbind would become gathers, which PopTorch joins to a single one over
+    # three copies of its input (SliceOps.cpp, unbindHandler; GNNOptimizations.cpp).
+    query, key, value = (part.view(batch, length, heads, -1).transpose(1, 2)
+                         for part in qkv.split(width // 3, dim=-1))
     scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + mask
     probabilities = dropout(torch.softmax(scores, dim=-1), dropout_p, training)
-    return torch.matmul(probabilities, value)
+    mixed = torch.matmul(probabilities, value)
+    return mixed.transpose(1, 2).reshape(batch, length, width // 3)
 
 
 IPU_KERNELS = Kernels(attention, dropout)

@@ -59,13 +59,15 @@ class Weight:
     host: the user's tensor.
     working: the device's tensor that the model runs with.
     value: the tensor that the optimizer updates. It is float32 if the host's tensor is float16;
-        otherwise it shares its memory with `working`.
+        otherwise it shares its type with the host's.
     type: the type of PopTorch's tensor.
-    has_copy: whether `working` is a separate copy of `value`: only if the host's tensor is float16.
+    is_half: whether the host's tensor is float16.
+    has_copy: whether `working` is a separate copy of `value`: only if float16 is bfloat16 here.
     replicas: the `working` tensors of all replicas for a buffer that each replica changes for
         itself, otherwise `working` alone.
     gradient: the accumulated gradient, in the type of `value`, where autograd cannot accumulate it
         in place.
+    spare: a tensor to accumulate sparse gradients in, of any content: that of the last update.
     nonfinite: which elements of PopART's accumulator are not finite; None if all are finite (see
         Device._keep_nonfinite).
     """
@@ -73,23 +75,21 @@ class Weight:
     def __init__(self, name: str, host: torch.Tensor):
         self.name, self.host = name, host
         self.is_parameter = isinstance(host, torch.nn.Parameter)
-        value = host.detach()
-        if value.dtype == torch.float16:
-            self.value = value.float()
-            self.working = self.value.to(half_type(), copy=True)
-        else:
-            self.value = self.working = value.clone()
+        self.is_half = host.dtype == torch.float16
+        self.has_copy = self.is_half and half_type() != torch.float32
+        self.value = host.detach().float() if self.is_half else host.detach().clone()
+        self.working = self.value.to(half_type()) if self.has_copy else self.value
         if self.is_parameter:
             self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
-        self.has_copy = host.dtype == torch.float16
         self.type = output_type(host.dtype)
         self.replicas: List[torch.Tensor] = [self.working]
         self.gradient: Optional[torch.Tensor] = None
+        self.has_sparse_gradient, self.spare = False, None
         self.nonfinite: Optional[torch.Tensor] = None
 
     def traced(self) -> torch.Tensor:
         """Return a new tensor that stands for `working` in the trace, in bfloat16 for float16."""
-        traced = self.value.to(torch.bfloat16 if self.has_copy else self.value.dtype, copy=True)
+        traced = self.value.to(torch.bfloat16 if self.is_half else self.value.dtype, copy=True)
         return torch.nn.Parameter(
             traced, self.working.requires_grad) if self.is_parameter else traced
 
@@ -126,7 +126,10 @@ class Weight:
             return
         self.working.grad = None
         if gradient.is_sparse:
-            self.gradient = torch.zeros_like(self.value) if self.gradient is None else self.gradient
+            if self.gradient is None:
+                self.gradient = (torch.zeros_like(self.value) if self.spare is None else
+                                 self.spare.zero_())
+                self.has_sparse_gradient, self.spare = True, None
             self.gradient.index_add_(0,
                                      gradient._indices()[0],
                                      gradient._values().to(self.gradient.dtype))
@@ -236,7 +239,7 @@ class Device:
         """
         rngs = list(self.rngs)
         saved = [(w, w.working) for w in self.weights.values() if not w.is_parameter
-                 or w.has_copy and w.working.dtype != torch.bfloat16]
+                 or w.is_half and w.working.dtype != torch.bfloat16]
         for weight, _ in saved:
             weight.working = weight.traced()  # a new tensor starts with _version 0
         try:
@@ -320,7 +323,7 @@ class Device:
         state = {
             f"{slot}___{w.name}": self.state[w.name][slot].clone() for w, _ in self.trained
             for slot in self.state[w.name]}
-        state.update({f"Master___{w.name}": w.value.clone() for w, _ in self.trained if w.has_copy})
+        state.update({f"Master___{w.name}": w.value.clone() for w, _ in self.trained if w.is_half})
         return {
             "ipu_state": state, "ipu_param": _hyperparameters.parameters(self.settings, self.hyper)}
 
@@ -335,7 +338,7 @@ class Device:
             for slot, tensor in self.state[weight.name].items():
                 tensor.copy_(state["ipu_state"].get(f"{slot}___{weight.name}", tensor))
             master = state["ipu_state"].get(f"Master___{weight.name}")
-            if weight.has_copy and master is not None and torch.equal(master.half(),
+            if weight.is_half and master is not None and torch.equal(master.half(),
                                                                       weight.value.half()):
                 weight.value.copy_(master)
                 weight.refresh()
@@ -408,8 +411,10 @@ class Device:
             for hyper, members in groups.items():
                 _formulas.apply(self.settings, dict(hyper), [w.value for w, _ in members],
                                 [g for _, g in members], [self.state[w.name] for w, _ in members])
-            for weight, _ in ready:
+            for weight, gradient in ready:
                 weight.refresh()
+                if weight.has_sparse_gradient:
+                    weight.spare = gradient
 
     def trainer(self) -> Any:
         """Return the executor that trains the weights of this inference model, or None.

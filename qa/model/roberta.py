@@ -101,15 +101,8 @@ class EncoderLayer(nn.Module):
         parts = self.parts
         weight = torch.cat((parts.query.weight, parts.key.weight, parts.value.weight))
         bias = torch.cat((parts.query.bias, parts.key.bias, parts.value.bias))
-        batch, length, width = hidden.shape
-        # split becomes slices. unbind would become gathers, which PopTorch joins to a single one
-        # over three copies of its input (SliceOps.cpp, unbindHandler; GNNOptimizations.cpp).
-        fused = nn.functional.linear(hidden, weight, bias).split(width, dim=-1)
-        query, key, value = (part.view(batch, length, self.heads, -1).transpose(1, 2)
-                             for part in fused)
-        mixed = self.kernels.attention(query, key, value, mask, parts.attention_dropout.p,
-                                       self.training)
-        return mixed.transpose(1, 2).reshape(batch, length, width)
+        return self.kernels.attention(nn.functional.linear(hidden, weight, bias), self.heads, mask,
+                                      parts.attention_dropout.p, self.training)
 
 
 class ForSpans:

@@ -110,8 +110,9 @@ def test_only_supported_operations_and_types_and_no_dependence_on_data(windows, 
 
 
 def test_what_poptorch_cannot_do_is_noticed():
-    def strange(query, key, value, window_ids, dropout_p=0.0, training=False):
+    def strange(qkv, heads, mask, dropout_p=0.0, training=False):
         # PopTorch has no handler for sinc, and PyTorch does not decompose it.
+        query, _, value = qkv.chunk(3, dim=-1)
         return value * torch.special.sinc(query).double().sum().half()
 
     found = graph(1, True, 1, Kernels(strange, IPU_KERNELS.dropout))
@@ -120,16 +121,16 @@ def test_what_poptorch_cannot_do_is_noticed():
 
 
 def test_a_branch_on_a_tensors_value_is_noticed():
-    def branches(query, key, value, window_ids, dropout_p=0.0, training=False):
-        return query if window_ids.max() > 1 else value
+    def branches(qkv, heads, mask, dropout_p=0.0, training=False):
+        return qkv.chunk(3, dim=-1)[0 if mask.max() > 1 else 2]
 
     with pytest.raises((RuntimeError, NotImplementedError)):
         graph(1, True, 1, Kernels(branches, IPU_KERNELS.dropout))
 
 
 def test_a_shape_that_depends_on_data_is_noticed():
-    def selects(query, key, value, window_ids, dropout_p=0.0, training=False):
-        return query[window_ids.nonzero()]
+    def selects(qkv, heads, mask, dropout_p=0.0, training=False):
+        return qkv[mask.nonzero()]
 
     with pytest.raises((RuntimeError, NotImplementedError)):
         graph(1, True, 1, Kernels(selects, IPU_KERNELS.dropout))

@@ -185,9 +185,9 @@ def test_a_mask_is_made_once_in_each_stage_and_used_there(layers_per_ipu, kernel
         made.append((current[0], kernels.window_mask(window_ids, dtype)))
         return made[-1][1]
 
-    def attention(query, key, value, mask, *rest):
+    def attention(qkv, heads, mask, *rest):
         used.append((current[0], mask))
-        return kernels.attention(query, key, value, mask, *rest)
+        return kernels.attention(qkv, heads, mask, *rest)
 
     model = tiny(layers=4, kernels=Kernels(attention, kernels.dropout, window_mask)).eval()
     for block in parallelize(model, make_layout(layers_per_ipu, 4)):

@@ -1,19 +1,14 @@
-"""poptorch_host's optimizers, data loader, blocks, and the host's attention and dropout kernels.
-
-They are compared with PyTorch's own or with their definitions.
-"""
+"""poptorch_host's optimizers, data loader and blocks, against PyTorch's own or definitions."""
 from __future__ import annotations
 
 import copy
 import gc
-import math
 import multiprocessing
 
 import pytest
 import torch
 
 import poptorch_host as poptorch
-from ipu_options import host_kernels as kernels
 from poptorch_host import _formulas, blocks
 
 
@@ -313,55 +308,3 @@ def test_begin_block_is_put_on_once_and_taken_off():
         poptorch.BeginBlock(model[1])
     poptorch.removeBlocks(model)
     assert recorded(poptorch.PipelinedExecution(), lambda: model(torch.zeros(1, 2))) == []
-
-
-# ---- Attention and dropout
-
-
-@pytest.mark.parametrize("loop_cost", [-1e12, 1e12])  # window by window, and all at once
-def test_attention_equals_its_definition(loop_cost, monkeypatch):
-    monkeypatch.setattr(kernels, "LOOP_COST", loop_cost)
-    window_ids = torch.tensor([[1] * 5 + [2] * 9 + [0] * 6, [1] * 20, [0] * 20])
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(3, 2, 20, 8, dtype=torch.float64, requires_grad=True)
-                         for _ in range(3))
-    same = (window_ids.unsqueeze(2) == window_ids.unsqueeze(1)).unsqueeze(1)
-    scores = (query @ key.transpose(-1, -2) / 8 ** 0.5).masked_fill(~same, -math.inf)
-    real = (window_ids > 0)[:, None, :, None]
-    windows = kernels.window_mask(window_ids, query.dtype)
-    expected, ours = (torch.softmax(scores, -1) @ value * real,
-                      kernels.attention(query, key, value, windows) * real)
-    torch.testing.assert_close(ours, expected)
-    gradient = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, (query, key, value), gradient),
-                    torch.autograd.grad(expected, (query, key, value), gradient)):
-        torch.testing.assert_close(a, b)
-
-
-def test_dropout_mask_keeps_the_right_share_and_the_mean():
-    torch.manual_seed(0)
-    mask = kernels.keep_mask(torch.empty(1001, 999), 0.1)
-    assert abs(float((mask == 0).float().mean()) - 0.1) < 1e-3
-    assert abs(float(mask.mean()) - 1) < 1e-3 and torch.equal(mask.unique(),
-                                                              torch.tensor([0.0, 1 / 0.9]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_keeps_as_many_as_it_says_and_scales_them(dtype, p):
-    like = torch.ones(1000, 333, dtype=dtype)
-    torch.manual_seed(0)
-    first, second = kernels.dropout(like, p), kernels.dropout(like, p)
-    torch.manual_seed(0)
-    assert torch.equal(kernels.dropout(like, p), first) and not torch.equal(first, second)
-    assert set(first.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - p), dtype=dtype))}
-    five_sigma = 5 * (p * (1 - p) / like.numel()) ** 0.5
-    kept = [(mask > 0).double() for mask in (first, second)]
-    assert (abs(float(kept[0].mean()) - (1 - p)) < five_sigma
-            and abs(float(kept[1].mean()) - (1 - p)) < five_sigma)
-    # The two masks are independent of each other, and so are the neighbouring elements of a mask.
-    together = float((kept[0] * kept[1]).mean())
-    neighbours = float((kept[0][:, 1:] * kept[0][:, :-1]).mean())
-    assert (abs(together - (1 - p) ** 2) < 2 * five_sigma
-            and abs(neighbours - (1 - p) ** 2) < 2 * five_sigma)
-    assert kernels.dropout(like, p, training=False) is like
