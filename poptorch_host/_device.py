@@ -58,11 +58,11 @@ class Weight:
 
     host: the user's tensor.
     working: the device's tensor that the model runs with.
-    value: the tensor that the optimizer updates. It is float32 if the host's tensor is float16;
-        otherwise it shares its type with the host's.
+    value: the tensor that the optimizer updates, float32 for float16. Without training it has the
+        host's type.
     type: the type of PopTorch's tensor.
     is_half: whether the host's tensor is float16.
-    has_copy: whether `working` is a separate copy of `value`: only if float16 is bfloat16 here.
+    has_copy: whether `working` is a separate copy of `value`, in another type.
     replicas: the `working` tensors of all replicas for a buffer that each replica changes for
         itself, otherwise `working` alone.
     gradient: the accumulated gradient, in the type of `value`, where autograd cannot accumulate it
@@ -72,13 +72,14 @@ class Weight:
         Device._keep_nonfinite).
     """
 
-    def __init__(self, name: str, host: torch.Tensor):
+    def __init__(self, name: str, host: torch.Tensor, training: bool):
         self.name, self.host = name, host
         self.is_parameter = isinstance(host, torch.nn.Parameter)
         self.is_half = host.dtype == torch.float16
-        self.has_copy = self.is_half and half_type() != torch.float32
-        self.value = host.detach().float() if self.is_half else host.detach().clone()
-        self.working = self.value.to(half_type()) if self.has_copy else self.value
+        self.value = host.detach().to(torch.float32 if self.is_half and training else host.dtype,
+                                      copy=True)
+        self.working = self.value.to(half_type()) if self.is_half else self.value
+        self.has_copy = self.working is not self.value
         if self.is_parameter:
             self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
         self.type = output_type(host.dtype)
@@ -167,7 +168,7 @@ class Device:
         self.set_rng([seed])
         with torch._C.DisableTorchFunctionSubclass():
             self.weights = {
-                id(t): Weight(name, t)
+                id(t): Weight(name, t, training)
                 for name, t in (*model.named_parameters(), *model.named_buffers())}
         self.slots = list(self._find_slots())
         self.embeddings = [
