@@ -78,7 +78,8 @@ class Weight:
         self.is_half = host.dtype == torch.float16
         self.value = host.detach().to(torch.float32 if self.is_half and training else host.dtype,
                                       copy=True)
-        self.working = self.value.to(half_type()) if self.is_half else self.value
+        # In one step, PyTorch takes twice as long to convert float16 to bfloat16.
+        self.working = self.value.float().to(half_type()) if self.is_half else self.value
         self.has_copy = self.working is not self.value
         if self.is_parameter:
             self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
@@ -102,7 +103,7 @@ class Weight:
     def refresh(self) -> None:
         """Copy `value` to the working tensors of all replicas."""
         if self.has_copy:
-            self.working.detach().copy_(self.value)
+            self.working.detach().copy_(self.value.float())
         for copy in self.replicas[1:]:
             copy.copy_(self.working)
 
