@@ -31,14 +31,15 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAST = 1 / 2.5  # of the quiet speed, with busy neighbours
 NEIGHBOUR = [sys.executable, "-c", "while True: pass"]
 CHOSEN, DEFAULT, TRAINER = "train.py", "train.py, OpenMP's default", "Trainer"
-# The default of libgomp where OMP_WAIT_POLICY is not set (its manual); ipu_options sets it.
+# The default of libgomp where OMP_WAIT_POLICY is not set (its manual); ipu_options sets less.
 SPINNING = {"OMP_NUM_THREADS": str(os.cpu_count()), "GOMP_SPINCOUNT": "300000"}
 
 
 def windows_per_second(side: str, folder: Path, steps: int, prefix: List[str]) -> float:
     """Return the windows/s of one run of `steps` weight updates of about 32 windows."""
     environment = {name: value for name, value in os.environ.items()
-                   if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")}
+                   if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS",
+                                   "GOMP_SPINCOUNT")}
     command = trainer_on_demo(folder) if side == TRAINER else [
         "train.py", "--config", "demo", "--do_train", "--overwrite_output_dir"]
     said = subprocess.run(

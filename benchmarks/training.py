@@ -151,7 +151,8 @@ def main() -> None:
 def report(job: str, results: Dict[str, List[Result]], layers: int) -> None:
     """Print the figures of each side and, for the job `shape`, the ratios against their limits.
 
-    For `shape` it also prints the rate that the matrix multiplications alone would allow.
+    For `shape` it also prints how much that is of what the matrix multiplications alone would
+    allow, for train.py and for Trainer by length, which multiply about equally much.
     """
     print(f"{job}" + (f": {layers} layers of roberta-base" if job == "shape" else ""))
     medians = {}
@@ -181,10 +182,13 @@ def report(job: str, results: Dict[str, List[Result]], layers: int) -> None:
     # 181 tokens per window on average; for each parameter and token 2 operations in the forward
     # and 4 in the backward pass (Kaplan et al. 2020).
     operations = 6 * parameters * 181
-    rate = matmul_rate(half_type())
-    print(f"  the matrix multiplications alone, at this machine's {rate / 1e9:.0f} GFLOP/s in "
-          f"{half_type()}: {rate / operations:.2f} windows/s (train.py reaches "
-          f"{100 * medians[OURS] * operations / rate:.0f} % of it, start-up and all)")
+    kinds = {OURS: half_type(), **{side: getattr(torch, kind) for side, (_, kind) in BEST.items()}}
+    rates = {kind: matmul_rate(kind) for kind in set(kinds.values())}
+    for side, kind in kinds.items():
+        alone = rates[kind] / operations
+        print(f"  {side}: {100 * medians[side] / alone:.0f} % of the {alone:.2f} windows/s that "
+              f"the matrix multiplications alone would allow, at {rates[kind] / 1e9:.0f} GFLOP/s "
+              f"in {kind} (start-up and all)")
 
 
 if __name__ == "__main__":
