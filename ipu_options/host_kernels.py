@@ -14,6 +14,8 @@ from ipu_options.ipu_kernels import MASKED, Kernels
 # One more group of windows takes about as long as this number of attention scores of each head
 # (measured, 1 thread, 4 and 12 heads).
 GROUP_COST = 2_000
+# The most scores of each head in a group of several windows; they fit in a processor's cache.
+GROUP_SCORES = 40_000
 
 
 class Group(NamedTuple):
@@ -39,8 +41,9 @@ def window_mask(window_ids: torch.Tensor, dtype: torch.dtype) -> List[Group]:
     groups: List[Group] = []
     while spans:
         longest = spans[0][1] - spans[0][0]
-        count = next((index for index, (begin, end) in enumerate(spans)
-                      if longest ** 2 - (end - begin) ** 2 > GROUP_COST), len(spans))
+        most = min(len(spans), max(1, GROUP_SCORES // longest ** 2))
+        count = next((index for index, (begin, end) in enumerate(spans[:most])
+                      if longest ** 2 - (end - begin) ** 2 > GROUP_COST), most)
         lengths = torch.tensor([[end - begin] for begin, end in spans[:count]])
         padding = None
         if lengths[-1] < longest:

@@ -10,6 +10,7 @@ from . import enums, ops, optim, options, poptorch_core, profiling  # noqa: F401
 from ._dataloader import AsynchronousDataAccessor, DataLoader
 from ._errors import Error, NotOffered, RecoverableError, UnrecoverableError
 from ._logging import setLogLevel
+from ._memory import keep_freed_memory
 from ._poplar_executor import (
     EXECUTABLE,
     PoplarExecutor,
@@ -43,6 +44,7 @@ from .ops import (
 from .options import Options, TensorLocationSettings
 
 __version__ = "3.4.0-host"
+keep_freed_memory()  # before a model is loaded, whose memory serves for the device's tensors
 
 
 def trainingModel(model: torch.nn.Module, options: Optional[Options] = None,

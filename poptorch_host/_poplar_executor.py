@@ -18,7 +18,6 @@ from ._arguments import Parser
 from ._device import Device, micro_batches_per_call
 from ._errors import Error, NotOffered
 from ._logging import logger
-from ._memory import keep_freed_memory
 from ._threads import choose_threads
 from .options import Options
 
@@ -228,7 +227,6 @@ class PoplarExecutor:
             _checks.options(self._options)
             micro_batches = micro_batches_per_call(self._options)
             arguments.check_batch(self._options, micro_batches)
-            keep_freed_memory()
             choose_threads(self._model, max(
                 (tensor.numel() // micro_batches for tensor in arguments.tensors), default=0))
             seed = self._options.random_seed if self._options.exists(

@@ -1,7 +1,10 @@
-"""The number of threads: what the process may use, one for small layers, the user's own first."""
+"""Threads and memory: what the process may use, and the user's own settings first."""
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,3 +61,26 @@ def test_small_layers_take_one_thread_and_the_users_own_number_stays(machine, mo
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     _threads.choose_threads(torch.nn.Linear(96, 384), rows=512)
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's allocator")
+@pytest.mark.parametrize("settings, kept", [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
+def test_freed_memory_is_kept_unless_the_user_has_settings_of_the_allocator(settings, kept):
+    """A freed tensor of 80 MB stays in the process, or goes back to the system."""
+    script = """
+import torch
+import poptorch_host
+
+def megabytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+tensor = torch.ones(20_000_000)
+before = megabytes()
+del tensor
+print(before - megabytes())
+"""
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    freed = float(subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True,
+                                 env={**environment, **settings}).stdout)
+    assert freed < 8 if kept else freed > 72
