@@ -5,8 +5,8 @@ row of the micro-batch, because PopART's StepIOSplitter hands micro-batches to t
 The replicas run one after another, each through all micro-batches of an update, with random numbers
 and gradients of their own, so that it makes no difference which process a replica belongs to.
 
-A float16 model has float16 tensors on the host. On the device its weights are float32, and the
-model runs with a working copy of them: in bfloat16 if the processor can multiply bfloat16, and in
+A float16 model has float16 tensors on the host. A training has float32 weights on the device. The
+model runs in bfloat16, with a copy of the weights, if the processor can multiply bfloat16, and in
 float32 otherwise. Its gradients are accumulated in float32. What leaves the device has PopTorch's
 types, float16 among them, in both cases.
 """
@@ -129,8 +129,8 @@ class Weight:
         self.working.grad = None
         if gradient.is_sparse:
             if self.gradient is None:
-                self.gradient = (torch.zeros_like(self.value) if self.spare is None else
-                                 self.spare.zero_())
+                self.gradient = (torch.empty_like(self.value) if self.spare is None else
+                                 self.spare).zero_()
                 self.has_sparse_gradient, self.spare = True, None
             self.gradient.index_add_(0,
                                      gradient._indices()[0],
