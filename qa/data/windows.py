@@ -285,7 +285,9 @@ def windows_for_answers(settings: InferSettings, tokenizer,
                  on_bad_row=settings.on_bad_row)
     if isinstance(examples, FewQuestions):
         recipe = _recipe(tokenizer, labels=False, offsets=True, **shape)
-        windows = _windows_of_batch(pa.table(examples.columns), list(range(len(examples))), recipe)
+        table = pa.Table.from_arrays([_arrow_texts(texts) for texts in examples.columns.values()],
+                                     list(examples.columns))
+        windows = _windows_of_batch(table, list(range(len(examples))), recipe)
     else:
         windows = processes.first_of_host_first(lambda: make_windows(
             examples, tokenizer, labels=False, offsets=True,
@@ -368,7 +370,7 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
     questions = [question.lstrip() for question in examples["question"].to_pylist()]
     # Contexts that occur several times are tokenized once.
     contexts = examples["context"].combine_chunks().dictionary_encode()
-    which = contexts.indices.to_numpy().astype(numpy.int64)
+    which = _numbers(contexts.indices).astype(numpy.int64)
     encodings = recipe.tokenizer.encode_batch(questions + contexts.dictionary.to_pylist(),
                                               add_special_tokens=False)
     length = numpy.array([len(encoding) for encoding in encodings])
@@ -394,7 +396,7 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
     input_ids, lists, context_start, second_text = _assemble(ids, texts, recipe)
     cls_position = _first_of_each_list(input_ids == recipe.cls_token_id, lists)
     columns = {
-        "input_ids": pa.ListArray.from_arrays(lists, input_ids),
+        "input_ids": pa.ListArray.from_arrays(_arrow(lists), _arrow(input_ids)),
         "example": numpy.array(indices)[example],
         "cls_position": cls_position,
         "context_start": context_start, "second_text": second_text}
@@ -408,11 +410,38 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
             columns[name] = numpy.where(token < 0, cls_position, context_start + token)
     if recipe.offsets:
         taken, lists = _ranges(context_tokens[0], end - begin)
-        columns["offsets"] = pa.ListArray.from_arrays(2 * lists, characters[taken].ravel())
+        columns["offsets"] = pa.ListArray.from_arrays(_arrow(2 * lists),
+                                                      _arrow(characters[taken].ravel()))
     schema = recipe.schema()
     return pa.table(
-        [pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names],
+        [_arrow(columns[name]).cast(schema.field(name).type) for name in schema.names],
         schema=schema)
+
+
+# pyarrow's own conversions, pa.array and to_numpy, import pandas where it is installed. That takes
+# longer than the windows of one question.
+
+
+def _arrow(values: Union[numpy.ndarray, pa.Array]) -> pa.Array:
+    """Return numbers as an Arrow array, which shares their memory."""
+    return values if isinstance(values, pa.Array) else pa.Array.from_buffers(
+        pa.from_numpy_dtype(values.dtype), len(values),
+        [None, pa.py_buffer(numpy.ascontiguousarray(values))])
+
+
+def _arrow_texts(texts: List[str]) -> pa.Array:
+    """Return texts as an Arrow array."""
+    encoded = [text.encode() for text in texts]
+    ends = numpy.cumsum([0, *map(len, encoded)], dtype=numpy.int32)
+    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends),
+                                       pa.py_buffer(b"".join(encoded)))
+
+
+def _numbers(array: pa.Array) -> numpy.ndarray:
+    """Return a view of an Arrow array of integers, none of which is missing."""
+    dtype = numpy.dtype(str(array.type))
+    return numpy.frombuffer(array.buffers()[1], dtype, array.offset + len(array))[array.offset:] \
+        if len(array) else numpy.zeros(0, dtype)
 
 
 def _question_lengths(question, context, names, recipe):
@@ -567,8 +596,9 @@ class Windows:
         self.lengths = self._tokens.lengths
         for name in ("example", "cls_position", "context_start", "second_text", "start_position",
                      "end_position"):
-            setattr(self, name, table[name].to_numpy().astype(numpy.int32)
-                    if name in table.column_names else None)
+            setattr(self, name, numpy.concatenate(
+                [_numbers(chunk).astype(numpy.int32) for chunk in table[name].chunks]
+                or [numpy.zeros(0, numpy.int32)]) if name in table.column_names else None)
 
     def __len__(self):
         return len(self.lengths)
@@ -600,8 +630,8 @@ class _Lists:
 
     def __init__(self, column: pa.ChunkedArray):
         chunks = [chunk for chunk in column.chunks if len(chunk)]
-        begins = [chunk.offsets.to_numpy() for chunk in chunks]
-        self._values = [chunk.values.to_numpy() for chunk in chunks]
+        begins = [_numbers(chunk.offsets) for chunk in chunks]
+        self._values = [_numbers(chunk.values) for chunk in chunks]
         self._chunk = numpy.repeat(numpy.arange(len(chunks), dtype=numpy.int32),
                                    [len(chunk) for chunk in chunks])
         self._begin = numpy.concatenate([lists[:-1] for lists in begins] or
