@@ -88,7 +88,7 @@ def main() -> None:
                                              ("quota of one processor", 0, quota)):
                 for side in (CHOSEN, DEFAULT, TRAINER):
                     others = [subprocess.Popen(NEIGHBOUR) for _ in range(neighbours)]
-                    # The default can be fifty times as slow with neighbours.
+                    # With neighbours the default can take a hundred times as long.
                     steps = given.steps // 10 if side == DEFAULT else given.steps
                     try:
                         speed = windows_per_second(side, folder, steps, prefix)

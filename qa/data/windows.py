@@ -418,19 +418,19 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
         schema=schema)
 
 
-# pyarrow's own conversions, pa.array and to_numpy, import pandas where it is installed. That takes
-# longer than the windows of one question.
-
-
 def _arrow(values: Union[numpy.ndarray, pa.Array]) -> pa.Array:
-    """Return numbers as an Arrow array, which shares their memory."""
+    """Return numbers as an Arrow array, which shares their memory.
+
+    pa.array and to_numpy would import pandas where it is installed, which takes longer than making
+    the windows of one question.
+    """
     return values if isinstance(values, pa.Array) else pa.Array.from_buffers(
         pa.from_numpy_dtype(values.dtype), len(values),
         [None, pa.py_buffer(numpy.ascontiguousarray(values))])
 
 
 def _arrow_texts(texts: List[str]) -> pa.Array:
-    """Return texts as an Arrow array."""
+    """Return texts as an Arrow array, without pandas as `_arrow` does."""
     encoded = [text.encode() for text in texts]
     ends = numpy.cumsum([0, *map(len, encoded)], dtype=numpy.int32)
     return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends),
@@ -438,7 +438,7 @@ def _arrow_texts(texts: List[str]) -> pa.Array:
 
 
 def _numbers(array: pa.Array) -> numpy.ndarray:
-    """Return a view of an Arrow array of integers, none of which is missing."""
+    """Return a view of an Arrow array of integers, none of which is missing; see `_arrow`."""
     dtype = numpy.dtype(str(array.type))
     return numpy.frombuffer(array.buffers()[1], dtype, array.offset + len(array))[array.offset:] \
         if len(array) else numpy.zeros(0, dtype)
