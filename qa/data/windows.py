@@ -596,9 +596,8 @@ class Windows:
         self.lengths = self._tokens.lengths
         for name in ("example", "cls_position", "context_start", "second_text", "start_position",
                      "end_position"):
-            setattr(self, name, numpy.concatenate(
-                [_numbers(chunk).astype(numpy.int32) for chunk in table[name].chunks]
-                or [numpy.zeros(0, numpy.int32)]) if name in table.column_names else None)
+            setattr(self, name, _numbers(table[name].combine_chunks()).astype(numpy.int32)
+                    if name in table.column_names else None)
 
     def __len__(self):
         return len(self.lengths)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from ipu_options import host_kernels
 from ipu_options.host_kernels import HOST_KERNELS, dropout
 from ipu_options.ipu_kernels import IPU_KERNELS
 
@@ -28,20 +29,22 @@ def mixed(kernels, qkv, window_ids, p=0.0):
     return kernels.attention(qkv, HEADS, mask, p, True)
 
 
+@pytest.mark.parametrize("scores", [1, 1_000_000])  # window by window, and as many as can be
 @pytest.mark.parametrize("kernels", [HOST_KERNELS, IPU_KERNELS], ids=["host", "ipu"])
 @pytest.mark.parametrize("lengths", [
     [[3, 2, 4], [7, 1], [9]],  # of several lengths, which are computed together
     [[50, 9], [59], [2, 50]],  # of lengths too different for that
     [[12], [12], []]])  # all equal; a row of padding
-def test_attention_and_its_gradient_equal_their_definition(kernels, lengths):
+def test_attention_and_its_gradient_equal_their_definition(kernels, lengths, scores, monkeypatch):
+    monkeypatch.setattr(host_kernels, "GROUP_SCORES", scores)
     torch.manual_seed(0)
     window_ids = rows_of(lengths, 60)
     real = window_ids > 0
     qkv = torch.randn(3, 60, 3, HEADS, HEAD_DIM, dtype=torch.float64, requires_grad=True)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     same = (window_ids.unsqueeze(2) == window_ids.unsqueeze(1)).unsqueeze(1)
-    scores = (query @ key.transpose(-1, -2) / HEAD_DIM ** 0.5).masked_fill(~same, -math.inf)
-    expected = (torch.softmax(scores, -1) @ value).transpose(1, 2).flatten(2)[real]
+    logits = (query @ key.transpose(-1, -2) / HEAD_DIM ** 0.5).masked_fill(~same, -math.inf)
+    expected = (torch.softmax(logits, -1) @ value).transpose(1, 2).flatten(2)[real]
     ours = mixed(kernels, qkv.flatten(2), window_ids)[real]
     torch.testing.assert_close(ours, expected)
     upstream = torch.randn_like(ours)
@@ -75,6 +78,15 @@ def test_gradients_with_dropout_are_those_of_finite_differences():
     qkv = torch.randn(2, 8, 3 * HEADS * 2, dtype=torch.float64, requires_grad=True,
                       generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(function, qkv)
+
+
+def test_dropout_keeps_the_right_share_and_the_mean():
+    """Of a number of elements that is not a multiple of four, as many as are drawn at once."""
+    torch.manual_seed(0)
+    mask = dropout(torch.ones(1001, 999), 0.1)
+    assert abs(float((mask == 0).float().mean()) - 0.1) < 1e-3
+    assert abs(float(mask.mean()) - 1) < 1e-3 and torch.equal(mask.unique(),
+                                                              torch.tensor([0.0, 1 / 0.9]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
