@@ -10,13 +10,13 @@ import json
 import sys
 from contextlib import suppress
 
-from ipu_options import processes
 from ipu_options.config import inference_pipeline
-from ipu_options.errors import UsageError, run_script
-from ipu_options.files import user_file, writing
 from ipu_options.popvision import Spans, profiling_environment
 from qa.model.families import check_checkpoint
 from qa.settings import parse_infer
+from runtime import processes
+from runtime.errors import UsageError, run_script
+from runtime.files import user_file, writing
 
 
 def main(argv=None):
@@ -26,7 +26,7 @@ def main(argv=None):
     processes.join(settings, ipu_config)
     profiling_environment(settings, ipu_config, "inference")
     from qa.data.windows import one_question
-    from qa.run.process import StopSignals
+    from runtime.signals import StopSignals
     with StopSignals(), Spans("infer", settings) as spans:
         answer = load_answerer(settings, ipu_config, spans)
         if settings.input_file:

@@ -10,20 +10,20 @@
 import sys
 from functools import partial
 
-from ipu_options import processes
 from ipu_options.config import inference_pipeline, training_pipeline
-from ipu_options.errors import keep_running_without_reader, run_script
 from ipu_options.popvision import Spans, profiling_environment
+from planner.flags import TrainPlanSettings
 from qa.model.families import refuse_early
-from qa.planning.flags import TrainPlanSettings
 from qa.settings import parse_train
+from runtime import processes
+from runtime.errors import keep_running_without_reader, run_script
 
 
 def main(argv=None):
     """Run the command line `argv`, by default the process's own; returns the exit status."""
     settings, ipu_config, planning = parse_train(argv, TrainPlanSettings)
     if planning.plan:
-        from qa.planning.commands import show_plan
+        from planner.commands import show_plan
         return show_plan(settings, ipu_config, planning)
     planning.refuse_without_plan(settings)
     processes.join(settings, ipu_config)
@@ -31,7 +31,7 @@ def main(argv=None):
     keep_running_without_reader()
     refuse_early(settings)
     from qa.run.log import RunLog
-    from qa.run.process import StopSignals, output_lock
+    from runtime.signals import StopSignals, output_lock
     with output_lock(settings.output_dir), StopSignals() as stop, \
             Spans("train", settings) as spans, RunLog(settings) as log:
         return fine_tune(settings, ipu_config, stop, spans, log)

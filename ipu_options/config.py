@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
-from ipu_options import processes
-from ipu_options.errors import UsageError
-from ipu_options.files import read_json_object, write_json
-from ipu_options.flags import Settings, flag
-from ipu_options.hub import hub_cause, offline_unless_reachable
 from ipu_options.layout import Layout, in_ipus, make_layout
+from runtime import processes
+from runtime.errors import UsageError
+from runtime.files import read_json_object, write_json
+from runtime.flags import Settings, flag
+from runtime.hub import hub_cause, offline_unless_reachable
 
 log = logging.getLogger(__name__)
 IPU_CONFIG_NAME = "ipu_config.json"

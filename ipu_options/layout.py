@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, List, Optional, Sequence, Tuple
 
-from ipu_options.errors import UsageError
+from runtime.errors import UsageError
 
 
 @dataclass(frozen=True)

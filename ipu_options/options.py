@@ -10,8 +10,9 @@ from typing import Dict, Optional
 
 import torch
 
-from ipu_options import device, poptorch, processes
+from ipu_options import device, poptorch
 from ipu_options.config import DeviceSettings, IPUConfig, Pipeline, executable_cache, reserved_ipus
+from runtime import processes
 
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
 JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime

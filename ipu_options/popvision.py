@@ -25,10 +25,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
-from ipu_options import processes
 from ipu_options.config import DeviceSettings, IPUConfig
-from ipu_options.errors import RunError, UsageError
-from ipu_options.files import user_file, writing
+from runtime import processes
+from runtime.errors import RunError, UsageError
+from runtime.files import user_file, writing
 
 
 def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phases: str) -> None:

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ipu_options import processes
-from ipu_options.errors import UsageError
-from ipu_options.flags import Settings
+from runtime import processes
+from runtime.errors import UsageError
+from runtime.flags import Settings
 
 log = logging.getLogger(__name__)
 # Files that a checkpoint consists of, over which nothing else may be written.

@@ -14,7 +14,6 @@ from typing import Any, List, Optional, Sequence, Tuple
 
 import yaml
 
-from ipu_options import processes
 from ipu_options.config import (
     IPU_CONFIG_NAME,
     IPUS_OF_A_HOST,
@@ -25,10 +24,6 @@ from ipu_options.config import (
     check_offline,
     read_ipu_config,
 )
-from ipu_options.errors import UsageError
-from ipu_options.files import read_json_object, write_json
-from ipu_options.flags import Layer, Parser, Settings, add_flags, did_you_mean, flag, make_settings
-from ipu_options.hub import checkpoint_folder
 from qa.checks import (
     assume_row_shape,
     check_clipping,
@@ -37,6 +32,11 @@ from qa.checks import (
     check_train,
     read_text,
 )
+from runtime import processes
+from runtime.errors import UsageError
+from runtime.files import read_json_object, write_json
+from runtime.flags import Layer, Parser, Settings, add_flags, did_you_mean, flag, make_settings
+from runtime.hub import checkpoint_folder
 
 log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
@@ -291,7 +291,7 @@ def parse_train(
 ) -> Tuple[Any, ...]:
     """Return (TrainSettings, IPUConfig, one instance per dataclass in `more`).
 
-    argv: by default sys.argv[1:]. more: dataclasses of further flags (ipu_options/flags.py), which
+    argv: by default sys.argv[1:]. more: dataclasses of further flags (runtime/flags.py), which
     only the command line can set. program, description: for --help. Raises UsageError for a value
     that is not allowed.
     """

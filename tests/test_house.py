@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"qa", "ipu_options", "poptorch_host", "train", "infer"}
+OURS = {"planner", "qa", "ipu_options", "runtime", "poptorch_host", "train", "infer"}
 # These come with the Poplar SDK, or an error message asks for them where they are needed.
 OPTIONAL = {"popdist", "poptorch", "libpvti", "pva", "matplotlib", "wandb", "dash", "plotly",
             "flask", "werkzeug"}

@@ -11,9 +11,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 import torch
 from tqdm import tqdm
 
-from ipu_options import processes
 from ipu_options.config import Pipeline
-from ipu_options.files import write_json, writing, written_whole
 from ipu_options.popvision import Spans
 from qa.answers.inference import InferencePipeline
 from qa.answers.metrics import squad_metrics
@@ -22,6 +20,8 @@ from qa.model.parallelize import set_weights
 from qa.model.roberta import model_class
 from qa.run.log import RunLog
 from qa.settings import TrainSettings
+from runtime import processes
+from runtime.files import write_json, writing, written_whole
 
 
 class Evaluation:

@@ -4,8 +4,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Iterator
 
-from ipu_options import poptorch, processes
-from ipu_options.bars import progress_bar
+from ipu_options import poptorch
 from ipu_options.config import Pipeline
 from ipu_options.options import inference_options
 from qa.answers.spans import AnswerFinder
@@ -14,6 +13,8 @@ from qa.data.rows import InferenceRows
 from qa.model.families import row_kind
 from qa.model.parallelize import parallelize
 from qa.model.roberta import ForSpans
+from runtime import processes
+from runtime.bars import progress_bar
 
 # Below this number of rows, making them in this process takes less time than starting a worker
 # process, which has to import torch.

@@ -35,10 +35,10 @@ from typing import Optional
 import datasets
 import pyarrow as pa
 
-from ipu_options.bars import in_terminal
-from ipu_options.errors import RunError, UsageError, first_line
-from ipu_options.files import written_whole
 from qa.data.readers import BadRow, columns, read_rows
+from runtime.bars import in_terminal
+from runtime.errors import RunError, UsageError, first_line
+from runtime.files import written_whole
 
 _log = logging.getLogger(__name__)
 

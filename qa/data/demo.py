@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from string import Formatter
 
-from ipu_options import processes
-from ipu_options.errors import RunError
-from ipu_options.files import system_error
+from runtime import processes
+from runtime.errors import RunError
+from runtime.files import system_error
 
 # A topic is one sentence about the person, in several wordings that state the same facts. The slots
 # in braces are filled from FACTS, except for the name and the pronouns.

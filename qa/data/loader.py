@@ -8,7 +8,7 @@ import torch
 
 from ipu_options import poptorch
 from qa.data.rows import ProcessRows
-from qa.data.workers import workers_ignore_signals
+from runtime.workers import workers_ignore_signals
 
 
 @contextmanager

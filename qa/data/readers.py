@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Iterator, Sequence, Union
 
-from ipu_options.errors import UsageError
+from runtime.errors import UsageError
 
 COLUMNS = ("id", "context", "question", "answers")
 _COMPRESSED = {

@@ -38,11 +38,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
-from ipu_options import processes
-from ipu_options.errors import RunError, UsageError
-from ipu_options.files import delete, folder_written_aside, rename_folder
-from qa.data.workers import forked_workers
 from qa.settings import InferSettings, TrainSettings
+from runtime import processes
+from runtime.errors import RunError, UsageError
+from runtime.files import delete, folder_written_aside, rename_folder
+from runtime.workers import forked_workers
 
 if TYPE_CHECKING:
     import datasets  # takes a second to import: too long for answering a single question

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
-from ipu_options.errors import UsageError
-from ipu_options.files import read_json_object
-from ipu_options.flags import Settings
-from ipu_options.hub import checkpoint_folder, offline_unless_reachable
+from runtime.errors import UsageError
+from runtime.files import read_json_object
+from runtime.flags import Settings
+from runtime.hub import checkpoint_folder, offline_unless_reachable
 
 
 class LayerParts(NamedTuple):

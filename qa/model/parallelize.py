@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ipu_options import poptorch
-from ipu_options.errors import UsageError
 from ipu_options.layout import Layout
 from qa.model.roberta import ForSpans
+from runtime.errors import UsageError
 
 # In the names of parameters; it follows the encoder's own prefix.
 WORD_EMBEDDING = "embeddings.word_embeddings."

@@ -15,15 +15,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_
 from transformers.utils import logging as transformers_logging
 
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig
-from ipu_options.errors import RunError, UsageError
-from ipu_options.flags import Settings
-from ipu_options.hub import checkpoint_folder
 from qa.checks import assume_row_shape, check_row_length
 from qa.data.windows import check_tokenizer
 from qa.model.families import check_checkpoint, check_config, family_of, most_tokens
 from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
 from qa.settings import TrainSettings, write_qa_settings
+from runtime.errors import RunError, UsageError
+from runtime.flags import Settings
+from runtime.hub import checkpoint_folder
 
 
 def load_config(settings: Settings, weights: bool = True):

@@ -32,10 +32,17 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ipu_options import processes
 from ipu_options.config import IPUConfig
-from ipu_options.errors import RunError, UsageError
-from ipu_options.files import (
+from ipu_options.popvision import Spans
+from qa.data.rows import TrainingRows
+from qa.model.optimizer import optimizer_state, set_optimizer_state
+from qa.model.parallelize import set_weights, weights_of
+from qa.run.log import RunLog
+from qa.run.state import STRUCTURE, TENSORS, random_state, read_state, set_random_state, write_state
+from qa.settings import MUST_MATCH, TrainSettings
+from runtime import processes
+from runtime.errors import RunError, UsageError
+from runtime.files import (
     delete,
     delete_folder,
     folder_written_aside,
@@ -46,13 +53,6 @@ from ipu_options.files import (
     system_error,
     write_json,
 )
-from ipu_options.popvision import Spans
-from qa.data.rows import TrainingRows
-from qa.model.optimizer import optimizer_state, set_optimizer_state
-from qa.model.parallelize import set_weights, weights_of
-from qa.run.log import RunLog
-from qa.run.state import STRUCTURE, TENSORS, random_state, read_state, set_random_state, write_state
-from qa.settings import MUST_MATCH, TrainSettings
 
 log = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"

@@ -10,10 +10,10 @@ import huggingface_hub
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.utils import HFValidationError
 
-from ipu_options import processes
-from ipu_options.errors import RunError, UsageError, first_line
-from ipu_options.hub import http_status
 from qa.settings import TrainSettings
+from runtime import processes
+from runtime.errors import RunError, UsageError, first_line
+from runtime.hub import http_status
 
 # Only the model and what is needed to use it are uploaded: no checkpoints, no logs, and no
 # predictions, because those quote the data.

@@ -30,10 +30,11 @@ from typing import Any, Callable, Dict, List, Optional, Union
 
 from tqdm import tqdm
 
-from ipu_options import device, processes
-from ipu_options.files import written_whole
+from ipu_options import device
 from qa.run.curves import draw_curves
 from qa.settings import TrainSettings
+from runtime import processes
+from runtime.files import written_whole
 
 LOG, SYNTHETIC_LOG, CURVES = "log.jsonl", "synthetic_log.jsonl", "training.png"
 # The groups of Trainer's names; an evaluation on test questions is called "test" there as well.

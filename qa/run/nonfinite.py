@@ -7,14 +7,15 @@ from typing import Iterable, List, Optional, Tuple
 import torch
 from tqdm import tqdm
 
-from ipu_options import poptorch, processes
-from ipu_options.errors import RunError
+from ipu_options import poptorch
 from ipu_options.options import watched_gradient
 from qa.checks import LARGEST_RATE
 from qa.model.parallelize import weights_of
 from qa.model.pretrained import all_finite
 from qa.run.checkpoint import Checkpoints, Training, go_back
 from qa.settings import TrainSettings
+from runtime import processes
+from runtime.errors import RunError
 
 # Above this the scaled loss itself, which begins near ln(384) = 6, overflows in float16.
 _LARGEST_SCALING = 8192.0

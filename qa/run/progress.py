@@ -7,15 +7,15 @@ from typing import Any, Dict, List, Optional
 
 from tqdm import tqdm
 
-from ipu_options import processes
-from ipu_options.bars import progress_bar
 from ipu_options.config import IPUConfig, executable_cache
-from ipu_options.files import write_json, writing
 from ipu_options.popvision import Spans
 from qa.data.rows import TrainingRows
 from qa.run.checkpoint import Checkpoint
 from qa.run.log import RunLog
 from qa.settings import TrainSettings
+from runtime import processes
+from runtime.bars import progress_bar
+from runtime.files import write_json, writing
 
 
 def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,

@@ -14,12 +14,12 @@ from typing import Dict, Optional
 
 import torch
 
-from ipu_options import processes
 from ipu_options.config import IPUConfig
-from ipu_options.files import write_json
 from qa.data.rows import TrainingRows
 from qa.run.checkpoint import Checkpoint
 from qa.settings import TrainSettings
+from runtime import processes
+from runtime.files import write_json
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "poptorch", "transformers", "tokenizers", "datasets", "evaluate", "numpy",

@@ -14,8 +14,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from ipu_options.errors import UsageError
-from ipu_options.files import write_json
+from runtime.errors import UsageError
+from runtime.files import write_json
 
 TENSORS, STRUCTURE = "training_state.safetensors", "training_state.json"
 

@@ -9,10 +9,10 @@ from typing import Any, Callable, Dict, Iterable, List, Optional
 import flask
 from dash import Input, Output, State, dcc, html
 
-from ipu_options.errors import RunError, UsageError
 from qa.data.windows import FewQuestions, one_question
 from qa.settings import InferSettings
 from qa.web.server import new_page, serve
+from runtime.errors import RunError, UsageError
 
 NBEST = 5  # answers shown, unless --n_best says otherwise
 _WIDE = {"width": "100%", "boxSizing": "border-box", "font": "inherit"}

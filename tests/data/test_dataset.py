@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ipu_options.errors import RunError, UsageError
 from qa.data.dataset import load_examples
+from runtime.errors import RunError, UsageError
 
 CONTEXT = "Zoë 😀 flew to Oslo,\nin 1921. \x07"
 ROWS = [{"id": str(number), "context": CONTEXT, "question": f'Who, "{number}"?',

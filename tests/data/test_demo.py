@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from ipu_options.errors import RunError
 from qa.data.dataset import load_examples
 from qa.data.demo import use_demo_data, write_demo
 from qa.settings import TrainSettings
+from runtime.errors import RunError
 
 
 @pytest.mark.parametrize("version_2", [False, True])

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, pre_tokenizers
 
-from ipu_options.errors import UsageError
 from qa.data.dataset import load_examples
 from qa.data.windows import FewQuestions, Windows, make_windows, windows_for_answers
 from qa.settings import InferSettings
+from runtime.errors import UsageError
 from tests.reference.windows import plain_windows, tokenizer_of
 
 FAMILIES = [("roberta", "right"), ("roberta", "left"), ("bert", "right"), ("bert", "left"),

@@ -13,10 +13,10 @@ import pytest
 import infer
 import train
 from ipu_options.config import inference_pipeline, training_pipeline
-from ipu_options.errors import run_script
 from ipu_options.popvision import Spans
-from qa.planning.flags import TrainPlanSettings
+from planner.flags import TrainPlanSettings
 from qa.settings import named_configs, parse_infer, parse_train
+from runtime.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = [
@@ -295,7 +295,7 @@ def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_closed_output_hides_what_is_printed_and_no_more(closed):
-    code = "import os, sys; from ipu_options.errors import run_script; " \
+    code = "import os, sys; from runtime.errors import run_script; " \
         "run_script(lambda: print('out') or print('err', file=sys.stderr)); " \
         "sys.exit(run_script(lambda: 3))"
     done = subprocess.run(f'"{sys.executable}" -c "{code}" {closed}', shell=True, cwd=ROOT,

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ipu_options.errors import RunError, UsageError
 from qa.model.pretrained import load_config, load_model, load_tokenizer, save_model
 from qa.settings import TrainSettings
+from runtime.errors import RunError, UsageError
 from tests.reference.loopback import Handler, serving
 from tests.reference.windows import tokenizer_of
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import infer
 import train
-from ipu_options.errors import run_script
 from qa.data.demo import write_demo
+from runtime.errors import run_script
 from tests.end_to_end.test_train import SMALL, flat, run
 from tests.reference.small_demo import write_small_demo
 

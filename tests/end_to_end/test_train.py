@@ -14,8 +14,8 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 import infer
 import train
-from ipu_options.errors import run_script
 from qa.run.log import read_log
+from runtime.errors import run_script
 from tests.reference.small_demo import write_small_demo
 from tests.run.test_checkpoint import forge
 from tests.tools.families import FAMILIES, losses_of, texts_of, write_model

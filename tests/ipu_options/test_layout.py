@@ -11,8 +11,8 @@ from ipu_options.config import (
     read_ipu_config,
     training_pipeline,
 )
-from ipu_options.errors import UsageError
 from ipu_options.layout import make_layout
+from runtime.errors import UsageError
 
 
 @pytest.mark.parametrize("given, layers, ipus, counts", [

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from ipu_options.config import DeviceSettings, IPUConfig
-from ipu_options.errors import RunError, UsageError
 from ipu_options.popvision import Spans, profiling_environment
+from runtime.errors import RunError, UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig
 
-import qa.planning
+import planner
 from ipu_options import poptorch
 from ipu_options.config import DeviceSettings, IPUConfig
-from ipu_options.errors import UsageError
 from ipu_options.host_kernels import HOST_KERNELS
 from ipu_options.ipu_kernels import IPU_KERNELS, Kernels
 from ipu_options.layout import make_layout
@@ -26,8 +25,9 @@ from qa.model.optimizer import make_optimizer, optimizer_state, set_optimizer_st
 from qa.model.parallelize import parallelize, part_sizes, set_weights, weights_of
 from qa.model.roberta import RobertaForSpans
 from qa.settings import TrainSettings
+from runtime.errors import UsageError
 
-SIZES = json.loads(Path(qa.planning.__path__[0], "models.json").read_text())
+SIZES = json.loads(Path(planner.__path__[0], "models.json").read_text())
 # Vocabularies and numbers of positions of the family's checkpoints, of the demo, and two in which
 # equal parts would be as large as the position embedding.
 EMBEDDINGS = sorted({(model["vocab_size"], model["max_position_embeddings"])

@@ -12,7 +12,6 @@ from transformers import (
     RobertaConfig,
 )
 
-from ipu_options.errors import RunError, UsageError
 from ipu_options.host_kernels import HOST_KERNELS
 from ipu_options.ipu_kernels import IPU_KERNELS
 from ipu_options.layout import make_layout
@@ -27,6 +26,7 @@ from qa.model.parallelize import (
 from qa.model.pretrained import load_config, load_model, save_model
 from qa.model.roberta import RobertaForSpans, model_class
 from qa.settings import TrainSettings
+from runtime.errors import RunError, UsageError
 
 # The weights are large enough that attention is far from uniform.
 SMALL = dict(vocab_size=203, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -17,8 +17,8 @@ import torch
 import transformers
 
 from ipu_options import device, poptorch
-from ipu_options.files import write_json
-from ipu_options.plan.text import table
+from planner.text import table
+from runtime.files import write_json
 from tests.reference.small_demo import write_small_demo
 
 HERE = Path(__file__).parent

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ipu_options.config import OUTPUT_MODES
-from ipu_options.plan.profile import open_profile
+from planner.profile import open_profile
 from qa.model.parallelize import set_weights, weights_of
 from qa.model.pretrained import save_model
 from qa.run.checkpoint import Checkpoints, Training

@@ -16,11 +16,11 @@ from transformers import RobertaConfig, RobertaForQuestionAnswering
 
 import infer
 import train
-from ipu_options.plan.profile import open_profile
+from planner.commands import main as planner_command
+from planner.from_settings import MODELS
+from planner.profile import open_profile
+from planner.sweep import read_rows
 from qa.data.demo import write_demo
-from qa.planning.commands import main as ipu_options_command
-from qa.planning.job import MODELS
-from qa.planning.sweep import read_rows
 from tests.end_to_end.test_train import SMALL, flat, run
 from tests.on_ipu.conftest import on_host
 
@@ -197,7 +197,7 @@ def test_profile(demo, tmp_path, seen, only_on_ipu, capsys):
     found = sorted(str(path.relative_to(profile)) for path in profile.rglob("*.p*"))
     assert {"training/profile.pop", "inference/profile.pop"} <= set(found), found
     assert any(name.startswith("host/") and name.endswith(".pvti") for name in found), found
-    assert ipu_options_command(
+    assert planner_command(
         ["report", str(profile), *map(str, flags(demo, tmp_path / "out"))]) == 0
     seen(capsys.readouterr().out.strip().splitlines()[-1])
 
@@ -223,7 +223,7 @@ def test_calibration(demo, tmp_path, seen, only_on_ipu, capsys):
     """The planner's constants are measured on this machine, and saved for later plans."""
     job, splits, sizes = calibration_job(demo, tmp_path)
     table, profile = tmp_path / "sweep.csv", tmp_path / "profile"
-    status = ipu_options_command([
+    status = planner_command([
         "sweep", "--layers_per_ipu", *splits, "--micro_batch_size", *sizes, "--run", "--output",
         str(table), "--steps", "10", "--", *job])
     rows = read_rows(table)
@@ -235,7 +235,7 @@ def test_calibration(demo, tmp_path, seen, only_on_ipu, capsys):
     assert process.returncode == 0, said
     only_on_ipu("; ".join(f"{row['setting']}: {row['status']}" for row in rows))
     ipu = "bow" if open_profile(str(profile)).clock_hz > 1.6e9 else "mk2"
-    assert ipu_options_command(["calibrate", "--measured", str(table), "--profile", str(profile),
+    assert planner_command(["calibrate", "--measured", str(table), "--profile", str(profile),
                                 "--ipu", ipu, *job]) == 0
     seen("; ".join(capsys.readouterr().out.splitlines()[-1 - len(rows):]))
 

@@ -23,9 +23,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from ipu_options import files, poptorch
+from ipu_options import poptorch
 from ipu_options.config import DeviceSettings, IPUConfig
-from ipu_options.errors import RunError, UsageError
 from ipu_options.options import training_options
 from qa.data.rows import TrainingRows
 from qa.run import checkpoint, state
@@ -44,6 +43,8 @@ from qa.run.checkpoint import (
 )
 from qa.run.state import set_random_state
 from qa.settings import MUST_MATCH, TrainSettings
+from runtime import files
+from runtime.errors import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -114,7 +114,7 @@ def trained(tmp_path):
 CALL = """
 import json, sys
 sys.path.insert(0, {root!r})
-from ipu_options.errors import run_script
+from runtime.errors import run_script
 from qa.run import hub
 from qa.settings import TrainSettings
 name, argument = json.loads(sys.argv[1])

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from ipu_options.bars import Lines, in_terminal
-from ipu_options.errors import UsageError
 from qa.run.log import LOG, RunLog, before_resume, read_log
 from qa.settings import TrainSettings, parse_train
+from runtime.bars import Lines, in_terminal
+from runtime.errors import UsageError
 
 
 def test_a_killed_runs_log_is_read_without_the_line_that_it_left_incomplete(tmp_path):

@@ -11,12 +11,12 @@ import torch
 from transformers import RobertaConfig
 
 from ipu_options import poptorch
-from ipu_options.errors import RunError
 from qa.model.pretrained import save_model
 from qa.model.roberta import RobertaForSpans
 from qa.run.checkpoint import Checkpoints, Training
 from qa.run.nonfinite import NonfiniteGuard, explain_nonfinite, find_nonfinite
 from qa.settings import TrainSettings
+from runtime.errors import RunError
 
 
 def fit(*, learning_rate, loss_scaling=1.0, half_gradients=False, growth=1.0, steps=200):

@@ -133,8 +133,8 @@ def forked(run: Callable[[], Optional[int]], log: Path, port: int, place: Dict[s
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        from ipu_options import processes
-        from ipu_options.errors import run_script
+        from runtime import processes
+        from runtime.errors import run_script
 
         os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         processes.place.cache_clear()

@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ipu_options.errors import UsageError
 from qa.data.demo import write_demo
 from qa.settings import parse_infer
+from runtime.errors import UsageError
 from tests.end_to_end.test_train import fit
 from tests.tools.kill_and_resume import ROOT
 

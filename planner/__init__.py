@@ -1,0 +1,20 @@
+"""The planner: predicts memory and time of a pipeline before an IPU is booked.
+
+    python -m planner plan | search | compare | sweep | calibrate | explore | report
+
+Its engine takes a Job, which holds counts of the real model, and returns a Plan. In the order of
+their imports, from the bottom:
+
+    count counting          what each block of the model needs: parameters, FLOPs, saved bytes
+    machine                 documented figures of Mk2 and Bow, and the fitted efficiencies
+    job from_settings       Job: counted blocks, layout, IPU configuration; from flags
+    totals memory           bytes on each IPU, from sums over the blocks of a stage
+    schedule throughput     the steps of the pipeline, seconds of a stage and of a weight update
+    plan                    Plan: all of the above for one job
+    search advice           the best split and settings; the single change that would help most
+    calibrate confidence    efficiencies fitted to published runs, or to your own; their error
+    sides sweep profile     what is compared: plans, runs of train.py, PopVision profiles
+    text comparison pictures page    the printed plan, comparisons, pictures, HTML pages
+    explore                 a page on which a plan changes while one edits its settings
+    commands flags          the commands above, and their flags
+"""

@@ -1,0 +1,219 @@
+"""Fits the efficiencies to published runs, or to a run of the user's own.
+
+Five numbers are fitted to few runs, sometimes to one, so that the runs alone do not determine them.
+Each fit therefore has a prior, centred on its starting values. It minimises the sum of two terms:
+the squared errors of the logarithm of the predicted throughput, in units of the error that is to be
+expected, and the squared changes of the logarithms of the five numbers, in units of the prior's
+standard deviations. This is a maximum a posteriori estimate with log-normal noise and prior. Its
+curvature at the minimum gives the covariance of the five logarithms (Laplace's approximation).
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ipu_options.config import IPUConfig
+from ipu_options.layout import Layout
+from planner.confidence import expected_error, sensitivity, unexplained_error
+from planner.count import CountedBlock
+from planner.job import Job
+from planner.machine import FITTED, MACHINES, Efficiencies
+from planner.plan import Plan, make_plan
+from runtime.errors import UsageError
+from runtime.files import write_json, writing
+
+# Start of the fit to published runs, all that is known without a run: three quarters of the peak
+# rate is what large multiplications reach on such chips, hence within 15 %. The others are round
+# numbers of the right order of magnitude, within a factor of e: some 30,000 cycles (20
+# microseconds) around each multiplication, 2 cycles an element, and on the host 60 ms a call and
+# 100 ns for each token, which is about 100 MB/s of input.
+START = Efficiencies(0.75, 30e3, 2.0, 0.060, 100e-9, source="round numbers")
+START_FREEDOM = (0.15, 1.0, 1.0, 1.0, 1.0)
+# Standard deviations of logarithms, that is, relative errors, of the fit to the user's own run.
+OWN_FREEDOM = (0.25, 0.25, 0.25, 0.25, 0.25)
+OWN_ERROR = 0.02  # of the throughput that the user measured
+PUBLISHED = Path(__file__).with_name("published_runs.json")
+
+
+class PublishedRun(NamedTuple):
+    """A public run.
+
+    use: "measured" (the efficiencies are fitted to it), "at least" (its throughput is a lower
+    bound), "fits" or "does not fit" (only known to do so). rows_per_second: the published
+    throughput, None if there is none. source: where it is published; what stands before its first
+    colon is the publisher.
+    """
+
+    name: str
+    use: str
+    rows_per_second: Optional[float]
+    source: str
+    job: Job
+
+    @property
+    def publisher(self) -> str:
+        """Who published the run: runs of one publisher may share an unknown."""
+        return self.source.split(":")[0]
+
+
+def published_runs(count: Callable[[Dict[str, Any]], Sequence[CountedBlock]],
+                   path: Path = PUBLISHED) -> List[PublishedRun]:
+    """Return the runs of a file such as published_runs.json, whose "about" describes the format.
+
+    count(run) must return the counted blocks of a run, given as the dictionary in the file; with
+    halves of layers if it has an "att_ffn_placement".
+    """
+    runs = []
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        config = IPUConfig(**run["ipu_config"])
+        blocks = tuple(count(run))
+        if "att_ffn_placement" in run:
+            halves = [ipu for ipu, parts in run["att_ffn_placement"] for _ in range(sum(parts))]
+            layout = Layout(config.embedding_ipu, tuple(halves), config.head_ipu)
+        else:
+            layout = config.layout(sum(block.kind == "layer" for block in blocks))
+        job = Job(blocks, layout, config, MACHINES[run["machine"]], run["micro_batch_size"],
+                  run["max_seq_length"], training=run.get("phase") != "inference")
+        runs.append(PublishedRun(run["name"], run["use"], run.get("rows_per_second"),
+                                 run["source"], job))
+    return runs
+
+
+def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, freedom: Sequence[float],
+        error: Callable[[Plan], float], source: str) -> Efficiencies:
+    """Return the efficiencies that best explain `runs`, with a prior centred on `start`.
+
+    runs: (job, measured rows/s) of each. freedom: standard deviation of the prior of each number's
+    logarithm. error(plan): relative error to expect of a run, as a standard deviation. source: the
+    description of the runs that is kept in the result.
+
+    The method is Gauss-Newton on the logarithms of the five numbers; a few steps are plenty. See
+    the top of this file for what is minimised.
+    """
+    x, prior = np.zeros(len(FITTED)), np.diag(1 / np.asarray(freedom))
+    for _ in range(8):
+        now = replace(start, **{
+            name: float(getattr(start, name) * np.exp(v)) for name, v in zip(FITTED, x)})
+        plans = [make_plan(job, now) for job, _ in runs]
+        weights = np.array([1 / error(plan) for plan in plans])
+        errors = np.array([math.log(plan.rows_per_second / measured)
+                           for plan, (_, measured) in zip(plans, runs)])
+        slopes = np.array([sensitivity(plan) for plan in plans])
+        jacobian = np.concatenate([weights[:, None] * slopes, prior])
+        residuals = np.concatenate([weights * errors, prior @ x])
+        x = x - np.linalg.lstsq(jacobian, residuals, rcond=None)[0]
+    covariance = np.linalg.inv(jacobian.T @ jacobian)
+    return replace(now, source=source, covariance=tuple(map(tuple, covariance.tolist())))
+
+
+def fit_published(runs: Sequence[PublishedRun]) -> Efficiencies:
+    """Return the fit to the measured ones of `runs`: the defaults of machine.Efficiencies."""
+    return fit([(run.job, run.rows_per_second) for run in runs if run.use == "measured"], START,
+               START_FREEDOM, unexplained_error, "published runs")
+
+
+def fit_own(runs: Sequence[Tuple[Job, float]], start: Efficiencies) -> Efficiencies:
+    """Return the fit to runs of the user's own, which count more than the published runs.
+
+    runs: (the run as the planner sees it, measured windows/s) of each. start: the efficiencies
+    fitted to the published runs. Raises UsageError unless each windows/s is a finite number above
+    0.
+    """
+    for _, measured in runs:
+        if not (measured > 0 and math.isfinite(measured)):
+            raise UsageError(
+                f"--measured windows_per_second={measured:g}: it should be more than 0")
+    source = (f"your run at {runs[0][1]:g} windows/s" if len(runs) == 1 else
+              f"your {len(runs)} runs")
+    return fit([(job, measured / job.windows_per_row) for job, measured in runs], start,
+               OWN_FREEDOM, lambda plan: OWN_ERROR, source)
+
+
+class Comparison(NamedTuple):
+    """A published run beside its plan; `blind` is the plan without the runs of its publisher."""
+
+    run: PublishedRun
+    plan: Plan
+    blind: Optional[Plan]
+
+    def error(self, plan: Plan) -> float:
+        """Return the relative error of a plan's throughput."""
+        return plan.rows_per_second / self.run.rows_per_second - 1
+
+    @property
+    def right(self) -> bool:
+        """Whether the plan is right about memory and, where only that is known, about a bound."""
+        bound = self.run.use != "at least" or self.error(self.plan) >= 0
+        return bound and self.plan.fits == (self.run.use != "does not fit")
+
+    @property
+    def within(self) -> bool:
+        """Whether the published throughput lies in the range that the blind plan expected."""
+        low, high = expected_error(self.blind)
+        return low <= self.run.rows_per_second / self.blind.rows_per_second - 1 <= high
+
+
+def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Comparison]:
+    """Return each of `runs` beside its plan.
+
+    For cross-validation, each measured run is also planned with the efficiencies that are fitted to
+    the measured runs of all other publishers.
+    """
+    others = {
+        publisher: fit_published([run for run in runs if run.publisher != publisher])
+        for publisher in {run.publisher for run in runs if run.use == "measured"}}
+    return [
+        Comparison(run, make_plan(run.job, efficiencies),
+                   make_plan(run.job, others[run.publisher]) if run.use == "measured" else None)
+        for run in runs]
+
+
+def calibration_file(path: Optional[str] = None) -> Path:
+    """Return the path of the user's calibration.
+
+    It is `path` (--calibration) if given, else a file in the user's configuration folder (XDG Base
+    Directory Specification).
+    """
+    if path is not None:
+        return Path(path)
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return Path(folder) / "ipu_options" / "calibration.json"
+
+
+def save(efficiencies: Efficiencies, path: Path) -> None:
+    """Write `efficiencies` to `path` as JSON. Raises RunError if that is not possible."""
+    with writing(f"--calibration {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(efficiencies))
+
+
+def load(path: Optional[str] = None) -> Efficiencies:
+    """Return the user's calibration if there is one, else the fit to published runs.
+
+    path: see `calibration_file`. Raises UsageError if a given `path` does not exist, or if the file
+    is not a calibration.
+    """
+    file = calibration_file(path)
+    if not file.is_file():
+        if path is not None:
+            raise UsageError(
+                f"--calibration {path}: no such file; `python -m planner calibrate --measured "
+                "windows_per_second=N` writes one")
+        return Efficiencies()
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        efficiencies = Efficiencies(**values)
+        if not all(isinstance(getattr(efficiencies, name), (int, float)) and
+                   getattr(efficiencies, name) > 0 for name in FITTED):
+            raise ValueError("its numbers should be more than 0")
+        if np.shape(efficiencies.covariance) != (len(FITTED), len(FITTED)):
+            raise ValueError("its covariance should have a row and a column for each number")
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{file} is not a calibration ({error}): correct it or delete it")
+    return replace(efficiencies, source=f"{efficiencies.source}, {file}")

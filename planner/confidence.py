@@ -1,0 +1,63 @@
+"""The range in which the throughput of a plan is expected.
+
+Two things make a prediction uncertain: the fitted numbers, whose covariance comes from the fit, and
+all that the model leaves out, which is as large as the errors of the cross-validation show. A job
+that resembles the published runs is therefore known best; one whose time goes where they tell
+little has a wider range.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Tuple
+
+import numpy as np
+
+from planner.machine import FITTED
+from planner.plan import Plan, make_plan
+
+CONFIDENCE = 0.9  # the share of runs that should lie in their expected range
+# Relative errors that the fitted numbers do not explain, as standard deviations:
+RUN_ERROR = 0.04        # of any run: the same job ran at 1,317 and at 1,391 rows/s
+HOST_ERROR = 0.30       # of the host's part, which depends on server and framework
+INFERENCE_ERROR = 0.20  # of inference, of which no throughput is published with its settings
+# Half of the 90 % range of Student's t distribution in standard deviations, for the published runs'
+# 6 publishers (5 degrees of freedom).
+QUANTILE = 2.02
+# Relative errors of the default efficiencies against the measured published runs, root of the mean
+# square: as fitted, and in cross-validation (`calibrate --show` prints both).
+PUBLISHED_RMS = (0.035, 0.052)
+
+
+def sensitivity(plan: Plan) -> np.ndarray:
+    """Return how the logarithm of rows/s changes with that of each fitted number."""
+    step, changes = 1e-4, []
+    for name in FITTED:
+        value = getattr(plan.efficiencies, name) * math.exp(step)
+        changed = make_plan(plan.job, replace(plan.efficiencies, **{name: value}))
+        changes.append(math.log(changed.rows_per_second / plan.rows_per_second) / step)
+    return np.array(changes)
+
+
+def unexplained_error(plan: Plan) -> float:
+    """Return the relative error that would remain if the fitted numbers were known exactly."""
+    host = HOST_ERROR * plan.host_seconds / plan.update_seconds
+    inference = 0.0 if plan.job.training else INFERENCE_ERROR
+    return math.sqrt(RUN_ERROR ** 2 + host ** 2 + inference ** 2)
+
+
+def standard_error(plan: Plan) -> float:
+    """Return the standard deviation of the logarithm of rows/s."""
+    slopes = sensitivity(plan)
+    known = slopes @ np.array(plan.efficiencies.covariance) @ slopes
+    return math.sqrt(known + unexplained_error(plan) ** 2)
+
+
+def expected_error(plan: Plan) -> Tuple[float, float]:
+    """Return the lowest and the highest relative deviation from the plan that is expected.
+
+    A share CONFIDENCE of all runs should lie between them: (-0.1, 0.11) means from 10 % less than
+    planned to 11 % more.
+    """
+    width = QUANTILE * standard_error(plan)
+    return math.exp(-width) - 1, math.exp(width) - 1

@@ -1,0 +1,173 @@
+"""The planner's own flags, which come in addition to those of train.py."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Dict, Optional
+
+from qa.settings import TrainSettings, refuse_several_hosts
+from runtime.errors import UsageError
+from runtime.flags import Settings, flag
+
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+         "vocab_size")
+# Sizes of well-known checkpoints, from their config.json on the hub. With these, planning such a
+# checkpoint needs no network.
+MODELS = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
+
+
+@dataclass
+class JobSettings(Settings):
+    """Planning."""
+
+    ipu: str = flag("mk2", "generation of the IPU", choices=("mk2", "bow"))
+    config_json: Optional[str] = flag(
+        None, "plan the model of this config.json, without weights or tokenizer")
+    hidden_size: Optional[int] = flag(
+        None, "width of the model to plan, which then needs no checkpoint", type=int, min=1,
+        max=65_536)
+    num_hidden_layers: Optional[int] = flag(
+        None, "number of encoder layers of the model to plan", type=int, min=1, max=256)
+    num_attention_heads: Optional[int] = flag(
+        None, "number of attention heads of the model to plan", type=int, min=1, max=1024)
+    intermediate_size: Optional[int] = flag(
+        None, "width of the feed-forward layers of the model to plan", type=int, min=1,
+        max=262_144)
+    vocab_size: Optional[int] = flag(
+        None, "vocabulary size of the model to plan", type=int, min=1, max=10_000_000)
+    windows_per_row: Optional[float] = flag(
+        None, "mean number of real windows in a packed row (default: estimated)", type=float, min=1)
+    train_windows: Optional[int] = flag(
+        None, "windows of an epoch (default: known for squad and squad_v2)", type=int, min=1,
+        max=10 ** 12)
+    eval_windows: Optional[int] = flag(
+        None, "windows to answer (default: about those of squad and squad_v2)", type=int, min=1,
+        max=10 ** 12)
+    calibration: Optional[str] = flag(
+        None, "file of the efficiencies to plan with, as `calibrate` writes it")
+
+    def shape(self) -> Dict[str, int]:
+        """Return those sizes of the model that were given, by their names in a config.json."""
+        return {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
+
+    def needs_checkpoint(self, settings: TrainSettings) -> bool:
+        """Whether the model to plan is that of a folder, or of a name that only the hub knows."""
+        name = settings.model_name_or_path
+        known = name.split("/")[-1] in MODELS and not Path(name).is_dir()
+        return not (self.config_json or self.shape() or settings.demo_data or known)
+
+
+@dataclass
+class PlanSettings(JobSettings):
+    """Planning."""
+
+    inference: bool = flag(
+        False, "plan the pipeline of evaluation and infer.py in place of the training's")
+    json: bool = flag(False, "print the plan as one JSON object, with units in the names")
+    plot: Optional[str] = flag(
+        None, "draw timeline, memory and split of the plan to this .png, .svg or .pdf file")
+    html: Optional[str] = flag(
+        None, "write timeline, memory and time of the plan to this .html file, which needs no "
+        "network")
+    fit: bool = flag(False, "also print the planner's error on each published run")
+
+
+@dataclass
+class TrainPlanSettings(PlanSettings):
+    """Planning, with --plan."""
+
+    plan: bool = flag(False, "print the planned memory and time on IPUs, and do nothing else")
+
+    def refuse_without_plan(self, settings: TrainSettings) -> None:
+        """Raise UsageError for what can only be planned. Called where --plan was not given.
+
+        This is a planner's flag, or a pod of several hosts. settings: those of the run.
+        """
+        for field in fields(PlanSettings):
+            if field.name in self.sources:
+                raise UsageError(f"--{field.name} does nothing without --plan: add it")
+        refuse_several_hosts(settings)
+
+
+@dataclass
+class SearchSettings(Settings):
+    """Search."""
+
+    inference: bool = flag(
+        False, "search for the pipeline of evaluation and infer.py in place of the training's")
+    ipus: Optional[int] = flag(None, "IPUs to use (default: those of the pod)", type=int)
+    write: Optional[str] = flag(None, "write the best settings to this ipu_config.json")
+    keep: int = flag(5, "number of settings to show", min=1)
+    json: bool = flag(False, "print the plans as JSON, with units in the names")
+    html: Optional[str] = flag(
+        None, "write the plans beside the given one to this .html file, which needs no network")
+
+
+@dataclass
+class CalibrateSettings(Settings):
+    """Calibration."""
+
+    measured: Optional[str] = flag(
+        None, "measured throughput of the run with these flags, as windows_per_second=N, or the "
+        "table of `sweep --run`: a file.csv")
+    profile: Optional[str] = flag(
+        None, "PopVision profile of such a run, from which the size of the code is taken")
+    show: bool = flag(
+        False, "print the planner's error on each published run, with cross-validation")
+    refit_published: bool = flag(
+        False, "fit to the published runs and print the efficiencies")
+    json: bool = flag(False, "print what it finds as JSON, with units in the names")
+
+    def check(self) -> None:
+        """Raise UsageError unless one thing is asked for, with no flag of another one."""
+        asked = [f"--{name}" for name in ("measured", "show", "refit_published")
+                 if getattr(self, name)]
+        if len(asked) > 1:
+            raise UsageError(f"{' and '.join(asked)} exclude each other: give one of them")
+        if self.profile and not self.measured:
+            raise UsageError("--profile does nothing without --measured: give both, of one run")
+
+
+@dataclass
+class ReportSettings(Settings):
+    """The profile."""
+
+    profile: str = flag("", "a profile.pop, or the folder that was given to --profile_dir",
+                        positional=True)
+
+
+@dataclass
+class SweepSettings(Settings):
+    """The sweep's own flags."""
+
+    run: bool = flag(False, "measure each combination by a short run of train.py on synthetic data")
+    steps: int = flag(20, "steps of such a run", min=1)
+    timeout: int = flag(3600, "seconds after which such a run has failed", min=1)
+    output: str = flag("sweep.csv", "table of the results, from which a later call goes on")
+    html: Optional[str] = flag(
+        None, "write the table and all plans side by side to this .html file, which needs no "
+        "network")
+
+
+@dataclass
+class ExploreSettings(Settings):
+    """The page."""
+
+    port: int = flag(8050, "port of the page on this machine; 0: any that is free", min=0,
+                     max=65_535)
+    write: str = flag("ipu_config.json", "file that the page's button Save writes")
+
+
+@dataclass
+class CompareSettings(Settings):
+    """The comparison's own flags."""
+
+    inference: bool = flag(
+        False, "plan the pipeline of evaluation and infer.py in place of the training's")
+    json: bool = flag(False, "print the comparison as one JSON object, with units in the names")
+    plot: Optional[str] = flag(
+        None, "draw memory, time by stage and windows/s to this .png, .svg or .pdf file")
+    html: Optional[str] = flag(
+        None, "write memory, time by stage and windows/s to this .html file, which needs no "
+        "network")

@@ -1,0 +1,104 @@
+"""The documented figures of an IPU, and the fitted efficiencies that a BERT-like model reaches.
+
+Sources of the figures: the product pages of Mk2 (GC200) and Bow, and the data sheets of IPU-M2000
+and Bow-2000, docs.graphcore.ai. `Efficiencies` is fitted to the runs in published_runs.json;
+`python -m planner calibrate --show` prints the error of each.
+
+Bow is a Mk2 with a faster clock: all that happens on the chip, its exchange included, takes the
+same number of cycles on both. Links, streaming memory and host do not follow the clock.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Tuple
+
+MIB = 2 ** 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One IPU and its links. Rates are in FLOP/s and bytes/s, with decimal prefixes."""
+
+    name: str
+    clock_hz: float
+    float16_flops: float
+    float32_flops: float
+    tiles: int = 1472
+    tile_bytes: int = 624 * 1024
+    link_bytes_per_second: float = 320e9           # IPU-Link, all links of an IPU, both directions
+    # Two GW-Links of 100 Gbit/s join an IPU-Machine, with its four IPUs, to those of other racks
+    # (docs.graphcore.ai, "Switched GW-Links"). In each direction.
+    gateway_bytes_per_second: float = 2 * 100e9 / 8 / 4
+    # The DRAM of an IPU-Machine gives 20e9 bytes/s to its four IPUs together.
+    streaming_bytes_per_second: float = 20e9 / 4
+
+    @property
+    def memory_bytes(self) -> int:
+        """In-Processor-Memory of one IPU: 1,472 tiles x 624 KiB = 897 MiB."""
+        return self.tiles * self.tile_bytes
+
+    @property
+    def exchange_bytes_per_second(self) -> float:
+        """All-to-all exchange on chip: 4 bytes a tile and cycle, 8e12 bytes/s on Mk2."""
+        return 4 * self.tiles * self.clock_hz
+
+    def flops(self, precision: str) -> float:
+        """Return the peak rate of matrix multiplications in "float16" or "float32", in FLOP/s."""
+        return self.float16_flops if precision == "float16" else self.float32_flops
+
+
+MACHINES = {
+    "mk2": Machine("Mk2", clock_hz=1.33e9, float16_flops=250e12, float32_flops=62.5e12),
+    "bow": Machine("Bow", clock_hz=1.85e9, float16_flops=350e12, float32_flops=87.5e12),
+}
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """Five fitted numbers about time, how well they are known, and an allowance for code.
+
+    A block with F FLOPs in M matrix multiplications, whose other operations compute E elements,
+    takes F / (peak x peak_utilisation) + M x matmul_cycles / clock +
+    E x element_cycles / (tiles x clock) seconds.
+
+    peak_utilisation: the share of the peak rate that large multiplications reach. matmul_cycles:
+    what does not grow with the work, for each multiplication: exchange, synchronisation, vertices
+    that start. element_cycles: of a tile, for each float16 element that an operation other than a
+    multiplication computes, with the exchange that it needs. call_seconds: of the host for each
+    training call: streams, scheduling, the loop in Python. token_seconds: of the host for each
+    token of a call's rows, whose inputs it collects, converts and copies (poptorch,
+    poptorch/source/PoplarExecutable.cpp, run).
+
+    covariance: of the logarithms of these five numbers (FITTED), from the fit. `confidence.py`
+    makes the expected range of a prediction from it.
+
+    `code_bytes` is an allowance for code, control code and exchange code of one IPU that trains
+    BERT layers. It is not fitted to speed, but chosen small enough that every configuration in
+    published_runs.json that is known to fit does fit in the plan. The size in a profile replaces
+    it. `source` names the runs that the numbers were fitted to.
+    """
+
+    peak_utilisation: float = 0.7942
+    matmul_cycles: float = 31.37e3
+    element_cycles: float = 2.126
+    call_seconds: float = 0.05346
+    token_seconds: float = 96.10e-9
+    code_bytes: int = 110 * MIB
+    source: str = "published runs"
+    covariance: Tuple[Tuple[float, ...], ...] = (
+        (0.01824, 0.00872, 0.01724, -0.00408, 0.01072),
+        (0.00872, 0.01636, -0.01082, -0.00676, 0.00375),
+        (0.01724, -0.01082, 0.0689, -0.012, -0.0176),
+        (-0.00408, -0.00676, -0.012, 0.05871, 0.00725),
+        (0.01072, 0.00375, -0.0176, 0.00725, 0.0745))
+
+
+FITTED = ("peak_utilisation", "matmul_cycles", "element_cycles", "call_seconds", "token_seconds")
+
+# Share of link_bytes_per_second that collectives and copies between IPUs can use: that figure is
+# for both directions, and each direction has half of it.
+LINK_SHARE = 0.5
+# What the host adds to a call of an inference pipeline, which has no optimizer to set. It is not
+# fitted: a recorded validation of BERT-large on 16 IPUs (optimum-graphcore,
+# introduction_to_optimum_graphcore.ipynb) takes 30 ms a call of 96 rows, most of it on the device.
+INFERENCE_CALL_SECONDS = 0.005

@@ -1,0 +1,145 @@
+"""Makes the plan of one job: memory, schedule and throughput."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Dict, Optional, Sequence
+
+from planner.job import Job
+from planner.machine import Efficiencies
+from planner.memory import ipu_memory
+from planner.schedule import KINDS, Schedule, StageWork
+from planner.throughput import (
+    between_hosts_seconds,
+    copy_seconds,
+    host_seconds,
+    stage_work,
+    update_seconds,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted memory and time of a job, in bytes and seconds.
+
+    memory: {IPU of a replica: {category: bytes}}. reduction_seconds: of the gradients' reduction
+    over the replicas. host_seconds: time that the host adds to each weight update, or to each call
+    in inference.
+    """
+
+    job: Job
+    efficiencies: Efficiencies
+    memory: Dict[int, Dict[str, int]]
+    schedule: Schedule
+    reduction_seconds: float
+    weight_update_seconds: float
+    host_seconds: float
+
+    @property
+    def work(self) -> Sequence[StageWork]:
+        """The seconds of each forward stage for one micro-batch, in order."""
+        return self.schedule.stages
+
+    @property
+    def copy_seconds(self) -> float:
+        """Seconds of the copies between IPUs that end a step."""
+        return self.schedule.copy_seconds
+
+    @property
+    def fullest_ipu(self) -> int:
+        """The IPU that needs most memory."""
+        return max(self.memory, key=lambda ipu: sum(self.memory[ipu].values()))
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that is left on the fullest IPU; below 0 if it needs more than it has."""
+        return self.job.machine.memory_bytes - sum(self.memory[self.fullest_ipu].values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether every IPU stays within its memory."""
+        return self.free_bytes >= 0
+
+    @property
+    def update_seconds(self) -> float:
+        """Time from one weight update, or inference call, to the next, including the host."""
+        return (self.schedule.seconds + self.reduction_seconds + self.weight_update_seconds +
+                self.host_seconds)
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows of all replicas per second."""
+        return self.job.rows_per_update / self.update_seconds
+
+    @property
+    def windows_per_second(self) -> float:
+        """Real windows of all replicas per second: rows times the windows in each."""
+        return self.rows_per_second * self.job.windows_per_row
+
+    @property
+    def run_seconds(self) -> Optional[float]:
+        """Time of the whole run without compilation; None if its windows are not known.
+
+        For training this is without evaluation. An inference run is a whole number of calls.
+        """
+        job = self.job
+        if job.updates is not None:
+            return job.updates * self.update_seconds
+        if job.windows is None:
+            return None
+        if job.training:
+            return job.epochs * job.windows / self.windows_per_second
+        return self.update_seconds * math.ceil(
+            job.windows / (job.rows_per_update * job.windows_per_row))
+
+    def parts(self) -> Dict[str, float]:
+        """Return {part: seconds} of the time of a weight update; the sum is update_seconds.
+
+        Work is the mean over the IPUs of a replica. "waiting for the slowest IPU" is the time that
+        an average IPU is idle within the steps because the slowest one takes longer.
+        """
+        steps, batches = self.schedule.steps, self.job.micro_batches
+        ipus = len(self.memory)
+        mean = {
+            kind: batches * sum(getattr(work, kind) for work in self.work) / ipus for kind in KINDS}
+        slowest = self.schedule.step_seconds - self.copy_seconds
+        between = between_hosts_seconds(self.job)
+        return {
+            **mean, "waiting for the slowest IPU": batches * slowest - sum(mean.values()),
+            "pipeline ramp": (steps - batches) * slowest,
+            "copies between IPUs": steps * self.copy_seconds,
+            "gradient reduction": self.reduction_seconds - between,
+            "gradient reduction between hosts": between,
+            "weight update": self.weight_update_seconds, "host": self.host_seconds}
+
+
+def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
+    """Return the Plan of `job`; efficiencies: by default those fitted to published runs."""
+    schedule = Schedule(stage_work(job, efficiencies), job.micro_batches, copy_seconds(job),
+                        job.training)
+    return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), schedule,
+                *update_seconds(job), host_seconds(job, efficiencies))
+
+
+def latency_seconds(plan: Plan) -> float:
+    """Return the seconds from one question to its answer, if it takes one row.
+
+    The row passes through the stages of one replica one after the other (poptorch's
+    ShardedExecution), without waiting for rows that fill a pipeline. `plan` must be of inference.
+    """
+    job = plan.job
+    one = with_micro_batch(job, 1)
+    one = make_plan(with_config(one, device_iterations=1, replication_factor=1), plan.efficiencies)
+    return (sum(work.forward for work in one.work) + (len(one.work) - 1) * one.copy_seconds +
+            one.host_seconds)
+
+
+def with_config(job: Job, **changes: Any) -> Job:
+    """Return a copy of the job with `changes` to the fields of its IPU configuration."""
+    return replace(job, config=replace(job.config, **changes))
+
+
+def with_micro_batch(job: Job, micro_batch_size: int, **changes: Any) -> Job:
+    """Return a copy of the job with another micro-batch size and `changes` to its configuration."""
+    blocks = tuple(job.count(micro_batch_size, job.config.embedding_serialization_factor))
+    return replace(with_config(job, **changes), micro_batch_size=micro_batch_size, blocks=blocks)

@@ -1,0 +1,173 @@
+"""Compares memory and balance in a PopVision profile with the plan.
+
+profile.pop is read through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision
+Analysis Library: Python API"), which comes with the Poplar SDK. Attributes used:
+compilation.target.{ipusPerReplica, tilesPerIpu, bytesPerTile, clockFrequency},
+compilation.tiles[].memory.{total.excludingGaps, category.NAME.total},
+execution.steps[].{program.type, ipus[].cycles}.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List
+
+from planner.advice import changes, suggestion
+from planner.machine import MIB
+from planner.plan import Plan
+from planner.text import table
+from runtime.errors import RunError, UsageError
+
+CODE = ("vertexCode", "controlCode", "internalExchangeCode", "hostExchangeCode",
+        "globalExchangeCode", "vertexInstanceState", "copyDescriptor", "vertexFieldData")
+# What an IPU does in a step, by the type of its program. The types that are not named ("other") are
+# control flow, which takes almost no time.
+ACTIVITY = {
+    "OnTileExecute": "compute", "DoExchange": "exchange", "GlobalExchange": "IPU-Links",
+    "StreamCopy": "host", "StreamCopyBegin": "host", "StreamCopyMid": "host",
+    "StreamCopyEnd": "host", "Sync": "waiting"}
+ACTIVITIES = ("compute", "exchange", "IPU-Links", "host", "waiting", "other")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Memory in bytes and cycles by activity (ACTIVITIES); each list is over a replica's IPUs."""
+
+    total_bytes: List[int]
+    ipu_code_bytes: List[int]
+    largest_tile_bytes: List[int]
+    tile_limit_bytes: int
+    cycles: List[Dict[str, int]]
+    clock_hz: float
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of code, control code and exchange code on the IPU that has most of them."""
+        return max(self.ipu_code_bytes)
+
+    def work_cycles(self, ipu: int) -> int:
+        """Return the cycles in which the IPU computed or exchanged data."""
+        return sum(self.cycles[ipu][name] for name in ("compute", "exchange", "IPU-Links"))
+
+
+def open_profile(path: str) -> Profile:
+    """Return the Profile in a profile.pop file, or in the newest one below a folder.
+
+    In a folder, a training profile takes precedence over an inference profile. Raises UsageError if
+    pva or the profile is missing, RunError if pva cannot read the profile.
+    """
+    try:
+        import pva
+    except ImportError:
+        raise UsageError(
+            "reading a profile needs pva, which comes with the Poplar SDK and not from a package "
+            "index: run this where the SDK is enabled (source its poplar enable.sh)")
+    file = profile_file(path)
+    try:
+        return read_profile(pva.openReport(str(file)))
+    except Exception as error:  # pva has its own exceptions, and RuntimeError for a broken file
+        raise RunError(f"{file}: pva cannot read it ({error})")
+
+
+def profile_file(path: str) -> Path:
+    """Return the profile.pop that `open_profile` reads. Raises UsageError if there is none."""
+    found = [Path(path)] if Path(path).is_file() else sorted(
+        Path(path).rglob("profile.pop"),
+        key=lambda file: ("training" in file.parts, file.stat().st_mtime))
+    if not found:
+        raise UsageError(
+            f"{path}: no profile.pop there; `python train.py --profile_dir {path}` on an IPU "
+            "writes one")
+    return found[-1]
+
+
+def read_profile(report: Any) -> Profile:
+    """Return the Profile in a report of pva.openReport: that of the first replica's IPUs.
+
+    All replicas run the same program, and target.numIPUs counts the IPUs of all of them.
+    """
+    target = report.compilation.target
+    ipus, per_ipu = target.ipusPerReplica, target.tilesPerIpu
+    total, code, largest = [0] * ipus, [0] * ipus, [0] * ipus
+    for index, tile in zip(range(ipus * per_ipu), report.compilation.tiles):
+        ipu = index // per_ipu
+        size = tile.memory.total.excludingGaps
+        total[ipu] += size
+        largest[ipu] = max(largest[ipu], size)
+        code[ipu] += sum(
+            getattr(tile.memory.category, name).total for name in CODE
+            if hasattr(tile.memory.category, name))
+    cycles = [dict.fromkeys(ACTIVITIES, 0) for _ in range(ipus)]
+    for step in report.execution.steps:
+        activity = ACTIVITY.get(str(step.program.type).split(".")[-1], "other")
+        for counted, part in zip(cycles, step.ipus):
+            counted[activity] += part.cycles
+    return Profile(total, code, largest, target.bytesPerTile, cycles, target.clockFrequency)
+
+
+def profile_text(profile: Profile, plan: Plan) -> str:
+    """Return the printed report: memory, cycles and balance beside the plan, and what to change.
+
+    plan: that of the profiled run. Raises UsageError if it is for another number of IPUs.
+    """
+    if len(profile.total_bytes) != len(plan.memory):
+        raise UsageError(
+            f"the profile is of {len(profile.total_bytes)} IPUs, the plan of {len(plan.memory)}: "
+            "give report the flags that the profiled run was started with")
+    memory = [[
+        f"IPU {ipu}", f"{profile.total_bytes[ipu] / MIB:.0f}", f"{sum(parts.values()) / MIB:.0f}",
+        f"{profile.ipu_code_bytes[ipu] / MIB:.0f}", f"{parts['code'] / MIB:.0f}",
+        f"{100 * profile.largest_tile_bytes[ipu] / profile.tile_limit_bytes:.0f} %"]
+              for ipu, parts in plan.memory.items()]
+    load = _planned_load(plan)
+    most = max(profile.work_cycles(ipu) for ipu in plan.memory) or 1
+    cycles = [[f"IPU {ipu}"] +
+              [f"{1e3 * profile.cycles[ipu][name] / profile.clock_hz:.2f}" for name in ACTIVITIES] +
+              [f"{100 * profile.work_cycles(ipu) / most:.0f} %", f"{100 * load[ipu]:.0f} %"]
+              for ipu in plan.memory]
+    return "\n\n".join([
+        "Memory in MiB, as profiled and as planned\n" +
+        table(["", "profiled", "planned", "code", "code planned", "fullest tile"], memory),
+        "Time in ms of the profiled call, by what an IPU does\n" +
+        table(["", *ACTIVITIES, "load", "load planned"], cycles),
+        "What to change: " + advice(profile, plan)])
+
+
+def advice(profile: Profile, plan: Plan) -> str:
+    """Return the change to make next, in one line.
+
+    A tile out of memory comes first, then imbalance between the IPUs, then time that goes to the
+    host; if the profile shows none of these, it is the plan's suggestion.
+    """
+    ipus = list(plan.memory)
+    full = max(ipus, key=lambda ipu: profile.largest_tile_bytes[ipu])
+    over = profile.largest_tile_bytes[full] - profile.tile_limit_bytes
+    if over > 0:
+        return (
+            f"IPU {full}'s fullest tile is over by {over / 1024:.0f} KiB: move a layer away from "
+            "it, lower its --matmul_proportion, or use a smaller --micro_batch_size")
+    slowest, idlest = max(ipus, key=profile.work_cycles), min(ipus, key=profile.work_cycles)
+    most, least = profile.work_cycles(slowest), profile.work_cycles(idlest)
+    layers = plan.job.layout.layers_per_ipu(len(ipus))
+    # Only if the slowest IPU would still have more work than the other after giving it one layer.
+    if layers[slowest] > 1 and most - least > 2 * most / layers[slowest]:
+        layers[slowest], layers[idlest] = layers[slowest] - 1, layers[idlest] + 1
+        mean = sum(profile.work_cycles(ipu) for ipu in ipus) / len(ipus)
+        return (
+            f"IPU {slowest} works {most / mean:.2f} times the mean, IPU {idlest} least: "
+            f"move a layer, --layers_per_ipu {' '.join(map(str, layers))}, "
+            "if `plan` says that it fits")
+    busy = sum(sum(parts.values()) for parts in profile.cycles) or 1
+    host = sum(parts["host"] for parts in profile.cycles) / busy
+    if host > 0.1:
+        return (
+            f"{100 * host:.0f} % of the time goes to the host: "
+            f"--device_iterations {2 * plan.job.config.device_iterations}, "
+            "or more --dataloader_num_workers")
+    return suggestion(plan, changes(plan))
+
+
+def _planned_load(plan: Plan) -> Dict[int, float]:
+    """Return each IPU's planned work relative to that of the slowest IPU."""
+    seconds = plan.schedule.load
+    return {ipu: value / max(seconds.values()) for ipu, value in seconds.items()}

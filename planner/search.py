@@ -1,0 +1,274 @@
+"""Searches the best split of the blocks over IPUs and the best settings, within the memory limit.
+
+What is found is checked as train.py checks it, for training and for the evaluation that follows.
+
+For given settings the blocks are cut into contiguous stages, one per IPU; embedding and head may
+have an IPU of their own or share one with layers. A weight update takes
+
+    steps x (slowest stage + copies) + update(most parameters on an IPU) + constants
+
+which contains two maxima over the stages. Among the splits that keep every stage within memory and
+below a cap on its parameters, dynamic programming finds the one whose slowest stage is fastest.
+Lowering the cap until nothing more can be gained gives the exact minimum of the sum. The copies are
+the same for every split, because all blocks of a transformer hand on tensors of one size.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ipu_options.config import (
+    IPUConfig,
+    inference_pipeline,
+    pod_of,
+    reserved_ipus,
+    training_pipeline,
+)
+from ipu_options.layout import Layout, in_ipus, least_accumulation
+from planner.count import CountedBlock
+from planner.job import Job
+from planner.machine import Efficiencies
+from planner.memory import stage_memory
+from planner.plan import Plan, make_plan
+from planner.throughput import stage_seconds, update_seconds_of
+from planner.totals import Totals, range_totals
+from runtime.errors import UsageError
+from runtime.flags import Layer, make_settings
+
+SERIALIZATION_FACTORS = (1, 2, 4)
+MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ITERATIONS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches of an inference call
+MATMUL_PROPORTION = 0.25  # used if the job gives a proportion per IPU, for another number of IPUs
+
+
+class Cut(NamedTuple):
+    """A split of the blocks into stages.
+
+    ends: for each stage, the index of the block after its last one. slowest_seconds: the time of
+    the slowest stage for one micro-batch, without copies.
+    """
+
+    ends: Tuple[int, ...]
+    slowest_seconds: float
+
+
+def search(job: Job, ipus: int, whole: IPUConfig, efficiencies: Efficiencies = Efficiencies(),
+           keep: int = 5) -> Tuple[List[Plan], int]:
+    """Return the `keep` best plans that fit on `ipus` IPUs, and the number of settings tried.
+
+    job: gives all that is not searched: model, length, machine, the batch size (which the learning
+    rate was chosen for), replicated tensor sharding and precision. Its `count` must be set, and for
+    inference its `windows`. whole: the configuration of the run, for training and inference.
+
+    Searched are the IPUs of a replica (powers of two) and the number of replicas, the split and the
+    micro-batch size. For training there are also recomputation checkpoints, embedding
+    serialisation, and optimizer state on or off chip; the plans are sorted, the fastest first. For
+    inference there is the number of micro-batches in a call; the plans are sorted by the time for
+    all windows in steps of 2 %, then by the rows of a call. Raises UsageError if nothing fits.
+    """
+    plans, tried = [], 0
+    for candidate in (_candidates if job.training else _inference_candidates)(job, ipus):
+        tried += 1
+        cut = best_split(candidate, efficiencies)
+        if cut is not None:
+            plan = make_plan(with_cut(candidate, cut), efficiencies)
+            if _runs(plan, whole, ipus):
+                plans.append(plan)
+    if not plans:
+        batch = f" with {job.batch_size} rows a weight update" if job.training else ""
+        raise UsageError(
+            f"nothing fits: no split of this model over {in_ipus(ipus)} keeps every IPU within its "
+            f"memory{batch}; use more IPUs, or a shorter --max_seq_length")
+    if job.training:
+        plans.sort(key=lambda plan: (
+            -plan.windows_per_second, plan.job.config.optimizer_state_offchip,
+            plan.job.config.embedding_serialization_factor,
+            -plan.job.config.recompute_checkpoint_every_layer))
+    else:
+        plans.sort(key=lambda plan: (
+            round(np.log(plan.run_seconds) / 0.02), plan.job.rows_per_update))
+    return _distinct(plans)[:keep], tried
+
+
+def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
+    """Return the configuration of the whole run with which `plan` is carried out on `ipus` IPUs.
+
+    whole: the configuration before the search. A plan of inference changes the inference pipeline
+    only. A plan of training changes the inference pipeline as little as is needed to run it too: it
+    may inherit the training's stages, which need as many iterations, or have too many replicas.
+    """
+    found = plan.job.config
+    if not plan.job.training:
+        whole = replace(
+            whole, inference_layers_per_ipu=found.layers_per_ipu,
+            inference_ipus_per_replica=found.num_ipus(),
+            inference_replication_factor=found.replication_factor,
+            inference_device_iterations=found.device_iterations)
+        inherited = whole.for_pod(pod_of(ipus)).inference().values()
+        return replace(whole, **{
+            f"inference_{name}": getattr(found, name)
+            for name in ("matmul_proportion", "embedding_serialization_factor")
+            if getattr(found, name) != inherited[name]})
+    if reserved_ipus(found.inference().num_ipus()) > ipus:
+        found = replace(found, inference_layers_per_ipu=found.layers_per_ipu,
+                        inference_ipus_per_replica=found.num_ipus())
+    inference = found.inference()
+    stages = len(inference.layers_per_ipu)
+    if len(inference.matmul_shares()) != stages:
+        found = replace(found, inference_matmul_proportion=MATMUL_PROPORTION)
+    if inference.device_iterations < stages:
+        found = replace(found, inference_device_iterations=stages)
+    most = ipus // reserved_ipus(stages)
+    if inference.replication_factor > most:
+        found = replace(found, inference_replication_factor=most)
+    return found
+
+
+def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
+    """Return the contiguous split of the job's blocks with the shortest weight update or call.
+
+    It is over job.config.num_ipus() IPUs. Returns None if no split fits.
+    """
+    totals = range_totals(job.blocks)
+    stages = job.config.num_ipus()
+    if stages > len(job.blocks):
+        return None
+    seconds = [_stage_table(job, efficiencies, totals, index, stages) for index in range(stages)]
+    steps = job.micro_batches_over(stages) + (2 if job.training else 1) * (stages - 1)
+    best, best_seconds, cap = None, np.inf, np.inf
+    # A lower bound of the update's time: that of parameters in equal shares.
+    least = sum(update_seconds_of(job, -(-int(totals.parameters[0, -1]) // stages)))
+    while True:
+        cut = _least_slowest([
+            np.where(totals.parameters <= cap, table, np.inf) for table in seconds])
+        if cut is None or steps * cut.slowest_seconds + least >= best_seconds:
+            return best
+        starts = (0,) + cut.ends[:-1]
+        most = max(int(totals.parameters[i, j]) for i, j in zip(starts, cut.ends))
+        total = steps * cut.slowest_seconds + sum(update_seconds_of(job, most))
+        if total < best_seconds:
+            best, best_seconds = cut, total
+        cap = most - 1
+
+
+def with_cut(job: Job, cut: Cut) -> Job:
+    """Return a copy of the job with the split `cut` in its layout and configuration."""
+    ipu_of = [
+        ipu for ipu, (start, end) in enumerate(zip((0,) + cut.ends[:-1], cut.ends))
+        for _ in range(start, end)]
+    layout, ipus = Layout.from_blocks(ipu_of), len(cut.ends)
+    # The last IPU is the default for the head; it is named only where another one was.
+    head_ipu = None if job.config.head_ipu is None else ipus - 1
+    return replace(job, layout=layout,
+                   config=replace(job.config, layers_per_ipu=layout.layers_per_ipu(ipus),
+                                  ipus_per_replica=ipus, embedding_ipu=0, head_ipu=head_ipu))
+
+
+def _runs(plan: Plan, whole: IPUConfig, ipus: int) -> bool:
+    """Return whether train.py would take the plan's settings, for training and for evaluation."""
+    layers, pod = len(plan.job.layout.layer_ipus), pod_of(ipus)
+    try:
+        config = make_settings(IPUConfig, [Layer(settings_of(plan, whole, ipus).to_dict())])
+        if plan.job.training:
+            training_pipeline(config, layers, pod)
+        inference_pipeline(config, layers, pod)
+    except UsageError:
+        return False
+    return True
+
+
+def _candidates(job: Job, ipus: int) -> Iterator[Job]:
+    """Yield a training job for each combination of all that is searched besides the split.
+
+    Gradient accumulation follows from the batch size, which stays as it is.
+    """
+    for stages in _powers_of_two(min(ipus, len(job.blocks))):
+        replicas = ipus // stages
+        for micro_batch in MICRO_BATCHES:
+            accumulation, rest = divmod(job.batch_size, micro_batch * replicas)
+            if rest or round(accumulation / job.windows_per_row) < least_accumulation(stages):
+                continue
+            for factor in SERIALIZATION_FACTORS:
+                blocks = tuple(job.count(micro_batch, factor))
+                for offchip in (False, True):
+                    for checkpoints in (True, False):
+                        yield _candidate(
+                            job, blocks, micro_batch, ipus_per_replica=stages,
+                            replication_factor=replicas, gradient_accumulation_steps=accumulation,
+                            embedding_serialization_factor=factor, optimizer_state_offchip=offchip,
+                            recompute_checkpoint_every_layer=checkpoints)
+
+
+def _inference_candidates(job: Job, ipus: int) -> Iterator[Job]:
+    """Yield an inference job for each combination of all that is searched besides the split."""
+    for stages in _powers_of_two(min(ipus, len(job.blocks))):
+        for micro_batch in MICRO_BATCHES:
+            blocks = tuple(job.count(micro_batch, job.config.embedding_serialization_factor))
+            for iterations in ITERATIONS:
+                if iterations >= stages:
+                    yield _candidate(
+                        job, blocks, micro_batch, ipus_per_replica=stages,
+                        replication_factor=ipus // stages, device_iterations=iterations)
+
+
+def _candidate(job: Job, blocks: Tuple[CountedBlock, ...], micro_batch: int, **changes) -> Job:
+    config = replace(job.config, **changes)
+    if len(config.matmul_shares()) != config.num_ipus():
+        config = replace(config, matmul_proportion=MATMUL_PROPORTION)
+    return replace(job, blocks=blocks, micro_batch_size=micro_batch, config=config)
+
+
+def _powers_of_two(most: int) -> List[int]:
+    return [2 ** power for power in range(most.bit_length())]
+
+
+def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
+                 stages: int) -> np.ndarray:
+    """Return the seconds of a step for every run of blocks as stage `index` of `stages`.
+
+    The entry [i, j] is for blocks[i:j]; it is infinite if they do not fit or there are none.
+    """
+    memory = stage_memory(job, totals,
+                          job.config.matmul_shares()[index], index, stages, efficiencies.code_bytes)
+    seconds = sum(stage_seconds(job, efficiencies, totals, index, stages))
+    fits = (sum(memory.values()) <= job.machine.memory_bytes) & (totals.parameters > 0)
+    return np.where(fits, seconds, np.inf)
+
+
+def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
+    """Return the split into stages s that minimises the maximum of tables[s][start, end].
+
+    Returns None if this maximum is infinite for every split.
+    """
+    blocks = tables[0].shape[0]
+    # The slowest stage so far, by the index of the block with which the next stage begins.
+    reached = np.full(blocks + 1, np.inf)
+    reached[0] = 0.0
+    origins = []
+    for table in tables:
+        slowest = np.maximum(reached[:-1, None], table)
+        origins.append(slowest.argmin(axis=0))
+        reached = slowest.min(axis=0)
+    if not np.isfinite(reached[-1]):
+        return None
+    ends = [blocks]
+    for origin in reversed(origins[1:]):
+        ends.append(int(origin[ends[-1]]))
+    return Cut(tuple(reversed(ends)), float(reached[-1]))
+
+
+def _distinct(plans: Sequence[Plan]) -> List[Plan]:
+    """Return the best plan of each layout, micro-batch size and place of the optimizer state.
+
+    plans: sorted, the best first. The plans that are left out differ from the one that is kept only
+    in embedding serialisation or recomputation checkpoints, and are not faster.
+    """
+    seen, kept = set(), []
+    for plan in plans:
+        key = (plan.job.layout, plan.job.micro_batch_size, plan.job.config.optimizer_state_offchip)
+        if key not in seen:
+            seen.add(key)
+            kept.append(plan)
+    return kept

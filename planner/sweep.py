@@ -1,0 +1,247 @@
+"""Plans every combination of some flags, and measures them with --run.
+
+The results are written to a CSV file, from which an interrupted sweep continues.
+"""
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+from planner.comparison import Side
+from planner.flags import JobSettings, SweepSettings
+from planner.sides import flags_side
+from planner.text import table
+from qa.settings import parse_train
+from runtime.errors import RunError, UsageError
+from runtime.files import writing, written_whole
+from runtime.flags import Layer, Parser, add_flags, make_settings
+
+USAGE = (
+    'sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] '
+    '[--timeout SECONDS] [--output FILE] [--html FILE] -- [train.py flags]')
+COLUMNS = ("setting", "job", "fits", "planned_windows_per_second", "measured_windows_per_second",
+           "measured_on", "bubble_percent", "fullest_mib", "status")
+_HOST = "this host"
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+
+
+def run_sweep(argv: Sequence[str]) -> int:
+    """Run the sweep that `argv` asks for (see USAGE), print its table and return 0.
+
+    Rows are written as soon as they are known. A combination that the --output file holds for the
+    same job (all settings, IPU generation and calibration) is skipped, unless it was refused or its
+    run failed. If a combination is not possible or its run fails, the status in its row says why.
+    Raises UsageError for a wrong command line, RunError if the file cannot be written.
+    """
+    swept, own, common = parse(argv)
+    if own.html:
+        from planner.page import check_page
+        check_page(own.html)  # before a measurement of hours
+    output = Path(own.output)
+    rows, ours = read_rows(output), []
+    for flags in combinations(swept):
+        row = plan_row(" ".join(flags), flags + list(common))
+        earlier = [old for old in rows if _key(old) == _key(row)]
+        done = [old for old in earlier if old["status"].startswith("measured")]
+        if done:
+            row = done[0]
+        elif own.run and row["status"] == "planned":
+            print(f"{row['setting']}: measuring", file=sys.stderr, flush=True)
+            row.update(measure_run(flags + list(common), own.steps, own.timeout))
+        if row not in earlier:
+            rows = [old for old in rows if _key(old) != _key(row)] + [row]
+            write_rows(output, rows)
+            print(f"{row['setting']}: {row['status']}", file=sys.stderr)
+        ours.append(row)
+    others = f", {len(rows) - len(ours)} of other jobs" if len(rows) > len(ours) else ""
+    print(sweep_table(ours) + f"\n{len(rows)} rows in {output}{others}")
+    if own.html:
+        from planner.comparison import comparison_text
+        from planner.page import write_page
+        sides = [_side(str(place), row, common) for place, row in enumerate(ordered(ours), 1)]
+        write_page(own.html, "Sweep", sides, f"{sweep_table(ours)}\n\n{comparison_text(sides)}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, List[str]]:
+    """Split the command line and return (swept, own, common).
+
+    swept: {flag: values to try}. own: the flags of sweep itself. common: the words after "--",
+    which are flags of all combinations. Raises UsageError for a value without a flag, a flag that
+    is swept twice, or nothing to sweep.
+    """
+    argv, common = list(argv), []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, common = argv[:cut], argv[cut + 1:]
+    parser = Parser("python -m planner sweep", "Plan, and with --run measure, every "
+                    "combination of some flags of train.py. " + USAGE)
+    add_flags(parser, SweepSettings)
+    given, rest = parser.parse_known_args(argv)
+    swept: Dict[str, List[str]] = {}
+    for word in rest:
+        if word.startswith("--"):
+            name = word
+            if name in swept:
+                raise UsageError(f"{name} is swept twice: give all its values at once")
+            swept[name] = []
+        elif not swept:
+            raise UsageError(f"{word}: a value without a flag; usage: {USAGE}")
+        else:
+            swept[name].append(word)
+    empty = [name for name, values in swept.items() if not values]
+    if empty or not swept:
+        raise UsageError(f"{empty[0] if empty else 'sweep'}: give the values to try; "
+                         f"usage: {USAGE}")
+    return swept, make_settings(SweepSettings, [Layer(vars(given))]), common
+
+
+def combinations(swept: Dict[str, List[str]]) -> List[List[str]]:
+    """Return the flags of every combination, as words of a command line.
+
+    A combination has one value of each swept flag. A value such as "0 4 4 4" becomes four words.
+    """
+    return [[word for name, value in zip(swept, values) for word in [name, *value.split()]]
+            for values in itertools.product(*swept.values())]
+
+
+def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
+    """Return the row of one combination with its plan, or with the error message as its status."""
+    from planner.from_settings import planned
+
+    row = {**dict.fromkeys(COLUMNS, ""), "setting": setting, "status": "planned"}
+    try:
+        job = parse_train(list(flags), JobSettings, program="sweep", description=USAGE)
+        plan = planned(*job)
+    except (UsageError, RunError) as error:
+        return {**row, "status": "refused: " + " ".join(str(error).split())}
+    known = [*(part.values() for part in job), vars(plan.efficiencies)]
+    return {
+        **row, "job": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12],
+        "fits": "yes" if plan.fits else "no",
+        "planned_windows_per_second": f"{plan.windows_per_second:.1f}",
+        "bubble_percent": f"{100 * plan.schedule.bubble_fraction:.1f}",
+        "fullest_mib": f"{max(sum(parts.values()) for parts in plan.memory.values()) / 2**20:.0f}"}
+
+
+def _side(name: str, row: Dict[str, Any], common: Sequence[str]) -> Side:
+    """Return the row of a combination as the Side `name`: its plan, and what it measured."""
+    setting, measured = row["setting"], {}
+    if row["measured_windows_per_second"]:
+        measured = {"windows_per_second": float(row["measured_windows_per_second"]),
+                    "device": {_HOST: "host"}.get(row["measured_on"], row["measured_on"])}
+    try:
+        side = flags_side(name, setting, "flags", [*setting.split(), *common])
+    except (UsageError, RunError):
+        side = Side(name, setting, "flags", setting, {})
+    return replace(side, measured=measured, note=row["status"])
+
+
+def _key(row: Dict[str, str]) -> Tuple[str, str]:
+    """Return what makes two rows the same: the combination, and the job that it is part of."""
+    return row["setting"], row["job"]
+
+
+def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
+    """Run train.py for `steps` steps on synthetic data, in a separate process.
+
+    Returns the columns to update: the status and, if the run succeeded, the windows/s of the last
+    log point in its log. timeout: in seconds.
+    """
+    from qa.run.log import SYNTHETIC_LOG, read_log
+
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, str(TRAIN), *flags, "--synthetic_data", "--max_steps", str(steps),
+            "--max_eval_samples", "1", "--logging_steps", str(max(1, steps // 2)),
+            "--output_dir", folder + "/run"]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=timeout, text=True)
+        except subprocess.TimeoutExpired:
+            return {"status": f"failed: no result after {timeout} s"}
+        log = read_log(Path(folder, "run", SYNTHETIC_LOG))
+    speeds = [line["windows_per_second"] for line in log if line["event"] == "log"]
+    if done.returncode or not speeds:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        return {"status": f"failed ({done.returncode}): {lines[-1]}"}
+    device = {"host": _HOST}.get(log[0]["device"], log[0]["device"])
+    return {
+        "measured_windows_per_second": f"{speeds[-1]:.1f}", "measured_on": device,
+        "status": f"measured on {device} in {time.perf_counter() - begin:.0f} s"}
+
+
+def read_rows(path: Path, flag: str = "--output") -> List[Dict[str, str]]:
+    """Return the rows of an earlier sweep, [] if there is no such file.
+
+    flag: the one that named the file. Raises UsageError if the file was not written by a sweep.
+    """
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UsageError(
+                f"{flag} {path} is not a CSV that sweep has written: name another file")
+        return list(reader)
+
+
+def measured_runs(path: str) -> List[Tuple[List[str], float]]:
+    """Return (the flags that were swept, windows/s) of each run that a sweep measured on IPUs.
+
+    path: the table that `sweep --run --output` wrote. Raises UsageError if there is none, or if
+    it has no such run.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"--measured {path}: no such file; `python -m planner sweep --run "
+                         f"--output {path}` writes one")
+    rows = read_rows(Path(path), "--measured")
+    found = [(row["setting"].split(), float(row["measured_windows_per_second"]))
+             for row in rows if row["measured_on"] == "IPU"]
+    if not found:
+        raise UsageError(
+            f"--measured {path}: none of its {len(rows)} rows was measured on an IPU; "
+            "`sweep --run` on an IPU host measures them")
+    return found
+
+
+def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+    """Write all rows to `path` atomically, so that an interrupted sweep leaves a complete file.
+
+    Raises RunError if the file cannot be written.
+    """
+    with writing(f"--output {path}"), written_whole(path) as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def ordered(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Return the rows with the fastest first.
+
+    The order is by measured windows/s where there is one, else by planned windows/s. Settings that
+    do not fit or are not possible come last.
+    """
+    return sorted(rows, key=lambda row: (
+        row["fits"] != "yes",
+        -float(row["measured_windows_per_second"] or row["planned_windows_per_second"] or 0)))
+
+
+def sweep_table(rows: Sequence[Dict[str, Any]]) -> str:
+    """Return the rows as a text table, the fastest first."""
+    head = ["setting", "fits", "planned", "measured", "bubbles", "fullest", "status"]
+    return table(head, [[
+        row["setting"], row["fits"], row["planned_windows_per_second"],
+        row["measured_windows_per_second"] and
+        f"{row['measured_windows_per_second']} ({row['measured_on']})", row["bubble_percent"] and
+        row["bubble_percent"] + " %", row["fullest_mib"] and row["fullest_mib"] + " MiB",
+        row["status"]] for row in ordered(rows)], left=(0, 6))

@@ -1,0 +1,205 @@
+"""Atomic writes of files and folders.
+
+A reader finds either the old content or the new content and never a part of it, even after a crash.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Dict, Iterator, Optional, Union
+
+from runtime.errors import RunError, UsageError, first_line
+
+
+@contextmanager
+def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
+    """Context manager that yields a temporary file, which replaces `path` when the block ends.
+
+    mode: "w" (UTF-8) or "wb". At the end of the block the file is flushed to disk (fsync) and
+    renamed to `path`; if the block fails, the file is removed. It is beside `path` and its name,
+    .NAME.<8 hex digits>.tmp, is random, so that several processes can write the same file (a shared
+    cache). If `path` is a symbolic link, the link is replaced and not followed. Raises OSError.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(aside, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (error.filename is None or
+                                           str(error.filename) == str(aside)):
+            # For the message: the error of a full disk names no file, others the temporary one.
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextmanager
+def user_file(path: Union[str, Path]) -> Iterator[IO]:
+    """Context manager that yields a text file for output to a path that the user has named.
+
+    A new or regular file is written as `written_whole` does, at the place that a link points to.
+    A pipe, a terminal or another device is written to as it is. Raises OSError.
+    """
+    path = Path(path)
+    if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
+        with open(path, "a", encoding="utf-8") as file:
+            yield file
+    else:
+        with written_whole(path.resolve()) as file:
+            yield file
+
+
+def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) -> None:
+    """Write `value` to `path` as ASCII JSON, atomically. Raises OSError."""
+    with written_whole(path) as file:
+        json.dump(value, file, indent=indent)
+        file.write("\n")
+
+
+def read_json_object(path: Union[str, Path], source: str) -> Dict[str, Any]:
+    """Return the JSON object in a file. Raises UsageError, which calls the file `source`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UsageError(f"{source}: its values are nested too deep") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source}: not readable as JSON ({first_line(error)})") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{source}: holds a {type(value).__name__}, it should be a JSON object")
+    return value
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Context manager that turns an OSError of its block into a RunError, for a one-line message.
+
+    what: the flag and its value that name the file, for example "--trace trace.json".
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{what}: cannot write it ({error.strerror or error})") from error
+
+
+@contextmanager
+def folder_written_aside(target: Path, tag: str = "") -> Iterator[Path]:
+    """Context manager that yields an empty folder .NAME.tmp beside `target`, to be filled.
+
+    If the block fails, the folder is removed; otherwise it is left for `rename_folder`. `tag` goes
+    between NAME and .tmp where several processes may write the same target. Raises OSError.
+    """
+    aside = target.with_name(f".{target.name}{tag}.tmp")
+    try:
+        delete(aside)
+        aside.mkdir()
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def rename_folder(aside: Path, target: Path) -> None:
+    """Rename the folder `aside` to `target`, replacing an earlier `target`.
+
+    rename(2) cannot replace a folder that holds files, so an earlier `target` is first renamed to
+    .NAME.replaced and deleted afterwards. Raises OSError if a rename fails; `target` is then as it
+    was before.
+    """
+    replaced = target.with_name(f".{target.name}.replaced")
+    exists = os.path.lexists(target)
+    if exists:
+        target.rename(replaced)
+    try:
+        aside.rename(target)
+    except BaseException:
+        if exists:
+            replaced.rename(target)
+        raise
+    sync_folder(target.parent)
+    # The new folder is in place; the next run removes at its start what is left of the old one.
+    with suppress(OSError):
+        delete(replaced)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete `folder`, which is first renamed to .NAME.removed. Raises OSError.
+
+    Because of the rename, a folder under its own name is always complete.
+    """
+    removed = folder.with_name(f".{folder.name}.removed")
+    folder.rename(removed)
+    delete(removed)
+
+
+def delete(path: Path) -> None:
+    """Delete the file or folder at `path`, if there is one. Raises OSError.
+
+    If `path` is a symbolic link, the link is deleted and not what it points to.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
+    """Flush every file in `folder` to disk and return its size and hash.
+
+    Returns {file name: {"size": bytes, "sha256": hex digest}}. Raises OSError.
+
+    The files get the folder's read and write permissions, because newer releases of safetensors
+    make their files readable by the owner alone. Hashing reads the bytes back from the page cache,
+    at about 0.6 s per gigabyte, a fraction of the time it takes to write them.
+    """
+    files = {}
+    for path in sorted(folder.iterdir()):
+        path.chmod(folder.stat().st_mode & 0o666)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return files
+
+
+def sha256(path: Union[str, Path]) -> str:
+    """Return the SHA-256 of the file's content, as hexadecimal digits. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Union[str, Path]) -> None:
+    """Flush the directory `folder` itself to disk. Raises OSError.
+
+    Created, renamed and removed names are stored in the directory, so that they survive a power
+    failure only after this (fsync(2)).
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def system_error(error: BaseException) -> Optional[str]:
+    """Return the operating system's reason for `error` ("No space left on device"), else None.
+
+    None means that `error` did not come from the operating system. safetensors and tokenizers,
+    written in Rust, raise exceptions of their own that have the error number only in their text.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))
+    return os.strerror(int(number.group(1) or number.group(2))) if number else None

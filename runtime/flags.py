@@ -1,0 +1,280 @@
+"""Command-line flags from dataclasses: one flag for each field, checked by type and range.
+
+A field is declared with `flag(default, help, ...)`. Its value may come from the command line, from
+a YAML configuration or from a JSON file. `Settings.source` says which, so that an error message
+names the place that has to be corrected. This module does not import torch, so that `--help` and
+error messages take a fraction of a second. (transformers' HfArgumentParser takes two seconds to
+import.)
+"""
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import re
+import sys
+from contextlib import suppress
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, TypeVar
+
+from runtime.errors import UsageError
+
+S = TypeVar("S", bound="Settings")
+# Keys of a dictionary that stands for a value: what the published ipu_config.json files use.
+PODS = ("pod4", "pod8", "pod16", "pod32", "pod64", "pod128", "pod256", "default")
+
+
+@dataclass
+class Settings:
+    """Base class of all groups of settings.
+
+    sources: {field name: what to call the field in an error message} of the fields that were given.
+    """
+
+    sources: Dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def source(self, name: str) -> str:
+        """Return what to call the field `name` in an error message.
+
+        This is the flag ("--seed"), or the file that the value came from with the key in that file.
+        """
+        return self.sources.get(name, f"--{name}")
+
+    def values(self) -> Dict[str, Any]:
+        """Return all fields and their values as a dictionary, without `sources`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sources"}
+
+
+class Layer(NamedTuple):
+    """Values of one origin: a file, or the command line (`origin` is None)."""
+
+    values: Dict[str, Any]
+    origin: Optional[str] = None
+
+
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """Return a dataclass field that is also a command-line flag.
+
+    metadata: `min` and `max` (inclusive bounds), `above` and `below` (exclusive bounds), `choices`,
+    `type` (needed where the default does not show it), `nargs` ("+" for a list), `positional`,
+    `by_pod` (a dictionary by pod type may stand for the value), `aliases` (other names of the flag,
+    which --help does not show).
+    """
+    metadata["help"] = help
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError with a one-line message instead of exiting.
+
+    It accepts no abbreviated flags, but dashes for underscores, and its result holds only the flags
+    that were given. hints: {flag of another program, without dashes: what to do here}.
+    """
+
+    def __init__(self, program: str, description: str, hints: Optional[Dict[str, str]] = None):
+        super().__init__(
+            program, description=description, allow_abbrev=False,
+            argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(
+                prog, max_help_position=42, width=120))
+        self._hints = hints or {}
+        # argparse's own pattern knows no exponents, so that it would take -2e-5 for a flag.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+    def error(self, message: str):
+        """Raise UsageError with argparse's message, reworded to begin with the flag."""
+        raise UsageError(message.replace("argument --", "--", 1).replace(": ", " ", 1))
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse `args` (default: sys.argv[1:]); raises UsageError, also for unknown flags."""
+        args = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            hint = self._hints.get(unknown[0].partition("=")[0].lstrip("-"))
+            if hint:
+                raise UsageError(f"{unknown[0]}: {hint}")
+            flags = [option for action in self._actions for option in action.option_strings
+                     if action.help != argparse.SUPPRESS]
+            raise UsageError(
+                f"{unknown[0]}: there is no such flag{did_you_mean(unknown[0], flags)}; "
+                "--help lists them")
+        return given
+
+
+def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[str] = ()) -> None:
+    """Add a flag to `parser` for each field of the dataclass `group`, except those in `without`.
+
+    The first line of the dataclass's docstring becomes the heading of its section in --help. A
+    boolean flag takes an optional true or false; one that is true by default also has a --no_ form.
+    No flag has a default in the parser, so that the parsed result holds only what was given.
+    """
+    section = parser.add_argument_group(
+        (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip("."))
+    for f in fields(group):
+        if "help" not in f.metadata or f.name in without:
+            continue
+        default, kind = _default_and_kind(f)
+        shown = ("" if default is None or isinstance(default, dict) else
+                 f" (default: {_text(default)})")
+        options = dict(help=f.metadata["help"].replace("%", "%%") + shown, type=_reader(kind))
+        if f.metadata.get("positional"):
+            section.add_argument(f.name, metavar=f.name.upper(), **options)
+            continue
+        if kind is bool:
+            options.update(nargs="?", const=True, metavar="true|false")
+        elif "choices" in f.metadata:
+            options.update(metavar="|".join(map(str, f.metadata["choices"])),
+                           nargs=f.metadata.get("nargs"))
+        else:
+            options.update(metavar={int: "N", float: "X"}.get(kind, "TEXT"),
+                           nargs=f.metadata.get("nargs"))
+        section.add_argument("--" + f.name, dest=f.name, **options)
+        for alias in f.metadata.get("aliases", ()):
+            section.add_argument("--" + alias, dest=f.name,
+                                 **{**options, "help": argparse.SUPPRESS})
+        if default is True:
+            section.add_argument("--no_" + f.name, dest=f.name, action="store_false",
+                                 help=argparse.SUPPRESS)
+
+
+def make_settings(group: Callable[..., S], layers: Iterable[Layer]) -> S:
+    """Return an instance of the dataclass `group` with the values of `layers`; later layers win.
+
+    Values that are not fields of `group` are ignored. Raises UsageError, which names the source,
+    for a value that its field does not allow.
+    """
+    values, sources = {}, {}
+    known = {f.name for f in fields(group)} - {"sources"}
+    for layer in layers:
+        for name in layer.values:
+            if name not in known:
+                continue
+            values[name] = layer.values[name]
+            sources[name] = f"--{name}" if layer.origin is None else f"{layer.origin}: {name}"
+    for name, value in values.items():
+        values[name] = _as_number(group, name, value)
+        check_field(group, name, values[name], sources[name])
+    return group(**values, sources=sources)
+
+
+def check_field(group: type, name: str, value: Any, source: Optional[str] = None) -> None:
+    """Raise UsageError unless the field `name` of the dataclass `group` allows `value`.
+
+    Checked are the type, the range and the choices. A dictionary (by pod type) and a list (with
+    `nargs`) are checked value by value. source: what the message calls the field; by default its
+    flag.
+    """
+    f = next(f for f in fields(group) if f.name == name)
+    if "help" not in f.metadata:
+        return
+    default, kind = _default_and_kind(f)
+    source = source or f"--{name}"
+    if value is None:
+        if default is not None and "None" not in str(f.type) and "Optional" not in str(f.type):
+            raise UsageError(f"{source} has no value: give {_article(kind)}")
+        return
+    if isinstance(value, dict) and f.metadata.get("by_pod") and value:
+        for pod, by_pod in value.items():
+            if pod not in PODS or by_pod is None or isinstance(by_pod, dict):
+                raise UsageError(f"{source}: a dictionary should give {_article(kind)} for each of "
+                                 f"{', '.join(PODS)}; {_shown(pod)} is {_shown(by_pod)}")
+            check_field(group, name, by_pod, source)
+        return
+    if isinstance(value, dict):
+        raise UsageError(f"{source} is a dictionary: it should be {_article(kind)}")
+    if f.metadata.get("nargs") == "+" and isinstance(value, list):
+        if not value:
+            raise UsageError(f"{source} is an empty list: give at least one value")
+        for one in value:
+            if isinstance(one, (list, dict)) or one is None:
+                raise UsageError(f"{source} holds {_shown(one)}: each should be {_article(kind)}")
+            check_field(group, name, one, source)
+        return
+    choices = f.metadata.get("choices")
+    if isinstance(value, list):
+        # Its content is not printed: a few YAML aliases can expand to more than fits in memory.
+        raise UsageError(f"{source} is a list: it should be {_article(kind)}" +
+                         (f", one of {', '.join(choices)}" if choices else ""))
+    if choices and value not in choices:
+        raise UsageError(f"{source} {_shown(value)}: choose from {', '.join(map(str, choices))}")
+    if not isinstance(value, kind) and not (kind is float and isinstance(value, int)) or (
+            kind is not bool and isinstance(value, bool)):
+        shown = repr(value) if isinstance(value, str) and len(value) < 80 else _shown(value)
+        raise UsageError(f"{source} {shown}: it should be {_article(kind)}")
+    _check_range(f, value, source)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return " (did you mean X?)" with the known word most similar to `word`; "" if none is."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _check_range(f: Field, value: Any, source: str) -> None:
+    """Raise UsageError unless the number is finite and within the field's bounds."""
+    low, high, above, below = (f.metadata.get(bound) for bound in ("min", "max", "above", "below"))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{source} {value}: it should be a finite number")
+    if low is not None and value < low or above is not None and value <= above:
+        right = f"at least {low}" if low is not None else f"more than {above}"
+        raise UsageError(f"{source} {_shown(value)} is too small: it should be {right}")
+    if high is not None and value > high or below is not None and value >= below:
+        right = f"at most {high}" if high is not None else f"less than {below}"
+        raise UsageError(f"{source} {_shown(value)} is too large: it should be {right}")
+
+
+def _with_underscores(word: str) -> str:
+    """Return a flag of the command line with underscores in place of dashes, as in --max-steps."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def _as_number(group: type, name: str, value: Any) -> Any:
+    """Return a text that is to be a number as one: YAML 1.1 takes 1e-5 for a text."""
+    f = next(f for f in fields(group) if f.name == name)
+    if isinstance(value, str) and "help" in f.metadata and _default_and_kind(f)[1] is float:
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a message shows it: nothing can make the message long."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) > 10 ** 30:
+        return "a number of more than 30 digits"
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _default_and_kind(f: Field) -> Tuple[Any, type]:
+    """Return the default of a field and the type of its value (of one element, for a list)."""
+    default = f.default_factory() if callable(f.default_factory) else f.default
+    return default, f.metadata.get("type") or (str if default is None else type(default))
+
+
+def _reader(kind: type) -> Callable[[str], Any]:
+    """Return a function for argparse's `type` that converts a text to `kind`.
+
+    Its error message says what would be right.
+    """
+    def read(text: str) -> Any:
+        if kind is bool:
+            if text.lower() in ("true", "yes", "1", "false", "no", "0"):
+                return text.lower() in ("true", "yes", "1")
+            raise argparse.ArgumentTypeError(f"{text}: it should be true or false")
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: it should be {_article(kind)}") from None
+    return read
+
+
+def _article(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,150 @@
+"""The Hugging Face hub: whether it can be reached, found out in seconds, and what it holds."""
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import socket
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Optional
+from urllib.parse import urlsplit
+
+from runtime.errors import RunError, UsageError, first_line
+
+_SECONDS = 3.0
+_OFF = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+# The form of a name on the hub (huggingface_hub, utils/_validators.py, validate_repo_id).
+_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+# The files of a checkpoint that are read: those of its root, and weights in one format only.
+_FILES = ("*.json", "*.txt", "*.model", "README.md")
+_WEIGHTS = "model*.safetensors"
+# What the status of an answer means; all from 500 on are the hub's own troubles.
+_MEANING = {401: ": no valid access token, give --hub_token", 403: ": access is forbidden",
+            404: ": it has no such thing", 429: ": too many requests, try again later",
+            500: ": try again later"}
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "*.h5", "*.msgpack", "*.ckpt*")
+
+
+def offline_unless_reachable(needed: bool = True) -> None:
+    """Have the Hugging Face libraries use only what is cached if the hub does not answer.
+
+    needed: whether anything may have to be fetched or sent; if not, nothing is tried.
+
+    They would try again and again for half a minute. Must run before they are imported, since they
+    read their environment once. Where a variable of theirs says what to do, it stands.
+    """
+    if not needed or any(os.environ.get(name) for name in _OFF):
+        return
+    found = []
+    search = threading.Thread(target=lambda: found.append(_connects()), daemon=True)
+    search.start()  # a name server that does not answer takes longer than any time limit
+    search.join(_SECONDS)
+    if not any(found):
+        os.environ.update(dict.fromkeys(_OFF, "1"))
+        print(f"note: {_endpoint()} does not answer; only what is cached can be used",
+              file=sys.stderr)
+
+
+@lru_cache(maxsize=None)
+def checkpoint_folder(name: str, source: str, revision: str = "main", token: Optional[str] = None,
+                      cache_dir: Optional[str] = None, weights: bool = True) -> Path:
+    """Return the folder with the files of a checkpoint: `name` itself, or the hub's in the cache.
+
+    name: a folder, or a name on the hub, where it has that `revision`. source: what named it, for
+    messages. weights: whether they are needed, too. Must run before the Hugging Face libraries are
+    imported if `offline_unless_reachable` has not.
+
+    Raises UsageError if there are weights but none in safetensors, or if `name` is neither a folder
+    nor of a form that the hub knows; RunError, which begins with the cause, if the hub does not
+    give it.
+    """
+    if Path(name).is_dir():
+        files = os.listdir(name)
+    elif not _NAME.fullmatch(name):
+        raise UsageError(f"{source} {name}: no such folder; name one with config.json, "
+                         "model.safetensors and tokenizer.json, or a model on the hub")
+    else:
+        offline_unless_reachable()
+        import huggingface_hub
+        options = dict(revision=revision, token=token, cache_dir=cache_dir)
+        try:
+            folder = Path(huggingface_hub.snapshot_download(
+                name, allow_patterns=[*_FILES, *([_WEIGHTS] if weights else [])],
+                ignore_patterns="*/*", **options))
+            files = os.listdir(folder)
+            if weights and not fnmatch.filter(files, _WEIGHTS):
+                files += huggingface_hub.HfApi(token=token).list_repo_files(name, revision=revision)
+        # Offline, no such name or revision, no access, another server: errors of several libraries.
+        except Exception as error:
+            demo = "" if source == "--checkpoint" else (
+                ", or run --config demo, which needs no download")
+            raise RunError(f"{source} {name}: no such folder, and the hub did not give it "
+                           f"({hub_cause(error, revision)}); name a local folder with config.json, "
+                           f"model.safetensors and tokenizer.json{demo}") from error
+    if weights and not fnmatch.filter(files, _WEIGHTS):
+        _refuse_other_weights(name, source, files)
+    return Path(name) if Path(name).is_dir() else folder
+
+
+def _refuse_other_weights(name: str, source: str, files: list) -> None:
+    """Raise UsageError if some of `files` are weights in a format that is not read."""
+    other = sorted(file for kind in _OTHER_WEIGHTS for file in fnmatch.filter(files, kind))
+    if not other:
+        return
+    folder = name if Path(name).is_dir() else name.split("/")[-1]
+    raise UsageError(
+        f"{source} {name}: has its weights only in {other[0]}, which is not read here (a pickle "
+        "can run code, and safetensors cannot); if you trust it, convert it: python -c \"from "
+        "transformers import AutoModelForQuestionAnswering as M, AutoTokenizer as T; "
+        f"[k.from_pretrained({name!r}).save_pretrained({folder!r}) for k in (T, M)]\""
+        + ("" if folder == name else f", and name {folder}"))
+
+
+def hub_cause(error: BaseException, revision: str = "main") -> str:
+    """Return in a few words why the hub did not give something. error: of any of its libraries."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "RevisionNotFoundError" in kinds:
+        return f"it has no revision {revision}"
+    if "GatedRepoError" in kinds:
+        return "access to it has to be asked for on its page, and given with --hub_token"
+    if "RepositoryNotFoundError" in kinds:
+        return "it has no model of that name, or it is private and needs --hub_token"
+    status = http_status(error)  # without one the hub was not asked, or did not answer
+    if status is not None:
+        return f"it answers with status {status}{_MEANING.get(min(status, 500), '')}"
+    if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
+        return "it does not answer, and the model is not in the cache"
+    return f"its answer cannot be read: {first_line(error)[:80]}"
+
+
+def http_status(error: Optional[BaseException]) -> Optional[int]:
+    """Return the status of the hub's answer that an error, or one on the way to it, is about."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _connects() -> bool:
+    """Return whether a connection to the hub, or to the proxy on the way to it, can be made."""
+    kind = urlsplit(_endpoint()).scheme
+    proxy = next((os.environ[name] for name in (f"{kind}_proxy", f"{kind}_proxy".upper(),
+                                                "all_proxy", "ALL_PROXY") if os.environ.get(name)),
+                 None)
+    goal = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy
+                    else _endpoint())
+    try:
+        port = goal.port or (443 if goal.scheme == "https" else 80)
+        socket.create_connection((goal.hostname, port), _SECONDS).close()
+        return True
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,269 @@
+"""python -m planner explore: what its page computes, and the page in a real browser."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import train
+from planner import counting
+from planner.commands import main
+from planner.machine import MIB
+from qa.settings import parse_train
+from runtime.errors import UsageError
+from tests.planner.test_html import requests
+from tests.planner.test_planner import SMALL, no_calibration  # noqa: F401
+from tests.tools.kill_and_resume import ROOT
+from tests.web.test_ask import browser  # noqa: F401
+
+BASE = ["--config", "squad_base_384"]
+
+
+@pytest.fixture(scope="module")
+def explore():
+    pytest.importorskip("dash")
+    from planner import explore
+    return explore
+
+
+def printed(capsys, *words):
+    """Return what a command of the planner prints as JSON."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def fields(explore, base, **changes):
+    """Return the fields' values as the browser sends them, with some of them changed."""
+    values = {"further": "", **explore.values_of(base), **changes}
+    return {**values, **{name: values[name] if isinstance(values[name], list)
+                         else ["true"] * (values[name] == "true") for name in explore.SWITCHES}}
+
+
+def lengths(figure, name):
+    """Return the lengths of a figure's bars of that name."""
+    return [list(trace["x"]) for trace in figure["data"] if trace["name"] == name]
+
+
+@pytest.mark.parametrize("changes, flags", [
+    ({}, ""), ({"layers_per_ipu": "2 1 1"}, "--layers_per_ipu 2 1 1"),
+    ({"micro_batch_size": 4, "gradient_accumulation_steps": 8, "replication_factor": 2,
+      "ipu": "bow", "pack": ["true"]}, "--micro_batch_size 4 --gradient_accumulation_steps 8 "
+     "--replication_factor 2 --ipu bow --pack"),
+    ({"recompute_checkpoint_every_layer": [], "optimizer_state_offchip": ["true"],
+      "embedding_serialization_factor": 16, "matmul_proportion": "0.1 0.2 0.3 0.4",
+      "further": "--precision float32"}, "--recompute_checkpoint_every_layer false --precision "
+     "float32 --optimizer_state_offchip true --embedding_serialization_factor 16 "
+     "--matmul_proportion 0.1 0.2 0.3 0.4"),
+    ({"micro_batch_size": 4000}, "--micro_batch_size 4000")])
+def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, flags, capsys):
+    base = explore.plan_of(SMALL)
+    words = explore.with_values(base, fields(explore, base, **changes))
+    shown = explore.shown(explore.plan_of(words), SMALL)
+    # --layers_per_ipu of SMALL ends with the next flag; a later one wins.
+    plan, pinned = printed(capsys, "plan", *SMALL, *flags.split()), printed(capsys, "plan", *SMALL)
+    for category in ("weights", "activations"):
+        (bars,) = lengths(shown["memory"], category)
+        both = [plan["ipus"], pinned["ipus"]]
+        assert sorted(bars) == pytest.approx(sorted(
+            ipu[f"{category}_bytes"] / MIB for ipus in both for ipu in ipus))
+    for kind in ("forward", "backward"):
+        (bars,) = lengths(shown["stages"], kind)
+        assert sorted(bars) == pytest.approx(sorted(
+            1e3 * stage[f"{kind}_seconds"] for stage in plan["stages"] + pinned["stages"]))
+        (bars,) = lengths(shown["parts"], kind)
+        assert bars == pytest.approx([1e3 * each["update_parts_seconds"][kind]
+                                      for each in (pinned, plan)])
+    assert lengths(shown["throughput"], "planned for IPUs")[0] == pytest.approx(
+        [pinned["windows_per_second"], plan["windows_per_second"]])
+    for figure, each in ((shown["timeline"], plan), (explore.pinned_plan(tuple(SMALL))[1], pinned)):
+        drawn = {name for trace in figure["data"] for name in trace["y"]}
+        assert drawn == {f"IPU {ipu['ipu']}" for ipu in each["ipus"]}
+        passes = sum(map(len, lengths(figure, "forward")))
+        assert passes == len(each["stages"]) * min(each["micro_batches"], 16)
+    offers = [item.children[2].id["flags"] for item in shown["advice"] if len(item.children) == 3]
+    assert offers == [each["flags"].split(" (")[0] for each in plan["suggestions"][:4]]
+    assert all(reason in shown["verdict"] for reason in plan["why_not"])
+    assert shown["verdict"].startswith("Fits" if plan["fits"] else "Does not fit: IPU 0 is over by")
+    assert f"Predicted: {plan['windows_per_second']:,.0f} windows/s" in shown["verdict"]
+
+
+def test_a_change_waits_for_no_count_of_the_model(explore, monkeypatch):
+    base = explore.plan_of([*SMALL, "--intermediate_size", "96"])  # counted by no other test
+    explore.count_ahead(base)
+    monkeypatch.setattr(counting, "count_model", None)
+    for name, value in (("layers_per_ipu", "2 1 1"), ("micro_batch_size", 3), ("ipu", "bow"),
+                        ("pack", ["true"]), ("embedding_serialization_factor", 4),
+                        ("recompute_checkpoint_every_layer", [])):
+        values = fields(explore, base, **{name: value})
+        assert explore.shown(explore.plan_of(explore.with_values(base, values)))["command"]
+    with pytest.raises(TypeError):
+        explore.plan_of(explore.with_values(base, fields(explore, base,
+                                                         further="--max_seq_length 32")))
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_what_is_shown_and_so_does_the_saved_file(
+        explore, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = explore.plan_of([*BASE, "--ipu", "bow"])
+    values = fields(explore, base, layers_per_ipu="1 1 2 2 2 2 1 1", replication_factor=2,
+                    gradient_accumulation_steps=64, further="--learning_rate 3e-5", pack=["true"])
+    made = explore.plan_of(explore.with_values(base, values))
+    plan = printed(capsys, "plan", *made.words)
+    said = explore.save(made, "saved.json")
+    for command in (explore.command(made), said.partition("Train with it: ")[2]):
+        program, script, *words = shlex.split(command)
+        assert (program, script) == ("python", "train.py") and "bow" not in words
+        assert {"--pack", "--learning_rate", "--pod_type"} <= set(words)
+        parse_train(words)  # a run takes them, for training and for the evaluation
+        capsys.readouterr()
+        assert train.main([*words, "--plan", "--json", "--ipu", "bow"]) == 0
+        again = json.loads(capsys.readouterr().out)
+        assert {name: again[name] for name in plan if name != "ipu_config"} == {
+            name: plan[name] for name in plan if name != "ipu_config"}
+    assert "--layers_per_ipu" not in words and "--ipu_config" in words
+
+
+@pytest.mark.slow
+def test_the_best_and_what_would_help_are_entered_into_the_fields(explore, capsys):
+    base = explore.plan_of(BASE)
+    values = fields(explore, base)
+    plan = printed(capsys, "plan", *BASE)
+    for offer in plan["suggestions"]:
+        now = explore.filled(values, offer["flags"].split(" (")[0])
+        made = explore.plan_of(explore.with_values(base, now))
+        assert made.plan.windows_per_second == pytest.approx(offer["windows_per_second"])
+    best, *_ = printed(capsys, "search", *BASE, "--keep", "1")
+    now = explore.filled(values, explore.found_flags(base, explore.best(base)))
+    found = explore.plan_of(explore.with_values(base, now))
+    assert found.plan.windows_per_second == best["windows_per_second"]
+    assert explore.values_of(found)["layers_per_ipu"].split() == list(
+        map(str, best["layers_per_ipu"]))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"layers_per_ipu": "1 1 1 2"}, "adds up to 5 layers, but the model has 4: the sum must be 4"),
+    ({"layers_per_ipu": ""}, "--layers_per_ipu expected at least one argument"),
+    ({"layers_per_ipu": "\ud800"}, "it should be a whole number"),
+    ({"micro_batch_size": None}, "--micro_batch_size expected one argument"),
+    ({"gradient_accumulation_steps": 3}, "training over 4 pipeline stages needs at least 7"),
+    ({"matmul_proportion": "0.1 0.2"}, "has 2 values"),
+    ({"further": "--foo"}, "--foo: there is no such flag"),
+    ({"further": "foo"}, "further flags: foo: flags begin with --"),
+    ({"further": "--seed '"}, "further flags: No closing quotation"),
+    ({"further": "--pack"}, "further flags: --pack has a field of its own"),
+    ({"further": "--seed 1 -h"}, "--help: `python train.py --help`")])
+def test_what_is_wrong_is_one_line_in_the_planners_words(explore, changes, message):
+    base = explore.plan_of(SMALL)
+    with pytest.raises(UsageError) as error:
+        explore.plan_of(explore.with_values(base, fields(explore, base, **changes)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_port_in_use_and_a_missing_package_are_one_line(monkeypatch):
+    monkeypatch.setattr("qa.checks.find_spec", lambda name: name)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(UsageError, match=f"--port {port}: cannot listen there"):
+            main(["explore", "--port", port])
+    monkeypatch.setattr("qa.checks.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install -r requirements-pages.txt"):
+        main(["explore"])
+
+
+@pytest.fixture
+def page(explore, tmp_path):
+    """The address of a running page and the file that it saves; it ends as by Ctrl-C."""
+    file = tmp_path / "saved.json"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "planner", "explore", *SMALL, "--port", "0", "--write",
+         str(file)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    address = re.search(r"ready: (http://127\.0\.0\.1:\d+/)", server.stdout.readline()).group(1)
+    yield address, file
+    server.send_signal(signal.SIGINT)
+    with server:
+        _, said = server.communicate(timeout=60)
+        assert server.returncode == 128 + signal.SIGINT
+        assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_change_pin_search_and_save_in_a_browser(page, browser, capsys):  # noqa: F811
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    address, file = page
+
+    def find(css):
+        return browser.find_element("css selector", css)
+
+    def wait_for(css, text):
+        WebDriverWait(browser, 30).until(lambda _: text in find(css).text)
+
+    def enter(name, text):
+        find(f"#{name}").send_keys(Keys.CONTROL, "a")
+        find(f"#{name}").send_keys(text, Keys.TAB)
+
+    def press(css):
+        browser.execute_script("arguments[0].scrollIntoView()", find(css))
+        find(css).click()
+
+    def speed(*flags):
+        return (f"Predicted: "
+                f"{printed(capsys, 'plan', *SMALL, *flags)['windows_per_second']:,.0f} windows/s")
+
+    def bars(view):
+        find(f"#{view} .bglayer")
+        return browser.execute_script(
+            "return document.querySelector('#' + arguments[0] + ' .js-plotly-plot').data"
+            ".map(trace => trace.name)", view)
+
+    browser.get(address)
+    wait_for("#verdict", speed())
+    assert set(bars("timeline")) >= {"forward", "backward"}
+    assert not find("#pinned-timeline").is_displayed()
+    for field in browser.find_elements("css selector", "input:not([type=radio], [type=checkbox])"):
+        assert browser.find_elements("css selector", f"label[for={field.get_attribute('id')}]")
+
+    press("#pin")
+    WebDriverWait(browser, 30).until(lambda _: find("#pinned-timeline").is_displayed())
+    press("button[aria-label='Move a layer from IPU 1 to IPU 2']")
+    wait_for("#error", "leaves IPU 1 without any block")
+    press("button[aria-label='Move a layer from IPU 2 to IPU 1']")
+    WebDriverWait(browser, 30).until(lambda _: not find("#error").text)
+    enter("layers_per_ipu", "2 1 1")
+    wait_for("#verdict", speed("--layers_per_ipu", "2", "1", "1"))
+    assert not find("#error").text
+    # By keyboard alone: the button keeps the focus after it was pressed.
+    find("button[aria-label='Move a layer from IPU 0 to IPU 1']").send_keys(Keys.ENTER)
+    wait_for("#verdict", speed("--layers_per_ipu", "1", "2", "1"))
+    assert browser.switch_to.active_element.get_attribute("aria-label") == (
+        "Move a layer from IPU 0 to IPU 1")
+    enter("micro_batch_size", "4")
+    press("#pack label")
+    wait_for("#verdict", speed("--layers_per_ipu", "1", "2", "1", "--micro_batch_size", "4",
+                               "--pack"))
+    assert "pinned" in find("#text").text and "--layers_per_ipu 1 2 1" in find("#text").text
+
+    browser.switch_to.new_window("tab")  # as a second user
+    browser.get(address)
+    wait_for("#verdict", speed())
+    assert not find("#pinned-timeline").is_displayed()
+    press("#search")
+    best, *_ = printed(capsys, "search", *SMALL)
+    wait_for("#verdict", f"Predicted: {best['windows_per_second']:,.0f} windows/s")
+    press("#save")
+    wait_for("#said", f"Wrote {file}")
+    saved = printed(capsys, "plan", *SMALL[:6], *SMALL[11:], "--ipu_config", str(file),
+                    "--micro_batch_size", str(best["micro_batch_size"]))
+    assert saved["windows_per_second"] == best["windows_per_second"]
+    assert all(url.startswith((address, "data:", "blob:")) for url in requests(browser))

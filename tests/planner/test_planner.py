@@ -1,0 +1,616 @@
+"""The planner's memory, throughput, calibration, profiles and commands."""
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForQuestionAnswering, RobertaConfig
+
+from ipu_options.config import inference_pipeline, training_pipeline
+from ipu_options.layout import Layout
+from planner import calibrate
+from planner.commands import main
+from planner.confidence import (
+    CONFIDENCE,
+    PUBLISHED_RMS,
+    QUANTILE,
+    expected_error,
+    unexplained_error,
+)
+from planner.counting import make_counter
+from planner.flags import JobSettings
+from planner.from_settings import MODELS, published
+from planner.machine import FITTED, MACHINES, Efficiencies
+from planner.memory import ipu_memory
+from planner.plan import make_plan, with_config
+from planner.profile import profile_text, read_profile
+from planner.sweep import read_rows, run_sweep, write_rows
+from planner.throughput import stage_work
+from qa.settings import parse_train
+from runtime.errors import RunError, UsageError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--hidden_size", "64", "--num_hidden_layers", "4", "--vocab_size", "500", "--layers_per_ipu",
+    "1", "1", "1", "1", "--max_seq_length", "64", "--doc_stride", "16"]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return published()
+
+
+@pytest.fixture(autouse=True)
+def no_calibration(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NUM_AVAILABLE_IPU", "4")
+
+
+def test_a_plan_that_this_machine_has_too_few_ipus_for_says_so(monkeypatch, capsys):
+    for available, note in (("2", "takes 4 IPUs, and NUM_AVAILABLE_IPU is 2: `python -m "
+                             "planner search`"), ("4", None)):
+        monkeypatch.setenv("NUM_AVAILABLE_IPU", available)
+        assert main(["plan"]) == 0
+        said = capsys.readouterr().out
+        assert note in said if note else "NUM_AVAILABLE_IPU" not in said
+        assert "--pod_type" not in said
+
+
+def run_named(runs, name):
+    return next(run for run in runs if run.name == name)
+
+
+def job_named(runs, name):
+    return run_named(runs, name).job
+
+
+@pytest.mark.slow
+def test_published_runs_are_predicted_and_every_verdict_is_right(runs):
+    rows = calibrate.compare(runs, Efficiencies())
+    assert [row.run.name for row in rows if not row.right] == []
+    measured = [row for row in rows if row.run.use == "measured"]
+    for machine in ("Mk2", "Bow"):
+        errors = [row.error(row.plan) for row in measured if row.run.job.machine.name == machine]
+        assert len(errors) >= 6 and math.sqrt(sum(e * e for e in errors) / len(errors)) < 0.08
+        assert max(map(abs, errors)) < 0.2
+    # Of the runs that took no part in a fit, at least as many as it says lie in the range.
+    assert sum(row.within for row in measured) >= CONFIDENCE * len(measured)
+    rms = [math.sqrt(sum(row.error(plan(row)) ** 2 for row in measured) / len(measured))
+           for plan in (lambda row: row.plan, lambda row: row.blind)]
+    assert rms == pytest.approx(PUBLISHED_RMS, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_cross_validation_leaves_out_all_runs_of_a_publisher(runs):
+    """A wrong throughput changes the blind plans of all others, and none of its own publisher."""
+    wrong = [run._replace(rows_per_second=run.rows_per_second / 2)
+             if run.publisher == "graphcore.cn" and run.use == "measured" else run for run in runs]
+    pairs = list(zip(calibrate.compare(runs, Efficiencies()),
+                     calibrate.compare(wrong, Efficiencies())))
+    for right, changed in pairs:
+        if right.blind is not None:
+            same = right.blind.rows_per_second == changed.blind.rows_per_second
+            assert same == (right.run.publisher == "graphcore.cn"), right.run.name
+
+
+@pytest.mark.slow
+def test_the_default_efficiencies_are_the_fit_to_published_runs(runs):
+    fitted = calibrate.fit_published(runs)
+    for name in FITTED:
+        assert getattr(Efficiencies(), name) == pytest.approx(getattr(fitted, name), rel=1e-3)
+    np.testing.assert_allclose(Efficiencies().covariance, fitted.covariance, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_fit_finds_the_efficiencies_that_made_the_runs(runs):
+    """With all data but no noise, and hardly any prior, the fit must return what the data shows."""
+    true = Efficiencies(0.6, 40e3, 3.0, 0.03, 200e-9)
+    jobs = [run.job for run in runs if run.use == "measured"]
+    fitted = calibrate.fit([(job, make_plan(job, true).rows_per_second) for job in jobs],
+                           calibrate.START, (100.0,) * 5, lambda plan: 0.01, "a test")
+    for name in FITTED:
+        assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_expected_range_is_that_of_many_draws(runs):
+    """The range follows from slopes; draws of the fitted numbers must scatter as much."""
+    plan = make_plan(job_named(runs, "bert-large SQuAD v1, tutorial, 16 Mk2"))
+    draw = np.random.default_rng(0)
+    logs = draw.multivariate_normal(np.zeros(5), plan.efficiencies.covariance, 2000)
+    speeds = [make_plan(plan.job, replace(plan.efficiencies, **{
+        name: getattr(plan.efficiencies, name) * math.exp(change)
+        for name, change in zip(FITTED, changes)})).rows_per_second for changes in logs]
+    scatter = math.hypot(np.log(speeds).std(), unexplained_error(plan))
+    low, high = expected_error(plan)
+    assert low < 0 < high
+    assert math.log1p(high) == pytest.approx(-math.log1p(low))
+    assert math.log1p(high) == pytest.approx(QUANTILE * scatter, rel=0.1)
+
+
+@pytest.mark.slow
+def test_twice_the_micro_batch_of_the_published_pretraining_does_not_fit(runs):
+    """Graphcore's micro-batches are as large as memory allows, so twice as much must not fit."""
+    for name in ("pretrain_large_128", "pretrain_large_512",
+                 "bert-base pretraining phase 2, 16 Mk2"):
+        job = job_named(runs, name)
+        by_row = ("saved_bytes", "input_bytes", "output_bytes", "result_bytes", "matmul_bytes")
+        blocks = tuple(
+            replace(b, **{field: 2 * getattr(b, field) for field in by_row}) for b in job.blocks)
+        assert not make_plan(replace(job, blocks=blocks)).fits
+
+
+@pytest.mark.slow
+def test_memory_by_hand(runs):
+    """The memory of roberta-base with micro-batch 4 and 4 replicas, worked out by hand.
+
+    IPU 1 holds layers 0 to 3 and is the second of four stages.
+    """
+    memory = ipu_memory(job_named(runs, "roberta-base SQuAD v1, 16 Mk2"), code_bytes=0)
+    parameters = 4 * (12 * 768 ** 2 + 13 * 768)
+    assert memory[1]["weights"] == memory[1]["gradients"] == 2 * parameters
+    # Two float32 moments, divided among four replicas.
+    assert memory[1]["optimizer_state"] == 8 * parameters // 4
+    layer_input = 4 * 384 * 768 * 2 + 4 * 384 * 4  # hidden states in float16, and window ids
+    # Stage i of S keeps 2 (S - 1 - i) + 1 micro-batches, here with four checkpoints each.
+    assert memory[1]["stash"] == 5 * 4 * layer_input
+    # The last stage keeps one micro-batch; the input of the head is not a checkpoint.
+    assert memory[3]["stash"] == 4 * layer_input
+    assert memory[0]["embedding_gradient"] == 2 * 50265 * 768
+
+
+@pytest.mark.slow
+def test_the_update_of_the_embedding_is_counted_on_ipu_0(runs):
+    """With one replica and float32 moments on chip, PopART holds two float32 gradients of it.
+
+    In the pipeline's steps, its float16 gradient and the temporaries of the embedding's block are
+    live in their place. The update needs more than they do, by the difference.
+    """
+    job = job_named(runs, "roberta-base SQuAD v1, notebook, 4 Bow")
+    words, memory = 50265 * 768, ipu_memory(job, code_bytes=0)
+    steps = sum(memory[0][name] for name in ("activations", "matmul_temporaries",
+                                             "embedding_gradient"))
+    assert memory[0]["update_temporaries"] == 2 * 4 * words - steps > 100 * 2 ** 20
+    parts = replace(job, blocks=tuple(job.count(1, 4)) if job.count else job.blocks)
+    assert parts == job or ipu_memory(parts, 0)[0]["update_temporaries"] < 2 * words
+
+
+@pytest.mark.slow
+def test_the_last_layer_is_not_recomputed(runs):
+    """What is recomputed is the forward pass of all layers but the last, and not the head."""
+    job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
+    work = stage_work(job, Efficiencies())
+    assert work[1].recompute == work[1].forward
+    one_layer = work[1].forward / 4
+    assert work[3].recompute == pytest.approx(3 * one_layer, rel=0.01)
+    without = with_config(job, recompute_checkpoint_every_layer=False)
+    assert stage_work(without, Efficiencies())[3].recompute == 0
+    alone = replace(job, layout=Layout(0, (0,) * 12, 0), config=replace(
+        job.config, layers_per_ipu=[12], recompute_checkpoint_every_layer=True))
+    assert [work.recompute for work in stage_work(alone, Efficiencies())] == [0]
+
+
+@pytest.mark.slow
+def test_attention_dropout_saves_what_it_must(runs):
+    """With attention dropout, the probabilities before and after it are kept for the backward pass.
+
+    Without it they are one tensor of [rows, heads, length, length].
+    """
+    sizes = dict(MODELS["bert-base-uncased"], max_position_embeddings=514)
+    with_it, without = (
+        make_counter(RobertaConfig(**sizes, attention_probs_dropout_prob=rate),
+                     max_seq_length=384)(2)[1].saved_bytes for rate in (0.1, 0.0))
+    assert with_it - without == 2 * 12 * 384 * 384 * 2
+
+
+@pytest.mark.slow
+def test_offchip_state_leaves_memory_and_takes_time(runs):
+    job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
+    onchip, offchip = make_plan(job), make_plan(with_config(job, optimizer_state_offchip=True))
+    assert all(offchip.memory[ipu]["optimizer_state"] == 0 for ipu in offchip.memory)
+    # The state of IPU 0, the one with most parameters, is read and written by a quarter of the
+    # machine's streaming memory.
+    seconds = 2 * 39000576 * 8 / 4 / 5e9
+    assert offchip.weight_update_seconds == pytest.approx(seconds, rel=0.01)
+    assert onchip.windows_per_second > offchip.windows_per_second
+
+
+@pytest.mark.slow
+def test_parts_of_the_time_add_up(runs):
+    for run in runs:
+        plan = make_plan(run.job)
+        assert sum(plan.parts().values()) == pytest.approx(plan.update_seconds)
+
+
+@pytest.mark.slow
+def test_own_measurement_is_reproduced_saved_and_used(runs, tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    flags = ["--config", "squad_base_384", "--calibration", str(file)]
+    assert main(["calibrate", "--measured", "windows_per_second=300", *flags]) == 0
+    assert str(file) in capsys.readouterr().out
+    assert main(["plan", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["windows_per_second"] == pytest.approx(300, rel=0.02)
+    assert str(file) in plan["efficiencies"]["source"]
+    assert calibrate.load(None) == Efficiencies()
+
+
+@pytest.mark.slow
+def test_a_measured_sweep_is_reproduced(tmp_path, capsys):
+    table, mine, true = (tmp_path / name for name in ("sweep.csv", "mine.json", "true.json"))
+    common = ["--config", "squad_base_384"]
+
+    def planned(calibration, setting):
+        capsys.readouterr()
+        assert main(["plan", "--json", "--calibration", str(calibration), *common,
+                     *setting.split()]) == 0
+        return json.loads(capsys.readouterr().out)["windows_per_second"]
+
+    assert run_sweep(["--layers_per_ipu", "0 4 4 4", "3 3 3 3", "--micro_batch_size", "1", "4",
+                      "--output", str(table), "--", *common]) == 0
+    with pytest.raises(UsageError, match="none of its 4 rows was measured on an IPU"):
+        main(["calibrate", "--measured", str(table), *common])
+    # As if IPUs with other efficiencies had run the sweep.
+    now = Efficiencies()
+    calibrate.save(replace(now, peak_utilisation=0.8 * now.peak_utilisation,
+                           matmul_cycles=1.3 * now.matmul_cycles), true)
+    rows = [{**row, "measured_on": "IPU",
+             "measured_windows_per_second": f"{planned(true, row['setting']):.1f}"}
+            for row in read_rows(table)]
+    write_rows(table, [*rows, {**rows[0], "setting": "--micro_batch_size 2",
+                               "measured_on": "this host", "measured_windows_per_second": "1.0"}])
+    assert main(["calibrate", "--measured", str(table), "--calibration", str(mine), *common]) == 0
+    *lines, last = capsys.readouterr().out.strip().splitlines()[-5:]
+    assert all("measured" in line for line in lines) and str(mine) in last
+    assert "your 4 runs" in calibrate.load(str(mine)).source
+    for row in rows:
+        assert planned(mine, row["setting"]) == pytest.approx(
+            float(row["measured_windows_per_second"]), rel=0.02)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--layers_per_ipu", "3", "3", "3", "4"], "the sum must be 12"),
+    (["--gradient_accumulation_steps", "6"], "needs at least 7"),
+    (["--layers_per_ipu", "1", "1", "1", "1", "2", "2", "2", "2"],
+     "pod8 has 8: use at most 1"),
+    (["--hidden_size", "100", "--num_attention_heads", "12"], "the nearest is 96"),
+    (["--pod_type", "pod5"], "pod4"),
+    (["--plot", "plan.bmp"], ".png"),
+    (["--config_json", "nowhere.json"], "nowhere.json"),
+])
+def test_what_cannot_be_is_refused_with_what_would_work(flags, message):
+    with pytest.raises(UsageError) as refusal:
+        main(["plan", *flags])
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind, sizes", [
+    ("bert", {}), ("electra", {"embedding_size": 32}),
+    ("distilbert", {"dim": 64, "n_layers": 4, "n_heads": 4, "hidden_dim": 96})])
+def test_every_family_is_planned_from_its_config_json(tmp_path, capsys, kind, sizes):
+    """The parameters that the plan counts are those of transformers' own model."""
+    config = AutoConfig.for_model(kind, **(sizes if kind == "distilbert" else {
+        "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "intermediate_size": 96, **sizes}), vocab_size=300, max_position_embeddings=384)
+    config.save_pretrained(tmp_path)
+    assert main(["plan", "--json", "--config_json", str(tmp_path / "config.json"),
+                 "--layers_per_ipu", "0", "1", "1", "2"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["model"] == {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+                             "intermediate_size": 96, "vocab_size": 300}
+    with torch.device("meta"):
+        model = AutoModelForQuestionAnswering.from_config(config)
+    assert sum(block["parameters"] for block in plan["blocks"]) == sum(
+        parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("command, message", [
+    ("search --trace t.json", "--trace"),
+    ("calibrate --show --trace t.json", "--trace"),
+    ("report somewhere --trace t.json", "--trace"),
+    ("search --plot p.png", "--plot"),
+    ("calibrate --show --measured windows_per_second=3", "exclude each other"),
+    ("calibrate --show --profile p", "--measured"),
+    ("plan --fit --json", "calibrate --show --json"),
+    ("search --inference --dataset_name squad --max_seq_length 256", "--eval_windows"),
+    ("search --ipus 12", "the nearest is 8"),
+    ("search --ipus 0", "powers of two"),
+    ("search --ipus 1000000000000", "at most 256"),
+    ("plan --hidden_size 1000000000", "65536"),
+    ("plan --num_hidden_layers 100000", "256"),
+    ("plan --micro_batch_size 99999999", "4096"),
+    ("plan --num_train_epochs 1e300", "--num_train_epochs"),
+    ("plan --embedding_serialization_factor 100000", "256"),
+    ("plan --gradient_accumulation_steps 99999999999", "65536"),
+])
+def test_what_would_be_dropped_or_is_absurd_is_refused_in_one_line(command, message):
+    with pytest.raises(UsageError) as refusal:
+        main(command.split())
+    text = str(refusal.value).replace(",", "")
+    assert message in text and "\n" not in text
+
+
+@pytest.mark.slow
+def test_the_largest_sizes_are_planned_without_overflow(capsys):
+    flags = ("--hidden_size 65536 --num_hidden_layers 256 --num_attention_heads 1024 "
+             "--intermediate_size 262144 --vocab_size 10000000 --layers_per_ipu 64 64 64 64 "
+             "--gradient_accumulation_steps 65536 --train_windows 1000000000000 "
+             "--num_train_epochs 1000000 --micro_batch_size 4096").split()
+    for more in ([], ["--inference", "--inference_layers_per_ipu", "-1", "-1"], ["--json"]):
+        assert main(["plan", *flags, *more]) == 0
+        out = capsys.readouterr().out
+        assert "inf" not in out.replace("inference", "") and "nan" not in out
+
+
+@pytest.mark.parametrize("kind", ["albert", "modernbert", "longformer", "t5"])
+def test_other_architectures_are_refused_by_name(kind, tmp_path):
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+                 vocab_size=100, model_type=kind)
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    for flag in (["--config_json", str(tmp_path / "config.json")],
+                 ["--model_name_or_path", str(tmp_path)]):
+        with pytest.raises((UsageError, RunError), match=kind):  # which transformers may not know
+            main(["plan", *flag, "--layers_per_ipu", "1", "1"])
+
+
+@pytest.mark.parametrize("layers", [[12], [6, 6], [4, 4, 4]])
+def test_short_pipelines_are_planned(layers, capsys):
+    flags = [*SMALL[:2], "--num_hidden_layers", "12", *SMALL[4:6], *SMALL[11:], "--layers_per_ipu",
+             *map(str, layers), "--json"]
+    assert main(["plan", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    stages = len(layers)
+    assert len(plan["ipus"]) == stages and plan["pipeline_steps"] == 32 + 2 * (stages - 1)
+    recomputed = [stage["recompute_seconds"] > 0 for stage in plan["stages"]]
+    # A single IPU is no pipeline, in which PopTorch recomputes nothing.
+    assert recomputed == [stages > 1] * stages
+    assert (plan["ipus"][0]["stash_bytes"] > 0) == (stages > 1)
+
+
+@pytest.mark.slow
+def test_a_plan_takes_the_pod_it_needs_and_says_what_a_run_needs(capsys):
+    small = [*SMALL, "--replication_factor"]
+    assert main(["plan", *small, "4"]) == 0
+    assert "--pod_type pod16 --replication_factor 4" in capsys.readouterr().out
+    assert main(["plan", *small, "64"]) == 0
+    said = capsys.readouterr().out
+    assert "pod256 and several hosts; a run needs --pod_type pod256" in said
+    assert "poprun --num-instances 4 --num-replicas 64 --ipus-per-replica 4." in said
+    with pytest.raises(UsageError, match="pod4 has 4"):
+        main(["plan", *small, "4", "--pod_type", "pod4"])
+
+
+def test_several_hosts_reduce_within_a_rack_and_between_racks_and_feed_their_own_replicas(capsys):
+    """64 replicas of 4 IPUs on 4 hosts, by hand: 100 Gbit/s are 12.5e9 bytes/s."""
+    flags = [*SMALL, "--replication_factor", "64", "--precision", "float16"]
+    assert main(["plan", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["hosts"] == plan["instances"] == 4 and plan["pod_type"] == "pod256"
+    parameters = Counter()
+    for block in plan["blocks"]:
+        parameters[block["ipu"]] += block["parameters"]
+    most, parts = max(parameters.values()), plan["update_parts_seconds"]
+    assert parts["gradient reduction"] == pytest.approx(2 * 15 / 16 * 2 * most / 160e9)
+    assert parts["gradient reduction between hosts"] == pytest.approx(
+        2 * 3 / 4 * 2 * most / 16 / (2 * 12.5e9 / 4))
+    assert parts["host"] == pytest.approx(
+        plan["efficiencies"]["call_seconds"] + plan["efficiencies"]["token_seconds"] *
+        plan["rows_per_update"] / 4 * plan["max_seq_length"])
+    assert sum(parts.values()) == pytest.approx(plan["update_seconds"])
+    assert main(["search", *flags, "--ipus", "256", "--keep", "1"]) == 0
+    assert "The first takes 4 hosts of 64 IPUs" in capsys.readouterr().out
+
+
+def test_inference_is_planned_as_its_schedule_says(capsys):
+    """Steps, time of a call and of one question from the plan's own stages, by hand."""
+    flags = [*SMALL, "--inference_layers_per_ipu", "2", "2", "--inference_device_iterations", "6",
+             "--eval_micro_batch_size", "3", "--eval_windows", "1000"]
+    assert main(["plan", "--inference", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["phase"] == "inference" and plan["pipeline_steps"] == 6 + 1
+    assert plan["replication_factor"] == 2 and plan["rows_per_update"] == 3 * 6 * 2
+    assert all(ipu["gradients_bytes"] == ipu["stash_bytes"] == 0 for ipu in plan["ipus"])
+    calls = math.ceil(1000 / 36)
+    assert plan["run_seconds"] == pytest.approx(calls * plan["update_seconds"])
+    assert plan["windows_per_second_low"] < plan["windows_per_second"] < plan[
+        "windows_per_second_high"]
+    one = sum(stage["forward_seconds"] for stage in plan["stages"])
+    assert 0 < plan["one_question_seconds"] < plan["update_seconds"] and (
+        plan["one_question_seconds"] < one + 0.01)
+
+
+@pytest.mark.slow
+def test_search_finds_inference_layouts_that_train_py_takes(tmp_path, capsys):
+    """The file that is written plans as found, and keeps the training's own settings."""
+    path = tmp_path / "ipu_config.json"
+    flags = [*SMALL, "--matmul_proportion", "0.1", "0.2", "0.2", "0.2", "--eval_windows", "500"]
+    assert main(["search", "--inference", "--ipus", "4", "--json", "--write", str(path),
+                 *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    size = ["--eval_micro_batch_size", str(found[0]["micro_batch_size"])]
+    assert main(["plan", "--inference", "--json", *SMALL[:6], *SMALL[11:], "--eval_windows", "500",
+                 "--ipu_config", str(path), *size]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["windows_per_second"] == pytest.approx(found[0]["windows_per_second"])
+    assert main(["plan", "--json", *SMALL[:6], *SMALL[11:], "--ipu_config", str(path)]) == 0
+    training = json.loads(capsys.readouterr().out)
+    assert training["ipu_config"]["matmul_proportion"] == [0.1, 0.2, 0.2, 0.2]
+    assert all(plan["fits"] for plan in found)
+
+
+@pytest.mark.slow
+def test_search_prints_flags_that_train_py_takes(capsys):
+    """Of settings whose pipelines have other lengths than matmul_proportion and iterations."""
+    flags = [*SMALL, "--matmul_proportion", "0.1", "0.2", "0.2", "0.2",
+             "--inference_device_iterations", "4", "--gradient_accumulation_steps", "64"]
+    assert main(["search", "--ipus", "4", *flags]) == 0
+    printed = re.findall(r"^\d+\. (--.*): [\d,]+ windows", capsys.readouterr().out, re.M)
+    assert printed
+    for setting in printed:
+        settings, config, _ = parse_train(
+            [*SMALL[:6], *SMALL[11:], *flags[len(SMALL):], *setting.split()], JobSettings)
+        assert inference_pipeline(config, 4, "pod4") and training_pipeline(config, 4, "pod4")
+
+
+@pytest.mark.slow
+def test_search_for_one_ipu_brings_an_evaluation_that_was_on_two_along(tmp_path):
+    path = tmp_path / "ipu_config.json"
+    flags = [*SMALL, "--gradient_accumulation_steps", "64", "--inference_layers_per_ipu", "2", "2"]
+    assert main(["search", "--ipus", "1", "--write", str(path), *flags]) == 0
+    _, config, _ = parse_train(
+        [*SMALL[:6], *SMALL[11:], "--ipu_config", str(path), "--pod_type", "pod1"], JobSettings)
+    assert training_pipeline(config, 4, "pod1").layout.stages()
+    assert inference_pipeline(config, 4, "pod1").config.num_ipus() == 1
+
+
+@pytest.mark.slow
+def test_search_writes_a_configuration_that_plans_as_found(tmp_path, capsys):
+    path = tmp_path / "ipu_config.json"
+    flags = SMALL + ["--gradient_accumulation_steps", "64"]
+    assert main(["search", "--ipus", "4", "--json", "--write", str(path), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["plan", "--json", *SMALL[:6], *SMALL[11:], "--ipu_config", str(path),
+                 "--micro_batch_size", str(found[0]["micro_batch_size"])]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["windows_per_second"] == pytest.approx(found[0]["windows_per_second"])
+    assert [plan["windows_per_second"] for plan in found] == sorted(
+        (plan["windows_per_second"] for plan in found), reverse=True)
+
+
+@pytest.mark.slow
+def test_pictures_and_trace_are_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+        assert main(["plan", *SMALL, "--plot", str(tmp_path / ("plan" + kind)),
+                     "--trace", str(tmp_path / "plan.json")]) == 0
+        assert (tmp_path / ("plan" + kind)).read_bytes().startswith(start)
+    events = json.loads((tmp_path / "plan.json").read_text())["traceEvents"]
+    # 4 stages with 32 micro-batches each.
+    assert len([e for e in events if e["name"].startswith("forward")]) == 4 * 32
+    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == [
+        f"IPU {i}" for i in range(4)]
+
+
+def test_sweep_goes_on_where_it_was_for_the_same_job_alone(tmp_path, capsys):
+    path = tmp_path / "sweep.csv"
+    common = ["--output", str(path), "--", *SMALL[:6], *SMALL[11:]]
+    assert run_sweep(["--layers_per_ipu", "1 1 1 1", "1 1 1 2", *common]) == 0
+    rows = read_rows(path)
+    assert [row["status"].split(":")[0] for row in rows] == ["planned", "refused"]
+    # Marks by which it shows whether a row is taken for done.
+    rows[0].update(measured_windows_per_second="12345.0", measured_on="IPU", status="measured")
+    rows[1]["status"] = "refused: by an earlier version"
+    write_rows(path, rows)
+    capsys.readouterr()
+    assert run_sweep(["--layers_per_ipu", "1 1 1 1", "1 1 1 2", *common]) == 0
+    printed = capsys.readouterr().out
+    assert "12345.0 (IPU)" in printed and "earlier version" not in printed
+    for other in (["--ipu", "bow"], ["--max_seq_length", "32"]):
+        assert run_sweep(["--layers_per_ipu", "1 1 1 1", *common, *other]) == 0
+        assert "12345.0" not in capsys.readouterr().out
+    assert len(read_rows(path)) == 4
+
+
+def recorded_profile(slow_ipu):
+    """A profile as pva gives it, of 4 replicas on 4 IPUs each that have 4 tiles each.
+
+    One IPU computes for longer.
+    """
+    def tile(size, code):
+        return SimpleNamespace(memory=SimpleNamespace(
+            total=SimpleNamespace(excludingGaps=size),
+            category=SimpleNamespace(vertexCode=SimpleNamespace(total=code))))
+
+    def step(kind, *cycles):
+        return SimpleNamespace(program=SimpleNamespace(type=f"Type.{kind}"),
+                               ipus=[SimpleNamespace(cycles=count) for count in cycles])
+
+    compute = [1000, 1000, 1000, 1000]
+    compute[slow_ipu] = 4000
+    return SimpleNamespace(
+        compilation=SimpleNamespace(
+            target=SimpleNamespace(numIPUs=16, ipusPerReplica=4, tilesPerIpu=4,
+                                   bytesPerTile=638976, clockFrequency=1.33e9),
+            tiles=[tile(1000 * (1 + i // 4), 100) for i in range(16)]),
+        execution=SimpleNamespace(steps=[
+            step("OnTileExecute", *compute),
+            step("DoExchange", 100, 100, 100, 100),
+            step("Sync", *(5000 - c for c in compute))]))
+
+
+@pytest.mark.slow
+def test_a_profile_is_read_and_compared(runs):
+    plan = make_plan(job_named(runs, "roberta-base SQuAD v1, 16 Mk2"))
+    profile = read_profile(recorded_profile(slow_ipu=2))
+    assert profile.total_bytes == [4000, 8000, 12000, 16000] and profile.code_bytes == 400
+    assert profile.work_cycles(2) == 4100 and profile.cycles[2]["waiting"] == 1000
+    text = profile_text(profile, plan)
+    # One of the slow IPU's layers moves to the IPU that waits longest.
+    assert "--layers_per_ipu 1 4 3 4" in text
+
+
+@pytest.mark.slow
+def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, monkeypatch, capsys):
+    opened = []
+    pva = SimpleNamespace(
+        openReport=lambda path: opened.append(Path(path)) or recorded_profile(slow_ipu=2))
+    monkeypatch.setitem(sys.modules, "pva", pva)
+    for phase in ("training", "inference"):
+        (tmp_path / phase).mkdir()
+        (tmp_path / phase / "profile.pop").write_bytes(b"")
+    assert main(["report", str(tmp_path), "--config", "squad_base_384"]) == 0
+    assert "--layers_per_ipu 1 4 3 4" in capsys.readouterr().out
+    assert main(["calibrate", "--measured", "windows_per_second=250", "--profile", str(tmp_path),
+                 "--calibration", str(tmp_path / "mine.json"), "--config", "squad_base_384"]) == 0
+    assert json.loads((tmp_path / "mine.json").read_text())["code_bytes"] == 400
+    assert opened == [tmp_path / "training" / "profile.pop"] * 2
+
+
+@pytest.mark.slow
+def test_report_says_in_one_line_that_pva_is_missing(tmp_path):
+    command = [sys.executable, "-m", "planner", "report", str(tmp_path), *SMALL]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and "pva" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_bow_is_faster_by_less_than_its_clock(runs):
+    job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
+    ratio = make_plan(replace(
+        job, machine=MACHINES["bow"])).windows_per_second / make_plan(job).windows_per_second
+    assert 1.1 < ratio < 1.85 / 1.33 * 1.01
+
+
+def test_the_demo_is_planned_as_it_is_trained(tmp_path):
+    from transformers import AutoConfig
+
+    from planner.flags import PlanSettings
+    from planner.from_settings import planned_model
+    from qa.data.demo import write_demo
+    from qa.settings import TrainSettings
+
+    write_demo(tmp_path, seed=1)
+    trained = AutoConfig.from_pretrained(tmp_path / "model")
+    planned = planned_model(TrainSettings(demo_data=True), PlanSettings())
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                 "intermediate_size"):
+        assert getattr(planned, name) == getattr(trained, name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted(
+    path.stem for path in (REPOSITORY / "qa" / "configs").glob("*.yaml")))
+def test_every_configuration_fits_as_it_is(config, capsys):
+    for phase in ([], ["--inference"]):
+        assert main(["plan", "--config", config, *phase]) == 0
+        assert "Fits, with a margin of" in capsys.readouterr().out
