@@ -35,7 +35,7 @@ from planner.plan import Plan, make_plan
 from planner.throughput import stage_seconds, update_seconds_of
 from planner.totals import Totals, range_totals
 from runtime.errors import UsageError
-from runtime.flags import Layer, make_settings
+from runtime.flags import Source, make_settings
 
 SERIALIZATION_FACTORS = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -170,7 +170,7 @@ def _runs(plan: Plan, whole: IPUConfig, ipus: int) -> bool:
     """Return whether train.py would take the plan's settings, for training and for evaluation."""
     layers, pod = len(plan.job.layout.layer_ipus), pod_of(ipus)
     try:
-        config = make_settings(IPUConfig, [Layer(settings_of(plan, whole, ipus).to_dict())])
+        config = make_settings(IPUConfig, [Source(settings_of(plan, whole, ipus).to_dict())])
         if plan.job.training:
             training_pipeline(config, layers, pod)
         inference_pipeline(config, layers, pod)

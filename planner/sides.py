@@ -19,7 +19,7 @@ from planner.text import settings_text
 from qa.settings import TrainSettings, parse_train
 from runtime.errors import RunError, UsageError
 from runtime.files import read_json_object
-from runtime.flags import Layer, Parser, add_flags, make_settings
+from runtime.flags import Parser, Source, add_flags, make_settings
 
 USAGE = (
     'compare A B [C ...] [--json] [--plot FILE] [--html FILE] [--inference] -- [train.py flags of '
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> Tuple[List[str], CompareSettings, List[str]]:
     most = len(string.ascii_uppercase)
     if not 2 <= len(items) <= most:
         raise UsageError(f"compare: {len(items)} given, it takes 2 to {most}; usage: {USAGE}")
-    return items, make_settings(CompareSettings, [Layer(vars(given))]), common
+    return items, make_settings(CompareSettings, [Source(vars(given))]), common
 
 
 def read_side(name: str, item: str, common: List[str], inference: bool = False) -> Side:
@@ -206,9 +206,9 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
     if windows_per_row is not None and planning.windows_per_row is None:
         planning.windows_per_row = max(1.0, windows_per_row)
     try:
-        layer = Layer({key: value for key, value in values.items() if value is not None}, source)
-        settings, ipu_config = make_settings(TrainSettings, [layer]), make_settings(
-            IPUConfig, [layer])
+        record = Source({key: value for key, value in values.items() if value is not None}, source)
+        settings, ipu_config = make_settings(TrainSettings, [record]), make_settings(
+            IPUConfig, [record])
         # A run switches settings off that no flag can: dataset_name, if it has files of its own.
         for key in set(settings.values()) & set(values):
             setattr(settings, key, getattr(settings, key) if values[key] is not None else None)

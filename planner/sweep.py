@@ -23,7 +23,7 @@ from planner.text import table
 from qa.settings import parse_train
 from runtime.errors import RunError, UsageError
 from runtime.files import writing, written_whole
-from runtime.flags import Layer, Parser, add_flags, make_settings
+from runtime.flags import Parser, Source, add_flags, make_settings
 
 USAGE = (
     'sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] '
@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, Lis
     if empty or not swept:
         raise UsageError(f"{empty[0] if empty else 'sweep'}: give the values to try; "
                          f"usage: {USAGE}")
-    return swept, make_settings(SweepSettings, [Layer(vars(given))]), common
+    return swept, make_settings(SweepSettings, [Source(vars(given))]), common
 
 
 def combinations(swept: Dict[str, List[str]]) -> List[List[str]]:

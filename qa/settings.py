@@ -35,7 +35,7 @@ from qa.checks import (
 from runtime import processes
 from runtime.errors import UsageError
 from runtime.files import read_json_object, write_json
-from runtime.flags import Layer, Parser, Settings, add_flags, did_you_mean, flag, make_settings
+from runtime.flags import Parser, Settings, Source, add_flags, did_you_mean, flag, make_settings
 from runtime.hub import checkpoint_folder
 
 log = logging.getLogger(__name__)
@@ -354,7 +354,7 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
     elif pipeline or "layers_per_ipu" in given.values:
         lacks.remove(IPU_CONFIG_NAME)
     else:
-        layers.append(Layer({"inference_layers_per_ipu": [-1, -1]}, "the default"))
+        layers.append(Source({"inference_layers_per_ipu": [-1, -1]}, "the default"))
     layers += [*pipeline, given]
     settings, ipu_config = make_settings(InferSettings, layers), make_settings(IPUConfig, layers)
     settings.assumed = " and no ".join(lacks)
@@ -393,16 +393,16 @@ def refuse_several_hosts(settings: DeviceSettings) -> None:
 
 
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,
-           without: Sequence[str] = ()) -> Layer:
+           without: Sequence[str] = ()) -> Source:
     """Add --ipu_config and the flags of `groups` to the parser; return what `argv` gives."""
     parser.add_argument("--ipu_config", metavar="PATH",
                         help="ipu_config.json, a folder that holds one, or a repository on the hub")
     for group in groups:
         add_flags(parser, group, without)
-    return Layer(vars(parser.parse_args(argv)))
+    return Source(vars(parser.parse_args(argv)))
 
 
-def _mean_inference(given: Layer) -> None:
+def _mean_inference(given: Source) -> None:
     """Let a flag of infer.py override the checkpoint's inference pipeline as well.
 
     The checkpoint's ipu_config.json may set inference_layers_per_ipu, for instance, which would
@@ -426,7 +426,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_config(name_or_path: str) -> Layer:
+def _read_config(name_or_path: str) -> Source:
     """Return the values of a named configuration or of a YAML file.
 
     Raises UsageError for an unknown name, an unreadable file or an unknown setting.
@@ -455,15 +455,15 @@ def _read_config(name_or_path: str) -> Layer:
     for name in ("layers_per_ipu", "inference_layers_per_ipu"):
         if isinstance(values.get(name), int):
             values[name] = [values[name]]
-    return Layer(values, str(path))
+    return Source(values, str(path))
 
 
-def _ipu_config_layer(given: Layer) -> List[Layer]:
+def _ipu_config_layer(given: Source) -> List[Source]:
     path = given.values.pop("ipu_config", None)
     return [] if path is None else [_read_pipeline(path, f"--ipu_config {path}")]
 
 
-def _read_pipeline(name_or_path: str, source: str) -> Layer:
+def _read_pipeline(name_or_path: str, source: str) -> Source:
     """Return the values of an ipu_config.json, without an untrusted cache folder.
 
     The file may be someone else's, and compiled executables are read from executable_cache_dir. If
@@ -476,7 +476,7 @@ def _read_pipeline(name_or_path: str, source: str) -> Layer:
             "%s: executable_cache_dir %s is not used; if it is yours, give it with "
             "--executable_cache_dir", name_or_path, cache)
         del values["executable_cache_dir"]
-    return Layer(values, source)
+    return Source(values, source)
 
 
 def _assume(settings: InferSettings, folder: Path) -> None:
@@ -500,7 +500,7 @@ def _assume(settings: InferSettings, folder: Path) -> None:
             return
 
 
-def _read_qa_settings(folder: Path) -> Layer:
+def _read_qa_settings(folder: Path) -> Source:
     path = folder / QA_SETTINGS_NAME
     values = read_json_object(path, str(path)) if path.is_file() else {}
-    return Layer({name: values[name] for name in QA_SETTINGS if name in values}, str(path))
+    return Source({name: values[name] for name in QA_SETTINGS if name in values}, str(path))

@@ -45,11 +45,11 @@ class Settings:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sources"}
 
 
-class Layer(NamedTuple):
-    """Values of one origin: a file, or the command line (`origin` is None)."""
+class Source(NamedTuple):
+    """The values that one source of settings gives: a file, or the command line (name None)."""
 
     values: Dict[str, Any]
-    origin: Optional[str] = None
+    name: Optional[str] = None
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -138,24 +138,23 @@ def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[st
                                  help=argparse.SUPPRESS)
 
 
-def make_settings(group: Callable[..., S], layers: Iterable[Layer]) -> S:
-    """Return an instance of the dataclass `group` with the values of `layers`; later layers win.
+def make_settings(group: Callable[..., S], sources: Iterable[Source]) -> S:
+    """Return an instance of the dataclass `group` with the values of `sources`; later ones win.
 
     Values that are not fields of `group` are ignored. Raises UsageError, which names the source,
     for a value that its field does not allow.
     """
-    values, sources = {}, {}
+    values, source_of = {}, {}
     known = {f.name for f in fields(group)} - {"sources"}
-    for layer in layers:
-        for name in layer.values:
-            if name not in known:
-                continue
-            values[name] = layer.values[name]
-            sources[name] = f"--{name}" if layer.origin is None else f"{layer.origin}: {name}"
+    for source in sources:
+        for name in source.values:
+            if name in known:
+                values[name] = source.values[name]
+                source_of[name] = f"--{name}" if source.name is None else f"{source.name}: {name}"
     for name, value in values.items():
         values[name] = _as_number(group, name, value)
-        check_field(group, name, values[name], sources[name])
-    return group(**values, sources=sources)
+        check_field(group, name, values[name], source_of[name])
+    return group(**values, sources=source_of)
 
 
 def check_field(group: type, name: str, value: Any, source: Optional[str] = None) -> None:
