@@ -10,7 +10,7 @@ import logging
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
@@ -295,13 +295,24 @@ def parse_train(
     only the command line can set. program, description: for --help. Raises UsageError for a value
     that is not allowed.
     """
+    return train_settings(train_flags(argv, *more, program=program, description=description), *more)
+
+
+def train_flags(argv: Optional[Sequence[str]], *more: type, program: str,
+                description: str) -> Dict[str, Any]:
+    """Return {name: value} of the flags in `argv`, as `train_settings` takes them."""
     parser = Parser(program, description, HINTS)
     parser.add_argument(
         "--config", metavar="NAME",
         help=f"named configuration ({', '.join(named_configs())}) or a YAML file "
              f"(default: {DEFAULT_CONFIG})")
-    given = _parse(parser, argv, DataSettings, ModelSettings, FineTuningSettings, RunSettings,
-                   IPUConfig, *more)
+    return _parse(parser, argv, DataSettings, ModelSettings, FineTuningSettings, RunSettings,
+                  IPUConfig, *more).values
+
+
+def train_settings(flags: Dict[str, Any], *more: type) -> Tuple[Any, ...]:
+    """Return what `parse_train` does, for the values of flags."""
+    given = Source(dict(flags))
     name = given.values.pop("config", DEFAULT_CONFIG)
     layers = [_read_config(name), *_ipu_config_layer(given), given]
     if given.values.get("do_eval") and not given.values.get("do_train"):  # as the model was trained
