@@ -5,7 +5,8 @@
 Its engine takes a Job, which holds counts of the real model, and returns a Plan. In the order of
 their imports, from the bottom:
 
-    count counting          what each block of the model needs: parameters, FLOPs, saved bytes
+    phase                   training and inference: what differs between the two pipelines
+    count                   what each block of the model needs: parameters, FLOPs, saved bytes
     machine                 documented figures of Mk2 and Bow, and the fitted efficiencies
     job from_settings       Job: counted blocks, layout, IPU configuration; from flags
     totals memory           bytes on each IPU, from sums over the blocks of a stage

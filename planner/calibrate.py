@@ -24,6 +24,7 @@ from planner.confidence import expected_error, sensitivity, unexplained_error
 from planner.count import CountedBlock
 from planner.job import Job
 from planner.machine import FITTED, MACHINES, Efficiencies
+from planner.phase import INFERENCE, TRAINING
 from planner.plan import Plan, make_plan
 from runtime.errors import UsageError
 from runtime.files import write_json, writing
@@ -79,7 +80,8 @@ def published_runs(count: Callable[[Dict[str, Any]], Sequence[CountedBlock]],
         else:
             layout = config.layout(sum(block.kind == "layer" for block in blocks))
         job = Job(blocks, layout, config, MACHINES[run["machine"]], run["micro_batch_size"],
-                  run["max_seq_length"], training=run.get("phase") != "inference")
+                  run["max_seq_length"],
+                  phase=INFERENCE if run.get("phase") == "inference" else TRAINING)
         runs.append(PublishedRun(run["name"], run["use"], run.get("rows_per_second"),
                                  run["source"], job))
     return runs

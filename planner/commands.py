@@ -30,7 +30,7 @@ from planner.flags import (
 )
 from qa.checks import check_page
 from qa.model.families import check_checkpoint
-from qa.settings import TrainSettings, parse_train
+from qa.settings import TrainSettings, train_flags, train_settings
 from runtime.errors import UsageError
 from runtime.files import writing
 
@@ -73,35 +73,39 @@ def search(argv: List[str]) -> int:
             f"--ipus {ipus}: IPUs are reserved in powers of two, at most {counts[-1]}; the nearest "
             f"is {near}")
     _refuse_early(settings, planning)
-    from planner.from_settings import described, planned
+    from planner.from_settings import Request, described, planned
     from planner.search import search as best_plans
     from planner.search import settings_of
     from planner.text import search_text
 
     begin = time.perf_counter()
-    given = planned(settings, ipu_config, planning, searching.inference)
+    request = Request(settings, ipu_config, planning, searching.phase)
+    given = planned(request)
     if searching.inference and given.job.windows is None:
         raise UsageError("how many windows there are to answer is not known: give --eval_windows, "
                          "for the number of micro-batches of a call depends on it")
     plans, tried = best_plans(given.job, ipus, ipu_config, given.efficiencies, searching.keep)
     seconds = time.perf_counter() - begin
-    if searching.html:
+    if searching.html or searching.plot:
         from planner.comparison import comparison_text
         from planner.page import write_page
+        from planner.pictures import draw_comparison
         from planner.sides import found_sides
-        sides = found_sides(given, plans, settings, ipu_config, planning, ipus)
-        write_page(searching.html, "Search", sides, comparison_text(sides))
+        sides = found_sides(given, plans, request, ipus)
+        if searching.plot:
+            draw_comparison(sides, searching.plot)
+        if searching.html:
+            write_page(searching.html, "Search", sides, comparison_text(sides))
     if searching.json:
-        print(json.dumps([described(plan, settings, planning) for plan in plans], indent=2))
+        print(json.dumps([described(plan, request) for plan in plans], indent=2))
     else:
         print(search_text(plans, tried, seconds, given, ipu_config, ipus))
     if searching.write:
-        found = settings_of(plans[0], ipu_config, ipus)
+        best = settings_of(plans[0], ipu_config, ipus)
         with writing(f"--write {searching.write}"):
-            found.write(searching.write)
+            best.write(searching.write)
         print(f"wrote {searching.write}; " +
-              _how_to_train(searching, plans[0], settings, ipu_config, found, ipus),
-              file=sys.stderr)
+              _how_to_train(searching.write, plans[0], request, best, ipus), file=sys.stderr)
     return 0
 
 
@@ -119,13 +123,15 @@ def compare(argv: List[str]) -> int:
 
 def explore(argv: List[str]) -> int:
     """Change a plan on a page of this machine, and see at once what it does."""
-    settings, _, _, exploring = _parse(argv, explore, JobSettings, ExploreSettings)
+    flags = _flags(argv, explore, JobSettings, ExploreSettings)
+    settings, _, _, exploring = train_settings(flags, JobSettings, ExploreSettings)
     _refuse_trace(settings, "explore")
     check_page("explore", "127.0.0.1", exploring.port)
     from planner.explore import serve_planner
     from runtime.signals import StopSignals
     with StopSignals():
-        serve_planner(argv, exploring)
+        serve_planner({name: value for name, value in flags.items()
+                       if name not in exploring.values()}, exploring)
     return 0
 
 
@@ -152,12 +158,13 @@ def calibrate(argv: List[str]) -> int:
 
 def report(argv: List[str]) -> int:
     """Compare a PopVision profile with the plan of the same flags."""
-    settings, ipu_config, planning, given = _parse(argv, report, JobSettings, ReportSettings)
+    settings, ipu_config, planning, reporting = _parse(argv, report, JobSettings, ReportSettings)
     _refuse_trace(settings, "report")
-    from planner.from_settings import planned
+    from planner.from_settings import Request, planned
     from planner.profile import open_profile, profile_text
 
-    print(profile_text(open_profile(given.profile), planned(settings, ipu_config, planning)))
+    plan = planned(Request(settings, ipu_config, planning))
+    print(profile_text(open_profile(reporting.profile), plan))
     return 0
 
 
@@ -172,35 +179,44 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
                          "--show --json` gives the errors as JSON")
     _refuse_early(settings, planning)
     from planner.calibrate import compare
-    from planner.from_settings import described, planned, planned_name, pod_note, published
+    from planner.from_settings import (
+        Request,
+        described,
+        planned,
+        planned_name,
+        pod_note,
+        published,
+    )
     from planner.text import fit_text, plan_text
 
-    made = planned(settings, ipu_config, planning, planning.inference)
-    title = planned_name(settings, planning)
-    if planning.json:
-        print(json.dumps(described(made, settings, planning), indent=2))
-    else:
-        print(plan_text(made, title, pod_note(settings, made.job)))
+    request = Request(settings, ipu_config, planning, planning.phase)
+    plan, title = planned(request), planned_name(request)
+    text = plan_text(plan, title, pod_note(request, plan.job))
+    print(json.dumps(described(plan, request), indent=2) if planning.json else text)
     if planning.fit:
-        print("\n" + fit_text(compare(published(), made.efficiencies), made.efficiencies))
+        print("\n" + fit_text(compare(published(), plan.efficiencies), plan.efficiencies))
     if planning.plot:
         from planner.pictures import draw_plan
-        draw_plan(made, planning.plot, title)
+        draw_plan(plan, planning.plot, title)
     if planning.html:
         from planner.comparison import Side
         from planner.page import write_page
-        side = Side("A", "", "flags", title, {}, described(made, settings, planning))
-        write_page(planning.html, f"Plan: {title}", [side],
-                   plan_text(made, title, pod_note(settings, made.job)), made)
+        side = Side("A", "", "flags", title, {}, described(plan, request))
+        write_page(planning.html, f"Plan: {title}", [side], text, plan)
     if settings.trace:
         from planner.pictures import write_timeline
-        write_timeline(made, settings.trace)
+        write_timeline(plan, settings.trace)
     return 0
 
 
 def _parse(argv: List[str], command, *groups: type):
-    """Parse the flags of a command, whose docstring is its description in --help."""
-    return parse_train(argv, *groups, program=f"python -m planner {command.__name__}",
+    """Return what `parse_train` does for the flags of a command."""
+    return train_settings(_flags(argv, command, *groups), *groups)
+
+
+def _flags(argv: List[str], command, *groups: type) -> Dict[str, Any]:
+    """Return the values of a command's flags; its docstring is the description in --help."""
+    return train_flags(argv, *groups, program=f"python -m planner {command.__name__}",
                        description=command.__doc__)
 
 
@@ -217,16 +233,15 @@ def _refuse_trace(settings: TrainSettings, command: str) -> None:
                          "`plan` writes the timeline of a plan")
 
 
-def _how_to_train(searching: SearchSettings, plan, settings: TrainSettings, ipu_config: IPUConfig,
-                  found: IPUConfig, ipus: int) -> str:
+def _how_to_train(path: str, plan, request, best: IPUConfig, ipus: int) -> str:
     """Return how to use the file that --write wrote: what to add to one's flags, what to leave."""
-    size = "eval_micro_batch_size" if searching.inference else "micro_batch_size"
-    text = (f"train with it: your flags and --ipu_config {searching.write} --{size} "
-            f"{plan.job.micro_batch_size}")
-    if ipus > POD_IPUS[settings.pod_type]:
+    text = (f"train with it: your flags and --ipu_config {path} "
+            f"--{plan.job.phase.micro_batch_flag} {plan.job.micro_batch_size}")
+    if ipus > POD_IPUS[request.settings.pod_type]:
         text += f" --pod_type {pod_of(ipus)}"
+    ipu_config = request.ipu_config
     # Flags win over a file.
-    replaced = [f"--{name}" for name, value in found.values().items()
+    replaced = [f"--{name}" for name, value in best.values().items()
                 if ipu_config.source(name) == f"--{name}" and name in ipu_config.sources
                 and value != getattr(ipu_config, name)]
     return text + (f", but without {' '.join(replaced)}" if replaced else "")
@@ -235,15 +250,14 @@ def _how_to_train(searching: SearchSettings, plan, settings: TrainSettings, ipu_
 def _calibrate_own(argv: List[str], planning: JobSettings,
                    calibrating: CalibrateSettings) -> int:
     from planner import calibrate as calibration
-    from planner.from_settings import make_job
+    from planner.from_settings import Request, make_job
     from planner.machine import Efficiencies
     from planner.plan import make_plan
 
     runs = []
     for swept, measured in _measured(calibrating.measured or ""):
-        settings, ipu_config, own, _ = _parse([*argv, *swept], calibrate, JobSettings,
-                                              CalibrateSettings)
-        job = make_job(settings, ipu_config, own)
+        job = make_job(Request(*_parse([*argv, *swept], calibrate, JobSettings,
+                                       CalibrateSettings)[:3]))
         before = make_plan(job, Efficiencies()).windows_per_second
         if not 1 / PLAUSIBLE < measured / before < PLAUSIBLE or not math.isfinite(measured):
             raise UsageError(

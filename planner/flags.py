@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Any, Dict, List, Optional
 
+from planner.phase import INFERENCE, TRAINING, Phase
 from qa.settings import TrainSettings, refuse_several_hosts
 from runtime.errors import UsageError
 from runtime.flags import Settings, flag
@@ -59,17 +61,32 @@ class JobSettings(Settings):
 
 
 @dataclass
-class PlanSettings(JobSettings):
-    """Planning."""
+class PhaseFlags(Settings):
+    """The pipeline."""
 
     inference: bool = flag(
-        False, "plan the pipeline of evaluation and infer.py in place of the training's")
-    json: bool = flag(False, "print the plan as one JSON object, with units in the names")
+        False, "the pipeline of evaluation and infer.py in place of the training's")
+
+    @property
+    def phase(self) -> Phase:
+        return INFERENCE if self.inference else TRAINING
+
+
+@dataclass
+class OutputFlags(Settings):
+    """The output."""
+
+    json: bool = flag(False, "print JSON, with units in the names")
     plot: Optional[str] = flag(
-        None, "draw timeline, memory and split of the plan to this .png, .svg or .pdf file")
+        None, "draw memory and time to this .png, .svg or .pdf file")
     html: Optional[str] = flag(
-        None, "write timeline, memory and time of the plan to this .html file, which needs no "
-        "network")
+        None, "write memory and time to this .html file, which needs no network")
+
+
+@dataclass
+class PlanSettings(OutputFlags, PhaseFlags, JobSettings):
+    """Planning."""
+
     fit: bool = flag(False, "also print the planner's error on each published run")
 
 
@@ -91,17 +108,12 @@ class TrainPlanSettings(PlanSettings):
 
 
 @dataclass
-class SearchSettings(Settings):
+class SearchSettings(OutputFlags, PhaseFlags):
     """Search."""
 
-    inference: bool = flag(
-        False, "search for the pipeline of evaluation and infer.py in place of the training's")
     ipus: Optional[int] = flag(None, "IPUs to use (default: those of the pod)", type=int)
     write: Optional[str] = flag(None, "write the best settings to this ipu_config.json")
     keep: int = flag(5, "number of settings to show", min=1)
-    json: bool = flag(False, "print the plans as JSON, with units in the names")
-    html: Optional[str] = flag(
-        None, "write the plans beside the given one to this .html file, which needs no network")
 
 
 @dataclass
@@ -151,7 +163,7 @@ class SweepSettings(Settings):
 
 
 @dataclass
-class ExploreSettings(Settings):
+class ExploreSettings(PhaseFlags):
     """The page."""
 
     port: int = flag(8050, "port of the page on this machine; 0: any that is free", min=0,
@@ -160,14 +172,18 @@ class ExploreSettings(Settings):
 
 
 @dataclass
-class CompareSettings(Settings):
-    """The comparison's own flags."""
+class CompareSettings(OutputFlags, PhaseFlags):
+    """The comparison."""
 
-    inference: bool = flag(
-        False, "plan the pipeline of evaluation and infer.py in place of the training's")
-    json: bool = flag(False, "print the comparison as one JSON object, with units in the names")
-    plot: Optional[str] = flag(
-        None, "draw memory, time by stage and windows/s to this .png, .svg or .pdf file")
-    html: Optional[str] = flag(
-        None, "write memory, time by stage and windows/s to this .html file, which needs no "
-        "network")
+
+def flag_words(settings: Dict[str, Any]) -> List[str]:
+    """Return settings by flag as the words of a command line."""
+    return [word for name, value in settings.items() for word in (
+        f"--{name}", *([] if value is True else
+                       map(str, value) if isinstance(value, (list, tuple)) else
+                       [str(value).lower() if value is False else str(value)]))]
+
+
+def flags_text(settings: Dict[str, Any]) -> str:
+    """Return settings by flag as text of a command line."""
+    return " ".join(map(shlex.quote, flag_words(settings)))

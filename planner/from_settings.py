@@ -3,105 +3,115 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
-from ipu_options.config import (
-    IPUS_OF_A_HOST,
-    POD_IPUS,
-    IPUConfig,
-    Pipeline,
-    inference_pipeline,
-    pod_of,
-    reserved_ipus,
-    training_pipeline,
-)
+from ipu_options.config import IPUS_OF_A_HOST, POD_IPUS, IPUConfig, pod_of, reserved_ipus
 from ipu_options.layout import in_ipus
 from planner import calibrate
 from planner.flags import MODELS, SHAPE, JobSettings
 from planner.job import Job
 from planner.machine import MACHINES
+from planner.phase import INFERENCE, TRAINING, Phase
 from planner.plan import Plan, make_plan
 from planner.text import hosts_text, plan_dict
 from qa.checks import check_row_length
 from qa.data import demo
-from qa.settings import TrainSettings
+from qa.settings import TrainSettings, train_settings
 from runtime.errors import UsageError
-from runtime.flags import Settings, check_field, flag
+from runtime.files import read_json_object
 
 # Mean number of real tokens of a window, and number of windows of an epoch, for SQuAD at length 384
 # and stride 128. v1: as in the published run of roberta-base; v2: as in that of
-# roberta-base-squad2.
-REAL_TOKENS = {"squad": 181, "squad_v2": 181}
-WINDOWS = {"squad": 88568, "squad_v2": 131823}
-# Windows of the validation questions, 10,570 and 11,873, of which some have long contexts.
-EVAL_WINDOWS = {"squad": 10_800, "squad_v2": 12_200}
+# roberta-base-squad2. The validation questions are 10,570 and 11,873, some with long contexts.
+REAL_TOKENS = {"demo": demo.MEAN_TOKENS, "squad": 181, "squad_v2": 181}
+WINDOWS = {
+    TRAINING: {"demo": demo.TRAIN_QUESTIONS, "squad": 88568, "squad_v2": 131823},
+    INFERENCE: {"demo": demo.VALIDATION_QUESTIONS, "squad": 10_800, "squad_v2": 12_200}}
 PACKING_EFFICIENCY = 0.97  # share of real tokens in the rows that best-fit decreasing packs
 
 
-def make_job(settings: TrainSettings, ipu_config: IPUConfig, planning: JobSettings) -> Job:
-    """Return the job that train.py would run with these settings.
+class Request(NamedTuple):
+    """What to plan: the settings of a run, and which of its pipelines."""
+
+    settings: TrainSettings
+    ipu_config: IPUConfig
+    planning: JobSettings
+    phase: Phase = TRAINING
+
+
+def request_of(flags: Dict[str, Any], phase: Phase = TRAINING) -> Request:
+    """Return the request of flags by name. Raises what `train_settings` raises."""
+    return Request(*train_settings(flags, JobSettings), phase)
+
+
+def make_job(request: Request) -> Job:
+    """Return the job that train.py would run, or evaluate with.
 
     Of the model, only its configuration is needed (see `planned_model`). Raises UsageError for a
     model or a pipeline that is not possible, RunError if the model's configuration cannot be
     loaded.
     """
-    layers = planned_model(settings, planning).num_hidden_layers
-    pod = planned_pod(settings, ipu_config)
-    job = _job(settings, planning, training_pipeline(ipu_config, layers, pod),
-               settings.micro_batch_size)
-    steps = settings.max_steps
-    return replace(job, windows=_train_windows(settings, planning),
-                   epochs=settings.num_train_epochs,
-                   updates=None if steps is None else steps * job.config.device_iterations)
+    from planner.count import make_counter
+    from qa.model.families import most_tokens
+
+    settings, ipu_config, planning, phase = request
+    model = planned_model(request)
+    config, layout, _ = vars(phase.pipeline(
+        ipu_config, model.num_hidden_layers, planned_pod(request))).values()
+    check_row_length(settings, most_tokens(model))
+    packed = _packed_windows_per_row(request)
+    if settings.pack and packed is None:
+        raise UsageError(
+            f"{settings.source('pack')}: how many windows share a row of your own data is not "
+            "known before it is read: give --windows_per_row (a run prints it)")
+    if config.embedding_serialization_factor > model.vocab_size:
+        raise UsageError(
+            f"{config.source('embedding_serialization_factor')} "
+            f"{config.embedding_serialization_factor} is more than the model's "
+            f"{model.vocab_size} words")
+    count = make_counter(model, max_seq_length=settings.max_seq_length,
+                         windows_per_row=settings.row_capacity(), precision=settings.precision,
+                         training=phase is TRAINING)
+    micro_batch_size, steps = getattr(settings, phase.micro_batch_flag), settings.max_steps
+    return Job(
+        tuple(count(micro_batch_size, config.embedding_serialization_factor)), layout, config,
+        MACHINES[planning.ipu], micro_batch_size, settings.max_seq_length, settings.precision,
+        phase, windows_per_row=packed if settings.pack else 1.0, packed_windows_per_row=packed,
+        windows=_windows(request), epochs=settings.num_train_epochs,
+        updates=steps and steps * config.device_iterations if phase is TRAINING else None,
+        count=count)
 
 
-def make_inference_job(settings: TrainSettings, ipu_config: IPUConfig,
-                       planning: JobSettings) -> Job:
-    """Return the job of the pipeline with which train.py evaluates and infer.py answers.
+def planned(request: Request) -> Plan:
+    """Return the plan of a request, made with the user's calibration if there is one.
 
-    The arguments and exceptions are those of `make_job`.
+    Raises what `make_job` raises, and UsageError for a wrong calibration file.
     """
-    layers = planned_model(settings, planning).num_hidden_layers
-    pod = planned_pod(settings, ipu_config, inference=True)
-    job = _job(settings, planning, inference_pipeline(ipu_config, layers, pod),
-               settings.eval_micro_batch_size, training=False)
-    return replace(job, windows=_eval_windows(settings, planning))
+    return make_plan(make_job(request), calibrate.load(request.planning.calibration))
 
 
-def planned(settings: TrainSettings, ipu_config: IPUConfig, planning: JobSettings,
-            inference: bool = False) -> Plan:
-    """Return the plan of train.py's run with these settings, or of its evaluation (`inference`).
-
-    It is made with the user's calibration if there is one. Raises what `make_job` raises, and
-    UsageError for a wrong calibration file.
-    """
-    job = (make_inference_job if inference else make_job)(settings, ipu_config, planning)
-    return make_plan(job, calibrate.load(planning.calibration))
-
-
-def described(plan: Plan, settings: TrainSettings, planning: JobSettings) -> Dict[str, Any]:
+def described(plan: Plan, request: Request) -> Dict[str, Any]:
     """Return a plan as a dictionary for JSON, with the configuration and the model it is of."""
     from qa.model.families import family_of
 
-    model = planned_model(settings, planning)
+    settings, planning, model = request.settings, request.planning, planned_model(request)
     own_names = family_of(model).own_names
-    return {"title": planned_name(settings, planning), "config": settings.config,
+    return {"title": planned_name(request), "config": settings.config,
             "model_name_or_path": None if planning.shape() or planning.config_json
             else settings.model_name_or_path,
             "model": {name: getattr(model, own_names.get(name, name)) for name in SHAPE},
             "pod_type": pod_of(plan.job.ipus), **plan_dict(plan)}
 
 
-def pod_note(settings: TrainSettings, job: Job) -> Optional[str]:
+def pod_note(request: Request, job: Job) -> Optional[str]:
     """Return a sentence on the pod that the job takes, if a run with these flags has a smaller one.
 
     A plan books nothing, so that it takes what its flags need unless they name a pod.
     """
-    pod = pod_of(job.ipus)
+    settings, pod = request.settings, pod_of(job.ipus)
     if job.ipus > IPUS_OF_A_HOST:
         return (f"That takes {pod} and several hosts; a run needs --pod_type {pod} as well.\n"
                 f"{hosts_text(job)}")
@@ -116,52 +126,24 @@ def pod_note(settings: TrainSettings, job: Job) -> Optional[str]:
             f"{job.config.replication_factor} as well.")
 
 
-def planned_pod(settings: TrainSettings, ipu_config: IPUConfig, inference: bool = False) -> str:
+def planned_pod(request: Request) -> str:
     """Return the pod to plan on: --pod_type if given, else one that is large enough.
 
     A plan books nothing. It takes the smallest pod, from the one that a run would take, with whose
     by-pod values the training or inference pipeline has enough IPUs. If there is none, because the
     replicas grow with the pod, it takes the smallest pod with the IPUs of one replica.
     """
+    settings, ipu_config = request.settings, request.ipu_config
     pods = [pod for pod in POD_IPUS if POD_IPUS[pod] >= POD_IPUS[settings.pod_type]]
     if "pod_type" in settings.sources:
         return settings.pod_type
     for pod in pods:
         config = ipu_config.for_pod(pod)
-        config = config.inference() if inference else config
+        config = config.inference() if request.phase is INFERENCE else config
         replica = reserved_ipus(config.num_ipus())
         if config.replication_factor * replica <= POD_IPUS[pod]:
             return pod
     return pod_of(replica)
-
-
-def _job(settings: TrainSettings, planning: JobSettings, pipeline: Pipeline,
-         micro_batch_size: int, training: bool = True) -> Job:
-    """Return the job of a checked pipeline, without its windows."""
-    from planner.counting import make_counter
-    from qa.model.families import most_tokens
-
-    model_config = planned_model(settings, planning)
-    check_row_length(settings, most_tokens(model_config))
-    packed = _packed_windows_per_row(settings, planning)
-    if settings.pack and packed is None:
-        raise UsageError(
-            f"{settings.source('pack')}: how many windows share a row of your own data is not "
-            "known before it is read: give --windows_per_row (a run prints it)")
-    config = pipeline.config
-    if config.embedding_serialization_factor > model_config.vocab_size:
-        raise UsageError(
-            f"{config.source('embedding_serialization_factor')} "
-            f"{config.embedding_serialization_factor} is more than the model's "
-            f"{model_config.vocab_size} words")
-    count = make_counter(model_config, max_seq_length=settings.max_seq_length,
-                         windows_per_row=settings.row_capacity(), precision=settings.precision,
-                         training=training)
-    blocks = tuple(count(micro_batch_size, config.embedding_serialization_factor))
-    return Job(blocks, pipeline.layout, config, MACHINES[planning.ipu], micro_batch_size,
-               settings.max_seq_length, settings.precision, training,
-               windows_per_row=packed if settings.pack else 1.0, packed_windows_per_row=packed,
-               count=count)
 
 
 def published(path: Path = calibrate.PUBLISHED) -> List[calibrate.PublishedRun]:
@@ -169,7 +151,7 @@ def published(path: Path = calibrate.PUBLISHED) -> List[calibrate.PublishedRun]:
 
     A model that several runs have at the same length is counted once.
     """
-    from planner.counting import make_counter
+    from planner.count import make_counter
 
     @lru_cache(maxsize=None)
     def counter(sizes: str, max_seq_length: int, training: bool):
@@ -200,81 +182,64 @@ def _published_model(model: Any, pretraining: bool) -> dict:
     return {"model_type": "roberta", **sizes}
 
 
-def planned_model(settings: TrainSettings, planning: JobSettings) -> Any:
-    """Return transformers' configuration of the model to plan.
+def planned_model(request: Request) -> Any:
+    """Return transformers' configuration of the model to plan, changed by the shape flags.
 
-    In this order: the model of --config_json, of the shape flags, of the demo, a well-known
-    checkpoint (MODELS), or the checkpoint of --model_name_or_path, in a folder or on the hub.
-    Raises UsageError for an unsuitable model, RunError if its configuration cannot be loaded.
-    """
-    from transformers import RobertaConfig
-
-    shape = planning.shape()
-    if planning.config_json is not None:
-        return _configuration(_from_json(planning.config_json, shape))
-    if shape:
-        sizes = {**MODELS["roberta-base"], **shape}
-        heads, width = _heads(shape), sizes["hidden_size"]
-        _check_heads("--hidden_size", width, heads)
-        return RobertaConfig(**{**sizes, "num_attention_heads": heads,
-                                "intermediate_size": shape.get("intermediate_size", 4 * width)})
-    if settings.demo_data:
-        return RobertaConfig(**demo.MODEL)
-    if not planning.needs_checkpoint(settings):
-        return _configuration(MODELS[settings.model_name_or_path.split("/")[-1]])
-    from qa.model.pretrained import load_config
-    return load_config(settings, weights=False)
-
-
-def planned_name(settings: TrainSettings, planning: JobSettings) -> str:
-    """Return what to call the planned job in a heading: its configuration and its model."""
-    if planning.config_json:
-        model = planning.config_json
-    elif planning.shape():
-        model = "a model of the given shape"
-    else:
-        model = "the demo's model" if settings.demo_data else settings.model_name_or_path
-    return f"{settings.config}, {model}"
-
-
-def _from_json(path: str, shape: dict) -> dict:
-    """Return the values of --config_json, changed by the shape flags.
-
-    Raises UsageError unless they are those of a model of a family that is built here.
+    It is, in this order: the model of --config_json, of the demo, a well-known checkpoint (MODELS),
+    or the checkpoint of --model_name_or_path, in a folder or on the hub. Raises UsageError for an
+    unsuitable model, RunError if its configuration cannot be loaded.
     """
     from qa.model.families import family_of
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config_json {path}: not a readable config.json ({error})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"--config_json {path}: holds a {type(values).__name__}, it should be a "
-                         "JSON object")
-    values.setdefault("model_type", "roberta")
-    own_names = family_of(SimpleNamespace(**values), f"--config_json {path}").own_names
-    values = {**{name: values[own] for name, own in own_names.items() if own in values}, **values}
-    for name in SHAPE:
-        if name not in values and name not in shape:
-            raise UsageError(f"--config_json {path}: has no {own_names.get(name, name)}; name the "
-                             "config.json of a checkpoint")
-    for name in (*SHAPE, "max_position_embeddings", "type_vocab_size", "pad_token_id"):
-        if name in values:
-            check_field(JobSettings if name in SHAPE else _OtherSizes, name, values[name],
-                        f"--config_json {path}: {own_names.get(name, name)}")
-    sizes = {name: value for name, value in {**values, **shape}.items()
-             if name not in own_names.values()}
-    _check_heads(f"--config_json {path}: hidden_size", sizes["hidden_size"],
-                 sizes["num_attention_heads"])
-    return sizes
+
+    settings, planning, _ = request.settings, request.planning, request.phase
+    if planning.config_json is not None:
+        model = _from_json(planning.config_json)
+    elif settings.demo_data:
+        model = _configuration({"model_type": "roberta", **demo.MODEL})
+    elif planning.needs_checkpoint(settings):
+        from qa.model.pretrained import load_config
+        model = load_config(settings, weights=False)
+    else:
+        model = _configuration(MODELS[settings.model_name_or_path.split("/")[-1]])
+    shape = planning.shape()
+    width = shape.get("hidden_size")
+    if width:  # of heads 64 wide, if that goes
+        heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
+        shape = {"num_attention_heads": heads, "intermediate_size": 4 * width, **shape}
+    own_names = family_of(model).own_names
+    for name, value in shape.items():
+        setattr(model, own_names.get(name, name), value)
+    width, heads = model.hidden_size, model.num_attention_heads
+    if width % heads:
+        raise UsageError(f"--hidden_size {width} is not a multiple of the {heads} attention heads: "
+                         f"the nearest is {max(1, round(width / heads)) * heads}")
+    return model
 
 
-@dataclass
-class _OtherSizes(Settings):
-    """Bounds of the sizes in a config.json that have no flag."""
+def planned_name(request: Request) -> str:
+    """Return what to call the planned job in a heading: its configuration and its model."""
+    settings, planning = request.settings, request.planning
+    name = planning.config_json or (
+        "the demo's model" if settings.demo_data else settings.model_name_or_path)
+    if planning.shape():
+        model = planned_model(request)
+        name += f" with {model.num_hidden_layers} layers {model.hidden_size} wide"
+    return f"{settings.config}, {name}"
 
-    max_position_embeddings: int = flag(514, "", min=1, max=1_000_000)
-    type_vocab_size: int = flag(1, "", min=1, max=1_000_000)
-    pad_token_id: int = flag(1, "", min=0, max=1_000_000)
+
+def _from_json(path: str) -> Any:
+    """Return transformers' configuration of the model of --config_json."""
+    from transformers import AutoConfig
+
+    from qa.model.families import check_config
+    source = f"--config_json {path}"
+    if not Path(path).is_file():
+        raise UsageError(f"{source}: no such file; name the config.json of a checkpoint")
+    values = read_json_object(Path(path), source)
+    if "model_type" not in values:
+        raise UsageError(f"{source}: has no model_type; name the config.json of a checkpoint")
+    check_config(SimpleNamespace(**values), source)
+    return AutoConfig.for_model(**values)
 
 
 def _configuration(values: dict) -> Any:
@@ -286,65 +251,34 @@ def _configuration(values: dict) -> Any:
     return AutoConfig.for_model(**{names.get(name, name): value for name, value in values.items()})
 
 
-def _heads(shape: dict) -> int:
-    """Return the number of attention heads of a model of that shape: by default 64 wide ones."""
-    width = shape.get("hidden_size", 768)
-    return shape.get("num_attention_heads") or next(
-        n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
-
-
-def _check_heads(source: str, width: int, heads: int) -> None:
-    """Raise UsageError, which names `source`, unless the width is a multiple of the heads."""
-    if width % heads:
-        raise UsageError(
-            f"{source} {width} is not a multiple of the {heads} attention heads: "
-            f"the nearest is {max(1, round(width / heads)) * heads}")
-
-
-def _packed_windows_per_row(settings: TrainSettings, planning: JobSettings) -> Optional[float]:
+def _packed_windows_per_row(request: Request) -> Optional[float]:
     """Return the mean number of windows in a packed row; None if it is not known.
 
     It is --windows_per_row if given, else estimated from the mean number of real tokens of a window
     for a known data set.
     """
-    if planning.windows_per_row is not None:
-        if planning.windows_per_row > settings.max_windows_per_row:
+    settings, windows = request.settings, request.planning.windows_per_row
+    if windows is not None:
+        if windows > settings.max_windows_per_row:
             raise UsageError(
-                f"--windows_per_row {planning.windows_per_row:g}: it should be between 1 and "
+                f"--windows_per_row {windows:g}: it should be between 1 and "
                 f"--max_windows_per_row, which is {settings.max_windows_per_row}")
-        return planning.windows_per_row
-    if settings.demo_data:
-        tokens = demo.MEAN_TOKENS
-    else:
-        tokens = REAL_TOKENS.get(settings.dataset_name) if settings.train_file is None else None
-    if tokens is None:
-        return None
-    return max(1.0, min(PACKING_EFFICIENCY * settings.max_seq_length / tokens,
-                        float(settings.max_windows_per_row)))
+        return windows
+    tokens = REAL_TOKENS.get(_data(settings))
+    return tokens and max(1.0, min(PACKING_EFFICIENCY * settings.max_seq_length / tokens,
+                                   float(settings.max_windows_per_row)))
 
 
-def _train_windows(settings: TrainSettings, planning: JobSettings) -> Optional[int]:
-    """Return the number of windows of an epoch; None if it is not known."""
-    if planning.train_windows is not None:
-        return planning.train_windows
-    if settings.max_train_samples is not None:
-        return None
-    return demo.TRAIN_QUESTIONS if settings.demo_data else _known(WINDOWS, settings)
+def _windows(request: Request) -> Optional[int]:
+    """Return the number of windows of an epoch, or to answer; None if it is not known."""
+    settings, phase = request.settings, request.phase
+    windows = getattr(request.planning, f"{phase.data}_windows")
+    if windows is not None or getattr(settings, f"max_{phase.data}_samples") is not None:
+        return windows
+    usual = (settings.max_seq_length, settings.doc_stride) == (384, 128) or settings.demo_data
+    return WINDOWS[phase].get(_data(settings)) if usual else None
 
 
-def _eval_windows(settings: TrainSettings, planning: JobSettings) -> Optional[int]:
-    """Return the number of windows that an evaluation answers; None if it is not known."""
-    if planning.eval_windows is not None:
-        return planning.eval_windows
-    if settings.max_eval_samples is not None:
-        return None
-    return demo.VALIDATION_QUESTIONS if settings.demo_data else _known(EVAL_WINDOWS, settings)
-
-
-def _known(windows: Dict[str, int], settings: TrainSettings) -> Optional[int]:
-    """Return the entry of `windows` for the data set; None for one's own files or other windows."""
-    if settings.train_file is not None:
-        return None
-    if (settings.max_seq_length, settings.doc_stride) != (384, 128):
-        return None
-    return windows.get(settings.dataset_name)
+def _data(settings: TrainSettings) -> Optional[str]:
+    """Return the name of the data set, None for files of one's own."""
+    return "demo" if settings.demo_data else None if settings.train_file else settings.dataset_name

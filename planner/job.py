@@ -1,8 +1,8 @@
 """The planner's input: one pipeline, for training or for inference, and the data it is fed."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, List, Optional, Tuple
 
 from ipu_options.config import (
     IPUS_OF_A_HOST,
@@ -11,41 +11,35 @@ from ipu_options.config import (
     reserved_ipus,
 )
 from ipu_options.layout import Layout, least_accumulation
-from planner.count import CountedBlock
+from planner.count import BlockCounter, CountedBlock
 from planner.machine import Machine
-
-BlockCounter = Callable[..., Sequence[CountedBlock]]
+from planner.phase import TRAINING, Phase
 
 
 @dataclass(frozen=True)
 class Job:
-    """A pipeline to plan.
+    """A pipeline to plan."""
 
-    blocks: the counted blocks, for one micro-batch, in the order of execution. layout: their IPUs.
-    config: as the user would give it, with by-pod values resolved; for inference, what
-    `IPUConfig.inference` returns. micro_batch_size: in rows. max_seq_length: tokens of a row.
-    precision: "float16" or "float32". training: whether the pipeline trains or only answers.
-    windows_per_row: mean number of real windows in a row, more than 1 with packing.
-    packed_windows_per_row: the number with packing, None if it is not known. windows: of an epoch,
-    or to answer; None if not known. epochs: their number. updates: of the whole run, if that is
-    given in place of epochs. count(micro_batch_size, embedding_serialization_factor, halves):
-    counts the blocks for other settings.
-    """
-
-    blocks: Tuple[CountedBlock, ...]
+    blocks: Tuple[CountedBlock, ...]     # of one micro-batch, in the order of execution
     layout: Layout
+    # As the user would give it, with by-pod values resolved; of inference, IPUConfig.inference().
     config: IPUConfig
     machine: Machine
-    micro_batch_size: int
-    max_seq_length: int
-    precision: str = "float16"
-    training: bool = True
-    windows_per_row: float = 1.0
-    packed_windows_per_row: Optional[float] = None
-    windows: Optional[int] = None
+    micro_batch_size: int                # in rows
+    max_seq_length: int                  # in tokens of a row
+    precision: str = "float16"           # or "float32"
+    phase: Phase = TRAINING
+    windows_per_row: float = 1.0         # mean of the real ones; more than 1 with packing
+    packed_windows_per_row: Optional[float] = None   # the same with packing, None if not known
+    windows: Optional[int] = None        # of an epoch, or to answer; None if not known
     epochs: float = 1.0
-    updates: Optional[int] = None
+    updates: Optional[int] = None        # of the run, if given in place of epochs
+    # count(micro_batch_size, embedding_serialization_factor): the blocks for other settings
     count: Optional[BlockCounter] = field(default=None, compare=False, repr=False)
+
+    @property
+    def training(self) -> bool:
+        return self.phase is TRAINING
 
     @property
     def element_bytes(self) -> int:
@@ -94,6 +88,21 @@ class Job:
         by_name: Dict[str, CountedBlock] = {block.name: block for block in self.blocks}
         return [(ipu, tuple(by_name[name] for name in names))
                 for ipu, names in self.layout.stages()]
+
+    def changed(self, micro_batch_size: Optional[int] = None, pack: bool = False,
+                **changes: Any) -> "Job":
+        """Return a copy with another micro-batch size, packed rows, or `changes` to its config.
+
+        The blocks are counted and laid out again. Raises UsageError if that is not possible.
+        """
+        size = micro_batch_size or self.micro_batch_size
+        job = replace(self, config=replace(self.config, **changes), micro_batch_size=size)
+        factor = job.config.embedding_serialization_factor
+        if (size, factor) != (self.micro_batch_size, self.config.embedding_serialization_factor):
+            job = replace(job, blocks=tuple(self.count(size, factor)))
+        if "layers_per_ipu" in changes:
+            job = replace(job, layout=job.config.layout(len(self.layout.layer_ipus)))
+        return replace(job, windows_per_row=self.packed_windows_per_row) if pack else job
 
     def state_bytes_per_parameter(self) -> float:
         """Return the bytes of optimizer state per parameter on each replica.

@@ -93,7 +93,7 @@ def timeline(plan: Plan) -> Any:
                           base=[1e3 * schedule.seconds] * len(ipus)))
     less = f", shortened to {shown} of {plan.job.micro_batches} micro-batches" if (
         shown < plan.job.micro_batches) else ""
-    return _finished(data, f"Timeline of a {'weight update' if plan.job.training else 'call'}"
+    return _finished(data, f"Timeline of a {plan.job.phase.round}"
                      f"{less} (white: idle)",
                      f"ms (and {1e3 * plan.host_seconds:.0f} ms of host before the next)",
                      len(plan.memory), barmode="overlay")

@@ -130,7 +130,7 @@ def _timeline(axes: Any, plan: Plan) -> None:
     for step in range(schedule.steps + 1):
         axes.axvline(1e3 * step * schedule.step_seconds, color="0.75", linewidth=0.4, zorder=0)
     shortened = f", shortened to {drawn} of {batches} micro-batches" if drawn < batches else ""
-    axes.set_title(f"Timeline of a {'weight update' if training else 'call'}{shortened} "
+    axes.set_title(f"Timeline of a {plan.job.phase.round}{shortened} "
                    "(white: idle; lines: steps)", loc="left")
     axes.set(xlabel=f"ms (and {1e3 * plan.host_seconds:.0f} ms of host before the next)",
              xlim=(0, end + update), yticks=ipus, yticklabels=[f"IPU {ipu}" for ipu in ipus],

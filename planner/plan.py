@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Dict, Optional, Sequence
+from dataclasses import dataclass
+from typing import Dict, Optional, Sequence
 
 from planner.job import Job
 from planner.machine import Efficiencies
 from planner.memory import ipu_memory
-from planner.schedule import KINDS, Schedule, StageWork
+from planner.phase import TRAINING
+from planner.schedule import Schedule, StageWork
 from planner.throughput import (
     between_hosts_seconds,
     copy_seconds,
@@ -101,7 +102,8 @@ class Plan:
         steps, batches = self.schedule.steps, self.job.micro_batches
         ipus = len(self.memory)
         mean = {
-            kind: batches * sum(getattr(work, kind) for work in self.work) / ipus for kind in KINDS}
+            kind: batches * sum(getattr(work, kind) for work in self.work) / ipus
+            for kind in TRAINING.kinds}
         slowest = self.schedule.step_seconds - self.copy_seconds
         between = between_hosts_seconds(self.job)
         return {
@@ -116,7 +118,7 @@ class Plan:
 def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
     """Return the Plan of `job`; efficiencies: by default those fitted to published runs."""
     schedule = Schedule(stage_work(job, efficiencies), job.micro_batches, copy_seconds(job),
-                        job.training)
+                        job.phase)
     return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), schedule,
                 *update_seconds(job), host_seconds(job, efficiencies))
 
@@ -128,18 +130,7 @@ def latency_seconds(plan: Plan) -> float:
     ShardedExecution), without waiting for rows that fill a pipeline. `plan` must be of inference.
     """
     job = plan.job
-    one = with_micro_batch(job, 1)
-    one = make_plan(with_config(one, device_iterations=1, replication_factor=1), plan.efficiencies)
+    one = make_plan(job.changed(micro_batch_size=1, device_iterations=1, replication_factor=1),
+                    plan.efficiencies)
     return (sum(work.forward for work in one.work) + (len(one.work) - 1) * one.copy_seconds +
             one.host_seconds)
-
-
-def with_config(job: Job, **changes: Any) -> Job:
-    """Return a copy of the job with `changes` to the fields of its IPU configuration."""
-    return replace(job, config=replace(job.config, **changes))
-
-
-def with_micro_batch(job: Job, micro_batch_size: int, **changes: Any) -> Job:
-    """Return a copy of the job with another micro-batch size and `changes` to its configuration."""
-    blocks = tuple(job.count(micro_batch_size, job.config.embedding_serialization_factor))
-    return replace(with_config(job, **changes), micro_batch_size=micro_batch_size, blocks=blocks)

@@ -14,7 +14,7 @@ from typing import Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
-KINDS = ("forward", "recompute", "backward")
+from planner.phase import TRAINING, Phase
 
 
 class StageWork(NamedTuple):
@@ -25,16 +25,11 @@ class StageWork(NamedTuple):
     recompute: float = 0.0
     backward: float = 0.0
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of the stage's whole work in a step, outside of ramp-up and ramp-down."""
-        return self.forward + self.recompute + self.backward
-
 
 class Events(NamedTuple):
     """One kind of work of one stage, for all N micro-batches.
 
-    kind: one of KINDS. start: [N], the time in seconds at which the work on each micro-batch
+    kind: one of Phase.kinds. start: [N], the time in seconds at which the work on each micro-batch
     begins. seconds: its duration, the same for each.
     """
 
@@ -51,26 +46,26 @@ class Schedule:
 
     stages: in forward order. Several may be on one IPU, which then does their work one after the
     other. micro_batches: their number N. copy_seconds: of the copies between IPUs that end each
-    step. training: False leaves out the backward stages, and N micro-batches then take N + S - 1
-    steps.
+    step. Inference has no backward stages, and N micro-batches take N + S - 1 steps.
     """
 
     stages: Sequence[StageWork]
     micro_batches: int
     copy_seconds: float = 0.0
-    training: bool = True
+    phase: Phase = TRAINING
 
     @property
     def load(self) -> Dict[int, float]:
         """The seconds of work that one micro-batch means for each IPU, {IPU: seconds}."""
         return {
-            ipu: sum(s.seconds if self.training else s.forward for s in self.stages if s.ipu == ipu)
+            ipu: sum(getattr(stage, kind) for stage in self.stages if stage.ipu == ipu
+                     for kind in self.phase.kinds)
             for ipu in sorted({stage.ipu for stage in self.stages})}
 
     @property
     def steps(self) -> int:
         """Number of steps, with those in which the pipeline fills and empties."""
-        return self.micro_batches + (2 if self.training else 1) * (len(self.stages) - 1)
+        return self.phase.steps(self.micro_batches, len(self.stages))
 
     @property
     def step_seconds(self) -> float:
@@ -109,7 +104,7 @@ class Schedule:
 
         for index in range(count):
             add(index, "forward", index)
-        for index in reversed(range(count if self.training else 0)):
+        for index in reversed(range(count if self.phase is TRAINING else 0)):
             add(index, "recompute", 2 * (count - 1) - index)
             add(index, "backward", 2 * (count - 1) - index)
         return events

@@ -14,23 +14,18 @@ the same for every split, because all blocks of a transformer hand on tensors of
 """
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import fields, replace
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ipu_options.config import (
-    IPUConfig,
-    inference_pipeline,
-    pod_of,
-    reserved_ipus,
-    training_pipeline,
-)
+from ipu_options.config import IPUConfig, pod_of, reserved_ipus
 from ipu_options.layout import Layout, in_ipus, least_accumulation
 from planner.count import CountedBlock
 from planner.job import Job
 from planner.machine import Efficiencies
 from planner.memory import stage_memory
+from planner.phase import INFERENCE
 from planner.plan import Plan, make_plan
 from planner.throughput import stage_seconds, update_seconds_of
 from planner.totals import Totals, range_totals
@@ -126,6 +121,27 @@ def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
     return found
 
 
+def settings_in(plan: Plan, whole: IPUConfig, ipus: int,
+                other: Optional[IPUConfig] = None) -> Dict[str, Any]:
+    """Return {flag: value} that carry out `plan` as `settings_of` does: layout and batch.
+
+    All other values are among them that differ from `other`, by default `whole`; for a plan of
+    inference, only those of the inference pipeline.
+    """
+    phase, config = plan.job.phase, settings_of(plan, whole, ipus)
+    old = (whole if other is None else other).values()
+    batches = "gradient_accumulation_steps" if plan.job.training else "device_iterations"
+    names = list(phase.flags(dict.fromkeys(("layers_per_ipu", "replication_factor", batches))))
+    for f in fields(IPUConfig):
+        # Where the number of IPUs was not given, it follows from layers_per_ipu.
+        follows = f.name.endswith("ipus_per_replica") and old.get(f.name) is None
+        if f.name in old and f.name not in names and f.name.startswith(phase.prefix) and (
+                not follows and getattr(config, f.name) != old[f.name]):
+            names.append(f.name)
+    return {**{name: getattr(config, name) for name in names if getattr(config, name) is not None},
+            phase.micro_batch_flag: plan.job.micro_batch_size}
+
+
 def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
     """Return the contiguous split of the job's blocks with the shortest weight update or call.
 
@@ -136,7 +152,7 @@ def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
     if stages > len(job.blocks):
         return None
     seconds = [_stage_table(job, efficiencies, totals, index, stages) for index in range(stages)]
-    steps = job.micro_batches_over(stages) + (2 if job.training else 1) * (stages - 1)
+    steps = job.phase.steps(job.micro_batches_over(stages), stages)
     best, best_seconds, cap = None, np.inf, np.inf
     # A lower bound of the update's time: that of parameters in equal shares.
     least = sum(update_seconds_of(job, -(-int(totals.parameters[0, -1]) // stages)))
@@ -166,14 +182,20 @@ def with_cut(job: Job, cut: Cut) -> Job:
                                   ipus_per_replica=ipus, embedding_ipu=0, head_ipu=head_ipu))
 
 
+def split_settings(job: Job, cut: Cut) -> Dict[str, Any]:
+    """Return the fields of the job's configuration, with their values, that `cut` changes."""
+    config, changed = job.config, with_cut(job, cut).config
+    return {name: getattr(changed, name) for name in ("layers_per_ipu", "embedding_ipu", "head_ipu")
+            if name == "layers_per_ipu" or getattr(changed, name) != getattr(config, name)}
+
+
 def _runs(plan: Plan, whole: IPUConfig, ipus: int) -> bool:
     """Return whether train.py would take the plan's settings, for training and for evaluation."""
     layers, pod = len(plan.job.layout.layer_ipus), pod_of(ipus)
     try:
         config = make_settings(IPUConfig, [Source(settings_of(plan, whole, ipus).to_dict())])
-        if plan.job.training:
-            training_pipeline(config, layers, pod)
-        inference_pipeline(config, layers, pod)
+        plan.job.phase.pipeline(config, layers, pod)
+        INFERENCE.pipeline(config, layers, pod)
     except UsageError:
         return False
     return True

@@ -10,12 +10,12 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig
 from planner.comparison import Side, comparison_dict, comparison_text
-from planner.flags import CompareSettings, JobSettings
-from planner.from_settings import described, planned
+from planner.flags import CompareSettings, JobSettings, flags_text
+from planner.from_settings import Request, described, planned
+from planner.phase import INFERENCE, TRAINING, Phase
 from planner.plan import Plan
 from planner.profile import open_profile, profile_file
-from planner.search import settings_of
-from planner.text import settings_text
+from planner.search import settings_in
 from qa.settings import TrainSettings, parse_train
 from runtime.errors import RunError, UsageError
 from runtime.files import read_json_object
@@ -34,7 +34,7 @@ def run_compare(argv: Sequence[str]) -> int:
     Raises UsageError for what cannot be compared, RunError for what cannot be read or written.
     """
     items, own, common = parse(argv)
-    sides = [read_side(name, item, common, own.inference)
+    sides = [read_side(name, item, common, own.phase)
              for name, item in zip(string.ascii_uppercase, items)]
     _check_phases(sides)
     if own.json:
@@ -72,10 +72,10 @@ def parse(argv: Sequence[str]) -> Tuple[List[str], CompareSettings, List[str]]:
     return items, make_settings(CompareSettings, [Source(vars(given))]), common
 
 
-def read_side(name: str, item: str, common: List[str], inference: bool = False) -> Side:
+def read_side(name: str, item: str, common: List[str], phase: Phase = TRAINING) -> Side:
     """Return what the word `item` of the command line stands for, as the Side `name`.
 
-    common: flags of everything that is planned. inference: plan the pipeline of inference. Raises
+    common: flags of everything that is planned. phase: the pipeline to plan. Raises
     UsageError, which names the side, if it is nothing that can be compared, RunError if it cannot
     be read.
     """
@@ -83,19 +83,19 @@ def read_side(name: str, item: str, common: List[str], inference: bool = False) 
     try:
         if item.strip() and path.is_dir():
             if (path / RUN_RECORD).is_file():
-                return _run(name, item, common, inference)
+                return _run(name, item, common, phase)
             if (path / IPU_CONFIG_NAME).is_file():
                 return flags_side(name, item, "ipu_config.json", [*common, "--ipu_config", item],
-                              inference)
-            return _profile(name, item, common, inference)
+                              phase)
+            return _profile(name, item, common, phase)
         if item.strip() and path.is_file():
             if path.suffix == ".pop":
-                return _profile(name, item, common, inference)
+                return _profile(name, item, common, phase)
             values = read_json_object(path, item)
             if "update_parts_seconds" in values:
                 return _saved_plan(name, item, values)
             return flags_side(name, item, "ipu_config.json", [*common, "--ipu_config", item],
-                              inference)
+                              phase)
         words = shlex.split(item)
     except (UsageError, RunError) as error:
         raise type(error)(f"{name}, {error}") from error
@@ -105,39 +105,35 @@ def read_side(name: str, item: str, common: List[str], inference: bool = False) 
         raise UsageError(f"{name}, {item}: there is no such file or folder, and flags begin with "
                          f"--; usage: {USAGE}")
     try:
-        return flags_side(name, item, "flags", [*common, *words], inference)
+        return flags_side(name, item, "flags", [*common, *words], phase)
     except (UsageError, RunError) as error:
         raise type(error)(f"{name}, \"{item}\": {error}") from error
 
 
-def found_sides(given: Plan, plans: Sequence[Plan], settings: TrainSettings,
-                ipu_config: IPUConfig, planning: JobSettings, ipus: int) -> List[Side]:
+def found_sides(given: Plan, plans: Sequence[Plan], request: Request, ipus: int) -> List[Side]:
     """Return the plan as given and those that a search for `ipus` IPUs has found, as sides."""
     sides = []
     for place, plan in enumerate([given, *plans]):
-        made = described(plan, settings, planning)
-        size = ("micro_batch_size" if plan.job.training else "eval_micro_batch_size")
+        made = described(plan, request)
         sides.append(Side(
             str(place) if place else "given", "", "flags",
-            settings_text(plan, settings_of(plan, ipu_config, ipus), ipu_config),
-            {**_settings(settings, made), size: plan.job.micro_batch_size}, made))
+            flags_text(settings_in(plan, request.ipu_config, ipus)),
+            {**_settings(request.settings, made),
+             plan.job.phase.micro_batch_flag: plan.job.micro_batch_size}, made))
     return sides
 
 
-def flags_side(name: str, item: str, kind: str, words: List[str], inference: bool = False) -> Side:
+def flags_side(name: str, item: str, kind: str, words: List[str], phase: Phase = TRAINING) -> Side:
     """Return the plan of the flags of train.py in `words`. Raises what parsing and planning do."""
-    settings, ipu_config, planning = parse_train(
-        words, JobSettings, program="compare", description=USAGE)
-    return planned_side(name, item, kind, planned(settings, ipu_config, planning, inference),
-                        settings, planning)
+    request = Request(*parse_train(words, JobSettings, program="compare", description=USAGE), phase)
+    return planned_side(name, item, kind, planned(request), request)
 
 
-def planned_side(name: str, item: str, kind: str, plan: Plan, settings: TrainSettings,
-                 planning: JobSettings) -> Side:
+def planned_side(name: str, item: str, kind: str, plan: Plan, request: Request) -> Side:
     """Return a plan that was made of flags."""
-    made = described(plan, settings, planning)
+    made = described(plan, request)
     return Side(name, item, kind, item if item.strip() else made["title"],
-                _settings(settings, made), made)
+                _settings(request.settings, made), made)
 
 
 def _saved_plan(name: str, item: str, plan: Dict[str, Any]) -> Side:
@@ -156,9 +152,9 @@ def _saved_plan(name: str, item: str, plan: Dict[str, Any]) -> Side:
             "planner plan --json` printed") from error
 
 
-def _run(name: str, item: str, common: List[str], inference: bool) -> Side:
+def _run(name: str, item: str, common: List[str], phase: Phase) -> Side:
     """Return a run: its settings, what it measured, and the plan of the same settings."""
-    if inference:
+    if phase is INFERENCE:
         raise UsageError(f"{item}: a run's figures are those of training: leave out --inference, "
                          "or give its ipu_config.json")
     record = read_json_object(Path(item, RUN_RECORD), f"{item}/{RUN_RECORD}")
@@ -180,12 +176,12 @@ def _ran_on(measured: Dict[str, Any]) -> str:
         measured.get("device", ""), "what its log does not tell")
 
 
-def _profile(name: str, item: str, common: List[str], inference: bool) -> Side:
+def _profile(name: str, item: str, common: List[str], phase: Phase) -> Side:
     """Return a PopVision profile, with the plan of the settings that were written beside it."""
     file = profile_file(item)
     profile = open_profile(str(file))
     note = file.with_name(PROFILE_NOTE)
-    if inference or "inference" in file.parts:
+    if phase is INFERENCE or "inference" in file.parts:
         raise UsageError(f"{item}: this compares profiles of training; give the folder of one")
     if not note.is_file():
         return Side(name, item, "profile", item, {}, profile=profile, note=(
@@ -213,7 +209,8 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
         for key in set(settings.values()) & set(values):
             setattr(settings, key, getattr(settings, key) if values[key] is not None else None)
         settings.config = str(values.get("config"))
-        plan = described(planned(settings, ipu_config, planning), settings, planning)
+        request = Request(settings, ipu_config, planning)
+        plan = described(planned(request), request)
     except (UsageError, RunError) as error:
         return values, None, f"no plan: {error}"
     return _settings(settings, plan), plan, None

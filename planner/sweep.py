@@ -116,15 +116,15 @@ def combinations(swept: Dict[str, List[str]]) -> List[List[str]]:
 
 def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
     """Return the row of one combination with its plan, or with the error message as its status."""
-    from planner.from_settings import planned
+    from planner.from_settings import Request, planned
 
     row = {**dict.fromkeys(COLUMNS, ""), "setting": setting, "status": "planned"}
     try:
-        job = parse_train(list(flags), JobSettings, program="sweep", description=USAGE)
-        plan = planned(*job)
+        request = parse_train(list(flags), JobSettings, program="sweep", description=USAGE)
+        plan = planned(Request(*request))
     except (UsageError, RunError) as error:
         return {**row, "status": "refused: " + " ".join(str(error).split())}
-    known = [*(part.values() for part in job), vars(plan.efficiencies)]
+    known = [*(part.values() for part in request), vars(plan.efficiencies)]
     return {
         **row, "job": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12],
         "fits": "yes" if plan.fits else "no",

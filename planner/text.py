@@ -2,18 +2,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any, Dict, List, Optional, Sequence
 
 from ipu_options.config import IPUS_OF_A_HOST, IPUConfig, reserved_ipus
-from planner.advice import changes, describe, half_layers, suggestion
+from planner.advice import changes, describe, suggestion
 from planner.calibrate import Comparison
 from planner.confidence import CONFIDENCE, PUBLISHED_RMS, expected_error
+from planner.flags import flags_text
 from planner.job import Job
 from planner.machine import MIB, Efficiencies
 from planner.memory import CATEGORIES, reasons
 from planner.plan import Plan, latency_seconds
-from planner.search import settings_of
+from planner.search import settings_in
 
 SHORT = {
     "optimizer_state": "optimizer", "matmul_temporaries": "matmul",
@@ -47,7 +47,7 @@ def plan_dict(plan: Plan) -> Dict[str, Any]:
     low, high = expected_windows_per_second(plan)
     better = changes(plan)
     return {
-        "phase": "training" if job.training else "inference",
+        "phase": job.phase.name,
         "fits": plan.fits, "free_bytes": plan.free_bytes, "fullest_ipu": plan.fullest_ipu,
         "windows_per_second": plan.windows_per_second, "windows_per_second_low": low,
         "windows_per_second_high": high, "confidence": CONFIDENCE,
@@ -60,7 +60,6 @@ def plan_dict(plan: Plan) -> Dict[str, Any]:
         "suggestions": [{
             "flags": change.text, "windows_per_second": change.plan.windows_per_second,
             "fits": change.plan.fits} for change in better],
-        "half_layers_windows_per_second": half_layers(plan),
         "why_not": reasons(job, plan.memory),
         "ipus": [{
             "ipu": ipu, "blocks": names[ipu], "total_bytes": sum(parts.values()),
@@ -176,42 +175,18 @@ def search_text(plans: Sequence[Plan], tried: int, seconds: float, given: Plan, 
     now = f"{given.windows_per_second:,.0f} windows/s" + ("" if given.fits else ", does not fit")
     lines = [
         f"{tried} settings, each with its best split, in {seconds:.1f} s. "
-        f"As given: {settings_text(given, settings_of(given, whole, ipus), IPUConfig())}: {now}."]
+        f"As given: {flags_text(settings_in(given, whole, ipus, IPUConfig()))}: {now}."]
     for place, plan in enumerate(plans, 1):
         # An inference run is a whole number of calls, so that its duration is what counts.
         ratio = (plan.windows_per_second / given.windows_per_second if plan.job.training else
                  given.run_seconds / plan.run_seconds)
-        setting = settings_text(plan, settings_of(plan, whole, ipus), whole)
+        setting = flags_text(settings_in(plan, whole, ipus))
         lines.append(f"\n{place}. {setting}: {plan.windows_per_second:,.0f} windows/s, "
                      f"{ratio:.2f} times as {'' if plan.job.training else 'fast as '}given")
         lines += ["   " + reason for reason in _reasons(plan)]
     if ipus > IPUS_OF_A_HOST:
         lines += ["", f"The first takes {hosts_text(plans[0].job)}"]
     return "\n".join(lines)
-
-
-def settings_text(plan: Plan, config: IPUConfig, other: IPUConfig) -> str:
-    """Return the settings of a plan as flags of train.py.
-
-    These are the layout and the batch, and all other values of `config` that differ from `other`;
-    for a plan of inference, only those of the inference pipeline.
-    """
-    names = (["layers_per_ipu", "replication_factor", "gradient_accumulation_steps"]
-             if plan.job.training else
-             ["inference_layers_per_ipu", "inference_replication_factor",
-              "inference_device_iterations"])
-    old = other.values()
-    for f in fields(IPUConfig):
-        # Where the number of IPUs was not given, it follows from layers_per_ipu.
-        follows = f.name.endswith("ipus_per_replica") and old.get(f.name) is None
-        matters = plan.job.training or f.name.startswith("inference_")
-        if f.name in old and f.name not in names and matters and not follows and (
-                getattr(config, f.name) != old[f.name]):
-            names.append(f.name)
-    words = [f"--{name} {value_text(getattr(config, name))}" for name in names
-             if getattr(config, name) is not None]
-    size = "micro_batch_size" if plan.job.training else "eval_micro_batch_size"
-    return " ".join([*words, f"--{size} {plan.job.micro_batch_size}"])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -242,8 +217,7 @@ def heading(plan: Plan, title: str) -> str:
     """Return the lines that begin a plan's text: model, IPUs and batch."""
     job, config = plan.job, plan.job.config
     replicas, ipus = config.replication_factor, config.num_ipus()
-    batches = (f"accumulation {job.micro_batches}" if job.training else
-               f"iterations {job.micro_batches}")
+    batches = f"{job.phase.iterations} {job.micro_batches}"
     if job.training and job.micro_batches != config.gradient_accumulation_steps:
         batches += f" (of {config.gradient_accumulation_steps}, since rows are packed)"
     packed = f", {job.windows_per_row:.2f} windows in a row" if job.windows_per_row > 1 else ""
@@ -252,7 +226,7 @@ def heading(plan: Plan, title: str) -> str:
         f"{job.precision}, on {job.ipus} {job.machine.name} IPU{'s' * (job.ipus != 1)} "
         f"({replicas} replica{'s' * (replicas > 1)} of {ipus})\n"
         f"micro-batch {job.micro_batch_size} x {batches} x replicas {replicas} = "
-        f"{job.rows_per_update} rows a {_round(plan)}{packed}")
+        f"{job.rows_per_update} rows a {plan.job.phase.round}{packed}")
 
 
 def hosts_text(job: Job) -> str:
@@ -266,11 +240,6 @@ def hosts_text(job: Job) -> str:
         f"{text}\nAssumed: gradients are reduced within each rack of {IPUS_OF_A_HOST} over its "
         "IPU-Links, and the shares of its IPUs between racks over two GW-Links of 100 Gbit/s for "
         "each four IPUs; no published run tells how good this is.")
-
-
-def _round(plan: Plan) -> str:
-    """Return what the pipeline does between running full and running empty."""
-    return "weight update" if plan.job.training else "call"
 
 
 def _blocks(plan: Plan) -> str:
@@ -316,7 +285,7 @@ def verdict(plan: Plan) -> str:
 
 def _stages(plan: Plan) -> str:
     slowest, load = plan.schedule.step_seconds - plan.copy_seconds, plan.schedule.load
-    kinds = ["forward", "recompute", "backward"] if plan.job.training else ["forward"]
+    kinds = plan.job.phase.kinds
     rows = [[
         f"stage {i}", str(work.ipu), *(f"{1e3 * getattr(work, kind):.2f}" for kind in kinds),
         f"{100 * load[work.ipu] / slowest:.0f} %"] for i, work in enumerate(plan.work)]
@@ -324,7 +293,7 @@ def _stages(plan: Plan) -> str:
         "Time of one micro-batch in ms, by pipeline stage\n" +
         table(["", "IPU", *kinds, "IPU's load"], rows) +
         f"\nA step takes {1e3 * plan.schedule.step_seconds:.2f} ms, as long as the slowest IPU and "
-        f"the copies between IPUs; {plan.schedule.steps} steps a {_round(plan)}, "
+        f"the copies between IPUs; {plan.schedule.steps} steps a {plan.job.phase.round}, "
         f"{100 * plan.schedule.bubble_fraction:.1f} % of them ramp-up and ramp-down.")
 
 
@@ -336,7 +305,7 @@ def throughput_text(plan: Plan) -> str:
     lines = [
         f"Predicted: {plan.windows_per_second:,.0f} windows/s{real}, "
         f"{100 * CONFIDENCE:.0f} % sure to be within {low:,.0f} and {high:,.0f}; "
-        f"a {_round(plan)} every {1e3 * plan.update_seconds:.1f} ms"]
+        f"a {plan.job.phase.round} every {1e3 * plan.update_seconds:.1f} ms"]
     if plan.run_seconds is not None:
         lines.append(f"{_amount(plan)}: {duration(plan.run_seconds)} "
                      f"(without compilation{' and evaluation' if job.training else ''})")
@@ -362,7 +331,7 @@ def _where(plan: Plan) -> str:
                    key=lambda part: -part[1])
     rows = [[name, f"{1e3 * seconds:.2f}", f"{100 * seconds / plan.update_seconds:.1f} %"]
             for name, seconds in parts]
-    return (f"Where the time of a {_round(plan)} goes (mean over the IPUs)\n" +
+    return (f"Where the time of a {plan.job.phase.round} goes (mean over the IPUs)\n" +
             table(["", "ms", "share"], rows))
 
 
@@ -376,12 +345,6 @@ def _advice(plan: Plan) -> str:
     else:
         lines = ["What would help most: no single change makes it fit; try `python -m planner "
                  f"search{'' if plan.job.training else ' --inference'}`."]
-    halves = half_layers(plan)
-    if halves:
-        gain = 100 * (halves / plan.windows_per_second - 1)
-        lines.append(
-            "Attention and feed-forward of a layer on different IPUs, which is not built here, "
-            f"would allow {halves:,.0f} windows/s ({gain:+.0f} %).")
     return "\n".join(lines)
 
 

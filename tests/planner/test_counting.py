@@ -9,8 +9,7 @@ from transformers import RobertaConfig
 
 from ipu_options.ipu_kernels import IPU_KERNELS
 from ipu_options.layout import make_layout
-from planner.count import count_blocks, for_micro_batch
-from planner.counting import count_model, make_counter
+from planner.count import count_blocks, count_model, for_micro_batch, make_counter
 from qa.model.parallelize import deparallelize, parallelize
 from qa.model.roberta import RobertaForSpans
 

@@ -13,10 +13,13 @@ import sys
 import pytest
 
 import train
-from planner import counting
+from planner import count
+from planner.advice import changes
 from planner.commands import main
+from planner.flags import JobSettings, flag_words, flags_text
 from planner.machine import MIB
-from qa.settings import parse_train
+from planner.phase import TRAINING
+from qa.settings import parse_train, train_flags
 from runtime.errors import UsageError
 from tests.planner.test_html import requests
 from tests.planner.test_planner import SMALL, no_calibration  # noqa: F401
@@ -40,11 +43,22 @@ def printed(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
+def plan_of(explore, words):
+    """Return the plan of the words of a command line, as the page begins with it."""
+    return explore.plan_of(train_flags(words, JobSettings, program="", description=""), TRAINING)
+
+
 def fields(explore, base, **changes):
-    """Return the fields' values as the browser sends them, with some of them changed."""
-    values = {"further": "", **explore.values_of(base), **changes}
-    return {**values, **{name: values[name] if isinstance(values[name], list)
-                         else ["true"] * (values[name] == "true") for name in explore.SWITCHES}}
+    """Return the fields' contents as the browser sends them, with some of them changed."""
+    texts = {"further": "", **explore.texts_of(base), **changes}
+    return {**texts, **{name: texts[name] if isinstance(texts[name], list)
+                        else ["true"] * (texts[name] == "true")
+                        for name in explore.FORMS[TRAINING].switches}}
+
+
+def changed(explore, base, **contents):
+    """Return the plan after some fields have been changed."""
+    return explore.plan_of(explore.with_fields(base, fields(explore, base, **contents)), TRAINING)
 
 
 def lengths(figure, name):
@@ -64,9 +78,9 @@ def lengths(figure, name):
      "--matmul_proportion 0.1 0.2 0.3 0.4"),
     ({"micro_batch_size": 4000}, "--micro_batch_size 4000")])
 def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, flags, capsys):
-    base = explore.plan_of(SMALL)
-    words = explore.with_values(base, fields(explore, base, **changes))
-    shown = explore.shown(explore.plan_of(words), SMALL)
+    base = plan_of(explore, SMALL)
+    pin = json.dumps(base.flags)
+    shown = explore.shown(changed(explore, base, **changes), pin)
     # --layers_per_ipu of SMALL ends with the next flag; a later one wins.
     plan, pinned = printed(capsys, "plan", *SMALL, *flags.split()), printed(capsys, "plan", *SMALL)
     for category in ("weights", "activations"):
@@ -83,12 +97,14 @@ def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, fl
                                       for each in (pinned, plan)])
     assert lengths(shown["throughput"], "planned for IPUs")[0] == pytest.approx(
         [pinned["windows_per_second"], plan["windows_per_second"]])
-    for figure, each in ((shown["timeline"], plan), (explore.pinned_plan(tuple(SMALL))[1], pinned)):
+    pinned_timeline = explore.pinned_plan(pin, TRAINING)[1]
+    for figure, each in ((shown["timeline"], plan), (pinned_timeline, pinned)):
         drawn = {name for trace in figure["data"] for name in trace["y"]}
         assert drawn == {f"IPU {ipu['ipu']}" for ipu in each["ipus"]}
         passes = sum(map(len, lengths(figure, "forward")))
         assert passes == len(each["stages"]) * min(each["micro_batches"], 16)
-    offers = [item.children[2].id["flags"] for item in shown["advice"] if len(item.children) == 3]
+    offers = [flags_text(json.loads(item.children[2].id["flags"]))
+              for item in shown["advice"] if len(item.children) == 3]
     assert offers == [each["flags"].split(" (")[0] for each in plan["suggestions"][:4]]
     assert all(reason in shown["verdict"] for reason in plan["why_not"])
     assert shown["verdict"].startswith("Fits" if plan["fits"] else "Does not fit: IPU 0 is over by")
@@ -96,28 +112,25 @@ def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, fl
 
 
 def test_a_change_waits_for_no_count_of_the_model(explore, monkeypatch):
-    base = explore.plan_of([*SMALL, "--intermediate_size", "96"])  # counted by no other test
+    base = plan_of(explore, [*SMALL, "--intermediate_size", "96"])  # counted by no other test
     explore.count_ahead(base)
-    monkeypatch.setattr(counting, "count_model", None)
+    monkeypatch.setattr(count, "count_model", None)
     for name, value in (("layers_per_ipu", "2 1 1"), ("micro_batch_size", 3), ("ipu", "bow"),
                         ("pack", ["true"]), ("embedding_serialization_factor", 4),
                         ("recompute_checkpoint_every_layer", [])):
-        values = fields(explore, base, **{name: value})
-        assert explore.shown(explore.plan_of(explore.with_values(base, values)))["command"]
+        assert explore.shown(changed(explore, base, **{name: value}))["command"]
     with pytest.raises(TypeError):
-        explore.plan_of(explore.with_values(base, fields(explore, base,
-                                                         further="--max_seq_length 32")))
+        changed(explore, base, further="--max_seq_length 32")
 
 
 @pytest.mark.slow
 def test_the_command_line_runs_what_is_shown_and_so_does_the_saved_file(
         explore, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = explore.plan_of([*BASE, "--ipu", "bow"])
-    values = fields(explore, base, layers_per_ipu="1 1 2 2 2 2 1 1", replication_factor=2,
-                    gradient_accumulation_steps=64, further="--learning_rate 3e-5", pack=["true"])
-    made = explore.plan_of(explore.with_values(base, values))
-    plan = printed(capsys, "plan", *made.words)
+    base = plan_of(explore, [*BASE, "--ipu", "bow"])
+    made = changed(explore, base, layers_per_ipu="1 1 2 2 2 2 1 1", replication_factor=2,
+                   gradient_accumulation_steps=64, further="--learning_rate 3e-5", pack=["true"])
+    plan = printed(capsys, "plan", *flag_words(made.flags))
     said = explore.save(made, "saved.json")
     for command in (explore.command(made), said.partition("Train with it: ")[2]):
         program, script, *words = shlex.split(command)
@@ -134,37 +147,42 @@ def test_the_command_line_runs_what_is_shown_and_so_does_the_saved_file(
 
 @pytest.mark.slow
 def test_the_best_and_what_would_help_are_entered_into_the_fields(explore, capsys):
-    base = explore.plan_of(BASE)
-    values = fields(explore, base)
+    base = plan_of(explore, BASE)
+    texts = fields(explore, base)
+
+    def after(settings):
+        """Return the plan with these settings entered into the fields."""
+        filled = explore.filled(texts, settings, TRAINING)
+        return explore.plan_of(explore.with_fields(base, filled), TRAINING)
+
     plan = printed(capsys, "plan", *BASE)
-    for offer in plan["suggestions"]:
-        now = explore.filled(values, offer["flags"].split(" (")[0])
-        made = explore.plan_of(explore.with_values(base, now))
-        assert made.plan.windows_per_second == pytest.approx(offer["windows_per_second"])
+    for offer, change in zip(plan["suggestions"], changes(base.plan)):
+        assert change.text == offer["flags"]
+        assert after(change.settings).plan.windows_per_second == pytest.approx(
+            offer["windows_per_second"])
     best, *_ = printed(capsys, "search", *BASE, "--keep", "1")
-    now = explore.filled(values, explore.found_flags(base, explore.best(base)))
-    found = explore.plan_of(explore.with_values(base, now))
+    found = after(explore.flags_to(base, explore.best(base)))
     assert found.plan.windows_per_second == best["windows_per_second"]
-    assert explore.values_of(found)["layers_per_ipu"].split() == list(
+    assert explore.texts_of(found)["layers_per_ipu"].split() == list(
         map(str, best["layers_per_ipu"]))
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"layers_per_ipu": "1 1 1 2"}, "adds up to 5 layers, but the model has 4: the sum must be 4"),
-    ({"layers_per_ipu": ""}, "--layers_per_ipu expected at least one argument"),
+    ({"layers_per_ipu": ""}, "--layers_per_ipu is an empty list: give at least one value"),
     ({"layers_per_ipu": "\ud800"}, "it should be a whole number"),
-    ({"micro_batch_size": None}, "--micro_batch_size expected one argument"),
+    ({"micro_batch_size": None}, "--micro_batch_size has no value: give a whole number"),
     ({"gradient_accumulation_steps": 3}, "training over 4 pipeline stages needs at least 7"),
     ({"matmul_proportion": "0.1 0.2"}, "has 2 values"),
     ({"further": "--foo"}, "--foo: there is no such flag"),
-    ({"further": "foo"}, "further flags: foo: flags begin with --"),
+    ({"further": "foo"}, "foo: there is no such flag"),
     ({"further": "--seed '"}, "further flags: No closing quotation"),
     ({"further": "--pack"}, "further flags: --pack has a field of its own"),
     ({"further": "--seed 1 -h"}, "--help: `python train.py --help`")])
 def test_what_is_wrong_is_one_line_in_the_planners_words(explore, changes, message):
-    base = explore.plan_of(SMALL)
+    base = plan_of(explore, SMALL)
     with pytest.raises(UsageError) as error:
-        explore.plan_of(explore.with_values(base, fields(explore, base, **changes)))
+        changed(explore, base, **changes)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, RobertaConfig
 
-from ipu_options.config import inference_pipeline, training_pipeline
+from ipu_options.config import IPUConfig, inference_pipeline, training_pipeline
 from ipu_options.layout import Layout
 from planner import calibrate
 from planner.commands import main
@@ -27,12 +27,12 @@ from planner.confidence import (
     expected_error,
     unexplained_error,
 )
-from planner.counting import make_counter
+from planner.count import make_counter
 from planner.flags import JobSettings
 from planner.from_settings import MODELS, published
 from planner.machine import FITTED, MACHINES, Efficiencies
 from planner.memory import ipu_memory
-from planner.plan import make_plan, with_config
+from planner.plan import make_plan
 from planner.profile import profile_text, read_profile
 from planner.sweep import read_rows, run_sweep, write_rows
 from planner.throughput import stage_work
@@ -193,7 +193,7 @@ def test_the_last_layer_is_not_recomputed(runs):
     assert work[1].recompute == work[1].forward
     one_layer = work[1].forward / 4
     assert work[3].recompute == pytest.approx(3 * one_layer, rel=0.01)
-    without = with_config(job, recompute_checkpoint_every_layer=False)
+    without = job.changed(recompute_checkpoint_every_layer=False)
     assert stage_work(without, Efficiencies())[3].recompute == 0
     alone = replace(job, layout=Layout(0, (0,) * 12, 0), config=replace(
         job.config, layers_per_ipu=[12], recompute_checkpoint_every_layer=True))
@@ -216,7 +216,7 @@ def test_attention_dropout_saves_what_it_must(runs):
 @pytest.mark.slow
 def test_offchip_state_leaves_memory_and_takes_time(runs):
     job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
-    onchip, offchip = make_plan(job), make_plan(with_config(job, optimizer_state_offchip=True))
+    onchip, offchip = make_plan(job), make_plan(job.changed(optimizer_state_offchip=True))
     assert all(offchip.memory[ipu]["optimizer_state"] == 0 for ipu in offchip.memory)
     # The state of IPU 0, the one with most parameters, is read and written by a quarter of the
     # machine's streaming memory.
@@ -318,7 +318,6 @@ def test_every_family_is_planned_from_its_config_json(tmp_path, capsys, kind, si
     ("search --trace t.json", "--trace"),
     ("calibrate --show --trace t.json", "--trace"),
     ("report somewhere --trace t.json", "--trace"),
-    ("search --plot p.png", "--plot"),
     ("calibrate --show --measured windows_per_second=3", "exclude each other"),
     ("calibrate --show --profile p", "--measured"),
     ("plan --fit --json", "calibrate --show --json"),
@@ -595,13 +594,13 @@ def test_the_demo_is_planned_as_it_is_trained(tmp_path):
     from transformers import AutoConfig
 
     from planner.flags import PlanSettings
-    from planner.from_settings import planned_model
+    from planner.from_settings import Request, planned_model
     from qa.data.demo import write_demo
     from qa.settings import TrainSettings
 
     write_demo(tmp_path, seed=1)
     trained = AutoConfig.from_pretrained(tmp_path / "model")
-    planned = planned_model(TrainSettings(demo_data=True), PlanSettings())
+    planned = planned_model(Request(TrainSettings(demo_data=True), IPUConfig(), PlanSettings()))
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                  "intermediate_size"):
         assert getattr(planned, name) == getattr(trained, name), name

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from planner.phase import INFERENCE, TRAINING
 from planner.schedule import Schedule, StageWork, stash_depth
 
 
@@ -40,7 +41,7 @@ def brute_force(stages, micro_batches, training):
 def test_balanced_stages_idle_for_the_ramps_alone(training, ramps):
     for count in range(1, 17):
         stages = [StageWork(i, 1.0, 1.0, 2.0) for i in range(count)]
-        schedule = Schedule(stages, 40, training=training)
+        schedule = Schedule(stages, 40, phase=TRAINING if training else INFERENCE)
         steps = 40 + ramps * (count - 1)
         assert schedule.steps == steps
         assert schedule.seconds == pytest.approx(steps * (4.0 if training else 1.0))
@@ -58,7 +59,7 @@ def test_unbalanced_and_interleaved_stages_agree_with_brute_force():
         stages = [StageWork(ipu, *(choose.randint(1, 9) for _ in range(3))) for ipu in ipus]
         batches = choose.randint(2 * count - 1, 60)
         steps, seconds, kept = brute_force(stages, batches, training)
-        schedule = Schedule(stages, batches, training=training)
+        schedule = Schedule(stages, batches, phase=TRAINING if training else INFERENCE)
         assert (schedule.steps, schedule.seconds) == (steps, seconds)
         assert not training or kept == [stash_depth(s, count) for s in range(count)]
 
@@ -70,7 +71,8 @@ def test_events_respect_dependencies_and_never_overlap_on_an_ipu(training):
         StageWork(1, 1.0, 1.0, 2.0),
         StageWork(0, 1.0, 0.5, 2.0),
         StageWork(2, 4.0, 0.0, 5.0)]
-    schedule = Schedule(stages, 9, copy_seconds=0.25, training=training)
+    schedule = Schedule(stages, 9, copy_seconds=0.25,
+                        phase=TRAINING if training else INFERENCE)
     events = schedule.events()
     start = {(event.kind, event.stage): event for event in events}
     kinds = {"forward", "recompute", "backward"} if training else {"forward"}

@@ -16,6 +16,7 @@ from ipu_options.layout import Layout
 from planner.count import CountedBlock
 from planner.job import Job
 from planner.machine import MACHINES, Efficiencies
+from planner.phase import INFERENCE, TRAINING
 from planner.plan import make_plan
 from planner.search import Cut, best_split, with_cut
 
@@ -46,7 +47,7 @@ def random_job(choose: random.Random) -> Job:
     machine = replace(MACHINES["mk2"], tile_bytes=choose.choice([150, 400, 624]) * 1024,
                       link_bytes_per_second=choose.choice([1e9, 320e9]))
     return Job(blocks, Layout(0, (0, ) * layers, 0), config, machine, micro_batch_size=1,
-               max_seq_length=384, training=choose.random() < 0.7)
+               max_seq_length=384, phase=TRAINING if choose.random() < 0.7 else INFERENCE)
 
 
 @pytest.mark.slow
