@@ -4,10 +4,10 @@ from __future__ import annotations
 import fnmatch
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Union
 
 import huggingface_hub
-from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError
 
 from qa.settings import TrainSettings
@@ -31,46 +31,11 @@ _SHOWN_LAYOUT = ("layers_per_ipu", "ipus_per_replica", "replication_factor",
 _CLI = (("huggingface-cli login", "huggingface-cli upload")
         if huggingface_hub.__version__.startswith("0.") else ("hf auth login", "hf upload"))
 
-_CARD = """---
-{metadata}
----
-# {name}
-
-{base} fine-tuned for {task} with PopTorch, as a pipeline over Graphcore IPUs.
-The files are Hugging Face's own; no IPU and no code of the training program is needed to use them:
-
-```python
-from transformers import pipeline
-
-answer = pipeline("question-answering", model="{repo_id}")
-answer(question="Where do I live?", context="My name is Wolfgang and I live in Berlin.")
-```
-
-## Results
-
-{metrics}
-## Data
-
-Fine-tuned on {training_data}, evaluated on {evaluation_data}.
-Content hash of the training windows: `{fingerprint}`.
-
-## Settings
-
-{settings}
-## Layout on the IPUs
-
-{layout}
-## Versions
-
-{versions}"""
-
-
 def check_login(settings: TrainSettings) -> None:
-    """Find out at the start of a run whether its end will be able to upload the model.
+    """Find out at the start of a run with --push_to_hub whether its end can upload the model.
 
-    The token is settings.hub_token, or else that of the login that huggingface_hub has stored. Does
-    nothing without --push_to_hub. Raises UsageError if the token is missing or refused, RunError if
-    the hub cannot be reached.
+    The token is settings.hub_token, else the one that huggingface_hub has stored. Raises UsageError
+    if the token is missing or refused, RunError if the hub cannot be reached.
     """
     if not settings.push_to_hub or not processes.is_first():
         return
@@ -85,29 +50,25 @@ def check_login(settings: TrainSettings) -> None:
 
 
 def push(settings: TrainSettings) -> None:
-    """Upload the model in the output folder and its model card, in one commit, and print its URL.
+    """With --push_to_hub, upload the output folder's model and its card; print the commit's URL.
 
-    Does nothing without --push_to_hub.
-
-    The card is made from run.json and metrics.json in the folder, and is also written there as
-    README.md. settings.hub_model_id is "name" or "account/name", by default the name of the folder;
-    the repository is created if it does not exist.
+    The card is also written to the folder, as README.md. settings.hub_model_id is "name" or
+    "account/name", by default the name of the folder; the repository is created if it does not
+    exist.
 
     Raises UsageError if the repository name is not valid, RunError if the upload fails. The output
     folder keeps all files in any case.
     """
     if not settings.push_to_hub or not processes.is_first():
         return
-    folder, repo_id, private = (
-        Path(settings.output_dir), settings.hub_model_id, settings.hub_private_repo)
-    api = HfApi(token=settings.hub_token)
+    folder, api = Path(settings.output_dir), HfApi(token=settings.hub_token)
+    repo_id = settings.hub_model_id or folder.resolve().name
     try:
-        repo_id = api.create_repo(repo_id or folder.resolve().name, private=private,
-                                  exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=settings.hub_private_repo, exist_ok=True).repo_id
         (folder / "README.md").write_text(model_card(folder, repo_id), "utf-8")
-        files = [path.name for path in folder.iterdir() if path.is_file()]
-        shared = [
-            name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in _SHARED)]
+        # upload_folder's own patterns would also match files in folders.
+        shared = [path.name for path in folder.iterdir() if path.is_file()
+                  and any(fnmatch.fnmatch(path.name, pattern) for pattern in _SHARED)]
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=shared,
                                    commit_message="Add the fine-tuned model")
     except HFValidationError as error:
@@ -117,71 +78,46 @@ def push(settings: TrainSettings) -> None:
         raise RunError(
             f"could not push {folder} to the hub: {first_line(error)}; "
             f"the model is whole in {folder}, "
-            f"and `{_CLI[1]} {repo_id or folder.resolve().name} {folder}` tries again"
+            f"and `{_CLI[1]} {repo_id} {folder}` tries again"
         ) from error
     print(f"shared: {commit.commit_url}")
 
 
 def model_card(folder: Union[str, Path], repo_id: str) -> str:
-    """Return the model card for the hub, the text of README.md.
+    """Return the model card for the hub, the text of README.md, by the template model_card.md.
 
-    It has metadata with the results (YAML), and says how to use the model, which data, settings and
-    layout it was trained with, and with which versions of the packages. The sources are run.json,
-    config.json and, if the model was evaluated, metrics.json in `folder`. Local files are named
-    without their folders. Raises OSError if one of them cannot be read.
+    The sources are run.json, config.json and, if the model was evaluated, metrics.json in `folder`.
+    Local files are named without their folders. Raises OSError if one of them cannot be read.
     """
-    run = json.loads((Path(folder) / "run.json").read_text("utf-8"))
-    file = Path(folder) / "metrics.json"
-    metrics = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    metrics = {name: value for name, value in metrics.items() if name not in ("step", "epoch")}
-    model_type = json.loads((Path(folder) / "config.json").read_text("utf-8"))["model_type"]
-    settings, layout = run["settings"], run["ipu_config"]
-    name = repo_id.split("/")[-1]
-    base = settings["model_name_or_path"]
-    base_is_local = Path(base).exists()
-    data = {
-        kind: Path(file).name if file else f"the data set `{settings['dataset_name']}`"
-        for kind, file in (("training", settings["train_file"]),
-                           ("evaluation", settings["validation_file"]))}
-    return _CARD.format(
-        metadata=_metadata(name, model_type, settings, metrics, None if base_is_local else base),
-        name=name, repo_id=repo_id,
-        base="A local model" if base_is_local else f"[{base}](https://huggingface.co/{base})",
-        task="extractive question answering" +
-        " with unanswerable questions (SQuAD v2)" * settings["version_2_with_negative"],
-        training_data=data["training"], evaluation_data=data["evaluation"],
-        fingerprint=run["data_fingerprint"],
-        metrics=_table("metric", {
-            key: f"{value:.2f}" if isinstance(value, float) else value
-            for key, value in metrics.items()}) if metrics else "Not evaluated.\n",
-        settings=_table("setting", {
-            key: settings[key] for key in _SHOWN_SETTINGS if settings.get(key) is not None}),
-        layout=_table("ipu_config.json", {
-            key: layout[key] for key in _SHOWN_LAYOUT if layout.get(key) is not None}),
-        versions=_table("package", run["versions"]),
-    )
-
-
-def _metadata(name: str, model_type: str, settings: Dict[str, Any], metrics: Dict[str, Any],
-              base_model: Optional[str]) -> str:
-    """Return the card's YAML header, which the search and the leaderboards of the hub read."""
-    data_set = settings["dataset_name"] if not settings["train_file"] else None
-    evaluated = (settings["dataset_name"] if not settings["validation_file"]
-                 else Path(settings["validation_file"]).name)
-    results: List[EvalResult] = [
-        EvalResult(task_type="question-answering", dataset_type=evaluated, dataset_name=evaluated,
-                   dataset_split="validation", metric_type=kind, metric_name=label,
-                   metric_value=round(metrics[kind], 4))
-        for kind, label in (("exact_match", "Exact Match"), ("f1", "F1")) if kind in metrics]
-    card = ModelCardData(model_name=name, base_model=base_model, datasets=data_set,
-                         metrics=["exact_match", "f1"], library_name="transformers",
-                         pipeline_tag="question-answering", tags=[model_type, "ipu", "poptorch"],
-                         eval_results=results or None)
-    return card.to_yaml()
-
-
-def _table(head: str, rows: Dict[str, Any]) -> str:
-    """Return a Markdown table with the heading `head` and a line for each key and value."""
-    lines = [
-        f"| {head} | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
-    return "\n".join(lines) + "\n"
+    folder = Path(folder)
+    run, config = (json.loads((folder / name).read_text("utf-8"))
+                   for name in ("run.json", "config.json"))
+    metrics = folder / "metrics.json"
+    metrics = json.loads(metrics.read_text("utf-8")) if metrics.exists() else {}
+    settings, layout, name = run["settings"], run["ipu_config"], repo_id.split("/")[-1]
+    base, dataset = settings["model_name_or_path"], settings["dataset_name"]
+    files = {kind: settings[f"{kind}_file"] and Path(settings[f"{kind}_file"]).name
+             for kind in ("train", "validation")}
+    data = {kind: file or f"the data set `{dataset}`" for kind, file in files.items()}
+    evaluated = files["validation"] or dataset
+    # The card's header, which the search and the leaderboards of the hub read.
+    header = ModelCardData(
+        model_name=name, base_model=None if Path(base).exists() else base,
+        datasets=None if files["train"] else dataset, metrics=["exact_match", "f1"],
+        library_name="transformers", pipeline_tag="question-answering",
+        tags=[config["model_type"], "ipu", "poptorch"],
+        eval_results=[
+            EvalResult(task_type="question-answering", dataset_type=evaluated,
+                       dataset_name=evaluated, dataset_split="validation", metric_type=metric,
+                       metric_name=label, metric_value=round(metrics[metric], 4))
+            for metric, label in (("exact_match", "Exact Match"), ("f1", "F1"))
+            if metric in metrics] or None)
+    return ModelCard.from_template(
+        header, template_path=str(Path(__file__).with_name("model_card.md")), name=name,
+        repo_id=repo_id, run=run, settings=settings, training_data=data["train"],
+        evaluation_data=data["validation"],
+        base="A local model" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})",
+        figures={key: f"{value:.2f}" if isinstance(value, float) else value
+                 for key, value in metrics.items() if key not in ("step", "epoch")},
+        shown_settings={key: settings.get(key) for key in _SHOWN_SETTINGS},
+        shown_layout={key: layout.get(key) for key in _SHOWN_LAYOUT}).content

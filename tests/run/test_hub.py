@@ -131,7 +131,7 @@ def call(url, name, argument):
     environment = {
         **os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": "", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_TOKEN_PATH": "/nonexistent", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+        "HF_TOKEN_PATH": "/nonexistent/token", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run([
         sys.executable, "-c",
         CALL.format(root=str(ROOT)),
