@@ -35,51 +35,46 @@ def squad_metrics(references: List[dict], predictions: List[dict],
     and best_f1, the scores that the best thresholds on it (best_exact_thresh, best_f1_thresh) would
     have given, as with `evaluate-v2.0.py --na-prob-file null_odds.json`.
     """
-    metric = (SquadV2 if version_2_with_negative else Squad)(keep_in_memory=True)
+    metric = Squad(config_name="v2" if version_2_with_negative else "v1", keep_in_memory=True)
     return metric.compute(references=references, predictions=predictions)
 
 
 class Squad(evaluate.Metric):
-    """The metric of SQuAD v1.1: exact_match and f1."""
+    """The metric of SQuAD v1.1 ("v1") or v2.0 ("v2").
 
-    def _info(self):
-        return _metric_info({
-            "id": datasets.Value("string"), "prediction_text": datasets.Value("string")})
-
-    def _compute(self, predictions, references):
-        exact, f1 = [], []
-        for prediction, reference in zip(predictions, references):
-            tokens = normalized(prediction["prediction_text"]).split()
-            golds = [normalized(text).split() for text in reference["answers"]["text"]]
-            exact.append(max((float(tokens == gold) for gold in golds), default=0.0))
-            f1.append(max((_f1(tokens, gold) for gold in golds), default=0.0))
-        return {"exact_match": _percent(exact), "f1": _percent(f1)}
-
-
-class SquadV2(evaluate.Metric):
-    """The metric of SQuAD v2.0.
-
-    exact_match and f1 as in v1.1, and total, the number of questions; HasAns_* and NoAns_*, the
-    same for the questions with and without an answer; best_*, the scores with the best thresholds.
+    Both have exact_match and f1. v2.0 also has total, the number of questions; HasAns_* and
+    NoAns_*, the same for the questions with and without an answer; best_*, the scores with the best
+    thresholds.
     """
 
     def _info(self):
-        return _metric_info({
-            "id": datasets.Value("string"), "prediction_text": datasets.Value("string"),
-            "no_answer_probability": datasets.Value("float32")})
+        odds = {"no_answer_probability": datasets.Value("float32")}
+        answers = {"text": datasets.Sequence(datasets.Value("string")),
+                   "answer_start": datasets.Sequence(datasets.Value("int32"))}
+        return evaluate.MetricInfo(
+            description=__doc__, citation="",
+            inputs_description="predictions and references in the same order",
+            features=datasets.Features({
+                "predictions": {
+                    "id": datasets.Value("string"), "prediction_text": datasets.Value("string"),
+                    **(odds if self.config_name == "v2" else {})},
+                "references": {"id": datasets.Value("string"), "answers": answers}}))
 
     def _compute(self, predictions, references):
-        exact, f1, has_answer = [], [], []
+        version_2, exact, f1, has_answer = self.config_name == "v2", [], [], []
         for prediction, reference in zip(predictions, references):
             tokens = normalized(prediction["prediction_text"]).split()
             golds = [normalized(text).split() for text in reference["answers"]["text"]]
             has_answer.append(bool(golds))
-            # The correct answer to an unanswerable question is the empty text.
-            golds = [gold for gold in golds if gold] or [[]]
-            exact.append(max(float(tokens == gold) for gold in golds))
-            f1.append(max(_f1(tokens, gold) if tokens and gold else float(tokens == gold)
-                          for gold in golds))
-        result = {"exact_match": _percent(exact), "f1": _percent(f1), "total": len(exact)}
+            if version_2:  # the correct answer to an unanswerable question is the empty text
+                golds = [gold for gold in golds if gold] or [[]]
+            exact.append(max((float(tokens == gold) for gold in golds), default=0.0))
+            f1.append(max((float(tokens == gold) if version_2 and not (tokens and gold)
+                           else _f1(tokens, gold) for gold in golds), default=0.0))
+        result = {"exact_match": _percent(exact), "f1": _percent(f1)}
+        if not version_2:
+            return result
+        result["total"] = len(exact)
         for name, answerable in (("HasAns", True), ("NoAns", False)):
             chosen = [place for place, has in enumerate(has_answer) if has == answerable]
             if chosen:
@@ -135,16 +130,3 @@ def _best_threshold(predictions: List[dict], scores: List[float],
         if total > best:
             best, threshold = total, predictions[place]["no_answer_probability"]
     return 100.0 * best / len(scores), threshold
-
-
-def _metric_info(prediction: dict) -> evaluate.MetricInfo:
-    """Return the description of a metric whose predictions have the features `prediction`."""
-    answers = {
-        "text": datasets.Sequence(datasets.Value("string")),
-        "answer_start": datasets.Sequence(datasets.Value("int32"))}
-    return evaluate.MetricInfo(
-        description=__doc__, citation="",
-        inputs_description="predictions and references in the same order",
-        features=datasets.Features({
-            "predictions": prediction,
-            "references": {"id": datasets.Value("string"), "answers": answers}}))
