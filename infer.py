@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 
 from ipu_options.config import inference_pipeline
-from ipu_options.popvision import Spans, profiling_environment
+from ipu_options.popvision import PhaseTimer, profiling_environment
 from qa.model.families import check_checkpoint
 from qa.settings import parse_infer
 from runtime import processes
@@ -27,8 +27,8 @@ def main(argv=None):
     profiling_environment(settings, ipu_config, "inference")
     from qa.data.windows import one_question
     from runtime.signals import StopSignals
-    with StopSignals(), Spans("infer", settings) as spans:
-        answer = load_answerer(settings, ipu_config, spans)
+    with StopSignals(), PhaseTimer("infer", settings) as timer:
+        answer = load_answerer(settings, ipu_config, timer)
         if settings.input_file:
             answer_file(settings, answer)
         elif settings.question is not None:
@@ -41,7 +41,7 @@ def main(argv=None):
     return 0
 
 
-def load_answerer(settings, ipu_config, spans):
+def load_answerer(settings, ipu_config, timer):
     """The checkpoint on the IPUs, as a function: a data set of questions -> their answers."""
     from ipu_options.options import describe_poptorch
     from qa.answers.inference import InferencePipeline
@@ -58,9 +58,9 @@ def load_answerer(settings, ipu_config, spans):
 
     def answer(examples):
         """Give an answer as it is printed for each example, in order."""
-        with spans("windows"):
+        with timer("windows"):
             windows = windows_for_answers(settings, tokenizer, examples)
-        with spans("answer"):  # and what the caller does between two answers
+        with timer("answer"):  # and what the caller does between two answers
             found = answering.answers(windows, examples, progress=settings.input_file is not None)
             for question, each in zip(examples["question"], found):
                 yield printed_answer(question, each, settings.n_best)
@@ -70,7 +70,7 @@ def load_answerer(settings, ipu_config, spans):
 
 def answer_file(settings, answer):
     """Answer the questions of --input_file, and evaluate the answers if it has the true ones."""
-    from qa.answers.evaluation import as_text, metrics_of
+    from qa.answers.evaluation import as_text, metrics_of, prediction_of
     from qa.data.dataset import load_examples
 
     version_2, predictions = settings.version_2_with_negative, []
@@ -79,10 +79,9 @@ def answer_file(settings, answer):
         on_bad_row=settings.on_bad_row, version_2_with_negative=version_2))
 
     def noting_predictions():
-        for each in answer(examples):
-            odds = {"no_answer_probability": each["null_odds"]} if version_2 else {}
-            predictions.append({"id": each["id"], "prediction_text": each["answer"], **odds})
-            yield each
+        for printed in answer(examples):
+            predictions.append(prediction_of({**printed, "text": printed["answer"]}))
+            yield printed
 
     print_answers(settings, noting_predictions())
     metrics = processes.on_first(metrics_of, examples, predictions, version_2)

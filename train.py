@@ -11,7 +11,7 @@ import sys
 from functools import partial
 
 from ipu_options.config import inference_pipeline, training_pipeline
-from ipu_options.popvision import Spans, profiling_environment
+from ipu_options.popvision import PhaseTimer, profiling_environment
 from planner.flags import TrainPlanSettings
 from qa.model.families import refuse_early
 from qa.settings import parse_train
@@ -33,14 +33,14 @@ def main(argv=None):
     from qa.run.log import RunLog
     from runtime.signals import StopSignals, output_lock
     with output_lock(settings.output_dir), StopSignals() as stop, \
-            Spans("train", settings) as spans, RunLog(settings) as log:
-        return fine_tune(settings, ipu_config, stop, spans, log)
+            PhaseTimer("train", settings) as timer, RunLog(settings) as log:
+        return fine_tune(settings, ipu_config, stop, timer, log)
 
 
-def fine_tune(settings, ipu_config, stop, spans, log):
+def fine_tune(settings, ipu_config, stop, timer, log):
     """Train, evaluate and save one model; returns the exit status.
 
-    stop: signals that ask it to save and end.  spans: times its phases.  log: its log.jsonl.
+    stop: signals that ask it to save and end.  timer: times its phases.  log: its log.jsonl.
     """
     # 0. Imports: here, because a process of the data loader imports this file and needs none.
     from transformers import set_seed
@@ -58,10 +58,10 @@ def fine_tune(settings, ipu_config, stop, spans, log):
     from qa.model.parallelize import parallelize, parameter_to_watch, weights_of
     from qa.model.pretrained import load_config, load_model, load_tokenizer, write_checkpoint_files
     from qa.run import hub
-    from qa.run.checkpoint import Checkpoints, Training, check_output_folder, restore_states
+    from qa.run.checkpoint import Checkpoints, check_output_folder
     from qa.run.nonfinite import NonfiniteGuard
     from qa.run.progress import Progress, describe_compiled, describe_rows
-    from qa.run.record import write_run_record
+    from qa.run.state import TrainingState
 
     # 1. What is trained, and where: --layers_per_ipu becomes the layout, an IPU for each block.
     print(describe_poptorch(settings))
@@ -77,21 +77,22 @@ def fine_tune(settings, ipu_config, stop, spans, log):
 
     # 2. Questions -> windows -> rows. With packed rows, an update takes fewer micro-batches.
     questions, *to_evaluate = load_questions(settings, tokenizer)
-    evaluation = Evaluation(settings, model_config, inference, to_evaluate, spans, log)
+    evaluation = Evaluation(settings, model_config, inference, to_evaluate, timer, log)
     if not settings.trains:
-        evaluation.report(weights_of(load_model(settings, model_config)))
+        evaluation.finish(weights_of(load_model(settings, model_config)))
         return 0
     pipeline = with_packed_accumulation(pipeline, questions.windows.lengths, settings)
     rows = TrainingRows.of_run(settings, pipeline.config, row_kind(model_config), questions.windows)
     print(describe_rows(rows, len(questions.examples), settings, pipeline.config))
 
     # 3. From the beginning, or from a checkpoint of a run that was stopped.
-    checkpoints = Checkpoints.of_run(settings, pipeline.config, rows, spans, log)
+    write_files = partial(write_checkpoint_files, tokenizer=tokenizer, ipu_config=ipu_config,
+                          settings=settings)
+    checkpoints = Checkpoints.of_run(settings, pipeline.config, rows, write_files, timer, log)
     saved = checkpoints.start_or_resume(settings)
-    step = saved.step if saved else 0
-    rows = rows.starting_at(step)
-    write_run_record(settings, pipeline.config, rows, saved)
-    log.begin(saved)
+    steps_done = saved.step if saved else 0
+    rows = rows.starting_at(steps_done)
+    log.begin(pipeline.config, rows, saved)
 
     # 4. The model on the IPUs: split into blocks, in its precision, compiled for a combined batch.
     set_seed(settings.seed)
@@ -102,65 +103,64 @@ def fine_tune(settings, ipu_config, stop, spans, log):
     if settings.precision == "float16":
         model.half()
     optimizer = make_optimizer(model, settings, pipeline.config)
-    schedule = make_schedule(optimizer, settings, rows.total_steps, steps_done=step)
+    schedule = make_schedule(optimizer, settings, rows.total_steps, steps_done)
     options = training_options(pipeline.config, settings, seed=settings.seed,
                                watched=parameter_to_watch(model), watch=settings.watch_gradients)
     training_model = poptorch.trainingModel(model, options, optimizer)
-    with stop.killable(), spans("compile"):
+    with stop.killable(), timer("compile"):
         training_model.compile(**first_batch(options, rows, settings.micro_batch_size))
         if settings.compile_only:
             evaluation.compile(questions.windows)
-            print(describe_compiled(spans.total(), pipeline.config, settings))
+            print(describe_compiled(timer.total(), pipeline.config, settings))
             return 0
-    restore_states(saved, training_model, optimizer)  # load_model has loaded the weights
+    state = TrainingState(model, optimizer, training_model)
+    state.restore(saved)  # load_model has loaded the weights
 
     # 5. The loop. A step is one call of the device: one combined batch, device_iterations updates.
-    write_files = partial(write_checkpoint_files, model, tokenizer, ipu_config, settings)
-    training = Training(model, optimizer, training_model, write_files)
+    def evaluate():
+        return evaluation.validate(state.weights(), state.step, rows.epoch_after(state.step))
 
-    def evaluate(step):
-        return evaluation.run(training.detached_weights(), step, rows.epoch_after(step))
-
-    guard = NonfiniteGuard(settings, checkpoints, training, options)
-    progress = Progress(rows, settings, saved, spans, log)
+    guard = NonfiniteGuard(settings, checkpoints, state, options)
+    progress = Progress(rows, settings, state, timer, log)
     loader = open_loader(options, rows, settings.micro_batch_size, settings.dataloader_num_workers)
     with stop.deferred(), loader as batches, progress:
-        while step < rows.total_steps and not stop.requested:
+        while state.step < rows.total_steps and not stop.requested:
             learning_rate = schedule.get_last_lr()[0]
-            with spans("data"):
+            with timer("data"):
                 batch = next(batches)  # the arguments of the model, which returns the loss
-            with spans("step"):
+            with timer("step"):
                 loss = mean_loss(training_model(**batch), pipeline.config)
-            step += 1
-            last = stop.poll() or step == rows.total_steps  # now all processes know of a signal
-            saving = settings.save_steps and step % settings.save_steps == 0
-            evaluating = progress.evaluation_is_due(step) and not stop.requested
-            # Only finite weights are saved. If they are not, they are the last checkpoint's again.
-            finite = guard.check_or_go_back(step, loss, learning_rate, progress.losses,
-                                            look_at_weights=saving or evaluating or last)
-            with spans("schedule"):
+            state.step += 1
+            last = stop.poll() or state.step == rows.total_steps  # all processes know of a signal
+            saving = settings.save_steps and state.step % settings.save_steps == 0
+            evaluating = progress.evaluation_is_due() and not stop.requested
+            # If a number is not finite, the guard puts the last checkpoint's weights back.
+            if guard.check_or_go_back(loss, learning_rate,
+                                      look_at_weights=saving or evaluating or last):
+                state.losses.append(loss)
+            with timer("schedule"):
                 schedule.step()
                 training_model.setOptimizer(optimizer)  # before this, the device sees no change
-            progress.update(step, loss if finite else None, learning_rate)
+            progress.update(learning_rate)
             if saving:
-                checkpoints.save_or_warn(training, step, progress.losses)
+                checkpoints.save_or_warn(state)
             if evaluating:
                 with stop.immediate():  # a signal ends the evaluation, and then the loop
-                    checkpoints.save_if_best(training, step, progress.losses, evaluate(step))
+                    checkpoints.save_if_best(state, evaluate())
         if settings.synthetic_data:
-            print(f"{step} steps on synthetic data were timed; nothing was read or saved")
+            print(f"{state.step} steps on synthetic data were timed; nothing was read or saved")
             return stop.exit_status
         if stop.poll():
-            checkpoints.save(training, step, progress.losses)
-            log.stopped(step, stop.requested)
+            checkpoints.save(state)
+            log.stopped(state.step, stop.requested)
             return stop.exit_status
 
     # 6. The end: the last model, or the best if asked for, is saved, evaluated and shared.
-    step = checkpoints.load_best(training, step, progress.losses, evaluate)
-    checkpoints.save_final(training)
+    step = checkpoints.load_best(state, evaluate)
+    checkpoints.save_final(state)
     progress.write_summary()
-    evaluation.report(training.detached_weights(), step, rows.epoch_after(step))
-    print(f"saved to {settings.output_dir} after {spans.total():.0f} s; "
+    evaluation.finish(state.weights(), step, rows.epoch_after(step))
+    print(f"saved to {settings.output_dir} after {timer.total():.0f} s; "
           f"ask it: python infer.py --checkpoint {settings.output_dir}")
     hub.push(settings)
     return 0

@@ -1,12 +1,12 @@
-"""PopVision reports for Graph Analyser and System Analyser, and the loop's phases as named spans.
+"""PopVision reports for Graph Analyser and System Analyser, and the loop's timed phases.
 
 Use in a script (without --profile_dir and --trace, both calls do nothing):
 
     profiling_environment(settings, ipu_config, "training")     # before PopTorch is imported
-    with Spans("train", settings) as spans:
-        with spans("data"):
+    with PhaseTimer("train", settings) as timer:
+        with timer("data"):
             batch = next(batches)
-        with spans("step"):
+        with timer("step"):
             loss = training_model(**batch)
 
 Content of profile_dir after a run on an IPU, where PHASE is training or inference:
@@ -67,14 +67,13 @@ def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phas
             f"--profile_dir {settings.profile_dir}: cannot write there ({error})") from error
 
 
-class Spans:
+class PhaseTimer:
     """Measures the phases of a loop, for the log, for System Analyser and for a Chrome trace.
 
-    `with spans("step"): ...` names a phase. `seconds` is {phase: seconds spent in it}. With
+    `with timer("step"): ...` names a phase. `seconds` is {phase: seconds spent in it}. With
     settings.profile_dir the phases are also marked in PopVision's own trace, through
     poptorch.profiling.Channel; with settings.trace they are written to that file, in Chrome trace
-    format (https://ui.perfetto.dev opens it), when the `with Spans(...)` block ends, however it
-    ends.
+    format (https://ui.perfetto.dev opens it), however the `with PhaseTimer(...)` block ends.
 
     channel: the name of the group of phases.
     """
@@ -107,7 +106,7 @@ class Spans:
                 if self._trace:
                     self._events.append((name, start, duration))
 
-    def __enter__(self) -> "Spans":
+    def __enter__(self) -> "PhaseTimer":
         return self
 
     def __exit__(self, *exc: Any) -> None:

@@ -6,13 +6,13 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from tqdm import tqdm
 
 from ipu_options.config import Pipeline
-from ipu_options.popvision import Spans
+from ipu_options.popvision import PhaseTimer
 from qa.answers.inference import InferencePipeline
 from qa.answers.metrics import squad_metrics
 from qa.data.windows import Questions, Windows
@@ -27,15 +27,14 @@ from runtime.files import write_json, writing, written_whole
 class Evaluation:
     """The inference pipeline of a training run, which answers its validation and test questions.
 
-    It has a model of its own, into which weights are loaded. model_config: the configuration of the
-    model, as of transformers. pipeline: its layout on the IPUs. questions: the validation and the
-    test questions, None where there are none. spans: names the phase for PopVision. log: gets the
-    metrics.
+    It has a second model, into which weights are loaded. model_config: transformers' configuration
+    of the model. pipeline: its layout on the IPUs. questions: the validation and the test
+    questions, None where there are none. log: gets the metrics.
     """
 
     def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline,
-                 questions: Sequence[Optional[Questions]], spans: Spans, log: RunLog):
-        self.settings, self.questions, self.spans, self.log = settings, questions, spans, log
+                 questions: Sequence[Optional[Questions]], timer: PhaseTimer, log: RunLog):
+        self.settings, self.questions, self.timer, self.log = settings, questions, timer, log
         model = model_class(model_config)(model_config)
         self.answerer = InferencePipeline(model, pipeline, settings)
 
@@ -43,16 +42,17 @@ class Evaluation:
         """Compile the inference pipeline without running it. windows: any, for their shapes."""
         self.answerer.compile(windows)
 
-    def report(self, weights: Dict[str, torch.Tensor], step: int = 0, epoch: float = 0.0) -> None:
+    def finish(self, weights: Dict[str, torch.Tensor], step: int = 0, epoch: float = 0.0) -> None:
         """Evaluate the validation and the test questions, and print some with their answers.
 
-        The arguments are those of `run`.
+        The arguments are those of `validate`.
         """
-        for each in filter(None, self.questions):
-            self._evaluate(weights, each, step, epoch)
-            print(self.samples())
+        for questions in filter(None, self.questions):
+            _, predictions = self._evaluate(weights, questions, step, epoch)
+            print(self._samples(questions.examples, predictions))
 
-    def run(self, weights: Dict[str, torch.Tensor], step: int, epoch: float) -> Dict[str, float]:
+    def validate(self, weights: Dict[str, torch.Tensor], step: int, epoch: float,
+                 ) -> Dict[str, float]:
         """Answer the validation questions with a model's weights, and return the metrics.
 
         weights: as `weights_of` gives them. The IPUs must be free, and are free again at the end.
@@ -60,22 +60,24 @@ class Evaluation:
         true answers there are no metrics. step, epoch: where the training is. Raises RunError if a
         file cannot be written.
         """
-        return self._evaluate(weights, self.questions[0], step, epoch)
+        metrics, _ = self._evaluate(weights, self.questions[0], step, epoch)
+        return metrics
 
     def _evaluate(self, weights: Dict[str, torch.Tensor], questions: Questions, step: int,
-                  epoch: float) -> Dict[str, float]:
+                  epoch: float) -> Tuple[Dict[str, float], List[dict]]:
+        """Return the metrics, and in the first process the predictions."""
         folder, prefix = Path(self.settings.output_dir), questions.prefix
         begin = time.perf_counter()
-        with self.spans("evaluate"):
+        with self.timer("evaluate"):
             set_weights(self.answerer.model, weights)
             examples, windows, _ = questions
             version_2 = self.settings.version_2_with_negative
-            found = self.answerer.answers(windows, examples)
+            answers = self.answerer.answers(windows, examples)
             if processes.is_first():
                 with writing(f"--output_dir {folder}"):
-                    predictions = write_answers(found, folder, version_2, prefix)
+                    predictions = write_answers(answers, folder, version_2, prefix)
             else:
-                predictions = list(found)  # computes its share
+                predictions = list(answers)  # computes its share
             self.answerer.detach()
             metrics = processes.on_first(metrics_of, examples, predictions, version_2)
         if metrics:
@@ -85,21 +87,18 @@ class Evaluation:
                                    {**metrics, "step": step, "epoch": epoch})
             self.log.add("evaluation", step, epoch, questions="test" if prefix else "validation",
                          seconds=time.perf_counter() - begin, **metrics)
-        self._last = questions, predictions
-        return metrics
+        return metrics, predictions
 
-    def samples(self) -> str:
-        """Return some of the questions of the last `run` with predicted and true answers, as text.
+    def _samples(self, examples: Any, predictions: List[dict]) -> str:
+        """Return some of the questions with predicted and true answers, as text.
 
         --show_predictions says how many, --seed determines which. Only the first process has them.
         """
         if not processes.is_first():
             return ""
-        count, (questions, predictions) = self.settings.show_predictions, self._last
-        examples, lines = questions.examples, []
-        chosen = random.Random(self.settings.seed).sample(range(len(examples)),
-                                                          min(count, len(examples)))
-        for index in sorted(chosen):
+        lines, count = [], min(self.settings.show_predictions, len(examples))
+        sample = random.Random(self.settings.seed).sample(range(len(examples)), count)
+        for index in sorted(sample):
             example = examples[index]
             true = " / ".join(sorted(set(example["answers"]["text"]))) or "(no answer)"
             predicted = predictions[index]["prediction_text"] or "(no answer)"
@@ -108,9 +107,15 @@ class Evaluation:
         return "\n".join(lines)
 
 
+def prediction_of(answer: Dict[str, Any]) -> Dict[str, Any]:
+    """Return one of `InferencePipeline.answers` as `squad_metrics` takes it."""
+    odds = {"no_answer_probability": answer["null_odds"]} if "null_odds" in answer else {}
+    return {"id": answer["id"], "prediction_text": answer["text"], **odds}
+
+
 def metrics_of(examples: Any, predictions: List[dict], version_2_with_negative: bool,
                ) -> Dict[str, float]:
-    """Return the SQuAD metrics of `write_answers`' predictions; {} where true answers are missing.
+    """Return the SQuAD metrics of predictions; {} where true answers are missing.
 
     examples: a data set with the columns id and answers, in the order of the predictions.
     """
@@ -127,36 +132,32 @@ def as_text(metrics: Dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
 
 
-def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool,
+def write_answers(answers: Iterable[dict], folder: Path, version_2_with_negative: bool,
                   prefix: str = "") -> List[dict]:
-    """Write the answers to `folder`, in the file formats of transformers' run_qa.
+    """Write answers to `folder`, in the file formats of transformers' run_qa; return predictions.
 
     predictions.json, nbest_predictions.json and, for version 2 data, null_odds.json map the id of a
     question to its text, its n-best list and its null odds. Each file appears complete or not at
     all. prefix: of the files' names.
 
-    answers: those of `InferencePipeline.answers`. Returns the predictions as
-    `qa.answers.metrics.squad_metrics` takes them: [{id, prediction_text, and for version 2 data
-    no_answer_probability, which are the null odds}, ...]. Raises OSError.
+    answers: of `InferencePipeline.answers`. Returns `prediction_of` each. Raises OSError.
     """
-    folder = Path(folder)
+    def entries(answer):
+        yield answer["text"]
+        keys = ("start_logit", "end_logit", "text", "probability")
+        yield [{key: entry[key] for key in keys} for entry in answer["nbest"]]
+        if version_2_with_negative:
+            yield answer["null_odds"]
+
     predictions = []
+    names = ["predictions", "nbest_predictions", *["null_odds"] * version_2_with_negative]
     with contextlib.ExitStack() as files:
-        put_text = files.enter_context(_json_object(folder / f"{prefix}predictions.json"))
-        put_nbest = files.enter_context(_json_object(folder / f"{prefix}nbest_predictions.json"))
-        put_odds = (files.enter_context(_json_object(folder / f"{prefix}null_odds.json"))
-                    if version_2_with_negative else None)
-        for found in answers:
-            prediction = {"id": found["id"], "prediction_text": found["text"]}
-            put_text(found["id"], found["text"])
-            put_nbest(
-                found["id"],
-                [{key: entry[key] for key in ("start_logit", "end_logit", "text", "probability")}
-                 for entry in found["nbest"]])
-            if put_odds:
-                put_odds(found["id"], found["null_odds"])
-                prediction["no_answer_probability"] = found["null_odds"]
-            predictions.append(prediction)
+        writers = [files.enter_context(_json_object(folder / f"{prefix}{name}.json"))
+                   for name in names]
+        for answer in answers:
+            for write, entry in zip(writers, entries(answer)):
+                write(answer["id"], entry)
+            predictions.append(prediction_of(answer))
     return predictions
 
 
@@ -164,15 +165,15 @@ def write_answers(answers: Iterable[dict], folder, version_2_with_negative: bool
 def _json_object(path: Path) -> Iterator[Callable]:
     """Give a function that writes one entry, (key, value), of a JSON object to the file `path`.
 
-    The file appears when the block ends, so that it is complete or absent.
+    The file appears when the block ends: it is complete or absent.
     """
     separator = ""
     with written_whole(path) as file:
-        def put(key: str, value) -> None:
+        def write(key: str, value: Any) -> None:
             nonlocal separator
             file.write(f"{separator}\n    {json.dumps(key)}: {json.dumps(value)}")
             separator = ","
 
         file.write("{")
-        yield put
+        yield write
         file.write("\n}\n")

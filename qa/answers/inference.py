@@ -16,8 +16,7 @@ from qa.model.roberta import ForSpans
 from runtime import processes
 from runtime.bars import progress_bar
 
-# Below this number of rows, making them in this process takes less time than starting a worker
-# process, which has to import torch.
+# Fewer rows are made sooner in this process than a worker starts, which has to import torch.
 _ROWS_WORTH_A_WORKER = 10_000
 
 
@@ -98,9 +97,9 @@ def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
     with loader as batches, bar:
         for batch in batches:
             processes.raise_stopped()
-            logits = [processes.gather_rows(each, options.replication_factor * micro_batch_size)
-                      for each in inference_model(**batch)]
-            slices = [rows.slices(first + place) for place in range(len(logits[0]))]
+            logits = [processes.gather_rows(part, options.replication_factor * micro_batch_size)
+                      for part in inference_model(**batch)]
+            slices = [rows.slices(first + row) for row in range(len(logits[0]))]
             first += len(slices)
             if processes.is_first():
                 yield from finder.add(slices, *logits)

@@ -121,12 +121,11 @@ def save_model(model: ForSpans, folder: Union[str, Path]) -> None:
     model.config.save_pretrained(folder)
 
 
-def write_checkpoint_files(model: ForSpans, tokenizer, ipu_config: IPUConfig,
-                           settings: TrainSettings, folder: Union[str, Path]) -> None:
-    """Write all that infer.py needs to `folder`.
+def write_checkpoint_files(model: ForSpans, folder: Union[str, Path], tokenizer,
+                           ipu_config: IPUConfig, settings: TrainSettings) -> None:
+    """Write all that infer.py needs to `folder`: model, tokenizer, ipu_config.json, settings.
 
-    This is the model, the tokenizer, ipu_config.json and qa_settings.json. Raises OSError, or what
-    safetensors and tokenizers raise in its place.
+    Raises OSError, or what safetensors and tokenizers raise in its place.
     """
     save_model(model, folder)
     tokenizer.save_pretrained(folder)

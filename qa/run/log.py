@@ -1,7 +1,7 @@
-"""The log of a run: log.jsonl in its output folder, and the same for TensorBoard and for wandb.
+"""What a run leaves about itself in its output folder: run.json, log.jsonl and training.png.
 
-Each line of log.jsonl is a JSON object with the keys `event`, `step` and `time` (ISO 8601, UTC).
-The events and their further keys:
+run.json holds what is needed to repeat the run. Each line of log.jsonl is a JSON object with the
+keys `event`, `step` and `time` (ISO 8601, UTC). The events and their further keys:
 
     started, resumed    device ("IPU" or "host"); from, the checkpoint
     log                 epoch, loss (mean of the last --logging_steps steps), learning_rate,
@@ -15,31 +15,52 @@ The events and their further keys:
     stopped             signal
     trained             the figures of train_results.json
 
-A run that continues from a checkpoint continues its log as well: the lines of the steps that are
-done once more are removed, so that none is there twice. A run on synthetic data is only timed; its
-log is synthetic_log.jsonl, so that it leaves the log of a real run in the same folder alone.
+A run that continues from a checkpoint continues its log as well, without the lines of the steps
+that it repeats. A run on synthetic data is only timed; its log is synthetic_log.jsonl, which leaves
+a real run's log in the same folder alone. TensorBoard and wandb get the same numbers.
 """
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import platform
+import shlex
 import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Union
 
+import torch
 from tqdm import tqdm
 
 from ipu_options import device
-from qa.run.curves import draw_curves
+from ipu_options.config import IPUConfig
+from qa.data.rows import TrainingRows
 from qa.settings import TrainSettings
 from runtime import processes
-from runtime.files import written_whole
+from runtime.files import write_json, written_whole
 
+if TYPE_CHECKING:
+    from qa.run.state import Checkpoint
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("torch", "poptorch", "transformers", "tokenizers", "datasets", "evaluate", "numpy",
+             "safetensors", "pyarrow")
 LOG, SYNTHETIC_LOG, CURVES = "log.jsonl", "synthetic_log.jsonl", "training.png"
 # The groups of Trainer's names; an evaluation on test questions is called "test" there as well.
 _GROUPS = {"validation": "eval", "test": "test"}
 _NO_METRICS = ("event", "step", "epoch", "time", "questions")
+# The panels of training.png: the event of the lines, and {key: (its name, how it is drawn)}.
+_PANELS = (
+    ("log", {"loss": ("loss", ".-")}), ("log", {"learning_rate": ("learning rate", "-")}),
+    ("log", {"windows_per_second": ("windows/s", ".-")}),
+    ("evaluation", {"f1": ("F1 (%)", "o-"), "exact_match": ("exact match (%)", "s--")}))
 
 
 class RunLog:
@@ -55,12 +76,16 @@ class RunLog:
         self._reporters: List[Any] = []
         self._begun = False
 
-    def begin(self, resumed: Any = None) -> None:
-        """Begin the log, or continue that of the run that saved a checkpoint.
+    def begin(self, ipu_config: IPUConfig, rows: TrainingRows,
+              resumed: Optional["Checkpoint"] = None) -> None:
+        """Write run.json, and begin the log or continue the one of the run that saved `resumed`.
 
-        resumed: the qa.run.checkpoint.Checkpoint from which the run continues, or None. A run that
-        only compiles has no log.
+        ipu_config: the training pipeline's, with all values resolved. A run that only compiles has
+        no log; one that trains nothing has no run.json. Raises OSError for run.json.
         """
+        if processes.is_first() and not self.settings.dry_run:
+            write_json(self._folder / "run.json",
+                       _run_record(self.settings, ipu_config, rows, resumed))
         if self.settings.compile_only:
             return
         kept = before_resume(read_log(resumed.folder.parent / LOG), resumed.step) if resumed else []
@@ -74,8 +99,7 @@ class RunLog:
         """Write one line. values: see the top of this file; those that are None are left out."""
         if not self._begun:  # a run that only evaluates adds to the log of its folder
             self._open(read_log(self._path), None)
-        line = {"event": event, "step": step, "epoch": epoch, **values,
-                "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        line = {"event": event, "step": step, "epoch": epoch, **values, "time": _now()}
         line = {key: value for key, value in line.items() if value is not None}
         self._attempt(self._append, json.dumps(line) + "\n")
         if event in ("log", "evaluation"):
@@ -93,7 +117,10 @@ class RunLog:
               "the same command with --resume_from_checkpoint auto goes on")
 
     def _open(self, lines: List[Dict[str, Any]], first_step: Optional[int]) -> None:
-        """Start the file with `lines`. first_step: what TensorBoard has from there on is void."""
+        """Start the file with `lines`.
+
+        first_step: TensorBoard discards events from this step on; None keeps all.
+        """
         self._begun = True
         self._attempt(self._rewrite, lines)
         if processes.is_first() and not self.settings.synthetic_data:
@@ -124,14 +151,11 @@ class RunLog:
         for reporter in self._reporters:
             reporter.close()
         if kind is None and self._begun and not self.settings.synthetic_data:
-            self._attempt(partial(draw_curves, read_log(self._path)), self._folder / CURVES)
+            self._attempt(partial(_draw_curves, read_log(self._path)), self._folder / CURVES)
 
 
 def read_log(path: Union[str, Path]) -> List[Dict[str, Any]]:
-    """Return the lines of a log.jsonl, [] if there is none.
-
-    A line that a killed process has left incomplete is left out.
-    """
+    """Return the lines of a log.jsonl but for incomplete ones (of a killed process); [] if none."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -150,8 +174,7 @@ def read_log(path: Union[str, Path]) -> List[Dict[str, Any]]:
 def before_resume(lines: List[Dict[str, Any]], step: int) -> List[Dict[str, Any]]:
     """Return the lines that stay in the log if the run continues after `step`.
 
-    The end of a finished run is done once more even if its last step was saved: what follows
-    `trained` goes, too.
+    A resumed run repeats its end (summary, evaluation), so lines from `trained` on are dropped too.
     """
     kept = []
     for line in lines:
@@ -160,6 +183,84 @@ def before_resume(lines: List[Dict[str, Any]], step: int) -> List[Dict[str, Any]
         if line["step"] <= step:
             kept.append(line)
     return kept
+
+
+def _run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
+                resumed: Optional["Checkpoint"]) -> Dict[str, Any]:
+    """Return the content of run.json, in which the hub's access token is masked."""
+    command, hide = [], False
+    for word in sys.argv:
+        command.append(
+            "***" if hide else "--hub_token=***" if word.startswith("--hub_token=") else word)
+        hide = word == "--hub_token"
+    return {
+        "command": " ".join(map(shlex.quote, command)),
+        "settings": {**settings.values(), "hub_token": "***" if settings.hub_token else None},
+        "ipu_config": ipu_config.to_dict(), "data_fingerprint": rows.windows.fingerprint,
+        "resumed_from": str(resumed.folder) if resumed else None, "time": _now(),
+        "git_revision": _git_revision(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {"host": socket.gethostname(), "platform": platform.platform(),
+                    "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+                    "processes": processes.count(), "launcher": processes.place().launcher},
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _git_revision() -> Optional[str]:
+    """Return the project's commit, with "-dirty" if tracked files differ; None outside a clone."""
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40",
+             "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return revision.stdout.strip() or None
+
+
+def _versions() -> Dict[str, str]:
+    """Return the versions of the installed packages among _PACKAGES."""
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _draw_curves(lines: List[Dict[str, Any]], path: Path) -> None:
+    """Draw loss, learning rate, throughput and evaluations over the steps, to the PNG file `path`.
+
+    lines: of `read_log`. A dotted vertical line marks each step after which the run was
+    resumed. Nothing is drawn without log points, or where matplotlib is not installed. Raises
+    OSError.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    if not any(line["event"] == "log" for line in lines):
+        return
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axes, (event, curves) in zip(figure.subplots(2, 2, sharex=True).flat, _PANELS):
+        for key, (name, style) in curves.items():
+            points = [(line["step"], line[key]) for line in lines
+                      if line["event"] == event and line.get("questions") != "test" and key in line]
+            if points:
+                axes.plot(*zip(*points), style, label=name)
+        if len(curves) > 1 and axes.lines:
+            axes.legend()
+        for line in lines:
+            if line["event"] == "resumed":
+                axes.axvline(line["step"], linestyle=":", color="grey")
+        axes.set_title(" and ".join(name for name, _ in curves.values()))
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelbottom=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel("step")
+    figure.savefig(path, dpi=100)
 
 
 class _TensorBoard:

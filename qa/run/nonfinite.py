@@ -12,7 +12,8 @@ from ipu_options.options import watched_gradient
 from qa.checks import LARGEST_RATE
 from qa.model.parallelize import weights_of
 from qa.model.pretrained import all_finite
-from qa.run.checkpoint import Checkpoints, Training, go_back
+from qa.run.checkpoint import Checkpoints
+from qa.run.state import TrainingState
 from qa.settings import TrainSettings
 from runtime import processes
 from runtime.errors import RunError
@@ -24,19 +25,18 @@ _LARGEST_SCALING = 8192.0
 class NonfiniteGuard:
     """Checks the numbers of every training step, and acts as --on_nonfinite says.
 
-    options: the poptorch.Options of the training model, which say what gradient is watched.
+    options: the training model's, which say what gradient is watched.
     """
 
-    def __init__(self, settings: TrainSettings, checkpoints: Checkpoints, training: Training,
+    def __init__(self, settings: TrainSettings, checkpoints: Checkpoints, state: TrainingState,
                  options: "poptorch.Options"):
         self.settings, self.checkpoints = settings, checkpoints
-        self.training, self.options = training, options
+        self.state, self.options = state, options
         # The last step that was skipped, and the step of the checkpoint that was gone back to.
-        self._passed_over: Optional[int] = None
-        self._back_at: Optional[int] = None
+        self._skipped_step: Optional[int] = None
+        self._checkpoint_step: Optional[int] = None
 
-    def check_or_go_back(self, step: int, loss: float, learning_rate: float,
-                         earlier_losses: List[float], look_at_weights: bool) -> bool:
+    def check_or_go_back(self, loss: float, learning_rate: float, look_at_weights: bool) -> bool:
         """Return whether the loss, the watched gradient and the weights after a step are finite.
 
         look_at_weights: whether to read the weights, which costs a transfer from the device. If a
@@ -51,30 +51,30 @@ class NonfiniteGuard:
         just one bad batch: the previous step was skipped as well, or the run would go back to the
         same checkpoint a second time.
         """
-        settings, training = self.settings, self.training
+        settings, state = self.settings, self.state
         if settings.synthetic_data:
             return False
-        tensors = watched_gradient(self.options, training.training_model)
+        tensors = watched_gradient(self.options, state.executor)
         if look_at_weights:
-            tensors.update(weights_of(training.model))
-        found = processes.share(find_nonfinite(tensors.items()))  # each sees its own gradients
-        bad_tensor = next(filter(None, found), None)
+            tensors.update(weights_of(state.model))
+        # Each process sees its own gradients.
+        bad_tensor = next(filter(None, processes.share(find_nonfinite(tensors.items()))), None)
         if bad_tensor is None and math.isfinite(loss):
             return True
-        why = explain_nonfinite(step=step, loss=loss, earlier_losses=earlier_losses,
+        why = explain_nonfinite(step=state.step, loss=loss, earlier_losses=state.losses,
                                 learning_rate=learning_rate, loss_scaling=settings.loss_scaling,
                                 precision=settings.precision, bad_tensor=bad_tensor)
-        self.checkpoints.note("nonfinite", step, why=why)
-        if settings.on_nonfinite == "stop" or self._passed_over == step - 1:
+        self.checkpoints.note("nonfinite", state.step, why=why)
+        if settings.on_nonfinite == "stop" or self._skipped_step == state.step - 1:
             raise RunError(why)
-        back = self.checkpoints.newest_of_run()
-        if back.step == self._back_at:
+        checkpoint = self.checkpoints.newest_of_run()
+        if checkpoint.step == self._checkpoint_step:
             raise RunError(
                 f"{why}; it is not one bad batch, for the run had already gone back to the weights "
-                f"of step {back.step} and come to this again")
-        go_back(back, training)
-        self._passed_over, self._back_at = step, back.step
-        tqdm.write(f"warning: {why}; going on from the weights of step {back.step}")
+                f"of step {checkpoint.step} and come to this again")
+        state.go_back(checkpoint)
+        self._skipped_step, self._checkpoint_step = state.step, checkpoint.step
+        tqdm.write(f"warning: {why}; going on from the weights of step {checkpoint.step}")
         return False
 
 
@@ -91,21 +91,18 @@ def find_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]
 
 def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], learning_rate: float,
                       loss_scaling: float, precision: str, bad_tensor: Optional[str] = None) -> str:
-    """Explain a loss, gradient or weight that is not finite, in one line.
-
-    The line says whether numbers overflowed or the run diverged, and what to try.
+    """Return a line on a loss, gradient or weight that is not finite: overflow, or divergence?
 
     The device has updated the weights before the host sees the loss. A loss that is not finite has
     therefore made all weights useless, and its cause is the forward pass of this step or the update
     before it. The earlier losses distinguish overflow from divergence: they rise in a run that
     diverges, whereas an overflow happens while they are steady. A learning rate that no model is
-    trained with is the cause in either case. float16 ends at 65,504. What is
-    beyond becomes NaN on an IPU, because options.py sets the engine option debug.nanOverflowMode.
+    trained with is the cause in either case. float16 ends at 65,504; beyond, a number becomes NaN
+    on an IPU, because options.py sets the engine option debug.nanOverflowMode.
 
-    earlier_losses: the finite losses before `step`, in order. bad_tensor: the result of
-    `find_nonfinite`, a gradient ("Gradient___" and the name of a parameter) or a weight. It is
-    required if the loss is finite: then the forward pass was correct, but the gradients or the
-    update were not.
+    earlier_losses: the finite losses before `step`, in order. bad_tensor: of `find_nonfinite`, a
+    gradient ("Gradient___" and the name of a parameter) or a weight. It is required if the loss is
+    finite: then the forward pass was correct, but the gradients or the update were not.
     """
     sound_forward = math.isfinite(loss)
     bad_gradient = sound_forward and bad_tensor.startswith("Gradient___")
@@ -140,11 +137,7 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
 
 
 def _rising(losses: List[float]) -> bool:
-    """Return whether `losses` have risen at the end.
-
-    That is the case if the mean of their last eighth exceeds 1.5 times the lowest mean of equally
-    many consecutive losses.
-    """
+    """Return whether the mean of the last eighth exceeds 1.5 times the lowest of any as long."""
     width = max(1, len(losses) // 8)
     means = [
         sum(losses[first:first + width]) / width for first in range(len(losses) - width + 1)]

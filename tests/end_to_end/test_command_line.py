@@ -13,7 +13,7 @@ import pytest
 import infer
 import train
 from ipu_options.config import inference_pipeline, training_pipeline
-from ipu_options.popvision import Spans
+from ipu_options.popvision import PhaseTimer
 from planner.flags import TrainPlanSettings
 from qa.settings import named_configs, parse_infer, parse_train
 from runtime.errors import run_script
@@ -379,7 +379,7 @@ def test_a_single_question_runs_as_one_row_and_a_file_fills_the_pipeline(folder,
     for more in (["--question", "Where?", "--context", "Here."],
                  ["--input_file", str(folder / "train.json")]):
         settings, ipu_config = parse_infer([*flags, *more])
-        infer.load_answerer(settings, ipu_config, Spans("infer", settings))
+        infer.load_answerer(settings, ipu_config, PhaseTimer("infer", settings))
     single, of_file = (options.toDict() for options in made)
     names = ("execution_mode", "device_iterations", "replication_factor")
     assert [single[name] for name in names] == [1, 1, 1]  # sharded: one stage after the other

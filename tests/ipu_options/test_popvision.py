@@ -1,4 +1,4 @@
-"""PopVision's environment variables and the spans that are recorded on the host."""
+"""PopVision's environment variables and the phases that are timed on the host."""
 from __future__ import annotations
 
 import json
@@ -7,7 +7,7 @@ import os
 import pytest
 
 from ipu_options.config import DeviceSettings, IPUConfig
-from ipu_options.popvision import Spans, profiling_environment
+from ipu_options.popvision import PhaseTimer, profiling_environment
 from runtime.errors import RunError, UsageError
 
 
@@ -48,9 +48,9 @@ def test_environment_that_is_not_json_and_folders_that_cannot_be_are_refused(tmp
 def test_spans_nest_and_are_written_even_when_the_loop_fails(tmp_path):
     path = tmp_path / "trace.json"
     with pytest.raises(ValueError):
-        with Spans("train", DeviceSettings(trace=str(path))) as spans:
-            with spans("step"):
-                with spans("data"):
+        with PhaseTimer("train", DeviceSettings(trace=str(path))) as timer:
+            with timer("step"):
+                with timer("data"):
                     pass
                 raise ValueError("a loop that ends badly")
     events = {e["name"]: e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"}
@@ -59,9 +59,9 @@ def test_spans_nest_and_are_written_even_when_the_loop_fails(tmp_path):
 
 
 def test_the_time_of_each_phase_adds_up():
-    with Spans("train", DeviceSettings()) as spans:
+    with PhaseTimer("train", DeviceSettings()) as timer:
         for _ in range(3):
-            with spans("step"):
-                with spans("data"):
+            with timer("step"):
+                with timer("data"):
                     pass
-    assert set(spans.seconds) == {"step", "data"} and spans.seconds["step"] > spans.seconds["data"]
+    assert set(timer.seconds) == {"step", "data"} and timer.seconds["step"] > timer.seconds["data"]

@@ -11,8 +11,9 @@ from ipu_options.config import OUTPUT_MODES
 from planner.profile import open_profile
 from qa.model.parallelize import set_weights, weights_of
 from qa.model.pretrained import save_model
-from qa.run.checkpoint import Checkpoints, Training
+from qa.run.checkpoint import Checkpoints
 from qa.run.nonfinite import NonfiniteGuard
+from qa.run.state import TrainingState
 from tests.model.test_gradients import plain_model
 from tests.on_ipu.variants import (
     CONFIG,
@@ -176,18 +177,17 @@ def test_alternating(seen):
 def test_skipping(tmp_path, seen):
     """A run goes on after a step with NaN in all gradients, from its last checkpoint."""
     made = make_training(num_train_epochs=5, learning_rate=1e-3, on_nonfinite="skip", **HALF)
-    training = Training(made.model, made.optimizer, made.training_model,
-                        lambda folder: save_model(made.model, folder))
-    checkpoints, passed = Checkpoints(tmp_path, {}), []
-    guard = NonfiniteGuard(made.settings, checkpoints, training, made.options)
-    for step in range(1, 6):
-        batch = made.rows.starting_at(step - 1).first_batch()
-        if step == 3:
+    state, passed = TrainingState(made.model, made.optimizer, made.training_model), []
+    checkpoints = Checkpoints(tmp_path, {}, save_model)
+    guard = NonfiniteGuard(made.settings, checkpoints, state, made.options)
+    for state.step in range(1, 6):
+        batch = made.rows.starting_at(state.step - 1).first_batch()
+        if state.step == 3:
             batch["loss_weights"] *= math.inf
         loss = made.training_model(**batch).float().mean().item()
-        passed.append(guard.check_or_go_back(step, loss, 1e-3, [], look_at_weights=True))
-        if step == 2:
-            checkpoints.save(training, 2, [])
-    training.detached_weights()  # frees the IPUs
+        passed.append(guard.check_or_go_back(loss, 1e-3, look_at_weights=True))
+        if state.step == 2:
+            checkpoints.save(state)
+    state.weights()  # frees the IPUs
     seen(f"steps found finite: {passed}")
     assert passed == [True, True, False, True, True]

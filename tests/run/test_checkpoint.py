@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,21 +26,17 @@ from ipu_options import poptorch
 from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.options import training_options
 from qa.data.rows import TrainingRows
-from qa.run import checkpoint, state
+from qa.run import checkpoint, state_files
 from qa.run.checkpoint import (
     _AS_FLAGS,
-    Checkpoint,
     Checkpoints,
-    Training,
     _check_match,
-    _rng_of_process,
     check_output_folder,
     find_checkpoint,
-    go_back,
     list_checkpoints,
     load_checkpoint,
 )
-from qa.run.state import set_random_state
+from qa.run.state import Checkpoint, TrainingState, rng_of_process, set_random_state
 from qa.settings import MUST_MATCH, TrainSettings
 from runtime import files
 from runtime.errors import RunError, UsageError
@@ -49,20 +44,25 @@ from runtime.errors import RunError, UsageError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_model(folder):
+def write_model(model, folder):
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 64)
 
 
 def save(output_dir, step, write_model=write_model, optimizer=None, rng_state=(42, ),
          losses=(0.5, ), must_match=None, save_total_limit=None):
-    state = optimizer if optimizer is not None else {
-        "ipu_state": {"Accl1___w": torch.full((5, ), step)}}
-    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=list(rng_state),
-                             options=SimpleNamespace(replication_factor=1))
-    training = Training(None, SimpleNamespace(state_dict=lambda: state), device, write_model)
-    return Checkpoints(output_dir, must_match or {}, save_total_limit).save(
-        training, step, list(losses))
+    if optimizer is None:
+        optimizer = {"ipu_state": {"Accl1___w": torch.full((5, ), step)}}
+    checkpoints = Checkpoints(output_dir, must_match or {}, write_model, save_total_limit)
+    return checkpoints.save(state_at(step, optimizer, rng_state, list(losses)))
+
+
+def state_at(step, optimizer={}, rng_state=(1, ), losses=()):
+    """The state of a training without a model, in place of whose device there are these values."""
+    executor = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=list(rng_state),
+                               options=SimpleNamespace(replication_factor=1))
+    return TrainingState(None, SimpleNamespace(state_dict=lambda: optimizer), executor, step,
+                         list(losses))
 
 
 def model_at(folder):
@@ -70,8 +70,7 @@ def model_at(folder):
 
 
 def save_final(output_dir, write_model):
-    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None)
-    Checkpoints(output_dir, {}).save_final(Training(None, None, device, write_model))
+    Checkpoints(output_dir, {}, write_model).save_final(state_at(0))
 
 
 def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_match, **settings):
@@ -79,7 +78,7 @@ def open_run(output_dir, resume_from_checkpoint, overwrite_output_dir, must_matc
         output_dir=str(output_dir), resume_from_checkpoint=resume_from_checkpoint,
         overwrite_output_dir=overwrite_output_dir, **settings)
     check_output_folder(settings)
-    return Checkpoints(output_dir, must_match).start_or_resume(settings)
+    return Checkpoints(output_dir, must_match, write_model).start_or_resume(settings)
 
 
 def names(output_dir):
@@ -124,8 +123,14 @@ def test_every_kind_of_state_is_read_back_bit_for_bit(tmp_path):
     assert_same(loaded.optimizer, optimizer)
     # All files have the same permissions as any other file of the user.
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
-    assert (loaded.step, loaded.rng_state, loaded.progress) == (
-        7, rng_state, {"losses": [1 / 3, 5e-324], "must_match": {"seed": 3}, "replicas": 1})
+    assert (loaded.step, loaded.rng_state, loaded.losses, loaded.must_match, loaded.replicas) == (
+        7, rng_state, [1 / 3, 5e-324], {"seed": 3}, 1)
+    # Older checkpoints held these under "progress".
+    values = json.loads((folder / "trainer_state.json").read_text())
+    older = {"step": values.pop("step"), "progress": {
+        key: value for key, value in values.items() if key != "best"}}
+    (folder / "trainer_state.json").write_text(json.dumps(older))
+    assert repr(load_checkpoint(folder)) == repr(loaded)
 
 
 def test_state_of_a_torch_optimizer_continues_exactly(tmp_path):
@@ -177,8 +182,8 @@ def start(output_dir, dtype=torch.float32):
     config = IPUConfig(layers_per_ipu=[1], gradient_accumulation_steps=2, replication_factor=1)
     options = training_options(config, DeviceSettings(), seed=1)
     training_model = poptorch.trainingModel(model, options, optimizer)
-    return (Training(model, optimizer, training_model, partial(write_weights, model)),
-            Checkpoints(output_dir, {}))
+    return (TrainingState(model, optimizer, training_model),
+            Checkpoints(output_dir, {}, write_weights))
 
 
 GOOD = list(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)))
@@ -193,17 +198,17 @@ def test_a_run_goes_back_to_its_last_checkpoint_after_a_step_gone_wrong(tmp_path
     """
 
     def run(batches):
-        training, checkpoints = start(tmp_path, dtype)
-        for number, batch in enumerate(batches, start=1):
-            if not torch.isfinite(training.training_model(batch.to(dtype))).all():
+        state, checkpoints = start(tmp_path, dtype)
+        for state.step, batch in enumerate(batches, start=1):
+            if not torch.isfinite(state.executor(batch.to(dtype))).all():
                 back = checkpoints.newest_of_run()
-                go_back(back, training)
+                state.go_back(back)
                 # Only a device that is attached anew has accumulators of 0, see `go_back`.
-                assert back.step == 2 and not training.training_model.isAttachedToDevice()
-            if number == 2:
-                checkpoints.save(training, 2, [])
-        return {name: tensor.clone() for name, tensor in training.model.state_dict().items()
-                }, training.optimizer.state_dict()
+                assert back.step == 2 and not state.executor.isAttachedToDevice()
+            if state.step == 2:
+                checkpoints.save(state)
+        return {name: tensor.clone() for name, tensor in state.model.state_dict().items()
+                }, state.optimizer.state_dict()
 
     assert_same(run([*GOOD[:2], BAD, *GOOD[2:]]), run(GOOD))
 
@@ -212,7 +217,7 @@ def test_a_run_never_goes_back_to_a_checkpoint_of_another_run(tmp_path):
     """Checkpoint 4 is of a run whose checkpoint 2 this one continues; it is later than step 3."""
     for step in (2, 4):
         save(tmp_path, step)
-    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints = Checkpoints(tmp_path, {}, write_model)
     with pytest.raises(
             RunError,
             match="there is no whole checkpoint of this run in .*; save some with --save_steps"):
@@ -220,11 +225,7 @@ def test_a_run_never_goes_back_to_a_checkpoint_of_another_run(tmp_path):
     checkpoints.start_or_resume(
         TrainSettings(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
     assert checkpoints.newest_of_run().step == 2
-    training = Training(
-        None, SimpleNamespace(state_dict=dict),
-        SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1],
-                        options=SimpleNamespace(replication_factor=1)), write_model)
-    checkpoints.save(training, 3, [])
+    checkpoints.save(state_at(3))
     assert checkpoints.newest_of_run().step == 3
     truncate(tmp_path / "checkpoint-3")
     assert checkpoints.newest_of_run().step == 2
@@ -251,8 +252,8 @@ def test_killed_before_any_line_of_saving_leaves_whole_checkpoints(tmp_path, ste
 
     def trace(frame, event, argument):
         code = frame.f_code
-        if code.co_filename not in (checkpoint.__file__, state.__file__, files.__file__,
-                                    shutil.__file__) or code is state._encode.__code__:
+        if code.co_filename not in (checkpoint.__file__, state_files.__file__, files.__file__,
+                                    shutil.__file__) or code is state_files._encode.__code__:
             return None  # not a line of saving, or in `_encode`: thousands that touch no file
         if event == "line" and code.co_name != "<listcomp>":
             copies.append(tmp_path / str(len(copies)))
@@ -373,23 +374,20 @@ def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(
 
 def test_a_step_that_is_saved_is_not_saved_again_when_a_signal_comes_in_it(tmp_path):
     written = []
-    device = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1],
-                             options=SimpleNamespace(replication_factor=1))
-    training = Training(None, SimpleNamespace(state_dict=dict), device,
-                        lambda folder: (written.append(folder), write_model(folder)))
-    checkpoints = Checkpoints(tmp_path, {})
-    assert (checkpoints.save(training, 2, []) == checkpoints.save(training, 2, [])
+    checkpoints = Checkpoints(tmp_path, {}, lambda model, folder: (
+        written.append(folder), write_model(model, folder)))
+    assert (checkpoints.save(state_at(2)) == checkpoints.save(state_at(2))
             == tmp_path / "checkpoint-2")
     assert len(written) == 1
-    checkpoints.save(training, 3, [])
+    checkpoints.save(state_at(3))
     assert len(written) == 2
 
 
 def test_random_states_of_another_number_of_replicas_are_refused(tmp_path):
     checkpoint = load_checkpoint(save(tmp_path, 4, rng_state=(42, 7)))
-    assert _rng_of_process(checkpoint, 1) == [42, 7]
+    assert rng_of_process(checkpoint, 1) == [42, 7]
     with pytest.raises(UsageError, match="--resume_from_checkpoint .*--replication_factor"):
-        _rng_of_process(checkpoint, 2)
+        rng_of_process(checkpoint, 2)
 
 
 def test_a_fresh_start_among_checkpoints_is_refused_or_removes_them(tmp_path):
@@ -482,8 +480,8 @@ FULL_DISK = """
     from tests.run.test_checkpoint import *
     disk = Path(sys.argv[1])
     def mount(*words): subprocess.run(["mount", *words], check=True)
-    def large(folder):
-        write_model(folder)
+    def large(model, folder):
+        write_model(model, folder)
         (folder / "large").write_bytes(bytes(2 ** 20))
     mount("-t", "tmpfs", "-o", "size=1M", "tmpfs", str(disk))
     save(disk, 1)
@@ -536,7 +534,7 @@ def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path, limit):
 
 
 def test_the_final_model_is_put_in_place_whole_or_not_at_all(tmp_path):
-    def broken(folder):
+    def broken(model, folder):
         (folder / "config.json").write_text("new")
         raise OSError(28, "No space left on device")
 
@@ -563,8 +561,8 @@ def test_a_removed_output_folder_is_one_line(tmp_path):
 
 
 def test_an_error_of_another_kind_is_passed_on_and_leaves_nothing(tmp_path):
-    def broken(folder):
-        write_model(folder)
+    def broken(model, folder):
+        write_model(model, folder)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -609,9 +607,10 @@ FORGED = [
     ("training_state.json", b'{"dict": [[["optimizer"], 1]]}'),
     ("training_state.json", b'{"dict": [["optimizer", 1]]}'),
     ("trainer_state.json", b"[]"),
-    ("trainer_state.json", b'{"step": "seven", "progress": {}}'),
-    ("trainer_state.json", b'{"step": Infinity, "progress": {}}'),
-    ("trainer_state.json", b'{"step": -1, "progress": {}}'),
+    ("trainer_state.json", b'{"step": 7}'),
+    ("trainer_state.json", b'{"step": "seven", "losses": [], "must_match": {}}'),
+    ("trainer_state.json", b'{"step": Infinity, "losses": [], "must_match": {}}'),
+    ("trainer_state.json", b'{"step": -1, "losses": [], "must_match": {}}'),
 ]
 
 
@@ -681,8 +680,8 @@ def test_a_refused_resume_names_only_what_a_user_can_give():
         "self", "windows", "first_step"}
     for name in (*rows, "data", *MUST_MATCH, "embedding_serialization_factor"):
         assert name in flags or not _AS_FLAGS[name].startswith(f"--{name}"), name
-    then = Checkpoint(Path("c"), 1, {}, None, {}, {"must_match": {
-        "max_steps": -1, "row_length": 64, "micro_batches_per_update": 9}})
+    then = Checkpoint(Path("c"), 1, [], {
+        "max_steps": -1, "row_length": 64, "micro_batches_per_update": 9}, 1, None, {}, [], {})
     now = {"max_steps": 5, "row_length": 32, "micro_batches_per_update": 3}
     with pytest.raises(UsageError, match=(
             "--max_steps was not given, is 5; .*--gradient_accumulation_steps x "

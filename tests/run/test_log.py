@@ -1,21 +1,26 @@
-"""log.jsonl, its readers, and progress where the output is no terminal."""
+"""run.json, log.jsonl and its readers, and progress where the output is no terminal."""
 from __future__ import annotations
 
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from ipu_options.config import IPUConfig
 from qa.run.log import LOG, RunLog, before_resume, read_log
 from qa.settings import TrainSettings, parse_train
 from runtime.bars import Lines, in_terminal
 from runtime.errors import UsageError
 
+ROWS = SimpleNamespace(windows=SimpleNamespace(fingerprint="ab12"))
+
 
 def test_a_killed_runs_log_is_read_without_the_line_that_it_left_incomplete(tmp_path):
     with RunLog(TrainSettings(output_dir=str(tmp_path), compile_only=False)) as log:
-        log.begin()
+        log.begin(IPUConfig(), ROWS)
         log.add("log", 2, 0.5, loss=1.5, learning_rate=1e-5)
     with open(tmp_path / LOG, "a", encoding="utf-8") as file:
         file.write('{"event": "log", "step": 4, "lo')
@@ -36,7 +41,7 @@ def test_a_resumed_run_drops_what_it_does_once_more():
 def test_a_log_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / LOG).mkdir()
     with RunLog(TrainSettings(output_dir=str(tmp_path))) as log:
-        log.begin()
+        log.begin(IPUConfig(), ROWS)
     said = capsys.readouterr().out
     assert said.startswith(f"warning: {tmp_path / LOG}: cannot write it (Is a directory)")
 
@@ -65,3 +70,15 @@ def test_a_line_of_the_log_is_plain_json(tmp_path):
         log.add("nonfinite", 3, why='the loss is nan: "é"')
     (line,) = (tmp_path / LOG).read_text("ascii").splitlines()
     assert json.loads(line)["why"] == 'the loss is nan: "é"'
+
+
+@pytest.mark.parametrize("flag", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
+def test_the_record_of_a_run_repeats_it_and_keeps_no_token(tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flag, "--output_dir", "a folder"])
+    RunLog(TrainSettings(output_dir=str(tmp_path), seed=43, hub_token="hf_secret")).begin(
+        IPUConfig(), ROWS)
+    text = (tmp_path / "run.json").read_text()
+    record = json.loads(text)
+    assert "hf_secret" not in text and record["command"].endswith("--output_dir 'a folder'")
+    assert record["settings"]["seed"] == 43 and record["data_fingerprint"] == "ab12"
+    assert torch.__version__.startswith(record["versions"]["torch"].split("+")[0])

@@ -13,8 +13,9 @@ from transformers import RobertaConfig
 from ipu_options import poptorch
 from qa.model.pretrained import save_model
 from qa.model.roberta import RobertaForSpans
-from qa.run.checkpoint import Checkpoints, Training
+from qa.run.checkpoint import Checkpoints
 from qa.run.nonfinite import NonfiniteGuard, explain_nonfinite, find_nonfinite
+from qa.run.state import TrainingState
 from qa.settings import TrainSettings
 from runtime.errors import RunError
 
@@ -107,16 +108,15 @@ def test_a_run_that_comes_back_to_the_same_checkpoint_a_second_time_stops(tmp_pa
     optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.01)
     options = poptorch.Options()
     training_model = poptorch.trainingModel(model, options, optimizer)
-    training = Training(model, optimizer, training_model,
-                        lambda folder: save_model(model, folder))
-    checkpoints = Checkpoints(tmp_path, {})
-    guard = NonfiniteGuard(TrainSettings(on_nonfinite="skip"), checkpoints, training, options)
+    state = TrainingState(model, optimizer, training_model)
+    checkpoints = Checkpoints(tmp_path, {}, save_model)
+    guard = NonfiniteGuard(TrainSettings(on_nonfinite="skip"), checkpoints, state, options)
     ids, label, passed = torch.ones(1, 12, dtype=torch.int32), torch.tensor([[3]]), []
     with pytest.raises(RunError, match="^step 5: the loss is inf.* had already gone back to the "
                                        "weights of step 2 and come to this again$"):
-        for step, weight in enumerate([1.0, 1.0, math.inf, 1.0, math.inf, 1.0], start=1):
+        for state.step, weight in enumerate([1.0, 1.0, math.inf, 1.0, math.inf, 1.0], start=1):
             loss = training_model(ids, ids, ids, label.int(), label.int(), torch.tensor([[weight]]))
-            passed.append(guard.check_or_go_back(step, loss.item(), 0.01, [], False))
-            if step == 2:
-                checkpoints.save(training, 2, [])
+            passed.append(guard.check_or_go_back(loss.item(), 0.01, False))
+            if state.step == 2:
+                checkpoints.save(state)
     assert passed == [True, True, False, True]
