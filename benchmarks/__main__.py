@@ -1,50 +1,73 @@
-"""Run all benchmarks, one after the other, each in a process of its own.
+"""Run benchmarks: each runs its sides in turn on this machine, and prints the ratio of their times.
 
-Each benchmark prints its ratios, their spread and the limits that the ratios have to reach.
-
-    python -m benchmarks                       about an hour on 2 cores; needs `accelerate`
-    python -m benchmarks startup features      only these two
+    python -m benchmarks                             all that need no flag: an hour on 2 cores
+    python -m benchmarks startup features            these two
+    python -m benchmarks features --runs 5 --help    one, with its flags
 """
 from __future__ import annotations
 
 import argparse
+import inspect
 import subprocess
 import sys
+from importlib import import_module
 
 from benchmarks.measure import machine
 
-COMMANDS = {  # the quickest first
-    "startup": ["--runs", "5"],
-    "features": ["--runs", "5"],
-    "input_pipeline": [],
-    "answers": [],
-    "host_overhead": [],
-    "processes": [],
-    "busy": [],
-    "packing": [],
-    "inference": ["--runs", "3"],
-    "million_windows": [],
-    "growth": [],
-    "training": [],
-}
+MODULE_OF = {  # the quickest first
+    "startup": "answering", "features": "data", "input_pipeline": "data", "packing": "data",
+    "answers": "answering", "host_overhead": "host", "processes": "host", "busy": "host",
+    "inference": "answering", "growth": "data", "training": "training"}
+HIDDEN = {"trainer": "training", "process": "host"}  # what others run as a side
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    argv = sys.argv[1:]
+    names = [word for word in argv if not word.startswith("-")]
+    if len(argv) == len(names) != 1:
+        several(names or list(MODULE_OF))
+        return
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(COMMANDS)}")
-    names = parser.parse_args().names or list(COMMANDS)
-    unknown = set(names) - set(COMMANDS)
+    commands = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, module in {**MODULE_OF, **HIDDEN}.items():
+        command = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in argv[:1]:
+            function = getattr(import_module(f"benchmarks.{module}"), name)
+            command.description = inspect.cleandoc(function.__doc__)
+            add_flags(command, function)
+    flags = vars(parser.parse_args(argv))
+    del flags["name"]
+    print(machine(), flush=True)
+    function(**flags)
+
+
+def add_flags(parser: argparse.ArgumentParser, function) -> None:
+    """Add a flag for each argument of `function`, of its default's type; text if that is None."""
+    for name, argument in inspect.signature(function).parameters.items():
+        default = argument.default
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+        elif default is inspect.Parameter.empty:
+            parser.add_argument(f"--{name}", required=True)
+        else:
+            several = isinstance(default, tuple)
+            kind = type(default[0] if several else default)
+            parser.add_argument(f"--{name}", default=default, nargs="+" if several else None,
+                                type=str if default is None else kind, help=f"default: {default}")
+
+
+def several(names) -> None:
+    """Run several benchmarks one after the other, each in a process of its own."""
+    unknown = set(names) - set(MODULE_OF)
     if unknown:
-        parser.error(
-            f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(COMMANDS)}")
-    print(f"{machine()}\n", flush=True)
+        sys.exit(f"no benchmark without flags is called {', '.join(sorted(unknown))}; there are "
+                 f"{', '.join(MODULE_OF)}")
     failed = []
     for name in names:
-        print(f"== python -m benchmarks.{name} {' '.join(COMMANDS[name])}", flush=True)
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *COMMANDS[name]]).returncode:
+        print(f"== python -m benchmarks {name}", flush=True)
+        if subprocess.run([sys.executable, "-m", "benchmarks", name]).returncode:
             failed.append(name)
-        print(flush=True)
     if failed:
         sys.exit(f"ended with an error: {', '.join(failed)}")
 
