@@ -27,7 +27,7 @@ class JobSettings(Settings):
     config_json: Optional[str] = flag(
         None, "plan the model of this config.json, without weights or tokenizer")
     hidden_size: Optional[int] = flag(
-        None, "width of the model to plan, which then needs no checkpoint", type=int, min=1,
+        None, "width of the model to plan, in place of the configuration's", type=int, min=1,
         max=65_536)
     num_hidden_layers: Optional[int] = flag(
         None, "number of encoder layers of the model to plan", type=int, min=1, max=256)
@@ -57,7 +57,7 @@ class JobSettings(Settings):
         """Whether the model to plan is that of a folder, or of a name that only the hub knows."""
         name = settings.model_name_or_path
         known = name.split("/")[-1] in MODELS and not Path(name).is_dir()
-        return not (self.config_json or self.shape() or settings.demo_data or known)
+        return not (self.config_json or settings.demo_data or known)
 
 
 @dataclass

@@ -40,6 +40,8 @@ class LayerParts(NamedTuple):
 SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
          "intermediate_size": 1, "max_position_embeddings": 1, "type_vocab_size": 1,
          "pad_token_id": 0}
+# No encoder is larger: a number beyond is a mistake, and would be counted for ever.
+MOST_LAYERS, LARGEST_SIZE = 256, 10_000_000
 # The least --max_seq_length: a model with fewer positions has room for no row.
 LEAST_POSITIONS = 16
 
@@ -158,10 +160,10 @@ def check_config(config: Any, name: str) -> None:
                          f"it should be {right}")
 
     for key in family.sizes:
-        least = SIZES.get(key, 1)
+        least, most = SIZES.get(key, 1), MOST_LAYERS if "layers" in key else LARGEST_SIZE
         size = getattr(config, key, least)
-        if type(size) is not int or size < least:
-            refuse(key, f"a whole number from {least} on")
+        if type(size) is not int or not least <= size <= most:
+            refuse(key, f"a whole number from {least} to {most:,}")
     for key in family.fractions:
         number = getattr(config, key, 0.0)
         if type(number) not in (int, float) or not 0 <= number < 1:

@@ -314,6 +314,36 @@ def test_every_family_is_planned_from_its_config_json(tmp_path, capsys, kind, si
         parameter.numel() for parameter in model.parameters())
 
 
+def test_shape_flags_change_the_configurations_own_model(capsys):
+    flags = ["--config", "squad_large_384", "--num_hidden_layers", "6", "--layers_per_ipu", "3",
+             "3", "--matmul_proportion", "0.2"]
+    assert main(["plan", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["title"] == "squad_large_384, roberta-large with 6 layers 1024 wide"
+    large = MODELS["roberta-large"]
+    assert plan["model"] == {**{name: large[name] for name in plan["model"]},
+                             "num_hidden_layers": 6}
+    assert plan["blocks"][1]["parameters"] == 12 * 1024 ** 2 + 13 * 1024
+    # Of a width of one's own, the heads are 64 wide and the feed-forward layers four times as wide.
+    assert main(["plan", "--json", *flags, "--hidden_size", "512", "--vocab_size", "99"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == {
+        "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8,
+        "intermediate_size": 2048, "vocab_size": 99}
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"num_hidden_layers": 10 ** 6}, "num_hidden_layers is 1000000 .* from 1 to 256"),
+    ({"hidden_size": 10 ** 9}, "hidden_size is 1000000000 .* from 1 to 10,000,000"),
+    ({"hidden_size": 100}, "hidden_size is 100 .* a multiple of the 12 attention heads"),
+    ({"model_type": None}, "has no model_type; name the config.json of a checkpoint")])
+def test_a_config_json_that_no_model_has_is_refused_by_name(changed, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({name: value for name, value in {
+        **MODELS["bert-base-uncased"], **changed}.items() if value is not None}))
+    with pytest.raises(UsageError, match=f"^--config_json {path}:? {message}"):
+        main(["plan", "--config_json", str(path)])
+
+
 @pytest.mark.parametrize("command, message", [
     ("search --trace t.json", "--trace"),
     ("calibrate --show --trace t.json", "--trace"),
