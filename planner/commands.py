@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import string
 import sys
 import time
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from ipu_options.config import POD_IPUS, IPUConfig, pod_of
 from planner.flags import (
     CalibrateSettings,
+    CompareSettings,
     ExploreSettings,
     JobSettings,
     PlanSettings,
@@ -73,33 +75,26 @@ def search(argv: List[str]) -> int:
             f"--ipus {ipus}: IPUs are reserved in powers of two, at most {counts[-1]}; the nearest "
             f"is {near}")
     _refuse_early(settings, planning)
-    from planner.from_settings import Request, described, planned
+    from planner.from_settings import Request, planned
+    from planner.present import check_output, present
     from planner.search import search as best_plans
     from planner.search import settings_of
+    from planner.sides import Side
     from planner.text import search_text
 
+    check_output(searching)
     begin = time.perf_counter()
     request = Request(settings, ipu_config, planning, searching.phase)
-    given = planned(request)
-    if searching.inference and given.job.windows is None:
+    now = planned(request)
+    if searching.inference and now.job.windows is None:
         raise UsageError("how many windows there are to answer is not known: give --eval_windows, "
                          "for the number of micro-batches of a call depends on it")
-    plans, tried = best_plans(given.job, ipus, ipu_config, given.efficiencies, searching.keep)
+    plans, tried = best_plans(now.job, ipus, ipu_config, now.efficiencies, searching.keep)
     seconds = time.perf_counter() - begin
-    if searching.html or searching.plot:
-        from planner.comparison import comparison_text
-        from planner.page import write_page
-        from planner.pictures import draw_comparison
-        from planner.sides import found_sides
-        sides = found_sides(given, plans, request, ipus)
-        if searching.plot:
-            draw_comparison(sides, searching.plot)
-        if searching.html:
-            write_page(searching.html, "Search", sides, comparison_text(sides))
-    if searching.json:
-        print(json.dumps([described(plan, request) for plan in plans], indent=2))
-    else:
-        print(search_text(plans, tried, seconds, given, ipu_config, ipus))
+    sides = [Side.from_search(str(place) if place else "given", plan, request, ipus)
+             for place, plan in enumerate([now, *plans])]
+    present(sides, searching, "Search", [side.plan for side in sides[1:]],
+            search_text(sides, tried, seconds, [now, *plans], ipu_config, ipus))
     if searching.write:
         best = settings_of(plans[0], ipu_config, ipus)
         with writing(f"--write {searching.write}"):
@@ -117,8 +112,32 @@ def sweep(argv: List[str]) -> int:
 
 def compare(argv: List[str]) -> int:
     """Set plans, runs and profiles side by side."""
-    from planner.sides import run_compare
-    return run_compare(argv)
+    from planner.present import check_output, present
+    from planner.sides import (
+        USAGE,
+        Side,
+        check_phases,
+        comparison_record,
+        parse_around,
+        whole,
+    )
+    from planner.text import comparison_text
+
+    items, comparing, common = parse_around(argv, CompareSettings, "compare",
+                                            f"{compare.__doc__} {USAGE}")
+    most = len(string.ascii_uppercase)
+    if not 2 <= len(items) <= most:
+        raise UsageError(f"compare: {len(items)} given, it takes 2 to {most}; usage: {USAGE}")
+    check_output(comparing)
+    sides = [Side.from_word(name, item, common, comparing.phase)
+             for name, item in zip(string.ascii_uppercase, items)]
+    check_phases(sides)
+    for side in sides:
+        if side.kind == "saved plan":
+            with whole(f"{side.name}, {side.item}: "):
+                comparison_text([side])
+    present(sides, comparing, "Comparison", comparison_record(sides))
+    return 0
 
 
 def explore(argv: List[str]) -> int:
@@ -161,10 +180,14 @@ def report(argv: List[str]) -> int:
     settings, ipu_config, planning, reporting = _parse(argv, report, JobSettings, ReportSettings)
     _refuse_trace(settings, "report")
     from planner.from_settings import Request, planned
-    from planner.profile import open_profile, profile_text
+    from planner.profile import advice, open_profile
+    from planner.sides import Side
+    from planner.text import profile_text
 
-    plan = planned(Request(settings, ipu_config, planning))
-    print(profile_text(open_profile(reporting.profile), plan))
+    request = Request(settings, ipu_config, planning)
+    profile, plan = open_profile(reporting.profile), planned(request)
+    side = replace(Side.from_plan("", plan, request), profile=profile)
+    print(profile_text(side) + f"\n\nWhat to change: {advice(profile, plan)}")
     return 0
 
 
@@ -178,34 +201,22 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
         raise UsageError("--fit and --json exclude each other: `python -m planner calibrate "
                          "--show --json` gives the errors as JSON")
     _refuse_early(settings, planning)
-    from planner.calibrate import compare
-    from planner.from_settings import (
-        Request,
-        described,
-        planned,
-        planned_name,
-        pod_note,
-        published,
-    )
-    from planner.text import fit_text, plan_text
+    from planner.from_settings import Request, planned, published
+    from planner.present import check_output, present
+    from planner.sides import Side
 
+    check_output(planning)
     request = Request(settings, ipu_config, planning, planning.phase)
-    plan, title = planned(request), planned_name(request)
-    text = plan_text(plan, title, pod_note(request, plan.job))
-    print(json.dumps(described(plan, request), indent=2) if planning.json else text)
+    plan = planned(request)
+    side = Side.from_plan("", plan, request)
+    present([side], planning, f"Plan: {side.title}", side.plan)
     if planning.fit:
+        from planner.calibrate import compare
+        from planner.text import fit_text
         print("\n" + fit_text(compare(published(), plan.efficiencies), plan.efficiencies))
-    if planning.plot:
-        from planner.pictures import draw_plan
-        draw_plan(plan, planning.plot, title)
-    if planning.html:
-        from planner.comparison import Side
-        from planner.page import write_page
-        side = Side("A", "", "flags", title, {}, described(plan, request))
-        write_page(planning.html, f"Plan: {title}", [side], text, plan)
     if settings.trace:
         from planner.pictures import write_timeline
-        write_timeline(plan, settings.trace)
+        write_timeline(side.plan, settings.trace)
     return 0
 
 

@@ -11,22 +11,28 @@ import threading
 from contextlib import suppress
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from dash import ALL, Input, Output, State, ctx, dcc, html, set_props
 from dash.exceptions import PreventUpdate
 
 from ipu_options.config import POD_IPUS, IPUConfig, pod_of
-from planner.advice import changes, describe
-from planner.comparison import Side, comparison_text
 from planner.flags import ExploreSettings, JobSettings, flag_words, flags_text
-from planner.from_settings import Request, planned, planned_name, pod_note, request_of
-from planner.page import PLOT_CONFIG, timeline, views_of
+from planner.from_settings import Request, planned, request_of
+from planner.page import PLOT_CONFIG, figure
 from planner.phase import INFERENCE, TRAINING, Phase
 from planner.plan import Plan
 from planner.search import search, settings_in, settings_of
-from planner.sides import planned_side
-from planner.text import heading, throughput_text, value_text, verdict
+from planner.sides import Side
+from planner.text import (
+    comparison_text,
+    describe,
+    heading,
+    throughput_line,
+    value_text,
+    verdict,
+)
+from planner.views import views_of
 from qa.settings import train_flags
 from qa.web.server import new_page, serve
 from runtime.errors import RunError, UsageError
@@ -56,7 +62,7 @@ FORMS = {
         "optimizer_state_offchip": "Optimizer state off chip"}),
     INFERENCE: Form(INFERENCE.flags(_TEXTS),
                     INFERENCE.flags({**_NUMBERS, "device_iterations": "Iterations"}), _PACK)}
-VIEWS = ("timeline", "memory", "parts", "stages", "throughput")
+VIEWS = ("timeline", "memory", "stages", "parts", "throughput", "split")
 COUNTED_AHEAD = (1, 2, 4, 8, 16)  # parts of the embedding; others take a moment once
 # On a wide screen the fields stay in sight.
 _STYLE = ("@media (min-width: 60em) {#controls {position: sticky; top: 0; align-self: flex-start;"
@@ -214,12 +220,6 @@ def make_app(base: Planned, file: str) -> Any:
         styles = {f"{name}-style": _height(parts[name]) for name in VIEWS}
         return {**parts, **styles, "error": "", "flags": json.dumps(now.flags)}
 
-    @app.callback(Output("pinned-timeline", "figure"), Output("pinned-timeline", "style"),
-                  Input("pinned", "data"))
-    def show_pinned(pinned: Optional[str]) -> Tuple[Any, Dict[str, Any]]:
-        figure = pinned_plan(pinned, phase)[1] if pinned else {}
-        return figure, _height(figure) if figure else {"display": "none"}
-
     @app.callback(Output("moves", "children"), Input(next(iter(form.texts)), "value"),
                   State({"from": ALL, "to": ALL}, "id"))
     def offer_moves(layers: str, old: List[Any]) -> List[Any]:
@@ -282,33 +282,28 @@ def moved(layers_per_ipu: str, start: int, end: int) -> str:
 
 def shown(now: Planned, pinned: Optional[str] = None) -> Dict[str, Any]:
     """Return what the page shows of a plan, by the id of its element. pinned: flags as JSON."""
-    plan, request = now.plan, now.request
-    sides = [*([pinned_plan(pinned, request.phase)[0]] if pinned else []), _side("now", now)]
-    title, note = planned_name(request), pod_note(request, plan.job)
-    offers = changes(plan)[:4]
+    sides = [*([pinned_side(pinned, now.request.phase)] if pinned else []), _side("now", now)]
+    plan = sides[-1].plan
+    figures = {view.name: figure(view) for view in views_of(sides)}
+    offers = [html.Li([describe(plan, change), " ", html.Button(
+        "Try", id={"flags": json.dumps(change["settings"])},
+        **{"aria-label": f"Try {flags_text(change['settings'])}"})])
+        for change in plan["suggestions"][:4]]
     return {
-        "verdict": "\n".join([verdict(plan), throughput_text(plan), heading(plan, title),
-                              *([note] if note else [])]),
+        "verdict": "\n".join([verdict(plan), throughput_line(plan), heading(plan)]),
         "text": comparison_text(sides), "command": command(now),
-        "advice": [html.Li([describe(plan, change), " ", html.Button(
-            "Try", id={"flags": json.dumps(change.settings)},
-            **{"aria-label": f"Try {flags_text(change.settings)}"})])
-                   for change in offers] or [html.Li("No single change of a setting " + (
-                       "is faster and fits" if plan.fits else "makes it fit: search"))],
-        **dict(zip(VIEWS, [timeline(plan), *views_of(sides)]))}
+        "advice": offers or [html.Li(plan["suggestion"])],
+        **{name: figures[name] for name in VIEWS}}
 
 
 @lru_cache(maxsize=32)
-def pinned_plan(flags: str, phase: Phase) -> Tuple[Side, Any]:
-    """Return the pinned plan of these flags, as JSON, as a side, and its timeline."""
-    pinned = plan_of(json.loads(flags), phase)
-    drawn = timeline(pinned.plan)
-    drawn["layout"]["title"]["text"] = "Pinned: " + drawn["layout"]["title"]["text"]
-    return _side("pinned", pinned), drawn
+def pinned_side(flags: str, phase: Phase) -> Side:
+    """Return the pinned plan of these flags, as JSON."""
+    return _side("pinned", plan_of(json.loads(flags), phase))
 
 
 def _side(name: str, now: Planned) -> Side:
-    return planned_side(name, flags_text(now.flags), "flags", now.plan, now.request)
+    return Side.from_plan(name, now.plan, now.request, flags_text(now.flags))
 
 
 def _height(figure: Dict[str, Any]) -> Dict[str, Any]:
@@ -373,7 +368,7 @@ def _layout(base: Planned) -> Any:
                 html.H2("Run it"), html.Pre(id="command", style=_WRAPPED),
                 *(dcc.Graph(id=name, config={**PLOT_CONFIG, "displayModeBar": False},
                             style={"display": "none"})
-                  for name in ("timeline", "pinned-timeline", *VIEWS[1:])),
+                  for name in VIEWS),
                 html.H2("In words and numbers"),
                 html.Pre(id="text", tabIndex=0, style={"overflowX": "auto"})],
                 style={"flex": "3 1 40em", "minWidth": 0})],

@@ -11,12 +11,11 @@ from typing import Any, Dict, List, NamedTuple, Optional
 from ipu_options.config import IPUS_OF_A_HOST, POD_IPUS, IPUConfig, pod_of, reserved_ipus
 from ipu_options.layout import in_ipus
 from planner import calibrate
-from planner.flags import MODELS, SHAPE, JobSettings
+from planner.flags import MODELS, JobSettings
 from planner.job import Job
 from planner.machine import MACHINES
 from planner.phase import INFERENCE, TRAINING, Phase
 from planner.plan import Plan, make_plan
-from planner.text import hosts_text, plan_dict
 from qa.checks import check_row_length
 from qa.data import demo
 from qa.settings import TrainSettings, train_settings
@@ -93,19 +92,6 @@ def planned(request: Request) -> Plan:
     return make_plan(make_job(request), calibrate.load(request.planning.calibration))
 
 
-def described(plan: Plan, request: Request) -> Dict[str, Any]:
-    """Return a plan as a dictionary for JSON, with the configuration and the model it is of."""
-    from qa.model.families import family_of
-
-    settings, planning, model = request.settings, request.planning, planned_model(request)
-    own_names = family_of(model).own_names
-    return {"title": planned_name(request), "config": settings.config,
-            "model_name_or_path": None if planning.shape() or planning.config_json
-            else settings.model_name_or_path,
-            "model": {name: getattr(model, own_names.get(name, name)) for name in SHAPE},
-            "pod_type": pod_of(plan.job.ipus), **plan_dict(plan)}
-
-
 def pod_note(request: Request, job: Job) -> Optional[str]:
     """Return a sentence on the pod that the job takes, if a run with these flags has a smaller one.
 
@@ -124,6 +110,19 @@ def pod_note(request: Request, job: Job) -> Optional[str]:
                 "finds what fits there.")
     return (f"That takes {pod}: a run needs --pod_type {pod} --replication_factor "
             f"{job.config.replication_factor} as well.")
+
+
+def hosts_text(job: Job) -> str:
+    """Return how several hosts share the job, what starts them, and what is assumed of them."""
+    replicas, hosts = job.config.replication_factor, job.hosts
+    text = (f"{hosts} hosts of {IPUS_OF_A_HOST} IPUs, with one instance each, which feeds "
+            f"{replicas // hosts} replicas (more instances on a host are not planned): poprun "
+            f"--num-instances {hosts} --num-replicas {replicas} --ipus-per-replica "
+            f"{reserved_ipus(job.config.num_ipus())}.")
+    return text if not job.training else (
+        f"{text}\nAssumed: gradients are reduced within each rack of {IPUS_OF_A_HOST} over its "
+        "IPU-Links, and the shares of its IPUs between racks over two GW-Links of 100 Gbit/s for "
+        "each four IPUs; no published run tells how good this is.")
 
 
 def planned_pod(request: Request) -> str:

@@ -40,3 +40,4 @@ TRAINING = Phase("training", "", "micro_batch_size", "train", "accumulation",
                  "weight update", ("forward", "recompute", "backward"), 2, training_pipeline)
 INFERENCE = Phase("inference", "inference_", "eval_micro_batch_size", "eval", "iterations",
                   "call", ("forward",), 1, inference_pipeline)
+PHASES = {phase.name: phase for phase in (TRAINING, INFERENCE)}

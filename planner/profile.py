@@ -1,4 +1,4 @@
-"""Compares memory and balance in a PopVision profile with the plan.
+"""Reads memory and cycles from a PopVision profile, and says what to change.
 
 profile.pop is read through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision
 Analysis Library: Python API"), which comes with the Poplar SDK. Attributes used:
@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from planner.advice import changes, suggestion
-from planner.machine import MIB
 from planner.plan import Plan
-from planner.text import table
 from runtime.errors import RunError, UsageError
 
 CODE = ("vertexCode", "controlCode", "internalExchangeCode", "hostExchangeCode",
@@ -105,34 +103,6 @@ def read_profile(report: Any) -> Profile:
     return Profile(total, code, largest, target.bytesPerTile, cycles, target.clockFrequency)
 
 
-def profile_text(profile: Profile, plan: Plan) -> str:
-    """Return the printed report: memory, cycles and balance beside the plan, and what to change.
-
-    plan: that of the profiled run. Raises UsageError if it is for another number of IPUs.
-    """
-    if len(profile.total_bytes) != len(plan.memory):
-        raise UsageError(
-            f"the profile is of {len(profile.total_bytes)} IPUs, the plan of {len(plan.memory)}: "
-            "give report the flags that the profiled run was started with")
-    memory = [[
-        f"IPU {ipu}", f"{profile.total_bytes[ipu] / MIB:.0f}", f"{sum(parts.values()) / MIB:.0f}",
-        f"{profile.ipu_code_bytes[ipu] / MIB:.0f}", f"{parts['code'] / MIB:.0f}",
-        f"{100 * profile.largest_tile_bytes[ipu] / profile.tile_limit_bytes:.0f} %"]
-              for ipu, parts in plan.memory.items()]
-    load = _planned_load(plan)
-    most = max(profile.work_cycles(ipu) for ipu in plan.memory) or 1
-    cycles = [[f"IPU {ipu}"] +
-              [f"{1e3 * profile.cycles[ipu][name] / profile.clock_hz:.2f}" for name in ACTIVITIES] +
-              [f"{100 * profile.work_cycles(ipu) / most:.0f} %", f"{100 * load[ipu]:.0f} %"]
-              for ipu in plan.memory]
-    return "\n\n".join([
-        "Memory in MiB, as profiled and as planned\n" +
-        table(["", "profiled", "planned", "code", "code planned", "fullest tile"], memory),
-        "Time in ms of the profiled call, by what an IPU does\n" +
-        table(["", *ACTIVITIES, "load", "load planned"], cycles),
-        "What to change: " + advice(profile, plan)])
-
-
 def advice(profile: Profile, plan: Plan) -> str:
     """Return the change to make next, in one line.
 
@@ -165,9 +135,3 @@ def advice(profile: Profile, plan: Plan) -> str:
             f"--device_iterations {2 * plan.job.config.device_iterations}, "
             "or more --dataloader_num_workers")
     return suggestion(plan, changes(plan))
-
-
-def _planned_load(plan: Plan) -> Dict[int, float]:
-    """Return each IPU's planned work relative to that of the slowest IPU."""
-    seconds = plan.schedule.load
-    return {ipu: value / max(seconds.values()) for ipu, value in seconds.items()}

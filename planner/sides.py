@@ -1,20 +1,25 @@
-"""python -m planner compare: reads what is to be compared, and prints it side by side."""
+"""What is compared: the plan of some flags, a saved plan, a run of train.py, a PopVision profile.
+
+The plan of a side is a dictionary (`plan_record`): one that was saved as JSON is as good as one
+that was just made.
+"""
 from __future__ import annotations
 
-import json
 import shlex
-import string
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from ipu_options.config import IPU_CONFIG_NAME, IPUConfig
-from planner.comparison import Side, comparison_dict, comparison_text
-from planner.flags import CompareSettings, JobSettings, flags_text
-from planner.from_settings import Request, described, planned
-from planner.phase import INFERENCE, TRAINING, Phase
-from planner.plan import Plan
-from planner.profile import open_profile, profile_file
+from ipu_options.config import IPU_CONFIG_NAME, IPUConfig, pod_of
+from planner.advice import changes, suggestion
+from planner.confidence import CONFIDENCE, expected_error
+from planner.flags import SHAPE, JobSettings, flags_text
+from planner.from_settings import Request, planned, planned_model, planned_name, pod_note
+from planner.memory import reasons
+from planner.phase import INFERENCE, PHASES, TRAINING, Phase
+from planner.plan import Plan, latency_seconds
+from planner.profile import Profile, open_profile, profile_file
 from planner.search import settings_in
 from qa.settings import TrainSettings, parse_train
 from runtime.errors import RunError, UsageError
@@ -26,168 +31,262 @@ USAGE = (
     'all]; each of them is flags of train.py in quotes, an ipu_config.json, a plan saved by `plan '
     '--json`, or the folder of a run or of a profile')
 RUN_RECORD, PROFILE_NOTE = "run.json", "framework.json"
+_NAMES_ONLY = ("config", "output_dir")  # settings that name a run rather than how it works
+THIS_HOST = "this host"  # where a sweep measured, if not on IPUs
+_DEVICES = {"IPU": "IPUs", "host": "a host without IPUs"}
 
 
-def run_compare(argv: Sequence[str]) -> int:
-    """Print the comparison that `argv` asks for (see USAGE) and return 0.
+@dataclass(frozen=True)
+class Side:
+    """One of the things that are compared."""
 
-    Raises UsageError for what cannot be compared, RunError for what cannot be read or written.
-    """
-    items, own, common = parse(argv)
-    sides = [read_side(name, item, common, own.phase)
-             for name, item in zip(string.ascii_uppercase, items)]
-    _check_phases(sides)
-    if own.json:
-        print(json.dumps(comparison_dict(sides), indent=2))
-    else:
-        print(comparison_text(sides))
-    if own.plot:
-        from planner.pictures import draw_comparison
-        draw_comparison(sides, own.plot)
-    if own.html:
-        from planner.page import write_page
-        write_page(own.html, "Comparison", sides, comparison_text(sides))
-    return 0
+    name: str                                # "A", "B" and so on
+    item: str                                # as on the command line
+    kind: str                                # flags, ipu_config.json, saved plan, run or profile
+    title: str
+    settings: Dict[str, Any]                 # all that are known, by flag
+    plan: Optional[Dict[str, Any]] = None    # `plan_record`; without one, `note` says why
+    measured: Dict[str, Any] = field(default_factory=dict)  # of a run; on `device` IPU or host
+    profile: Optional[Profile] = None
+    note: Optional[str] = None
+
+    @classmethod
+    def from_word(cls, name: str, item: str, common: List[str], phase: Phase = TRAINING
+                  ) -> "Side":
+        """Return what the word `item` of the command line stands for, as the Side `name`.
+
+        common: flags of everything that is planned. phase: the pipeline to plan.
+        Raises UsageError, which names the side, if it is nothing that can be compared, RunError if
+        it cannot be read.
+        """
+        where = f"{name}, {item}" if Path(item).exists() else f'{name}, "{item}"'
+        try:
+            if not item.strip() or not Path(item).exists():
+                words = shlex.split(item)
+                if words and not words[0].startswith("-"):
+                    raise UsageError("there is no such file or folder, and flags begin with --; "
+                                     f"usage: {USAGE}")
+                return cls.from_flags(name, [*common, *words], phase, item)
+            if Path(item, RUN_RECORD).is_file():
+                return cls.from_run(name, item, common, phase)
+            saved = item.endswith(".json") and read_json_object(Path(item), item)
+            if saved and "update_parts_seconds" in saved:
+                return cls.from_saved_plan(name, item, saved)
+            if saved or Path(item, IPU_CONFIG_NAME).is_file():
+                return cls.from_flags(name, [*common, "--ipu_config", item], phase, item,
+                                      "ipu_config.json")
+            return cls.from_profile(name, item, common, phase)
+        except (UsageError, RunError, ValueError) as error:
+            kind = RunError if isinstance(error, RunError) else UsageError
+            raise kind(f"{where}: {error}") from error
+
+    @classmethod
+    def from_flags(cls, name: str, words: List[str], phase: Phase = TRAINING, item: str = "",
+                   kind: str = "flags") -> "Side":
+        """Return the plan of the flags of train.py in `words`. Raises what planning them does."""
+        request = Request(
+            *parse_train(words, JobSettings, program="compare", description=USAGE), phase)
+        return cls.from_plan(name, planned(request), request, item, kind)
+
+    @classmethod
+    def from_plan(cls, name: str, plan: Plan, request: Request, item: str = "",
+                  kind: str = "flags") -> "Side":
+        """Return the plan of a request."""
+        record = plan_record(plan, request)
+        return cls(name, item, kind, item if item.strip() else record["title"],
+                   {**request.settings.values(), **_recorded_settings(record)}, record)
+
+    @classmethod
+    def from_search(cls, name: str, plan: Plan, request: Request, ipus: int) -> "Side":
+        """Return a plan that a search for `ipus` IPUs looked at; its title is its settings."""
+        side = cls.from_plan(name, plan, request)
+        size = {plan.job.phase.micro_batch_flag: plan.job.micro_batch_size}
+        return replace(side, title=flags_text(settings_in(plan, request.ipu_config, ipus)),
+                       settings={**side.settings, **size})
+
+    @classmethod
+    def from_saved_plan(cls, name: str, item: str, plan: Dict[str, Any]) -> "Side":
+        """Return a plan that `plan --json` printed. Raises UsageError if parts are missing."""
+        with whole(""):
+            size = PHASES[plan["phase"]].micro_batch_flag
+            known = {size: plan["micro_batch_size"], **{
+                key: plan[key] for key in ("max_seq_length", "precision")}}
+            return cls(name, item, "saved plan", f"{plan['title']}, {item}",
+                       {**known, **_recorded_settings(plan)}, plan)
+
+    @classmethod
+    def from_run(cls, name: str, item: str, common: List[str], phase: Phase) -> "Side":
+        """Return a run: its settings, what it measured, and the plan of the same settings."""
+        if phase is INFERENCE:
+            raise UsageError("a run's figures are those of training: leave out --inference, or "
+                             "give its ipu_config.json")
+        record, values = read_json_object(Path(item, RUN_RECORD), f"{item}/{RUN_RECORD}"), {}
+        for key in ("settings", "ipu_config"):
+            if not isinstance(record.get(key), dict):
+                raise UsageError(f"{RUN_RECORD} has no {key}: it is not what train.py wrote")
+            values.update(record[key])
+        measured = _measured(Path(item))
+        per_row = measured.get("windows_per_row") if values.get("pack") else None
+        settings, plan, note = _replanned(values, f"{item}/{RUN_RECORD}", common, per_row)
+        device = _DEVICES.get(measured.get("device", ""), "what its log does not tell")
+        return cls(name, item, "run", item, settings, plan, measured, note=note or (
+            f"the figures of its plan are for IPUs; it ran on {device}"))
+
+    @classmethod
+    def from_profile(cls, name: str, item: str, common: List[str], phase: Phase) -> "Side":
+        """Return a PopVision profile, with the plan of the settings that were written beside it."""
+        file = profile_file(item)
+        profile = open_profile(str(file))
+        note = file.with_name(PROFILE_NOTE)
+        if phase is INFERENCE or "inference" in file.parts:
+            raise UsageError("this compares profiles of training; give the folder of one")
+        if not note.is_file():
+            return cls(name, item, "profile", item, {}, profile=profile, note=(
+                f"no plan: there is no {PROFILE_NOTE} beside {file}"))
+        settings, plan, why = _replanned(read_json_object(note, str(note)), str(note), common)
+        return cls(name, item, "profile", item, settings, plan, profile=profile, note=why)
+
+    def with_row(self, name: str, row: Dict[str, str]) -> "Side":
+        """Return this combination of a sweep under another name, with what its row measured."""
+        device, speed = row["measured_on"], row["measured_windows_per_second"]
+        measured = {"windows_per_second": float(speed),
+                    "device": "host" if device == THIS_HOST else device} if speed else {}
+        return replace(self, name=name, measured=measured, note=row["status"])
+
+    @property
+    def label(self) -> str:
+        """What to call it in a heading: its name, its title and where that is from."""
+        return f"{self.name}: {self.title}" + (f" ({self.kind})" if self.kind != "flags" else "")
+
+    def measured_on(self, device: str) -> Optional[float]:
+        """Return the windows/s that were measured on "IPU" or "host", None if they were not."""
+        return self.measured.get("windows_per_second") if (
+            self.measured.get("device") == device) else None
 
 
-def parse(argv: Sequence[str]) -> Tuple[List[str], CompareSettings, List[str]]:
-    """Split the command line and return (what to compare, compare's own flags, flags of all).
-
-    The words after "--" are flags of train.py and of the planner that hold for everything that is
-    planned. Raises UsageError unless there are two things to compare, or more.
-    """
-    argv, common = list(argv), []
-    if "--" in argv:
-        cut = argv.index("--")
-        argv, common = argv[:cut], argv[cut + 1:]
-    parser = Parser("python -m planner compare", "Set plans, runs and profiles side by side. " +
-                    USAGE)
-    add_flags(parser, CompareSettings)
-    # Otherwise `--json A B` would take A for the value of --json.
-    given, items = parser.parse_known_args(
-        [f"{word}=true" if word in ("--json", "--inference") else word for word in argv])
-    most = len(string.ascii_uppercase)
-    if not 2 <= len(items) <= most:
-        raise UsageError(f"compare: {len(items)} given, it takes 2 to {most}; usage: {USAGE}")
-    return items, make_settings(CompareSettings, [Source(vars(given))]), common
-
-
-def read_side(name: str, item: str, common: List[str], phase: Phase = TRAINING) -> Side:
-    """Return what the word `item` of the command line stands for, as the Side `name`.
-
-    common: flags of everything that is planned. phase: the pipeline to plan. Raises
-    UsageError, which names the side, if it is nothing that can be compared, RunError if it cannot
-    be read.
-    """
-    path = Path(item)
+@contextmanager
+def whole(source: str) -> Iterator[None]:
+    """Raise UsageError if what is read of a saved plan is not there, or is something else."""
     try:
-        if item.strip() and path.is_dir():
-            if (path / RUN_RECORD).is_file():
-                return _run(name, item, common, phase)
-            if (path / IPU_CONFIG_NAME).is_file():
-                return flags_side(name, item, "ipu_config.json", [*common, "--ipu_config", item],
-                              phase)
-            return _profile(name, item, common, phase)
-        if item.strip() and path.is_file():
-            if path.suffix == ".pop":
-                return _profile(name, item, common, phase)
-            values = read_json_object(path, item)
-            if "update_parts_seconds" in values:
-                return _saved_plan(name, item, values)
-            return flags_side(name, item, "ipu_config.json", [*common, "--ipu_config", item],
-                              phase)
-        words = shlex.split(item)
-    except (UsageError, RunError) as error:
-        raise type(error)(f"{name}, {error}") from error
-    except ValueError as error:
-        raise UsageError(f"{name}, {item}: {error}") from error
-    if words and not words[0].startswith("-"):
-        raise UsageError(f"{name}, {item}: there is no such file or folder, and flags begin with "
-                         f"--; usage: {USAGE}")
-    try:
-        return flags_side(name, item, "flags", [*common, *words], phase)
-    except (UsageError, RunError) as error:
-        raise type(error)(f"{name}, \"{item}\": {error}") from error
-
-
-def found_sides(given: Plan, plans: Sequence[Plan], request: Request, ipus: int) -> List[Side]:
-    """Return the plan as given and those that a search for `ipus` IPUs has found, as sides."""
-    sides = []
-    for place, plan in enumerate([given, *plans]):
-        made = described(plan, request)
-        sides.append(Side(
-            str(place) if place else "given", "", "flags",
-            flags_text(settings_in(plan, request.ipu_config, ipus)),
-            {**_settings(request.settings, made),
-             plan.job.phase.micro_batch_flag: plan.job.micro_batch_size}, made))
-    return sides
-
-
-def flags_side(name: str, item: str, kind: str, words: List[str], phase: Phase = TRAINING) -> Side:
-    """Return the plan of the flags of train.py in `words`. Raises what parsing and planning do."""
-    request = Request(*parse_train(words, JobSettings, program="compare", description=USAGE), phase)
-    return planned_side(name, item, kind, planned(request), request)
-
-
-def planned_side(name: str, item: str, kind: str, plan: Plan, request: Request) -> Side:
-    """Return a plan that was made of flags."""
-    made = described(plan, request)
-    return Side(name, item, kind, item if item.strip() else made["title"],
-                _settings(request.settings, made), made)
-
-
-def _saved_plan(name: str, item: str, plan: Dict[str, Any]) -> Side:
-    """Return a plan that `plan --json` printed. Raises UsageError if parts of it are missing."""
-    side = Side(name, item, "saved plan", str(plan.get("title", item)), {}, plan)
-    try:
-        comparison_text([side])
-        size = ("eval_" if plan["phase"] == "inference" else "") + "micro_batch_size"
-        known = {size: plan["micro_batch_size"], **{
-            key: plan[key] for key in ("max_seq_length", "precision")}}
-        return replace(side, title=f"{plan['title']}, {item}",
-                       settings={**known, **_of_plan(plan)})
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{item}: not whole ({type(error).__name__}: {error}): give what `python -m "
-            "planner plan --json` printed") from error
+        raise UsageError(f"{source}not whole ({type(error).__name__}: {error}): give what `python "
+                         "-m planner plan --json` printed") from error
 
 
-def _run(name: str, item: str, common: List[str], phase: Phase) -> Side:
-    """Return a run: its settings, what it measured, and the plan of the same settings."""
-    if phase is INFERENCE:
-        raise UsageError(f"{item}: a run's figures are those of training: leave out --inference, "
-                         "or give its ipu_config.json")
-    record = read_json_object(Path(item, RUN_RECORD), f"{item}/{RUN_RECORD}")
-    values = {}
-    for key in ("settings", "ipu_config"):
-        if not isinstance(record.get(key), dict):
-            raise UsageError(f"{item}/{RUN_RECORD}: has no {key}: it is not what train.py wrote")
-        values.update(record[key])
-    measured = _measured(Path(item))
-    per_row = measured.get("windows_per_row") if values.get("pack") else None
-    settings, plan, note = _replanned(values, f"{item}/{RUN_RECORD}", common, per_row)
-    return Side(name, item, "run", item, settings, plan, measured,
-                note=f"the figures of its plan are for IPUs; it ran on {_ran_on(measured)}"
-                if plan else note)
+def parse_around(argv: Sequence[str], group: type, command: str, description: str
+                 ) -> Tuple[List[str], Any, List[str]]:
+    """Return (further words, the flags `group` of a command, the words after "--") of `argv`.
+
+    The words after "--" are flags of train.py and of the planner for all that is planned.
+    """
+    words = list(argv)
+    cut = words.index("--") if "--" in words else len(words)
+    parser = Parser(f"python -m planner {command}", description)
+    add_flags(parser, group)
+    switches = [f"--{f.name}" for f in fields(group) if f.default is False]
+    # Otherwise `--json A B` would take A for the value of --json.
+    flags, further = parser.parse_known_args(
+        [f"{word}=true" if word in switches else word for word in words[:cut]])
+    return further, make_settings(group, [Source(vars(flags))]), words[cut + 1:]
 
 
-def _ran_on(measured: Dict[str, Any]) -> str:
-    return {"IPU": "IPUs", "host": "a host without IPUs"}.get(
-        measured.get("device", ""), "what its log does not tell")
+def comparison_record(sides: Sequence[Side]) -> Dict[str, Any]:
+    """Return the whole comparison as a dictionary that can be written as JSON."""
+    return {"sides": [{**vars(side), "given": side.item, "profile": side.profile and asdict(
+        side.profile)} for side in sides], "differences": differences(sides)}
 
 
-def _profile(name: str, item: str, common: List[str], phase: Phase) -> Side:
-    """Return a PopVision profile, with the plan of the settings that were written beside it."""
-    file = profile_file(item)
-    profile = open_profile(str(file))
-    note = file.with_name(PROFILE_NOTE)
-    if phase is INFERENCE or "inference" in file.parts:
-        raise UsageError(f"{item}: this compares profiles of training; give the folder of one")
-    if not note.is_file():
-        return Side(name, item, "profile", item, {}, profile=profile, note=(
-            f"no plan: there is no {PROFILE_NOTE} beside {file}"))
-    settings, plan, why = _replanned(read_json_object(note, str(note)), str(note), common)
-    return Side(name, item, "profile", item, settings, plan, profile=profile, note=why)
+def differences(sides: Sequence[Side]) -> Dict[str, Dict[str, Any]]:
+    """Return {setting: {name of a side: its value}} of the settings that differ.
+
+    A side that does not know a setting (a saved plan does not hold the learning rate) is left out
+    of the inner dictionary, and makes no difference by itself.
+    """
+    different = {}
+    for name in dict.fromkeys(name for side in sides for name in side.settings):
+        values = {side.name: side.settings[name] for side in sides if name in side.settings}
+        first = next(iter(values.values()))
+        if name not in _NAMES_ONLY and any(value != first for value in values.values()):
+            different[name] = values
+    return different
+
+
+def check_phases(sides: Sequence[Side]) -> None:
+    """Raise UsageError if plans of training and of inference are among the sides."""
+    phases = {side.plan["phase"]: side for side in sides if side.plan}
+    if len(phases) > 1:
+        raise UsageError(" and ".join(f"{side.name} is of {phase}" for phase, side in
+                                      sorted(phases.items(), reverse=True)) +
+                         ": compare plans of one kind (--inference plans all for inference)")
+
+
+def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
+    """Return a plan as a dictionary that can be written as JSON, with units in the keys."""
+    from qa.model.families import family_of
+
+    job, config, settings, planning = plan.job, plan.job.config, request.settings, request.planning
+    model, limit = planned_model(request), job.machine.memory_bytes
+    family_names = family_of(model).own_names
+    names = {ipu: [name for name, at in job.layout.blocks() if at == ipu] for ipu in plan.memory}
+    low, high = (plan.windows_per_second * (1 + error) for error in expected_error(plan))
+    better = changes(plan)
+    return {
+        "title": planned_name(request), "config": settings.config,
+        "model_name_or_path": None if planning.shape() or planning.config_json
+        else settings.model_name_or_path,
+        "model": {name: getattr(model, family_names.get(name, name)) for name in SHAPE},
+        "pod_type": pod_of(job.ipus), "pod_note": pod_note(request, job),
+        "phase": job.phase.name,
+        "fits": plan.fits, "free_bytes": plan.free_bytes, "fullest_ipu": plan.fullest_ipu,
+        "windows_per_second": plan.windows_per_second, "windows_per_second_low": low,
+        "windows_per_second_high": high, "confidence": CONFIDENCE,
+        "bubble_fraction": plan.schedule.bubble_fraction, "rows_per_second": plan.rows_per_second,
+        "windows_per_row": job.windows_per_row, "windows": job.windows, "epochs": job.epochs,
+        "updates": job.updates, "run_seconds": plan.run_seconds,
+        "update_seconds": plan.update_seconds, "pipeline_steps": plan.schedule.steps,
+        "step_seconds": plan.schedule.step_seconds, "update_parts_seconds": plan.parts(),
+        "one_question_seconds": None if job.training else latency_seconds(plan),
+        "suggestion": suggestion(plan, better),
+        "suggestions": [{
+            "flags": change.text, "settings": change.settings, "fits": change.plan.fits,
+            "windows_per_second": change.plan.windows_per_second} for change in better],
+        "why_not": reasons(job, plan.memory),
+        "ipus": [{
+            "ipu": ipu, "blocks": names[ipu], "total_bytes": sum(parts.values()),
+            "limit_bytes": limit, "fits": sum(parts.values()) <= limit,
+            **{f"{name}_bytes": parts[name] for name in parts},
+            "busy_seconds": plan.schedule.load[ipu] * job.micro_batches}
+            for ipu, parts in plan.memory.items()],
+        "stages": [{
+            "stage": i, "ipu": work.ipu, "blocks": [block.name for block in blocks],
+            "forward_seconds": work.forward, "recompute_seconds": work.recompute,
+            "backward_seconds": work.backward}
+            for i, (work, (_, blocks)) in enumerate(zip(plan.work, job.stages()))],
+        "blocks": [{
+            "name": block.name, "ipu": ipu, "parameters": block.parameters,
+            "forward_flops": block.forward_flops, "backward_flops": block.backward_flops,
+            "saved_bytes": block.saved_bytes, "output_bytes": block.output_bytes}
+            for block, (_, ipu) in zip(job.blocks, job.layout.blocks())],
+        "machine": job.machine.name, "ipus_in_all": job.ipus, "hosts": job.hosts,
+        "instances": job.hosts, "precision": job.precision,
+        "max_seq_length": job.max_seq_length, "micro_batch_size": job.micro_batch_size,
+        "rows_per_update": job.rows_per_update, "micro_batches": job.micro_batches,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "replication_factor": config.replication_factor, "ipus_per_replica": config.num_ipus(),
+        "layers_per_ipu": job.layout.layers_per_ipu(config.num_ipus()),
+        "embedding_serialization_factor": config.embedding_serialization_factor,
+        "optimizer_state_offchip": config.optimizer_state_offchip,
+        "ipu_config": config.to_dict(),
+        "efficiencies": dict(vars(plan.efficiencies))}
+
+
+def _recorded_settings(plan: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the settings that a plan's record holds, with the split as it results."""
+    return {**plan["ipu_config"], **plan["model"], "pod_type": plan["pod_type"],
+            "model_name_or_path": plan["model_name_or_path"],
+            "layers_per_ipu": plan["layers_per_ipu"],
+            "ipus_per_replica": plan["ipus_per_replica"], "ipu": plan["machine"].lower()}
 
 
 def _replanned(values: Dict[str, Any], source: str, common: List[str],
@@ -195,8 +294,8 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
                ) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Optional[str]]:
     """Return (all settings, the plan or None, why there is none) of a run's recorded settings.
 
-    values: by name. Of the flags in `common`, the planner's own apply. A run whose model is no
-    longer where it was, or whose settings this version refuses, still has its measured figures.
+    values: by name. Of the flags in `common`, the planner's apply. A run whose model is no longer
+    where it was, or whose settings this version refuses, still has its measured figures.
     """
     _, _, planning = parse_train(common, JobSettings, program="compare", description=USAGE)
     if windows_per_row is not None and planning.windows_per_row is None:
@@ -210,10 +309,10 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
             setattr(settings, key, getattr(settings, key) if values[key] is not None else None)
         settings.config = str(values.get("config"))
         request = Request(settings, ipu_config, planning)
-        plan = described(planned(request), request)
+        side = Side.from_plan("", planned(request), request)
     except (UsageError, RunError) as error:
         return values, None, f"no plan: {error}"
-    return _settings(settings, plan), plan, None
+    return side.settings, side.plan, None
 
 
 def _measured(folder: Path) -> Dict[str, Any]:
@@ -224,44 +323,24 @@ def _measured(folder: Path) -> Dict[str, Any]:
     """
     from qa.run.log import LOG, read_log
 
+    measured: Dict[str, Any] = {}
     lines = read_log(folder / LOG)
-    found: Dict[str, Any] = {}
     for line in lines:
-        found.update({key: line[key] for key in ("device", "f1", "exact_match", "loss",
-                                                 "windows_per_second") if key in line
-                      and line.get("questions") != "test"})
-        found["steps"] = line["step"]
+        measured.update({key: line[key] for key in (
+            "device", "f1", "exact_match", "loss", "windows_per_second")
+            if key in line and line.get("questions") != "test"})
+        measured["steps"] = line["step"]
     points = [line for line in lines if line["event"] == "log"]
     for share in ("data_share", "step_share", "rest_share"):
         if points and all(share in point for point in points):
-            found[share] = sum(point[share] for point in points) / len(points)
-    if points and points[-1].get("rows_per_second"):
-        found["windows_per_row"] = (points[-1]["windows_per_second"] /
-                                    points[-1]["rows_per_second"])
+            measured[share] = sum(point[share] for point in points) / len(points)
+    if points and all(point.get("rows_per_second") for point in points):
+        # Each point is of as many rows.
+        measured["windows_per_row"] = sum(
+            point["windows_per_second"] / point["rows_per_second"] for point in points
+        ) / len(points)
     if (folder / "train_results.json").is_file():
         results = read_json_object(folder / "train_results.json", f"{folder}/train_results.json")
-        found.update({key: results[key] for key in ("windows_per_second", "steps", "train_seconds",
-                                                    "compile_seconds") if key in results})
-    return found
-
-
-def _settings(settings: TrainSettings, plan: Dict[str, Any]) -> Dict[str, Any]:
-    """Return all settings of a plan of train.py's run."""
-    return {**settings.values(), **_of_plan(plan)}
-
-
-def _of_plan(plan: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the settings that a plan's dictionary holds, with the split as it results."""
-    return {**plan["ipu_config"], **plan["model"], "pod_type": plan["pod_type"],
-            "model_name_or_path": plan["model_name_or_path"],
-            "layers_per_ipu": plan["layers_per_ipu"],
-            "ipus_per_replica": plan["ipus_per_replica"], "ipu": plan["machine"].lower()}
-
-
-def _check_phases(sides: Sequence[Side]) -> None:
-    """Raise UsageError if plans of training and of inference are among the sides."""
-    phases = {side.plan["phase"]: side for side in sides if side.plan}
-    if len(phases) > 1:
-        raise UsageError(" and ".join(f"{side.name} is of {phase}" for phase, side in
-                                      sorted(phases.items(), reverse=True)) +
-                         ": compare plans of one kind (--inference plans all for inference)")
+        measured.update({key: results[key] for key in (
+            "windows_per_second", "steps", "train_seconds", "compile_seconds") if key in results})
+    return measured

@@ -12,25 +12,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
-from planner.comparison import Side
-from planner.flags import JobSettings, SweepSettings
-from planner.sides import flags_side
+from planner.flags import SweepSettings
+from planner.present import check_output, present
+from planner.sides import THIS_HOST, Side, parse_around
 from planner.text import table
-from qa.settings import parse_train
+from planner.views import mib
 from runtime.errors import RunError, UsageError
 from runtime.files import writing, written_whole
-from runtime.flags import Parser, Source, add_flags, make_settings
 
 USAGE = (
     'sweep --layers_per_ipu "0 4 4 4" "3 3 3 3" --micro_batch_size 1 2 4 [--run] [--steps N] '
     '[--timeout SECONDS] [--output FILE] [--html FILE] -- [train.py flags]')
 COLUMNS = ("setting", "job", "fits", "planned_windows_per_second", "measured_windows_per_second",
            "measured_on", "bubble_percent", "fullest_mib", "status")
-_HOST = "this host"
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -42,53 +39,44 @@ def run_sweep(argv: Sequence[str]) -> int:
     run failed. If a combination is not possible or its run fails, the status in its row says why.
     Raises UsageError for a wrong command line, RunError if the file cannot be written.
     """
-    swept, own, common = parse(argv)
-    if own.html:
-        from planner.page import check_page
-        check_page(own.html)  # before a measurement of hours
-    output = Path(own.output)
-    rows, ours = read_rows(output), []
-    for flags in combinations(swept):
-        row = plan_row(" ".join(flags), flags + list(common))
+    swept, sweeping, common = parse(argv)
+    check_output(sweeping)  # before a measurement of hours
+    output = Path(sweeping.output)
+    rows, pairs = read_rows(output), []
+    for words in combinations(swept):
+        side, row = plan_row(words, common)
         earlier = [old for old in rows if _key(old) == _key(row)]
         done = [old for old in earlier if old["status"].startswith("measured")]
         if done:
             row = done[0]
-        elif own.run and row["status"] == "planned":
+        elif sweeping.run and row["status"] == "planned":
             print(f"{row['setting']}: measuring", file=sys.stderr, flush=True)
-            row.update(measure_run(flags + list(common), own.steps, own.timeout))
+            row.update(measure_run(words + common, sweeping.steps, sweeping.timeout))
         if row not in earlier:
             rows = [old for old in rows if _key(old) != _key(row)] + [row]
             write_rows(output, rows)
             print(f"{row['setting']}: {row['status']}", file=sys.stderr)
-        ours.append(row)
-    others = f", {len(rows) - len(ours)} of other jobs" if len(rows) > len(ours) else ""
-    print(sweep_table(ours) + f"\n{len(rows)} rows in {output}{others}")
-    if own.html:
-        from planner.comparison import comparison_text
-        from planner.page import write_page
-        sides = [_side(str(place), row, common) for place, row in enumerate(ordered(ours), 1)]
-        write_page(own.html, "Sweep", sides, f"{sweep_table(ours)}\n\n{comparison_text(sides)}")
+        pairs.append((side, row))
+    pairs = ordered(pairs)
+    others = f", {len(rows) - len(pairs)} of other jobs" if len(rows) > len(pairs) else ""
+    present([side.with_row(str(place), row) for place, (side, row) in enumerate(pairs, 1)],
+            sweeping, "Sweep", text=sweep_table([row for _, row in pairs]) +
+            f"\n{len(rows)} rows in {output}{others}")
     return 0
 
 
 def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, List[str]]:
-    """Split the command line and return (swept, own, common).
+    """Split the command line and return (swept, sweeping, common).
 
-    swept: {flag: values to try}. own: the flags of sweep itself. common: the words after "--",
+    swept: {flag: values to try}. sweeping: the flags of sweep itself. common: the words after "--",
     which are flags of all combinations. Raises UsageError for a value without a flag, a flag that
     is swept twice, or nothing to sweep.
     """
-    argv, common = list(argv), []
-    if "--" in argv:
-        cut = argv.index("--")
-        argv, common = argv[:cut], argv[cut + 1:]
-    parser = Parser("python -m planner sweep", "Plan, and with --run measure, every "
-                    "combination of some flags of train.py. " + USAGE)
-    add_flags(parser, SweepSettings)
-    given, rest = parser.parse_known_args(argv)
+    further, sweeping, common = parse_around(
+        argv, SweepSettings, "sweep", "Plan, and with --run measure, every combination of some "
+        f"flags of train.py. {USAGE}")
     swept: Dict[str, List[str]] = {}
-    for word in rest:
+    for word in further:
         if word.startswith("--"):
             name = word
             if name in swept:
@@ -102,7 +90,7 @@ def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, Lis
     if empty or not swept:
         raise UsageError(f"{empty[0] if empty else 'sweep'}: give the values to try; "
                          f"usage: {USAGE}")
-    return swept, make_settings(SweepSettings, [Source(vars(given))]), common
+    return swept, sweeping, common
 
 
 def combinations(swept: Dict[str, List[str]]) -> List[List[str]]:
@@ -114,36 +102,23 @@ def combinations(swept: Dict[str, List[str]]) -> List[List[str]]:
             for values in itertools.product(*swept.values())]
 
 
-def plan_row(setting: str, flags: Sequence[str]) -> Dict[str, Any]:
-    """Return the row of one combination with its plan, or with the error message as its status."""
-    from planner.from_settings import Request, planned
-
+def plan_row(words: List[str], common: List[str]) -> Tuple[Side, Dict[str, Any]]:
+    """Return a combination as a side, and its row; without a plan, the row's status says why."""
+    setting = " ".join(words)
     row = {**dict.fromkeys(COLUMNS, ""), "setting": setting, "status": "planned"}
     try:
-        request = parse_train(list(flags), JobSettings, program="sweep", description=USAGE)
-        plan = planned(Request(*request))
+        side = Side.from_flags("", words + common, item=setting)
     except (UsageError, RunError) as error:
-        return {**row, "status": "refused: " + " ".join(str(error).split())}
-    known = [*(part.values() for part in request), vars(plan.efficiencies)]
-    return {
+        return Side("", setting, "flags", setting, {}), {
+            **row, "status": "refused: " + " ".join(str(error).split())}
+    plan = side.plan
+    known = [side.settings, plan["windows_per_row"], plan["windows"], plan["efficiencies"]]
+    return side, {
         **row, "job": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12],
-        "fits": "yes" if plan.fits else "no",
-        "planned_windows_per_second": f"{plan.windows_per_second:.1f}",
-        "bubble_percent": f"{100 * plan.schedule.bubble_fraction:.1f}",
-        "fullest_mib": f"{max(sum(parts.values()) for parts in plan.memory.values()) / 2**20:.0f}"}
-
-
-def _side(name: str, row: Dict[str, Any], common: Sequence[str]) -> Side:
-    """Return the row of a combination as the Side `name`: its plan, and what it measured."""
-    setting, measured = row["setting"], {}
-    if row["measured_windows_per_second"]:
-        measured = {"windows_per_second": float(row["measured_windows_per_second"]),
-                    "device": {_HOST: "host"}.get(row["measured_on"], row["measured_on"])}
-    try:
-        side = flags_side(name, setting, "flags", [*setting.split(), *common])
-    except (UsageError, RunError):
-        side = Side(name, setting, "flags", setting, {})
-    return replace(side, measured=measured, note=row["status"])
+        "fits": "yes" if plan["fits"] else "no",
+        "planned_windows_per_second": f"{plan['windows_per_second']:.1f}",
+        "bubble_percent": f"{100 * plan['bubble_fraction']:.1f}",
+        "fullest_mib": mib(plan["ipus"][plan["fullest_ipu"]]["total_bytes"])}
 
 
 def _key(row: Dict[str, str]) -> Tuple[str, str]:
@@ -174,7 +149,7 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
     if done.returncode or not speeds:
         lines = done.stderr.strip().splitlines() or ["no output"]
         return {"status": f"failed ({done.returncode}): {lines[-1]}"}
-    device = {"host": _HOST}.get(log[0]["device"], log[0]["device"])
+    device = {"host": THIS_HOST}.get(log[0]["device"], log[0]["device"])
     return {
         "measured_windows_per_second": f"{speeds[-1]:.1f}", "measured_on": device,
         "status": f"measured on {device} in {time.perf_counter() - begin:.0f} s"}
@@ -225,23 +200,23 @@ def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def ordered(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Return the rows with the fastest first.
+def ordered(pairs: Sequence[Tuple[Side, Dict[str, Any]]]) -> List[Tuple[Side, Dict[str, Any]]]:
+    """Return the combinations with the fastest first.
 
     The order is by measured windows/s where there is one, else by planned windows/s. Settings that
     do not fit or are not possible come last.
     """
-    return sorted(rows, key=lambda row: (
-        row["fits"] != "yes",
-        -float(row["measured_windows_per_second"] or row["planned_windows_per_second"] or 0)))
+    return sorted(pairs, key=lambda pair: (
+        pair[1]["fits"] != "yes", -float(pair[1]["measured_windows_per_second"] or
+                                         pair[1]["planned_windows_per_second"] or 0)))
 
 
 def sweep_table(rows: Sequence[Dict[str, Any]]) -> str:
-    """Return the rows as a text table, the fastest first."""
+    """Return the rows as a text table."""
     head = ["setting", "fits", "planned", "measured", "bubbles", "fullest", "status"]
     return table(head, [[
         row["setting"], row["fits"], row["planned_windows_per_second"],
         row["measured_windows_per_second"] and
         f"{row['measured_windows_per_second']} ({row['measured_on']})", row["bubble_percent"] and
         row["bubble_percent"] + " %", row["fullest_mib"] and row["fullest_mib"] + " MiB",
-        row["status"]] for row in ordered(rows)], left=(0, 6))
+        row["status"]] for row in rows], left=(0, 6))

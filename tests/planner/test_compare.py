@@ -147,9 +147,9 @@ def test_a_profile_is_set_beside_its_own_plan(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, message", [
     (["A.json"], "1 given"),
-    (["nothing.json", ""], "A, nothing.json: there is no such file or folder"),
+    (["nothing.json", ""], 'A, "nothing.json": there is no such file or folder'),
     (["", "--packk"], r'B, "--packk": --packk: there is no such flag \(did you mean --pack'),
-    (["", '--config "'], "B, --config \": No closing quotation"),
+    (["", '--config "'], 'B, "--config "": No closing quotation'),
     (["{folder}", ""], "no profile.pop there|pva"),
     (["{folder}/list.json", ""], "holds a list"),
     (["{folder}/part.json", ""], "not whole"),

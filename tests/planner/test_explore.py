@@ -97,17 +97,18 @@ def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, fl
                                       for each in (pinned, plan)])
     assert lengths(shown["throughput"], "planned for IPUs")[0] == pytest.approx(
         [pinned["windows_per_second"], plan["windows_per_second"]])
-    pinned_timeline = explore.pinned_plan(pin, TRAINING)[1]
-    for figure, each in ((shown["timeline"], plan), (pinned_timeline, pinned)):
-        drawn = {name for trace in figure["data"] for name in trace["y"]}
-        assert drawn == {f"IPU {ipu['ipu']}" for ipu in each["ipus"]}
-        passes = sum(map(len, lengths(figure, "forward")))
-        assert passes == len(each["stages"]) * min(each["micro_batches"], 16)
+    both = (("pinned", pinned), ("now", plan))
+    ends = {}  # of the bars, by the name of the plan and the IPU
+    for trace in shown["timeline"]["data"]:
+        for *place, start, length in zip(*trace["y"], trace["base"], trace["x"]):
+            ends[tuple(place)] = max(ends.get(tuple(place), 0.0), start + length)
+    assert ends == pytest.approx({(name, f"IPU {ipu['ipu']}"): 1e3 * each["update_seconds"]
+                                  for name, each in both for ipu in each["ipus"]})
     offers = [flags_text(json.loads(item.children[2].id["flags"]))
               for item in shown["advice"] if len(item.children) == 3]
     assert offers == [each["flags"].split(" (")[0] for each in plan["suggestions"][:4]]
     assert all(reason in shown["verdict"] for reason in plan["why_not"])
-    assert shown["verdict"].startswith("Fits" if plan["fits"] else "Does not fit: IPU 0 is over by")
+    assert ("Fits" if plan["fits"] else "Does not fit: IPU 0 is over by") in shown["verdict"]
     assert f"Predicted: {plan['windows_per_second']:,.0f} windows/s" in shown["verdict"]
 
 
@@ -140,8 +141,8 @@ def test_the_command_line_runs_what_is_shown_and_so_does_the_saved_file(
         capsys.readouterr()
         assert train.main([*words, "--plan", "--json", "--ipu", "bow"]) == 0
         again = json.loads(capsys.readouterr().out)
-        assert {name: again[name] for name in plan if name != "ipu_config"} == {
-            name: plan[name] for name in plan if name != "ipu_config"}
+        same = set(plan) - {"ipu_config", "pod_note"}
+        assert {name: again[name] for name in same} == {name: plan[name] for name in same}
     assert "--layers_per_ipu" not in words and "--ipu_config" in words
 
 
@@ -248,12 +249,11 @@ def test_change_pin_search_and_save_in_a_browser(page, browser, capsys):  # noqa
     browser.get(address)
     wait_for("#verdict", speed())
     assert set(bars("timeline")) >= {"forward", "backward"}
-    assert not find("#pinned-timeline").is_displayed()
     for field in browser.find_elements("css selector", "input:not([type=radio], [type=checkbox])"):
         assert browser.find_elements("css selector", f"label[for={field.get_attribute('id')}]")
 
     press("#pin")
-    WebDriverWait(browser, 30).until(lambda _: find("#pinned-timeline").is_displayed())
+    wait_for("#timeline", "pinned")
     press("button[aria-label='Move a layer from IPU 1 to IPU 2']")
     wait_for("#error", "leaves IPU 1 without any block")
     press("button[aria-label='Move a layer from IPU 2 to IPU 1']")
@@ -275,7 +275,7 @@ def test_change_pin_search_and_save_in_a_browser(page, browser, capsys):  # noqa
     browser.switch_to.new_window("tab")  # as a second user
     browser.get(address)
     wait_for("#verdict", speed())
-    assert not find("#pinned-timeline").is_displayed()
+    assert "pinned" not in find("#timeline").text
     press("#search")
     best, *_ = printed(capsys, "search", *SMALL)
     wait_for("#verdict", f"Predicted: {best['windows_per_second']:,.0f} windows/s")

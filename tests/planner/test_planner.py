@@ -33,7 +33,7 @@ from planner.from_settings import MODELS, published
 from planner.machine import FITTED, MACHINES, Efficiencies
 from planner.memory import ipu_memory
 from planner.plan import make_plan
-from planner.profile import profile_text, read_profile
+from planner.profile import advice, read_profile
 from planner.sweep import read_rows, run_sweep, write_rows
 from planner.throughput import stage_work
 from qa.settings import parse_train
@@ -583,9 +583,8 @@ def test_a_profile_is_read_and_compared(runs):
     profile = read_profile(recorded_profile(slow_ipu=2))
     assert profile.total_bytes == [4000, 8000, 12000, 16000] and profile.code_bytes == 400
     assert profile.work_cycles(2) == 4100 and profile.cycles[2]["waiting"] == 1000
-    text = profile_text(profile, plan)
     # One of the slow IPU's layers moves to the IPU that waits longest.
-    assert "--layers_per_ipu 1 4 3 4" in text
+    assert "--layers_per_ipu 1 4 3 4" in advice(profile, plan)
 
 
 @pytest.mark.slow

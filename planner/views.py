@@ -1,0 +1,307 @@
+"""What is shown of plans, runs and profiles, as data: views, each of them rows of bars.
+
+Every view is made from sides (a plan alone is one side), and text, pictures and page draw any view.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+from planner.machine import MIB
+from planner.memory import CATEGORIES
+from planner.phase import PHASES, TRAINING
+from planner.profile import ACTIVITIES
+from planner.schedule import Schedule, StageWork
+from planner.sides import Side
+
+PROFILED = "profiled, other than code"
+PLANNED = "planned for IPUs"
+MIDDLE = "steps like these"  # those between the first and the last ones of a timeline
+# Colour and hatching of each part of a bar. Lightness falls from forward to update and each
+# hatching is different: pictures can be read in black and white.
+STYLES = {
+    "forward": ("#cfe8fa", ""), "recompute": ("#f3cf7a", "////"), "backward": ("#d9735b", "...."),
+    MIDDLE: ("#f7f7f7", ""),
+    "waiting for the slowest IPU": ("#ffffff", ""), "pipeline ramp": ("#ffffff", "\\\\\\\\"),
+    "copies between IPUs": ("#b8860b", "xxxx"), "gradient reduction": ("#5b9bd5", "||||"),
+    "gradient reduction between hosts": ("#cfe8fa", "||||"), "weight update": ("#333333", ""),
+    "host": ("#bbbbbb", "++++"),
+    "weights": ("#1f4e79", ""), "gradients": ("#5b9bd5", "////"),
+    "optimizer_state": ("#bdd7ee", "...."), "stash": ("#b8860b", "xxxx"), "code": ("#7f7f7f", ""),
+    "activations": ("#f3cf7a", "||||"), "matmul_temporaries": ("#ffffff", "\\\\\\\\"),
+    "embedding_gradient": ("#d9735b", "++++"), "update_temporaries": ("#eeeeee", "oo"),
+    PROFILED: ("#fafafa", ""), PLANNED: ("#cfe8fa", ""),
+    "compute": ("#cfe8fa", ""), "exchange": ("#f3cf7a", "////"), "IPU-Links": ("#b8860b", "xxxx"),
+    "waiting": ("#ffffff", ""), "other": ("#eeeeee", "oo"),
+    "encoder layer": ("#eeeeee", ""), "block": ("#bbbbbb", "")}
+
+
+class Segment(NamedTuple):
+    """A piece of a bar: its part (a key of STYLES), where it starts and how long it is."""
+
+    part: str
+    start: float
+    length: float
+    hint: str = ""  # what else there is to say of it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bar. Without a group, it is the only one of its side."""
+
+    group: str
+    label: str
+    segments: List[Segment]
+    cells: Dict[str, str] = field(default_factory=dict)  # further columns of a table
+    remark: str = ""                                     # stands behind the bar
+    expected: Optional[Tuple[float, float]] = None       # the range in which its end is expected
+    measured: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class View:
+    """Rows of bars with one unit. limit: where a line is drawn. note: a sentence below."""
+
+    name: str
+    title: str
+    unit: str
+    rows: List[Row]
+    digits: int = 2
+    limit: Optional[float] = None
+    note: str = ""
+    hints: bool = False  # whether hints are written into the bars
+
+    def parts(self) -> List[str]:
+        """Return the parts that have a length in any row, in the order of STYLES."""
+        used = {piece.part for row in self.rows for piece in row.segments if piece.length}
+        return [part for part in STYLES if part in used]
+
+
+def views_of(sides: Sequence[Side]) -> List[View]:
+    """Return all views of `sides` that have any rows."""
+    views = [split(sides), timeline(sides), memory(sides), stages(sides), parts(sides),
+             profiled(sides), throughput(sides)]
+    return [view for view in views if view.rows]
+
+
+def memory(sides: Sequence[Side]) -> View:
+    """The memory of each IPU by category, planned and profiled."""
+    rows, limits = [], {ipu["limit_bytes"] for side in planned(sides) for ipu in side.plan["ipus"]}
+    for side in sides:
+        for ipu in side.plan["ipus"] if side.plan else ():
+            free, total = ipu["limit_bytes"] - ipu["total_bytes"], mib(ipu["total_bytes"])
+            rows.append(Row(
+                f"IPU {ipu['ipu']}", side.name,
+                _stacked((name, ipu[f"{name}_bytes"] / MIB) for name in CATEGORIES),
+                {"total": total, "free": mib(free) if free >= 0 else f"OVER BY {mib(-free)}"},
+                total if free >= 0 else f"{total}, over by {mib(-free)}"))
+        for number, total in enumerate(side.profile.total_bytes if side.profile else ()):
+            code = side.profile.ipu_code_bytes[number]
+            fullest = side.profile.largest_tile_bytes[number] / side.profile.tile_limit_bytes
+            rows.append(Row(
+                f"IPU {number}", f"{side.name} profiled".strip(),
+                _stacked([("code", code / MIB), (PROFILED, (total - code) / MIB)]),
+                {"total": mib(total), "fullest tile": percent(fullest)}, mib(total)))
+    limit = max(limits, default=0) / MIB
+    of = f", of {limit:.0f}" if len(limits) == 1 else ""
+    return View("memory", f"Memory of each IPU in MiB{of}, as planned" +
+                (" unless it says profiled" if any(side.profile for side in sides) else ""),
+                "MiB", _by_group(rows), digits=0, limit=limit or None)
+
+
+def stages(sides: Sequence[Side]) -> View:
+    """The planned time of one micro-batch on each stage."""
+    rows = []
+    for side in planned(sides):
+        load = {ipu["ipu"]: ipu["busy_seconds"] for ipu in side.plan["ipus"]}
+        for stage in side.plan["stages"]:
+            seconds = [(kind, 1e3 * stage[f"{kind}_seconds"]) for kind in TRAINING.kinds]
+            total = f"{sum(length for _, length in seconds):.2f}"
+            rows.append(Row(f"stage {stage['stage']}", side.name, _stacked(seconds), {
+                "sum": total, "IPU": str(stage["ipu"]),
+                "its load": percent(load[stage["ipu"]] / max(load.values()))}, total))
+    return View("stages", "Time of one micro-batch in ms, by pipeline stage, as planned for IPUs",
+                "ms", _by_group(rows))
+
+
+def parts(sides: Sequence[Side]) -> View:
+    """Where the time of a weight update or call goes."""
+    rows = []
+    for side in planned(sides):
+        seconds = side.plan["update_parts_seconds"]
+        rows.append(Row(
+            "", side.name, _stacked((name, 1e3 * time) for name, time in seconds.items()),
+            {name: f"{1e3 * time:.2f} ({percent(time / side.plan['update_seconds'])})"
+             for name, time in sorted(seconds.items(), key=lambda part: -part[1]) if time},
+            f"{1e3 * side.plan['update_seconds']:.1f}"))
+    return View("parts", f"Where the time of a {_round(sides)} goes, in ms (mean over the IPUs), "
+                "as planned for IPUs", "ms", rows)
+
+
+def profiled(sides: Sequence[Side]) -> View:
+    """What the IPUs of profiles did in the profiled call."""
+    rows = []
+    for side in sides:
+        work = [side.profile.work_cycles(ipu) for ipu in range(len(side.profile.cycles))
+                ] if side.profile else []
+        load = [ipu["busy_seconds"] for ipu in side.plan["ipus"]] if side.plan else []
+        for ipu, cycles in enumerate(side.profile.cycles if side.profile else ()):
+            milliseconds = [(name, 1e3 * cycles[name] / side.profile.clock_hz)
+                            for name in ACTIVITIES]
+            cells = {"load": percent(work[ipu] / (max(work) or 1))}
+            if ipu < len(load):
+                cells["load planned"] = percent(load[ipu] / max(load))
+            rows.append(Row(f"IPU {ipu}", side.name, _stacked(milliseconds), cells))
+    return View("profiled", "Time in ms of the profiled call, by what an IPU does", "ms",
+                _by_group(rows))
+
+
+def throughput(sides: Sequence[Side]) -> View:
+    """Windows/s, planned with their range and measured on IPUs; what a host measured is text."""
+    rows, first = [], sides[0].plan and sides[0].plan["windows_per_second"]
+    for side in sides:
+        on_ipus, on_host = side.measured_on("IPU"), side.measured_on("host")
+        remarks, cells = [], _figures(side, first, sides[0].name)
+        if side.plan:
+            remarks += [f"{count(side.plan['windows_per_second'])} planned",
+                        f"{percent(side.plan['bubble_fraction'], 1)} bubbles"]
+            remarks += [] if side.plan["fits"] else ["DOES NOT FIT"]
+        if on_ipus is not None:
+            remarks.append(f"{count(on_ipus)} measured on IPUs (diamond)")
+        if on_host is not None:
+            remarks.append(f"{on_host:,.1f} measured on a host without IPUs")
+        rows.append(Row(
+            "", side.name, [Segment(PLANNED, 0.0, side.plan["windows_per_second"])]
+            if side.plan else [], cells, "; ".join(remarks),
+            (side.plan["windows_per_second_low"], side.plan["windows_per_second_high"])
+            if side.plan else None, on_ipus))
+    return View("throughput", "Throughput", "windows/s (line: the range that the plan expects)",
+                rows, digits=0)
+
+
+def _figures(side: Side, first: Optional[float], name: str) -> Dict[str, str]:
+    """Return {figure: text} of a side, without those that it lacks.
+
+    first, name: the planned windows/s and the name of the first side. Figures measured on a host
+    that stands in for IPUs are never in a row of IPUs.
+    """
+    plan, run = side.plan or {}, side.measured
+    speed, on_ipus = plan.get("windows_per_second"), side.measured_on("IPU")
+    table = [
+        ("fits (planned)", plan.get("fits"), lambda fits: "yes" if fits else "NO"),
+        ("windows/s, planned for IPUs", speed, count),
+        ("  expected within", plan or None, lambda plan: (
+            f"{count(plan['windows_per_second_low'])} to "
+            f"{count(plan['windows_per_second_high'])}")),
+        (f"  relative to {name}", speed and first and speed / first, "{:.2f}".format),
+        ("windows/s, measured on IPUs", on_ipus, count),
+        ("  relative to its plan", speed and on_ipus and on_ipus / speed, "{:.2f}".format),
+        ("windows/s, measured on a host without IPUs", side.measured_on("host"), "{:,.1f}".format),
+        ("pipeline bubbles (planned)", plan.get("bubble_fraction"), lambda x: percent(x, 1)),
+        ("step (planned)", plan.get("step_seconds"), lambda x: f"{1e3 * x:.2f} ms"),
+        ("update or call (planned)", plan.get("update_seconds"), lambda x: f"{1e3 * x:.1f} ms"),
+        ("rows in it", plan.get("rows_per_update"), count),
+        ("windows in a row", plan.get("windows_per_row"), "{:.2f}".format),
+        ("whole run (planned)", plan.get("run_seconds"), duration),
+        ("waited for data (measured)", run.get("data_share"), lambda x: percent(x, 1)),
+        ("steps (run)", run.get("steps"), count),
+        ("loss, at the end", run.get("loss"), "{:.4g}".format),
+        ("F1, last evaluation", run.get("f1"), "{:.2f} %".format),
+        ("exact match, last evaluation", run.get("exact_match"), "{:.2f} %".format)]
+    return {figure: shown(value) for figure, value, shown in table if value is not None}
+
+
+def schedule_of(plan: Dict[str, Any]) -> Schedule:
+    """Return the schedule of a plan's record."""
+    work = [StageWork(stage["ipu"], *(stage[f"{kind}_seconds"] for kind in TRAINING.kinds))
+            for stage in plan["stages"]]
+    copies = plan["update_parts_seconds"]["copies between IPUs"] / plan["pipeline_steps"]
+    return Schedule(work, plan["micro_batches"], copies, PHASES[plan["phase"]])
+
+
+def timeline(sides: Sequence[Side]) -> View:
+    """A weight update or call of each side on one axis; the middle of many steps is one block."""
+    rows = []
+    for side in planned(sides):
+        schedule = schedule_of(side.plan)
+        step, total = 1e3 * schedule.step_seconds, schedule.steps
+        ends = min(2 * len(schedule.stages) + 2, total // 2)  # steps drawn at either end
+        pieces: Dict[int, List[Segment]] = {ipu["ipu"]: [] for ipu in side.plan["ipus"]}
+        for event in schedule.events():
+            for batch, start in enumerate(1e3 * event.start):
+                if not ends <= int(start / step + 1e-9) < total - ends:
+                    pieces[event.ipu].append(Segment(
+                        event.kind, start, 1e3 * event.seconds,
+                        f"stage {event.stage}, micro-batch {batch}"))
+        at, tail = total * step, []
+        for name in ("gradient reduction", "gradient reduction between hosts", "weight update",
+                     "host"):
+            length = 1e3 * side.plan["update_parts_seconds"][name]
+            tail.append(Segment(name, at, length))
+            at += length
+        between = total - 2 * ends
+        middle = [Segment(MIDDLE, ends * step, between * step, f"{between} steps")] * bool(between)
+        rows += [Row(side.name, f"IPU {ipu}", [*drawn, *middle, *tail])
+                 for ipu, drawn in pieces.items()]
+    return View("timeline", f"Timeline of a {_round(sides)} (white: idle)", "ms", rows)
+
+
+def split(sides: Sequence[Side]) -> View:
+    """The blocks on each IPU, and its work relative to the slowest one's."""
+    rows = []
+    for side in planned(sides):
+        load = {ipu["ipu"]: ipu["busy_seconds"] for ipu in side.plan["ipus"]}
+        for ipu in side.plan["ipus"]:
+            names = [name.replace("Encoder ", "") for name in ipu["blocks"]]
+            rows.append(Row(
+                side.name, f"IPU {ipu['ipu']}",
+                [Segment("encoder layer" if name.isdigit() else "block", place, 0.96, name)
+                 for place, name in enumerate(names)],
+                remark=f"{percent(load[ipu['ipu']] / max(load.values()))} of the slowest"))
+    return View("split", "Split (numbers: encoder layers) and the work of a micro-batch", "", rows,
+                hints=True)
+
+
+def planned(sides: Sequence[Side]) -> List[Side]:
+    """Return the sides that have a plan."""
+    return [side for side in sides if side.plan]
+
+
+def _round(sides: Sequence[Side]) -> str:
+    return (PHASES[planned(sides)[0].plan["phase"]] if planned(sides) else TRAINING).round
+
+
+def _stacked(lengths: Iterable[Tuple[str, float]]) -> List[Segment]:
+    """Return parts one after the other."""
+    at, pieces = 0.0, []
+    for part, length in lengths:
+        pieces.append(Segment(part, at, length))
+        at += length
+    return pieces
+
+
+def _by_group(rows: Sequence[Row]) -> List[Row]:
+    """Return the rows of each IPU or stage together; within one, the sides stay in order."""
+    return sorted(rows, key=lambda row: int(row.group.split()[-1]))
+
+
+def mib(size: float) -> str:
+    """Return bytes as whole MiB."""
+    return f"{size / MIB:.0f}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Return a share as a percentage."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def count(value: float) -> str:
+    """Return a large number, rounded."""
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
