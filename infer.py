@@ -12,7 +12,6 @@ from contextlib import suppress
 
 from ipu_options.config import inference_pipeline
 from ipu_options.popvision import PhaseTimer, profiling_environment
-from qa.model.families import check_checkpoint
 from qa.settings import parse_infer
 from runtime import processes
 from runtime.errors import UsageError, run_script
@@ -22,7 +21,6 @@ from runtime.files import user_file, writing
 def main(argv=None):
     """Run the command line `argv`, by default the process's own; returns the exit status."""
     settings, ipu_config = parse_infer(argv)
-    check_checkpoint(settings)
     processes.join(settings, ipu_config)
     profiling_environment(settings, ipu_config, "inference")
     from qa.data.windows import one_question

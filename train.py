@@ -13,7 +13,7 @@ from functools import partial
 from ipu_options.config import inference_pipeline, training_pipeline
 from ipu_options.popvision import PhaseTimer, profiling_environment
 from planner.flags import TrainPlanSettings
-from qa.model.families import refuse_early
+from qa.families import refuse_early
 from qa.settings import parse_train
 from runtime import processes
 from runtime.errors import keep_running_without_reader, run_script
@@ -53,7 +53,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
     from qa.data.packing import with_packed_accumulation
     from qa.data.rows import TrainingRows
     from qa.data.windows import load_questions
-    from qa.model.families import row_kind
+    from qa.families import row_kind
     from qa.model.optimizer import make_optimizer, make_schedule
     from qa.model.parallelize import parallelize, parameter_to_watch, weights_of
     from qa.model.pretrained import load_config, load_model, load_tokenizer, write_checkpoint_files

@@ -16,7 +16,7 @@ from ipu_options.layout import Layout, in_ipus, make_layout
 from runtime import processes
 from runtime.errors import UsageError
 from runtime.files import read_json_object, write_json
-from runtime.flags import Settings, flag
+from runtime.flags import Settings, Source, flag
 from runtime.hub import hub_cause, offline_unless_reachable
 
 log = logging.getLogger(__name__)
@@ -129,47 +129,50 @@ class IPUConfig(Settings):
     def for_pod(self, pod: str) -> "IPUConfig":
         """Return a copy in which every by-pod dictionary is replaced by its value for `pod`.
 
-        pod: a key of POD_IPUS, such as "pod4". Where a dictionary has no value for it, its
-        "default" is taken; UsageError if it has neither. Published files name no smaller pod than
-        pod4, and their default is meant for larger ones, so that pod1 and pod2 take pod4's value.
+        pod: a key of POD_IPUS. Raises UsageError for a dictionary that has neither this key nor a
+        "default". Published files name no smaller pod than pod4 and mean their default for larger
+        ones; pod1 and pod2 therefore use pod4's value.
         """
         values = {}
         for name, value in self.values().items():
             if isinstance(value, dict):
-                if POD_IPUS.get(pod, 4) < 4 and pod not in value and "pod4" in value:
-                    values[name] = value["pod4"]
-                    continue
-                if pod not in value and "default" not in value:
+                key = "pod4" if POD_IPUS[pod] < 4 and pod not in value and "pod4" in value else pod
+                if key not in value and "default" not in value:
                     raise UsageError(
                         f"{self.source(name)} has no value for {pod} and no default: add one, or "
                         f"choose a pod of {', '.join(value)}")
-                values[name] = value.get(pod, value.get("default"))
+                values[name] = value.get(key, value.get("default"))
+        if "replication_factor" in values and "replication_factor" not in self.sources:
+            # The default is meant for replicas of 4 IPUs.
+            values["replication_factor"] = min(values["replication_factor"],
+                                               _replicas_of(pod, self.num_ipus()))
         return replace(self, **values)
 
     def inference(self) -> "IPUConfig":
         """Return the inference pipeline's configuration: each `inference_X` that is set replaces X.
 
-        Gradient accumulation is 1. The copy's `sources` name the `inference_X` that a value came
-        from, so that error messages do too. By-pod values must have been resolved (`for_pod`).
+        The copy's `sources` name the `inference_X` that a value came from, for error messages.
+        By-pod values must have been resolved (`for_pod`).
 
         Where inference has its own layout, two values follow from it unless they are set: the
         replicas share the IPUs that training uses (as in graphcore/examples,
         nlp/bert/pytorch/run_squad.py), and a matmul_proportion with one value for each training IPU
-        gives way to its default (as in optimum-graphcore, ipu_configuration.py).
+        is replaced by the default (as in optimum-graphcore, ipu_configuration.py).
         """
         twins = {name[len("inference_"):]: value for name, value in self.values().items()
                  if name.startswith("inference_") and value is not None}
         sources = {**self.sources, **{name: self.source("inference_" + name) for name in twins}}
-        # A separate inference layout must not inherit IPU numbers meant for the training layout.
-        if "layers_per_ipu" in twins:
-            twins.setdefault("ipus_per_replica", None)
+        if "layers_per_ipu" in twins:  # a separate layout: the training layout's IPUs say nothing
+            # of it, unless both only say "equal shares" (optimum-graphcore, ipu_configuration.py).
+            shares = (twins["layers_per_ipu"] == [-1]
+                      and self.ipus_per_replica != len(self.layers_per_ipu))
+            twins.setdefault("ipus_per_replica", self.ipus_per_replica if shares else None)
             twins.update(embedding_ipu=0, head_ipu=None)
         config = replace(self, gradient_accumulation_steps=1, sources=sources, **twins)
-        replicas = max(1, self.replication_factor * reserved_ipus(self.num_ipus())
-                       // reserved_ipus(config.num_ipus()))
-        if "replication_factor" not in twins and replicas != self.replication_factor:
-            sources["replication_factor"] = "--inference_replication_factor, by default"
-            config.replication_factor = replicas
+        if "replication_factor" not in twins:
+            config.replication_factor = max(
+                1, self.replication_factor * reserved_ipus(self.num_ipus())
+                // reserved_ipus(config.num_ipus()))
         if "matmul_proportion" not in twins and config.num_ipus() != self.num_ipus() and isinstance(
                 self.matmul_proportion, list):
             config.matmul_proportion = IPUConfig().matmul_proportion
@@ -221,11 +224,11 @@ class Pipeline:
 def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
     """Return the training pipeline of a model with `num_layers` encoder layers on `pod`.
 
-    By-pod values are resolved. Raises UsageError, which names the nearest setting that would work,
-    if the layout does not add up, if the pod has too few IPUs, if matmul_proportion has a wrong
-    number of values, or if gradient accumulation is too small for the number of pipeline stages.
+    Raises UsageError, which names the nearest setting that would work, if the layout does not add
+    up, if the pod has too few IPUs, if matmul_proportion has a wrong number of values, or if
+    gradient accumulation is too small for the number of pipeline stages.
     """
-    config = _of_launcher(config.for_pod(pod))
+    config = training_config(config, pod)
     pipeline = Pipeline(config, config.layout(num_layers))
     stages, needed = len(pipeline.layout.stages()), pipeline.layout.min_gradient_accumulation()
     if config.gradient_accumulation_steps < needed:
@@ -233,7 +236,7 @@ def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
             f"{config.source('gradient_accumulation_steps')} {config.gradient_accumulation_steps} "
             f"is too small: training over {stages} pipeline stages needs at least {needed}, "
             "one micro-batch for each forward and backward stage")
-    _check_ipus(pipeline, pod)
+    _check_ipus(config, pod)
     return pipeline
 
 
@@ -241,27 +244,75 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str,
                        single_rows: bool = False) -> Pipeline:
     """Return the inference pipeline of a model with `num_layers` encoder layers on `pod`.
 
-    config: the whole configuration with its training values; `IPUConfig.inference` is applied here.
     A pipeline of several stages needs at least one device iteration for each of them. Raises
     UsageError for too few, and otherwise as `training_pipeline` does.
 
-    single_rows: return the one that answers a single row in the least time, on one replica. A row
-    takes S steps through S stages with poptorch.ShardedExecution. Pipelined execution needs at
+    single_rows: return the pipeline that answers a single row in the least time, on one replica. A
+    row takes S steps through S stages with poptorch.ShardedExecution. Pipelined execution needs at
     least S rows a call, which take 2S - 1 steps. optimum-graphcore answers single questions in the
     same way (pipelines/__init__.py, get_poplar_executor).
     """
-    config = config.for_pod(pod)
     if single_rows:
         config = replace(config, inference_replication_factor=1, inference_device_iterations=1)
-    config = _inference_of_launcher(_of_launcher(config))
+    config = inference_config(config, pod)
     pipeline = Pipeline(config, config.layout(num_layers), sharded=single_rows)
     stages = len(pipeline.layout.stages())
     if not single_rows and stages > 1 and config.device_iterations < stages:
         raise UsageError(
             f"{config.source('device_iterations')} {config.device_iterations} is too small: "
             f"the inference pipeline has {stages} stages; use at least {stages}")
-    _check_ipus(pipeline, pod)
+    _check_ipus(config, pod)
     return pipeline
+
+
+def training_config(config: IPUConfig, pod: str) -> IPUConfig:
+    """Return the training pipeline's values on `pod`, with poprun's replicas if there are any."""
+    return _of_launcher(config.for_pod(pod))
+
+
+def inference_config(config: IPUConfig, pod: str) -> IPUConfig:
+    """Return the inference pipeline's values on `pod`, with poprun's replicas if there are any.
+
+    More replicas than the pod has IPUs for are only kept if a flag asks for them, and are refused
+    later: a model that was trained on a larger pod answers on a smaller one.
+    """
+    training, here = config.for_pod(pod), processes.place()
+    inference = training.inference()
+    # poprun reserves its IPUs once, for replicas of one size (popdist.checkNumIpusPerReplica). If a
+    # configuration's inference layout needs another size and the training layout has the right
+    # one, inference uses the training layout. A layout given as a flag is kept, and refused later.
+    layout = ("layers_per_ipu", "ipus_per_replica", "matmul_proportion")
+    if (here.ipus_per_replica not in (None, reserved_ipus(inference.num_ipus()))
+            and reserved_ipus(training.num_ipus()) == here.ipus_per_replica
+            and not any(_is_flag(inference, name) for name in layout)):
+        inference = replace(training, **{f"inference_{name}": None for name in layout}).inference()
+    if not _is_flag(inference, "replication_factor"):
+        most = min(inference.replication_factor, _replicas_of(pod, inference.num_ipus()))
+        inference.replication_factor = most - most % here.count or most
+    return _of_launcher(inference)
+
+
+def _is_flag(inference: IPUConfig, name: str) -> bool:
+    """Return whether the inference pipeline's value has the command line's flag for inference."""
+    return inference.sources.get(name) == f"--inference_{name}"
+
+
+def _of_launcher(config: IPUConfig) -> IPUConfig:
+    """Under poprun, return `config` with --num-replicas as its replicas; otherwise unchanged.
+
+    Raises UsageError if a flag contradicts poprun's number (graphcore/examples override the flag
+    instead, nlp/bert/pytorch/args.py, init_popdist), which is one for all pipelines:
+    popdist.poptorch.Options refuses to be told another (PopTorch, tests/popdist_test.py).
+    """
+    replicas, source = processes.place().replicas, config.sources.get("replication_factor", "")
+    if replicas is None or replicas == config.replication_factor:
+        return config
+    if source in ("--replication_factor", "--inference_replication_factor"):
+        raise UsageError(
+            f"{source} {config.replication_factor}: poprun --num-replicas is "
+            f"{replicas}; leave the flag out, or start poprun with the same number")
+    return replace(config, replication_factor=replicas,
+                   sources={**config.sources, "replication_factor": "poprun --num-replicas"})
 
 
 def packed_accumulation(accumulation: int, windows_per_row: float, minimum: int = 1) -> int:
@@ -279,48 +330,15 @@ def reserved_ipus(ipus: int) -> int:
     return 1 << (ipus - 1).bit_length()
 
 
+def _replicas_of(pod: str, ipus: int) -> int:
+    """Return how many replicas of `ipus` IPUs fit in the pod, at least 1."""
+    return max(1, POD_IPUS[pod] // reserved_ipus(ipus))
+
+
 def pod_of(ipus: int) -> str:
     """Return the smallest pod that has `ipus` IPUs, or the largest one if none has so many."""
     fitting = [pod for pod in POD_IPUS if POD_IPUS[pod] >= ipus]
     return min(fitting, key=POD_IPUS.get) if fitting else max(POD_IPUS, key=POD_IPUS.get)
-
-
-def _of_launcher(config: IPUConfig, flag: str = "replication_factor") -> IPUConfig:
-    """Return the configuration of a pipeline with poprun's number of replicas, if poprun has one.
-
-    flag: the name under which the command line gives the pipeline's own number. Raises UsageError
-    if it contradicts poprun's (graphcore/examples override the flag instead, nlp/bert/pytorch/
-    args.py, init_popdist), of which there is one for all pipelines: popdist.poptorch.Options
-    refuses to be told another (PopTorch, tests/popdist_test.py).
-    """
-    replicas = processes.place().replicas
-    if replicas is None or replicas == config.replication_factor:
-        return config
-    if config.sources.get(flag) == f"--{flag}":
-        raise UsageError(
-            f"--{flag} {config.replication_factor}: poprun --num-replicas is "
-            f"{replicas}; leave the flag out, or start poprun with the same number")
-    return replace(config, replication_factor=replicas,
-                   sources={**config.sources, "replication_factor": "poprun --num-replicas"})
-
-
-def _inference_of_launcher(training: IPUConfig) -> IPUConfig:
-    """Return the inference pipeline's configuration, whose replicas are poprun's, if there is one.
-
-    poprun reserves its IPUs once, for replicas of one size (popdist.checkNumIpusPerReplica). An
-    inference layout of a configuration that takes another number of IPUs gives way to the training
-    layout, if that has the size. One from the command line stays, and is refused by its name.
-    """
-    own, here = training.inference(), processes.place()
-    if here.launcher != "poprun":
-        return own
-    layout = ("layers_per_ipu", "ipus_per_replica", "matmul_proportion")
-    if (reserved_ipus(own.num_ipus()) != here.ipus_per_replica
-            and reserved_ipus(training.num_ipus()) == here.ipus_per_replica
-            and not any(training.sources.get(f"inference_{name}") == f"--inference_{name}"
-                        for name in layout)):
-        own = replace(training, **{f"inference_{name}": None for name in layout}).inference()
-    return _of_launcher(own, "inference_replication_factor")
 
 
 def _check_processes(config: IPUConfig) -> None:
@@ -348,23 +366,21 @@ def _check_processes(config: IPUConfig) -> None:
             f"{here.ipus_per_replica}: start poprun with the same number")
 
 
-def _check_ipus(pipeline: Pipeline, pod: str) -> None:
+def _check_ipus(config: IPUConfig, pod: str) -> None:
     """Raise UsageError if the pod has too few IPUs or matmul_proportion the wrong length."""
-    config = pipeline.config
     _check_processes(config)
-    replica = reserved_ipus(config.num_ipus())
-    replicas, ipus = config.replication_factor, POD_IPUS[pod]
+    replica, ipus = reserved_ipus(config.num_ipus()), POD_IPUS[pod]
     if replica > ipus:
         raise UsageError(
             f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "
             f"{in_ipus(replica)}, {pod} has {ipus}: name no more than that, as in "
             f"{' '.join(['-1'] * ipus)} (equal shares), or a larger --pod_type; python -m "
-            f"ipu_options search --ipus {ipus} finds what fits")
-    if replica * replicas > ipus:
+            f"planner search --ipus {ipus} finds what fits")
+    if replica * config.replication_factor > ipus:
         raise UsageError(
-            f"{config.source('replication_factor')} {replicas} takes "
-            f"{in_ipus(replica * replicas)}, {pod} has {ipus}: use at most "
-            f"{ipus // replica}, or a larger --pod_type")
+            f"{config.source('replication_factor')} {config.replication_factor} takes "
+            f"{in_ipus(replica * config.replication_factor)}, {pod} has {ipus}: use at most "
+            f"{_replicas_of(pod, config.num_ipus())}, or a larger --pod_type")
     shares = config.matmul_shares()
     if len(shares) != config.num_ipus():
         raise UsageError(
@@ -372,89 +388,60 @@ def _check_ipus(pipeline: Pipeline, pod: str) -> None:
             f"values: give one, or one for each of a replica's IPUs, {config.num_ipus()}")
 
 
-def executable_cache(config: IPUConfig, run: DeviceSettings) -> Optional[str]:
-    """Return the folder that caches compiled executables, or None if there is to be no cache.
-
-    There is none for the IPU Model, of which PopTorch would warn (CompilerImpl.cpp), nor for a
-    profile, whose memory report is made in compiling: graphcore/examples refuses the two together
-    (tutorials/feature_examples/pytorch/octconv/octconv_example.py).
-
-    Compiling takes minutes, so that there is one by default: the folder that either of the two
-    environment variables names which IPU hosts set, else one in the user's cache folder (XDG Base
-    Directory Specification).
-    """
-    if run.ipu_model or run.profile_dir:
-        return None
-    if config.executable_cache_dir is not None:
-        folder = config.executable_cache_dir
-        return None if folder in NO_CACHE else folder
-    given = (os.environ.get("POPLAR_EXECUTABLE_CACHE_DIR") or
-             os.environ.get("POPTORCH_CACHE_DIR"))  # PopTorch reads it too (python/options.py)
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return given or os.path.join(caches, "ipu_options", "executables")
-
-
-def check_offline(run: DeviceSettings, config: IPUConfig) -> None:
+def check_offline(run: DeviceSettings, config: IPUConfig, pod: str) -> None:
     """Raise UsageError if --compile_only could not compile, or if nothing could use the result.
 
-    config: with by-pod values resolved. PopTorch has no offline target for the IPU Model. Its
-    offline target has as many IPUs as the model needs, whereas a run reserves a power of two
+    An offline target has as many IPUs as the model needs, whereas a run reserves a power of two
     (CompilerImpl.cpp, createDevice). The key of a cached executable contains that number (popart,
-    devicemanager.cpp, std::hash<DeviceInfo>), so that the run would compile again.
+    devicemanager.cpp, std::hash<DeviceInfo>), and the run would compile again.
     """
     if not run.compile_only:
         return
     offline = run.source("compile_only")
-    if run.ipu_model:
-        raise UsageError(
-            f"{offline} and {run.source('ipu_model')} exclude each other: there is no offline "
-            "target for the IPU Model; leave one out")
-    if executable_cache(config, run) is None and not run.profile_dir:
+    if config.executable_cache_dir in NO_CACHE and not run.profile_dir:
         raise UsageError(
             f"{offline} keeps nothing without a cache: name a folder with "
             f"{config.source('executable_cache_dir')}, or leave it out")
-    for pipeline in (config, config.inference()):
+    for pipeline in (training_config(config, pod), inference_config(config, pod)):
         ipus = pipeline.num_ipus() * pipeline.replication_factor
-        if ipus & (ipus - 1):
+        if ipus != reserved_ipus(ipus):
             raise UsageError(
                 f"{offline}: {pipeline.source('layers_per_ipu')} "
                 f"{' '.join(map(str, pipeline.layers_per_ipu))} takes "
                 f"{in_ipus(pipeline.num_ipus())}, "
                 f"with replication {pipeline.replication_factor} {ipus} in all, but a run reserves "
-                f"{1 << ipus.bit_length()} and would not find what was compiled for {ipus}: "
+                f"{reserved_ipus(ipus)} and would not find what was compiled for {ipus}: "
                 "use a power of two")
 
 
-def read_ipu_config(name_or_path: Union[str, Path], source: Optional[str] = None) -> Dict[str, Any]:
-    """Return the IPUConfig fields of an ipu_config.json by name; values are not checked here.
+def read_ipu_config(name_or_path: str, source: Optional[str] = None) -> Source:
+    """Return the IPUConfig fields of an ipu_config.json; their values are not checked here.
 
     name_or_path: a file, a folder that holds an ipu_config.json, or a repository on the hub.
     source: what error messages call the file; by default --ipu_config and its value.
 
-    A null counts as not given, and `training_X` of optimum-graphcore as X. Other unknown keys,
-    which belong to other programs, are left out with a warning that names them. Raises UsageError
-    if the file cannot be found or is not a JSON object.
+    A null counts as not given, and `training_X` of optimum-graphcore as X. Unknown keys, which
+    belong to other programs, are left out with a warning. So is a cache folder outside of the
+    working directory: the file may be someone else's, and executables are read from there. Raises
+    UsageError if the file cannot be found or is not a JSON object.
     """
     source = source or f"--ipu_config {name_or_path}"
     path = Path(name_or_path)
     path = path / IPU_CONFIG_NAME if path.is_dir() else path
     if not path.exists():
-        path = _from_hub(str(name_or_path))
+        path = _from_hub(name_or_path)
+    values = {name[len("training_"):] if name.startswith("training_") else name: value
+              for name, value in read_json_object(path, source).items() if value is not None}
     known = {f.name for f in fields(IPUConfig)} - {"sources"}
-    values, unknown = {}, []
-    for name, value in read_json_object(path, source).items():
-        name = name[len("training_"):] if name.startswith("training_") else name
-        if name not in known:
-            unknown.append(name)
-        elif value is not None:
-            values[name] = value
-    if set(unknown) - _OF_OTHERS:
-        log.warning("%s: not used here: %s", source, ", ".join(sorted(set(unknown) - _OF_OTHERS)))
-    # The published format allows a single number here.
-    for name in ("layers_per_ipu", "inference_layers_per_ipu"):
-        if isinstance(values.get(name), int):
-            values[name] = [values[name]]
-    return values
+    unknown = sorted(set(values) - known - _OF_OTHERS)
+    if unknown:
+        log.warning("%s: not used here: %s", source, ", ".join(unknown))
+    cache = Path(str(values.get("executable_cache_dir", "")))
+    if cache.is_absolute() or ".." in cache.parts:
+        log.warning("%s: executable_cache_dir %s is not used; if it is yours, give it with "
+                    "--executable_cache_dir", name_or_path, cache)
+        del values["executable_cache_dir"]
+    return Source({name: value for name, value in values.items() if name in known}, source)
 
 
 def available_pod(pod_type: Optional[str] = None) -> str:

@@ -6,12 +6,13 @@ publish for BERT and RoBERTa.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Dict, Optional
 
 import torch
 
 from ipu_options import device, poptorch
-from ipu_options.config import DeviceSettings, IPUConfig, Pipeline, executable_cache, reserved_ipus
+from ipu_options.config import NO_CACHE, DeviceSettings, IPUConfig, Pipeline, reserved_ipus
 from runtime import processes
 
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
@@ -150,6 +151,25 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str,
         # test_profile_report_with_model_name), which is `phase`.
         options.enableProfiling(processes.own_path(run.profile_dir))
     return options
+
+
+def executable_cache(config: IPUConfig, run: DeviceSettings) -> Optional[str]:
+    """Return the folder that caches compiled executables, or None if there is to be no cache.
+
+    There is none for the IPU Model, of which PopTorch would warn (CompilerImpl.cpp), nor for a
+    profile, whose memory report is made in compiling: graphcore/examples refuses the two together
+    (tutorials/feature_examples/pytorch/octconv/octconv_example.py).
+
+    Compiling takes minutes, so there is a cache by default: the folder that one of the two
+    environment variables of IPU hosts names, else one in the user's cache folder (XDG Base
+    Directory Specification).
+    """
+    if run.ipu_model or run.profile_dir or config.executable_cache_dir in NO_CACHE:
+        return None
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return (config.executable_cache_dir or os.environ.get("POPLAR_EXECUTABLE_CACHE_DIR")
+            or os.environ.get("POPTORCH_CACHE_DIR")  # PopTorch reads it too (python/options.py)
+            or os.path.join(caches, "ipu_options", "executables"))
 
 
 def _options_of_process(config: IPUConfig) -> "poptorch.Options":

@@ -30,9 +30,8 @@ from planner.flags import (
     ReportSettings,
     SearchSettings,
 )
-from qa.checks import check_page
-from qa.model.families import check_checkpoint
-from qa.settings import TrainSettings, train_flags, train_settings
+from qa.families import check_checkpoint
+from qa.settings import TrainSettings, check_page, train_flags, train_settings
 from runtime.errors import UsageError
 from runtime.files import writing
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ipu_options.ipu_kernels import IPU_KERNELS
 from ipu_options.layout import make_layout
-from qa.model.families import row_kind
+from qa.families import row_kind
 from qa.model.parallelize import parallelize
 from qa.model.roberta import model_class
 

@@ -16,7 +16,6 @@ from planner.job import Job
 from planner.machine import MACHINES
 from planner.phase import INFERENCE, TRAINING, Phase
 from planner.plan import Plan, make_plan
-from qa.checks import check_row_length
 from qa.data import demo
 from qa.settings import TrainSettings, train_settings
 from runtime.errors import UsageError
@@ -54,7 +53,7 @@ def make_job(request: Request) -> Job:
     loaded.
     """
     from planner.count import make_counter
-    from qa.model.families import most_tokens
+    from qa.families import check_row_length, most_tokens
 
     settings, ipu_config, planning, phase = request
     model = planned_model(request)
@@ -188,7 +187,7 @@ def planned_model(request: Request) -> Any:
     or the checkpoint of --model_name_or_path, in a folder or on the hub. Raises UsageError for an
     unsuitable model, RunError if its configuration cannot be loaded.
     """
-    from qa.model.families import family_of
+    from qa.families import family_of
 
     settings, planning, _ = request.settings, request.planning, request.phase
     if planning.config_json is not None:
@@ -230,7 +229,7 @@ def _from_json(path: str) -> Any:
     """Return transformers' configuration of the model of --config_json."""
     from transformers import AutoConfig
 
-    from qa.model.families import check_config
+    from qa.families import check_config
     source = f"--config_json {path}"
     if not Path(path).is_file():
         raise UsageError(f"{source}: no such file; name the config.json of a checkpoint")
@@ -245,7 +244,7 @@ def _configuration(values: dict) -> Any:
     """Return transformers' configuration with these values, among them a model_type."""
     from transformers import AutoConfig
 
-    from qa.model.families import family_of
+    from qa.families import family_of
     names = family_of(SimpleNamespace(**values)).own_names
     return AutoConfig.for_model(**{names.get(name, name): value for name, value in values.items()})
 

@@ -223,7 +223,7 @@ def check_phases(sides: Sequence[Side]) -> None:
 
 def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
     """Return a plan as a dictionary that can be written as JSON, with units in the keys."""
-    from qa.model.families import family_of
+    from qa.families import family_of
 
     job, config, settings, planning = plan.job, plan.job.config, request.settings, request.planning
     model, limit = planned_model(request), job.machine.memory_bytes

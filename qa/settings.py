@@ -6,10 +6,16 @@ module does not import torch, so that `--help` and error messages take a fractio
 """
 from __future__ import annotations
 
+import fnmatch
 import logging
+import os
 import re
+import socket
+import sys
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
@@ -24,14 +30,7 @@ from ipu_options.config import (
     check_offline,
     read_ipu_config,
 )
-from qa.checks import (
-    assume_row_shape,
-    check_clipping,
-    check_infer,
-    check_questions,
-    check_train,
-    read_text,
-)
+from qa.families import check_config, most_tokens
 from runtime import processes
 from runtime.errors import UsageError
 from runtime.files import read_json_object, write_json
@@ -52,6 +51,30 @@ MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_step
 QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length",
                "version_2_with_negative", "null_score_diff_threshold", "precision",
                "eval_micro_batch_size")
+# (setting, another that it excludes, why)
+EXCLUDES = (
+    ("compile_only", "synthetic_data", "what is only compiled runs on no data"),
+    ("compile_only", "ipu_model", "there is no offline target for the IPU Model"),
+    ("synthetic_data", "resume_from_checkpoint", "such a run is only timed"),
+    ("demo_data", "train_file", "the demo makes its own questions"),
+    ("demo_data", "validation_file", "the demo makes its own questions"),
+    ("context", "context_file", "there is one text"),
+    ("question", "input_file", "there is one source of questions"),
+    ("web", "question", "the page asks for it"), ("web", "input_file", "the page asks for it"))
+# {flag: the others without one of which it does nothing}
+NEEDS = {
+    "output_file": ("input_file",), "question": ("context", "context_file"),
+    "hub_model_id": ("push_to_hub",), "hub_private_repo": ("push_to_hub",), "host": ("web",),
+    "port": ("web",), "save_total_limit": ("save_steps", "load_best_model_at_end"),
+    "metric_for_best_model": ("load_best_model_at_end",),
+    "null_score_diff_threshold": ("version_2_with_negative",)}
+INPUT_FILES = ("train_file", "validation_file", "test_file", "input_file", "context_file")
+OUTPUT_FILES = ("output_file", "trace")
+# Files that a checkpoint consists of, over which nothing else may be written.
+_OF_A_CHECKPOINT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+# Above this a learning rate is a mistake: fine-tuning takes 1e-5 to 1e-4 (Devlin et al. 2019,
+# appendix A.3; Liu et al. 2019, table 10), and even LAMB's largest batches less (You et al. 2020).
+LARGEST_RATE = 0.01
 # Flags of run_qa.py and Trainer that are no flags here: what does their work.
 HINTS = {
     "lr": "the learning rate is --learning_rate here",
@@ -263,25 +286,7 @@ class TrainSettings(FineTuningSettings, DataSettings, ModelSettings, RunSettings
 
 @dataclass
 class InferSettings(QuestionSettings, ModelSettings, RunSettings):
-    """All settings of infer.py.
-
-    assumed: the files of train.py that the checkpoint lacks. v2_from: what says that some questions
-    have no answer, of a checkpoint without qa_settings.json.
-    """
-
-    assumed: str = ""
-    v2_from: str = ""
-
-    def assumption(self) -> str:
-        """Return the values that were taken for want of the files `assumed`."""
-        taken = []
-        if QA_SETTINGS_NAME in self.assumed:
-            v2 = self.version_2_with_negative
-            taken = [f"--max_seq_length {self.max_seq_length}", f"--doc_stride {self.doc_stride}",
-                     f"--version_2_with_negative {str(v2).lower()}" + self.v2_from]
-        if IPU_CONFIG_NAME in self.assumed:
-            taken.append("--layers_per_ipu -1 -1")
-        return " ".join(taken)
+    """All settings of infer.py."""
 
 
 def parse_train(
@@ -307,78 +312,120 @@ def train_flags(argv: Optional[Sequence[str]], *more: type, program: str,
         help=f"named configuration ({', '.join(named_configs())}) or a YAML file "
              f"(default: {DEFAULT_CONFIG})")
     return _parse(parser, argv, DataSettings, ModelSettings, FineTuningSettings, RunSettings,
-                  IPUConfig, *more).values
+                  IPUConfig, *more)
 
 
 def train_settings(flags: Dict[str, Any], *more: type) -> Tuple[Any, ...]:
     """Return what `parse_train` does, for the values of flags."""
-    given = Source(dict(flags))
-    name = given.values.pop("config", DEFAULT_CONFIG)
-    layers = [_read_config(name), *_ipu_config_layer(given), given]
-    if given.values.get("do_eval") and not given.values.get("do_train"):  # as the model was trained
-        layers.insert(1, _read_qa_settings(Path(given.values.get("model_name_or_path", ""))))
-    settings, ipu_config = make_settings(TrainSettings, layers), make_settings(IPUConfig, layers)
+    name = flags.get("config", DEFAULT_CONFIG)
+    sources = [_read_config(name)]
+    if flags.get("do_eval") and not flags.get("do_train"):  # as the model was trained
+        sources += _read_qa_settings(Path(flags.get("model_name_or_path", "")))
+    sources += _pipeline_sources(flags)
+    settings, ipu_config = make_settings(TrainSettings, sources), make_settings(IPUConfig, sources)
     settings.config = Path(name).stem
     settings.output_dir = settings.output_dir or f"output/{settings.config}"
     settings.pod_type = available_pod(settings.pod_type)
-    check_train(settings)
+    _check_files(settings)
+    _check_values(settings)
+    _check_training(settings)
     check_clipping(settings, ipu_config)
     if settings.synthetic_data:  # such a run is only timed
         settings.save_steps, settings.evaluate_every_epoch, settings.eval_steps = None, False, None
-    check_offline(settings, ipu_config.for_pod(settings.pod_type))
-    return (settings, ipu_config, *(make_settings(group, [given]) for group in more))
+    check_offline(settings, ipu_config, settings.pod_type)
+    return (settings, ipu_config, *(make_settings(group, sources[-1:]) for group in more))
 
 
 def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IPUConfig]:
     """Return (InferSettings, IPUConfig) for infer.py.
 
     argv: by default sys.argv[1:]. Values in the checkpoint's qa_settings.json and ipu_config.json
-    apply unless --ipu_config or a flag overrides them. For a checkpoint without these files usual
-    values are taken, which `load_config` prints. A checkpoint on the hub is fetched. Raises
-    UsageError for a value that is not allowed, RunError if the hub does not give the checkpoint.
+    apply unless --ipu_config or a flag overrides them. A checkpoint without these files gets usual
+    values, which a note lists. A checkpoint on the hub is fetched. Raises UsageError for a value
+    that is not allowed, RunError if the hub does not give the checkpoint.
     """
     parser = Parser(
         "infer.py",
         "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.")
     # What makes no sense without training is not offered.
     without = ("model_name_or_path", "compile_only", "synthetic_data")
-    given = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig,
+    flags = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig,
                    without=without)
-    _mean_inference(given)
-    name = given.values.get("checkpoint")
+    for f in fields(IPUConfig):  # a flag overrides the checkpoint's inference pipeline as well
+        if f.name in flags and getattr(IPUConfig, f"inference_{f.name}", 0) is None:
+            flags.setdefault(f"inference_{f.name}", flags[f.name])
+    name = flags.get("checkpoint")
     if name is None:
         raise UsageError(
             "--checkpoint is missing: name the folder of a fine-tuned model, for example "
             "--checkpoint output/demo, or one on the hub")
-    check_questions(make_settings(InferSettings, [given]))  # before anything is downloaded
-    folder = checkpoint_folder(name, "--checkpoint", *(
-        given.values.get(key, default) for key, default in (
-            ("model_revision", "main"), ("hub_token", None))))
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"--checkpoint {name}: no config.json there; name a folder that train.py or "
-            "save_pretrained has written")
-    lacks = [file for file in (QA_SETTINGS_NAME, IPU_CONFIG_NAME) if not (folder / file).is_file()]
-    layers, pipeline = [_read_qa_settings(folder)], _ipu_config_layer(given)
-    if IPU_CONFIG_NAME not in lacks:
-        layers.append(_read_pipeline(str(folder), str(folder / IPU_CONFIG_NAME)))
-    elif pipeline or "layers_per_ipu" in given.values:
-        lacks.remove(IPU_CONFIG_NAME)
-    else:
-        layers.append(Source({"inference_layers_per_ipu": [-1, -1]}, "the default"))
-    layers += [*pipeline, given]
-    settings, ipu_config = make_settings(InferSettings, layers), make_settings(IPUConfig, layers)
-    settings.assumed = " and no ".join(lacks)
-    if QA_SETTINGS_NAME in lacks:
-        _assume(settings, folder)
+    for text in ("question", "context"):
+        if text in flags:
+            flags[text] = _utf8(f"--{text}", flags[text])
+    _check_files(make_settings(InferSettings, [Source(flags)]))  # before anything is downloaded
+    sources = [*_checkpoint_sources(name, flags), *_pipeline_sources(flags)]
+    settings, ipu_config = make_settings(InferSettings, sources), make_settings(IPUConfig, sources)
     settings.model_name_or_path = name
     settings.sources["model_name_or_path"] = "--checkpoint"
     settings.pod_type = available_pod(settings.pod_type)
     refuse_several_hosts(settings)
-    check_infer(settings)
+    _check_values(settings)
     if settings.context_file is not None:
         settings.context = read_text(settings.context_file)
     return settings, ipu_config
+
+
+def _checkpoint_sources(name: str, flags: Dict[str, Any]) -> List[Source]:
+    """Return what the files of --checkpoint `name` say of answering questions with it.
+
+    Usual values take the place of a qa_settings.json or ipu_config.json that is not there, which a
+    note says. Raises UsageError for a file or a model that cannot be used, RunError if the hub does
+    not give it.
+    """
+    folder = checkpoint_folder(name, "--checkpoint", flags.get("model_revision", "main"),
+                               flags.get("hub_token"))
+    source, config_path = f"--checkpoint {name}", folder / "config.json"
+    if not config_path.is_file():
+        raise UsageError(f"{source}: no config.json there; name a folder that train.py or "
+                         "save_pretrained has written")
+    config = SimpleNamespace(**read_json_object(config_path, f"{source}: config.json"))
+    if hasattr(config, "model_type"):
+        check_config(config, source)
+    sources, lacks, assumed = _read_qa_settings(folder), [], {}
+    if not sources:
+        lacks.append(QA_SETTINGS_NAME)
+        assumed = _usual_settings(name, folder, config, flags)
+    if (folder / IPU_CONFIG_NAME).is_file():
+        sources.append(read_ipu_config(str(folder), str(folder / IPU_CONFIG_NAME)))
+    elif "ipu_config" not in flags and "layers_per_ipu" not in flags:
+        lacks.append(IPU_CONFIG_NAME)
+        assumed["inference_layers_per_ipu"] = [-1, -1]
+    if lacks and processes.is_first():
+        shown = [f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+                 for key, value in assumed.items() if key not in flags]
+        print(f"note: {name} has no {' and no '.join(lacks)}; assumed: {' '.join(shown)}; flags "
+              "change that", file=sys.stderr)
+    return [Source(assumed, "assumed"), *sources]
+
+
+def _usual_settings(name: str, folder: Path, config: SimpleNamespace, flags: Dict[str, Any],
+                    ) -> Dict[str, Any]:
+    """Return the settings for a checkpoint of another program.
+
+    Model and tokenizer limit the length of a row. Whether some questions have no answer is only in
+    the name or the model card.
+    """
+    path, lengths = folder / "tokenizer_config.json", [ModelSettings.max_seq_length]
+    limit = read_json_object(path, str(path)).get("model_max_length") if path.is_file() else None
+    if type(limit) is int and limit >= 16:
+        lengths.append(limit)
+    if hasattr(config, "model_type"):
+        lengths.append(most_tokens(config))
+    card = folder / "README.md"
+    head = card.read_text("utf-8", "replace").split("\n---")[0] if card.is_file() else ""
+    length = flags.get("max_seq_length", min(lengths))
+    return {"max_seq_length": length, "doc_stride": min(ModelSettings.doc_stride, length // 3),
+            "version_2_with_negative": bool(re.search("squad[-_ ]?v?2", name + head, re.I))}
 
 
 def named_configs() -> List[str]:
@@ -387,42 +434,25 @@ def named_configs() -> List[str]:
 
 
 def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
-    """Write `folder`/qa_settings.json, which `parse_infer` reads. Raises OSError.
-
-    It holds the settings (QA_SETTINGS) that are needed to answer questions with the checkpoint.
-    """
+    """Write `folder`/qa_settings.json, which `parse_infer` reads. Raises OSError."""
     write_json(
         Path(folder) / QA_SETTINGS_NAME, {name: getattr(settings, name) for name in QA_SETTINGS})
 
 
-def refuse_several_hosts(settings: DeviceSettings) -> None:
-    """Raise UsageError for a pod with more IPUs than one host feeds, unless there are several."""
-    if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST and processes.count() == 1:
-        raise UsageError(
-            f"{settings.source('pod_type')} {settings.pod_type} takes several hosts: start several "
-            f"processes with poprun, or use at most pod{IPUS_OF_A_HOST}; --plan says how many")
-
-
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,
-           without: Sequence[str] = ()) -> Source:
-    """Add --ipu_config and the flags of `groups` to the parser; return what `argv` gives."""
+           without: Sequence[str] = ()) -> Dict[str, Any]:
+    """Add --ipu_config and the flags of `groups` to the parser; return the values in `argv`."""
     parser.add_argument("--ipu_config", metavar="PATH",
                         help="ipu_config.json, a folder that holds one, or a repository on the hub")
     for group in groups:
         add_flags(parser, group, without)
-    return Source(vars(parser.parse_args(argv)))
+    return vars(parser.parse_args(argv))
 
 
-def _mean_inference(given: Source) -> None:
-    """Let a flag of infer.py override the checkpoint's inference pipeline as well.
-
-    The checkpoint's ipu_config.json may set inference_layers_per_ipu, for instance, which would
-    take precedence over the flag --layers_per_ipu.
-    """
-    for f in fields(IPUConfig):
-        twin = f"inference_{f.name}"
-        if f.name in given.values and getattr(IPUConfig, twin, 0) is None:
-            given.values.setdefault(twin, given.values[f.name])
+def _pipeline_sources(flags: Dict[str, Any]) -> List[Source]:
+    """Return the values of --ipu_config, if it is given, and of the flags."""
+    path = flags.get("ipu_config")
+    return [*([] if path is None else [read_ipu_config(path)]), Source(flags)]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -442,76 +472,223 @@ def _read_config(name_or_path: str) -> Source:
 
     Raises UsageError for an unknown name, an unreadable file or an unknown setting.
     """
-    path = CONFIGS / f"{name_or_path}.yaml"
+    path, source = CONFIGS / f"{name_or_path}.yaml", f"--config {name_or_path}"
     if name_or_path not in named_configs():
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            raise UsageError(
-                f"--config {name_or_path}: no such configuration; choose from "
-                f"{', '.join(named_configs())}, or name a YAML file")
+            raise UsageError(f"{source}: no such configuration; choose from "
+                             f"{', '.join(named_configs())}, or name a YAML file")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config {name_or_path}: not readable as YAML "
+        raise UsageError(f"{source}: not readable as YAML "
                          f"({' '.join(str(error).split())[:200]})") from error
     if not isinstance(values, dict):
-        raise UsageError(
-            f"--config {name_or_path}: holds a {type(values).__name__}, it should map setting "
-            "names to values")
+        raise UsageError(f"{source}: holds a {type(values).__name__}, it should map setting names "
+                         "to values")
     known = {f.name for group in (TrainSettings, IPUConfig)
              for f in fields(group)} - {"sources", "config"}
     for unknown in sorted(set(map(str, values)) - known):
-        raise UsageError(
-            f"--config {name_or_path}: there is no setting {unknown}{did_you_mean(unknown, known)}")
-    for name in ("layers_per_ipu", "inference_layers_per_ipu"):
-        if isinstance(values.get(name), int):
-            values[name] = [values[name]]
+        raise UsageError(f"{source}: there is no setting {unknown}{did_you_mean(unknown, known)}")
     return Source(values, str(path))
 
 
-def _ipu_config_layer(given: Source) -> List[Source]:
-    path = given.values.pop("ipu_config", None)
-    return [] if path is None else [_read_pipeline(path, f"--ipu_config {path}")]
-
-
-def _read_pipeline(name_or_path: str, source: str) -> Source:
-    """Return the values of an ipu_config.json, without an untrusted cache folder.
-
-    The file may be someone else's, and compiled executables are read from executable_cache_dir. If
-    that folder is outside of the working directory, it is left out with a warning.
-    """
-    values = read_ipu_config(name_or_path, source)
-    cache = Path(str(values.get("executable_cache_dir") or "."))
-    if cache.is_absolute() or ".." in cache.parts:
-        log.warning(
-            "%s: executable_cache_dir %s is not used; if it is yours, give it with "
-            "--executable_cache_dir", name_or_path, cache)
-        del values["executable_cache_dir"]
-    return Source(values, source)
-
-
-def _assume(settings: InferSettings, folder: Path) -> None:
-    """Choose row length, stride and version for a checkpoint of another program.
-
-    The tokenizer's limit bounds the length; the model's does as soon as it is known (load_config).
-    Whether some questions have no answer is not in such a checkpoint's files, but in its name or
-    its model card's data sets, if they are SQuAD v2.
-    """
-    path = folder / "tokenizer_config.json"
-    limit = read_json_object(path, str(path)).get("model_max_length") if path.is_file() else None
-    known = type(limit) is int and limit >= 16
-    assume_row_shape(settings, limit if known else settings.max_seq_length)
-    if "version_2_with_negative" in settings.sources:
-        return
-    card = folder / "README.md"
-    head = card.read_text("utf-8", "replace").split("\n---")[0] if card.is_file() else ""
-    for text, place in ((settings.checkpoint, "name"), (head, "model card")):
-        if re.search(r"squad[-_ ]?v?2", text, re.IGNORECASE):
-            settings.version_2_with_negative, settings.v2_from = True, f" (by its {place})"
-            return
-
-
-def _read_qa_settings(folder: Path) -> Source:
+def _read_qa_settings(folder: Path) -> List[Source]:
+    """Return the values of the qa_settings.json in `folder`, if it has one."""
     path = folder / QA_SETTINGS_NAME
-    values = read_json_object(path, str(path)) if path.is_file() else {}
-    return Source({name: values[name] for name in QA_SETTINGS if name in values}, str(path))
+    if not path.is_file():
+        return []
+    values = read_json_object(path, str(path))
+    return [Source({name: values[name] for name in QA_SETTINGS if name in values}, str(path))]
+
+
+def _check_files(settings: Settings) -> None:
+    """Raise UsageError for settings that exclude each other, and for unsuitable files."""
+    source = settings.source
+    for one, other, why in EXCLUDES:
+        if _is_set(settings, one) and _is_set(settings, other):
+            raise UsageError(f"{source(one)} and {source(other)} exclude each other: {why}; leave "
+                             "one out")
+    _check_needs(settings, "output_file", "question")
+    for name in INPUT_FILES:
+        path = getattr(settings, name, None)
+        if path is None:
+            continue
+        if Path(path).is_dir() or not Path(path).exists():
+            what = "is a folder" if Path(path).is_dir() else "does not exist (no such file)"
+            kinds = "a text" if name == "context_file" else "a JSON, JSON Lines, CSV or Parquet"
+            raise UsageError(f"{source(name)} {path} {what}: name {kinds} file")
+        if processes.count() > 1 and not Path(path).is_file():
+            raise UsageError(f"{source(name)} {path} is a pipe, which only one of "
+                             f"{processes.count()} processes can read: name a file")
+    for name in OUTPUT_FILES:
+        if _is_set(settings, name):
+            _check_output(settings, source(name), Path(getattr(settings, name)))
+    if isinstance(settings, QuestionSettings):
+        if settings.web:
+            check_page("--web", settings.host, settings.port)
+        if processes.count() > 1 and settings.input_file is None:
+            raise UsageError("only the questions of an --input_file can be shared out over "
+                             "processes: name one, or start a single process")
+
+
+def _check_values(settings: ModelSettings) -> None:
+    """Raise UsageError for a setting that needs another one, and for windows that stand still."""
+    _check_needs(settings, *NEEDS)
+    length, stride = settings.max_seq_length, settings.doc_stride
+    if stride >= length - 4:
+        raise UsageError(
+            f"{settings.source('doc_stride')} {stride} leaves a window of "
+            f"{settings.source('max_seq_length')} {length} no room to move on: "
+            f"use at most {length // 2}")
+
+
+def _check_needs(settings: Settings, *names: str) -> None:
+    """Raise UsageError for the first of `names` that is set and needs another one (NEEDS)."""
+    for name in names:
+        given = settings.sources.get(name) == f"--{name}"
+        if given and _is_set(settings, name) and not any(
+                _is_set(settings, other) for other in NEEDS[name]):
+            value = getattr(settings, name)
+            shown = "" if value is True else f" {value}"
+            raise UsageError(f"--{name}{shown} does nothing without "
+                             f"--{' or --'.join(NEEDS[name])}: add it")
+
+
+def _is_set(settings: Settings, name: str) -> bool:
+    """Return whether a setting that is off or absent by default is set."""
+    return getattr(settings, name, None) not in (None, False)
+
+
+def _check_training(settings: TrainSettings) -> None:
+    """Raise UsageError for settings of train.py alone that do not fit together."""
+    source = settings.source
+    if settings.train_file and not settings.validation_file and settings.evaluates:
+        raise UsageError(
+            f"{source('train_file')} comes without --validation_file: name the questions to "
+            "evaluate on as well")
+    if settings.validation_file and not settings.train_file and settings.trains:
+        raise UsageError(
+            f"{source('validation_file')} comes without --train_file: name the questions to train "
+            "on as well, or evaluate only, with --do_eval")
+    if settings.train_file and settings.sources.get("dataset_name") == "--dataset_name":
+        raise UsageError("--dataset_name does nothing beside --train_file and --validation_file: "
+                         "leave it out")
+    if Path(settings.output_dir).exists() and not Path(settings.output_dir).is_dir():
+        raise UsageError(f"{source('output_dir')} {settings.output_dir} is a file: name a folder")
+    if settings.learning_rate > LARGEST_RATE and settings.trains and processes.is_first():
+        log.warning("warning: %s %g destroys a model: fine-tuning takes 1e-05 to 0.0001",
+                    source("learning_rate"), settings.learning_rate)
+    resume = settings.resume_from_checkpoint
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise UsageError(
+            f"{source('resume_from_checkpoint')} {resume}: no such folder; name a checkpoint "
+            "folder, or auto")
+    if set(settings.report_to) > {"none"}:
+        raise UsageError(f"{source('report_to')} {' '.join(settings.report_to)}: none excludes "
+                         "the others; leave it out")
+    for package in settings.report_to:
+        if package != "none" and find_spec(package) is None:
+            raise UsageError(f"{source('report_to')} {package} needs the package {package}: pip "
+                             f"install {package}, or leave it out")
+    if settings.on_nonfinite == "skip" and not settings.save_steps:
+        raise UsageError(f"{source('on_nonfinite')} skip goes back to a checkpoint: save some with "
+                         "--save_steps")
+    for name in ("load_best_model_at_end", "eval_steps", "evaluate_every_epoch"):
+        if settings.sources.get(name) == f"--{name}" and _is_set(settings, name) and (
+                not settings.evaluates):
+            raise UsageError(f"--{name} does nothing in a run that only trains: add --do_eval")
+    if settings.load_best_model_at_end and not (settings.eval_steps
+                                                or settings.evaluate_every_epoch):
+        raise UsageError(f"{source('load_best_model_at_end')} has only the last model to choose "
+                         "from: add --eval_steps or --evaluate_every_epoch")
+
+
+def check_clipping(settings: TrainSettings, ipu_config: IPUConfig) -> None:
+    """Raise UsageError for a --max_grad_norm that an IPU could not keep, or not exactly.
+
+    Of PopTorch's optimizers, LAMB takes no max_grad_norm (python/optim.py). PopART computes the
+    norm in the type of the gradient that goes into the moments. It casts a float16 gradient to
+    float32 only if both moments are float32 (popart, patterns/adamdecompose.cpp); in float16 a sum
+    of squares beyond 65,504 would overflow.
+    """
+    clips = f"{settings.source('max_grad_norm')} {settings.max_grad_norm}"
+    if settings.max_grad_norm is None:
+        return
+    if settings.optimizer == "lamb":
+        raise UsageError(f"{clips}: PopTorch's LAMB has no clipping; use --optimizer adamw")
+    if settings.precision == "float16" and ipu_config.enable_half_first_order_momentum:
+        raise UsageError(
+            f"{clips}: with {ipu_config.source('enable_half_first_order_momentum')} an IPU would "
+            "compute the norm in float16, where it overflows; add "
+            "--enable_half_first_order_momentum false")
+
+
+def _check_output(settings: Settings, source: str, path: Path) -> None:
+    """Raise UsageError unless the file `path`, which the setting `source` names, may be written.
+
+    It is written at the end of a run, perhaps after hours: an unsuitable path must be found early.
+    """
+    if path.is_dir():
+        raise UsageError(f"{source} {path} is no file that can be replaced: name another")
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"{source} {path}: there is no folder {path.parent}; make it, or name another")
+    if not path.exists():
+        return
+    for name in INPUT_FILES:
+        if _is_set(settings, name) and os.path.samefile(getattr(settings, name), path):
+            raise UsageError(f"{source} {path} is the file that --{name} reads: name another")
+    folder = getattr(settings, "checkpoint", None) or getattr(settings, "model_name_or_path", "")
+    if (os.path.isdir(folder) and os.path.samefile(folder, path.resolve().parent)
+            and any(fnmatch.fnmatch(path.name, pattern) for pattern in _OF_A_CHECKPOINT)):
+        raise UsageError(f"{source} {path} belongs to the checkpoint: name another")
+
+
+def refuse_several_hosts(settings: DeviceSettings) -> None:
+    """Raise UsageError for a pod with more IPUs than one host feeds, unless there are several."""
+    if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST and processes.count() == 1:
+        raise UsageError(
+            f"{settings.source('pod_type')} {settings.pod_type} takes several hosts: start several "
+            f"processes with poprun, or use at most pod{IPUS_OF_A_HOST}; --plan says how many")
+
+
+def check_page(what: str, host: str, port: int) -> None:
+    """Raise UsageError if `what` cannot serve its page on host:port.
+
+    It is found out early, because to load or to count a model takes seconds.
+    """
+    if find_spec("dash") is None:
+        raise UsageError(f"{what} needs the package dash: pip install -r requirements-pages.txt")
+    listen(host, port).close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on host:port. Raises UsageError if that cannot be had."""
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        where = f"--port {port}" if host == "127.0.0.1" else f"--host {host} --port {port}"
+        raise UsageError(f"{where}: cannot listen there ({error.strerror}); choose another port, "
+                         "or 0 for any that is free") from error
+
+
+def read_text(path: str) -> str:
+    """Return the content of --context_file. Raises UsageError if it is not text, or empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--context_file {path}: not readable as UTF-8 text ({error})") from error
+    if not text.strip():
+        raise UsageError(f"--context_file {path}: is empty; it should hold the text to look in")
+    return text
+
+
+def _utf8(source: str, text: str) -> str:
+    """Return a text of the command line. Raises UsageError if it is empty or not UTF-8."""
+    if not text.strip():
+        raise UsageError(f"{source} is empty: give its text")
+    try:  # Python represents the bytes that its locale has no name for by surrogates (PEP 383)
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise UsageError(f"{source} is not valid UTF-8: give its text in that encoding") from None

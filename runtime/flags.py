@@ -152,7 +152,7 @@ def make_settings(group: Callable[..., S], sources: Iterable[Source]) -> S:
                 values[name] = source.values[name]
                 source_of[name] = f"--{name}" if source.name is None else f"{source.name}: {name}"
     for name, value in values.items():
-        values[name] = _as_number(group, name, value)
+        values[name] = _as_declared(group, name, value)
         check_field(group, name, values[name], source_of[name])
     return group(**values, sources=source_of)
 
@@ -229,13 +229,18 @@ def _with_underscores(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def _as_number(group: type, name: str, value: Any) -> Any:
-    """Return a text that is to be a number as one: YAML 1.1 takes 1e-5 for a text."""
+def _as_declared(group: type, name: str, value: Any) -> Any:
+    """Return the value of a file as its field's type where that is exact.
+
+    YAML 1.1 reads 1e-5 as text, and published files have one number where a list belongs.
+    """
     f = next(f for f in fields(group) if f.name == name)
     if isinstance(value, str) and "help" in f.metadata and _default_and_kind(f)[1] is float:
         with suppress(ValueError):
             return float(value)
-    return value
+    scalar = isinstance(value, (int, str)) and str(f.type) in ("List[int]", "Optional[List[int]]",
+                                                               "List[str]")
+    return [value] if scalar else value
 
 
 def _shown(value: Any) -> str:

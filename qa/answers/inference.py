@@ -10,7 +10,7 @@ from ipu_options.options import inference_options
 from qa.answers.spans import AnswerFinder
 from qa.data.loader import first_batch, open_loader
 from qa.data.rows import InferenceRows
-from qa.model.families import row_kind
+from qa.families import row_kind
 from qa.model.parallelize import parallelize
 from qa.model.roberta import ForSpans
 from runtime import processes

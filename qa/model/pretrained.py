@@ -15,9 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_
 from transformers.utils import logging as transformers_logging
 
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig
-from qa.checks import assume_row_shape, check_row_length
 from qa.data.windows import check_tokenizer
-from qa.model.families import check_checkpoint, check_config, family_of, most_tokens
+from qa.families import check_checkpoint, family_of
 from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
 from qa.settings import TrainSettings, write_qa_settings
@@ -27,31 +26,20 @@ from runtime.hub import checkpoint_folder
 
 
 def load_config(settings: Settings, weights: bool = True):
-    """Return the configuration of the checkpoint that settings.model_name_or_path names.
+    """Return transformers' configuration of the checkpoint settings.model_name_or_path.
 
     It is a local folder or a name on the hub. weights: whether they are needed as well, in
-    safetensors. Raises UsageError for another architecture, for sizes that no model has, for
-    weights in other formats only, and if the model has too few positions for max_seq_length;
-    RunError if the checkpoint cannot be fetched.
-
-    The settings of infer.py for a checkpoint without qa_settings.json get a row length that the
-    model has positions for, and what was assumed is said in one line.
+    safetensors. Raises what `check_checkpoint` raises, UsageError for an unknown activation, and
+    RunError if the checkpoint cannot be read.
     """
-    name, source = settings.model_name_or_path, settings.source("model_name_or_path")
     check_checkpoint(settings, weights)
+    name, source = settings.model_name_or_path, settings.source("model_name_or_path")
     config = _fetch(AutoConfig, settings, name, weights)
-    check_config(config, f"{source} {name}")
     activation = getattr(config, family_of(config).own_names.get("hidden_act", "hidden_act"))
     if activation not in ACT2FN:
         raise UsageError(f"{source} {name}: its config.json has the activation {activation!r}; "
                          f"it should be one of {', '.join(sorted(ACT2FN))}")
     config.num_labels = 2  # start and end, also if the encoder has been trained to classify
-    most = most_tokens(config)
-    if getattr(settings, "assumed", None):
-        assume_row_shape(settings, most)
-        print(f"note: {name} has no {settings.assumed}; taken: {settings.assumption()}; flags "
-              "change that", file=sys.stderr)
-    check_row_length(settings, most)
     return config
 
 

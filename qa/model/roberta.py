@@ -5,7 +5,7 @@ RobertaForQuestionAnswering. The forward pass is written out here, because an IP
 shapes, masks made from the row format, and one callable module for each block.
 
 BERT, DistilBERT and ELECTRA run through the same code, which finds their parts by the tables in
-qa/model/families.py.
+qa/families.py.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 import ipu_options
 from ipu_options import poptorch
 from ipu_options.ipu_kernels import MASKED, Kernels
-from qa.model.families import ROBERTA, LayerParts, family_of
+from qa.families import ROBERTA, LayerParts, family_of
 
 
 class Embeddings(nn.Module):

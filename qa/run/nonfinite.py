@@ -9,12 +9,11 @@ from tqdm import tqdm
 
 from ipu_options import poptorch
 from ipu_options.options import watched_gradient
-from qa.checks import LARGEST_RATE
 from qa.model.parallelize import weights_of
 from qa.model.pretrained import all_finite
 from qa.run.checkpoint import Checkpoints
 from qa.run.state import TrainingState
-from qa.settings import TrainSettings
+from qa.settings import LARGEST_RATE, TrainSettings
 from runtime import processes
 from runtime.errors import RunError
 

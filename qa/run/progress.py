@@ -7,7 +7,8 @@ from typing import Any, Dict
 
 from tqdm import tqdm
 
-from ipu_options.config import IPUConfig, executable_cache
+from ipu_options.config import IPUConfig
+from ipu_options.options import executable_cache
 from ipu_options.popvision import PhaseTimer
 from qa.data.rows import TrainingRows
 from qa.run.log import RunLog

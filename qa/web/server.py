@@ -9,7 +9,7 @@ import flask
 from werkzeug.sansio.utils import host_is_trusted
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from qa.checks import listen
+from qa.settings import listen
 
 _THIS_MACHINE = ("127.0.0.1", "localhost")
 

@@ -93,13 +93,13 @@ def test_the_published_ipu_config_is_read_and_written(tmp_path):
         "ipus_per_replica": 4, "layers_per_ipu": [0, 4, 4, 4], "matmul_proportion": 0.25,
         "optimum_version": "1.0", "seed": 3}
     (tmp_path / "ipu_config.json").write_text(json.dumps(published))
-    config = IPUConfig(**read_ipu_config(str(tmp_path)))
+    config = IPUConfig(**read_ipu_config(str(tmp_path)).values)
     assert config.for_pod("pod16").replication_factor == 4 and config.for_pod(
         "pod4").replication_factor == 1
     assert training_pipeline(config.for_pod("pod16"), 12, "pod16").layout == make_layout(
         [0, 4, 4, 4], 12)
     config.write(tmp_path / "ipu_config.json")
-    assert IPUConfig(**read_ipu_config(str(tmp_path / "ipu_config.json"))) == config
+    assert IPUConfig(**read_ipu_config(str(tmp_path / "ipu_config.json")).values) == config
 
 
 def test_the_pod_comes_from_the_flag_or_the_environment(monkeypatch):

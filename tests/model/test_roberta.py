@@ -15,7 +15,7 @@ from transformers import (
 from ipu_options.host_kernels import HOST_KERNELS
 from ipu_options.ipu_kernels import IPU_KERNELS
 from ipu_options.layout import make_layout
-from qa.model.families import first_position, row_kind
+from qa.families import first_position, row_kind
 from qa.model.parallelize import (
     SerializedEmbedding,
     deparallelize,
@@ -267,7 +267,8 @@ def test_the_longest_row_is_the_models(tmp_path, kind, most):
                                                ("electra", "embedding_size", "wide"),
                                                ("bert", "type_vocab_size", 0)])
 def test_impossible_sizes_are_refused_by_the_familys_own_names(tmp_path, kind, name, value):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, name: value}))
+    values = AutoConfig.for_model(kind).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**values, name: value}))
     with pytest.raises((RunError, UsageError), match=name):
         load_config(TrainSettings(model_name_or_path=str(tmp_path)))
 

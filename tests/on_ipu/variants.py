@@ -16,7 +16,7 @@ from ipu_options.config import IPUConfig, inference_pipeline, training_pipeline
 from ipu_options.options import mean_loss, training_options, watched_gradient
 from qa.answers.inference import InferencePipeline
 from qa.data.rows import InferenceRows, TrainingRows
-from qa.model.families import row_kind
+from qa.families import row_kind
 from qa.model.optimizer import make_optimizer
 from qa.model.parallelize import parallelize, parameter_to_watch, weights_of
 from qa.model.roberta import RobertaForSpans

@@ -188,12 +188,12 @@ def test_what_is_wrong_is_one_line_in_the_planners_words(explore, changes, messa
 
 
 def test_a_port_in_use_and_a_missing_package_are_one_line(monkeypatch):
-    monkeypatch.setattr("qa.checks.find_spec", lambda name: name)
+    monkeypatch.setattr("qa.settings.find_spec", lambda name: name)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with pytest.raises(UsageError, match=f"--port {port}: cannot listen there"):
             main(["explore", "--port", port])
-    monkeypatch.setattr("qa.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("qa.settings.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install -r requirements-pages.txt"):
         main(["explore"])
 

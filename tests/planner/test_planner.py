@@ -281,8 +281,8 @@ def test_a_measured_sweep_is_reproduced(tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--layers_per_ipu", "3", "3", "3", "4"], "the sum must be 12"),
     (["--gradient_accumulation_steps", "6"], "needs at least 7"),
-    (["--layers_per_ipu", "1", "1", "1", "1", "2", "2", "2", "2"],
-     "pod8 has 8: use at most 1"),
+    (["--layers_per_ipu", "1", "1", "1", "1", "2", "2", "2", "2", "--replication_factor", "2",
+      "--pod_type", "pod8"], "pod8 has 8: use at most 1"),
     (["--hidden_size", "100", "--num_attention_heads", "12"], "the nearest is 96"),
     (["--pod_type", "pod5"], "pod4"),
     (["--plot", "plan.bmp"], ".png"),

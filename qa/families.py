@@ -42,6 +42,7 @@ SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attenti
          "pad_token_id": 0}
 # No encoder is larger: a number beyond is a mistake, and would be counted for ever.
 MOST_LAYERS, LARGEST_SIZE = 256, 10_000_000
+_OPTIONAL = ("type_vocab_size", "pad_token_id")  # in config.json
 # The least --max_seq_length: a model with fewer positions has room for no row.
 LEAST_POSITIONS = 16
 
@@ -137,14 +138,20 @@ def refuse_early(settings: Settings) -> None:
 def check_checkpoint(settings: Settings, weights: bool = True) -> None:
     """Refuse the checkpoint settings.model_name_or_path by its files, fetched if need be.
 
-    weights: whether they are needed, too. Raises what `checkpoint_folder` and `check_config` raise.
+    weights: whether they are needed, too. Raises what `checkpoint_folder` and `check_config` raise,
+    and UsageError for rows that are longer than the model has positions for.
     """
     name, source = settings.model_name_or_path, settings.source("model_name_or_path")
     path = checkpoint_folder(name, source, settings.model_revision, settings.hub_token,
                              getattr(settings, "cache_dir", None), weights) / "config.json"
-    values = read_json_object(path, f"{source} {name}: config.json") if path.is_file() else {}
-    if "model_type" in values:  # else transformers guesses it
-        check_config(SimpleNamespace(**values), f"{source} {name}")
+    if path.is_file():
+        values = read_json_object(path, f"{source} {name}: config.json")
+        if "model_type" not in values:
+            raise UsageError(f"{source} {name}: its config.json has no model_type; it should be "
+                             f"one of {', '.join(FAMILIES)}")
+        config = SimpleNamespace(**values)
+        check_config(config, f"{source} {name}")
+        check_row_length(settings, most_tokens(config))
 
 
 def check_config(config: Any, name: str) -> None:
@@ -156,12 +163,12 @@ def check_config(config: Any, name: str) -> None:
     family = family_of(config, name)
 
     def refuse(key: str, right: str):
-        raise UsageError(f"{name}: {key} is {_shown(getattr(config, key))} in its config.json; "
-                         f"it should be {right}")
+        raise UsageError(f"{name}: {key} is {_shown(getattr(config, key, None))} in its "
+                         f"config.json; it should be {right}")
 
     for key in family.sizes:
         least, most = SIZES.get(key, 1), MOST_LAYERS if "layers" in key else LARGEST_SIZE
-        size = getattr(config, key, least)
+        size = getattr(config, key, least if key in _OPTIONAL else None)
         if type(size) is not int or not least <= size <= most:
             refuse(key, f"a whole number from {least} to {most:,}")
     for key in family.fractions:
@@ -174,13 +181,20 @@ def check_config(config: Any, name: str) -> None:
     width, heads, positions = (
         family.own_names.get(key, key)
         for key in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
-    given = vars(config)
-    if width in given and heads in given and given[width] % given[heads]:
-        refuse(width, f"a multiple of the {given[heads]} attention heads")
-    if given.get("pad_token_id", 0) >= given.get("vocab_size", 1 << 62):
+    if getattr(config, width) % getattr(config, heads):
+        refuse(width, f"a multiple of the {getattr(config, heads)} attention heads")
+    if _pad_token_id(config) >= config.vocab_size:
         refuse("pad_token_id", f"less than vocab_size, which is {config.vocab_size}")
-    if positions in given and "pad_token_id" in given and most_tokens(config) < LEAST_POSITIONS:
+    if most_tokens(config) < LEAST_POSITIONS:
         refuse(positions, f"at least {LEAST_POSITIONS + first_position(config)}")
+
+
+def check_row_length(settings: Settings, most: int) -> None:
+    """Raise UsageError unless the model's `most` positions suffice for max_seq_length tokens."""
+    if settings.max_seq_length > most:
+        raise UsageError(
+            f"{settings.source('max_seq_length')} {settings.max_seq_length}: "
+            f"{settings.model_name_or_path} has positions for {most} tokens; use at most {most}")
 
 
 def _shown(value: Any) -> str:
@@ -191,7 +205,12 @@ def _shown(value: Any) -> str:
 
 def first_position(config: Any) -> int:
     """Return the position of a window's first token, as the model counts."""
-    return config.pad_token_id + 1 if family_of(config).positions_after_padding else 0
+    return _pad_token_id(config) + 1 if family_of(config).positions_after_padding else 0
+
+
+def _pad_token_id(config: Any) -> int:
+    """Return pad_token_id, which old files leave out where it is the family's usual one."""
+    return getattr(config, "pad_token_id", int(family_of(config).positions_after_padding))
 
 
 def most_tokens(config: Any) -> int:
