@@ -4,6 +4,7 @@ A reader finds either the old content or the new content and never a part of it,
 """
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -15,6 +16,11 @@ from pathlib import Path
 from typing import IO, Any, Dict, Iterator, Optional, Union
 
 from runtime.errors import RunError, UsageError, first_line
+
+# That of UTF-32 begins with that of UTF-16.
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
+          (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+          (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 @contextmanager
@@ -58,6 +64,14 @@ def user_file(path: Union[str, Path]) -> Iterator[IO]:
     else:
         with written_whole(path.resolve()) as file:
             yield file
+
+
+def encoding_of(head: bytes) -> str:
+    """Return the encoding of a text with these first bytes: that of its byte order mark, or UTF-8.
+
+    Decoding by this name drops the mark, which is no part of the text.
+    """
+    return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
 
 
 def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) -> None:

@@ -1,11 +1,13 @@
 """Load question data sets from the hub or from files, and check every example.
 
-The result has SQuAD's columns: id, context, question, answers. An example is malformed if
+The result has SQuAD's columns: id, context, question, answers. A row without an id gets its number.
+An answer without a position is looked for in the context. An example is malformed if
 - a column is missing or null, or holds a number or NaN where text belongs (only an id may be an
   integer);
 - its id, context or question is empty;
 - a text contains bytes that are not UTF-8, or lone surrogates;
-- an answer is empty or does not match the context at its answer_start;
+- an answer is empty, does not match the context at its answer_start, or has no answer_start and
+  stands in the context not once;
 - an earlier example has the same id;
 - it has no answer and --version_2_with_negative is not set.
 Control characters and contexts of any length are allowed and kept unchanged.
@@ -26,6 +28,7 @@ import json
 import logging
 import math
 import random
+import re
 from collections import Counter
 from contextlib import closing
 from itertools import islice
@@ -35,7 +38,7 @@ from typing import Optional
 import datasets
 import pyarrow as pa
 
-from qa.data.readers import BadRow, columns, read_rows
+from qa.data.readers import ANSWER_COLUMNS, BadRow, missing_columns, open_rows, read_rows
 from runtime.bars import in_terminal
 from runtime.errors import RunError, UsageError, first_line
 from runtime.files import written_whole
@@ -71,17 +74,29 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
     """
     if not in_terminal():  # a bar would fill a file with lines, here and where windows are made
         datasets.disable_progress_bars()
+    checks = dict(need_answers=need_answers, version_2_with_negative=version_2_with_negative,
+                  on_bad_row=on_bad_row)
     if file:
-        source, rows, identity = str(file), read_rows(file, need_answers), _content(file)
-    else:
-        hub = _load_from_hub(dataset_name, dataset_config_name, split)
-        missing = [name for name in columns(need_answers) if name not in hub.column_names]
-        if missing:
-            raise UsageError(f"--dataset_name {dataset_name} has no column {', '.join(missing)}; "
-                             f"it has {', '.join(hub.column_names)}")
-        source, rows, identity = f"{dataset_name} ({split})", iter(hub), hub._fingerprint
-    settings = (_VERSION, identity, max_samples, need_answers, version_2_with_negative, on_bad_row)
-    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+        with open_rows(file) as opened:
+            return _cached(str(file), _hash(file, opened), read_rows(file, opened, need_answers),
+                           max_samples, cache_dir, checks)
+    hub = _load_from_hub(dataset_name, dataset_config_name, split)
+    missing = missing_columns(hub.column_names, need_answers)
+    if missing:
+        raise UsageError(f"--dataset_name {dataset_name} has no column {', '.join(missing)}; "
+                         f"it has {', '.join(hub.column_names)}")
+    return _cached(f"{dataset_name} ({split})", hub._fingerprint, iter(hub), max_samples, cache_dir,
+                   checks)
+
+
+def _cached(source, identity, rows, max_samples, cache_dir, checks):
+    """Return the data set of `rows`, from its Arrow file if there is one.
+
+    source: what messages call the rows. identity: a hash of them. checks: the arguments of
+    `_checked`. The others are those of `load_examples`.
+    """
+    key = hashlib.sha256(repr((_VERSION, identity, max_samples, *checks.values())).encode())
+    key = key.hexdigest()[:32]
     # `datasets` caches the windows beside this file, and each of its releases stores column types
     # in its own way. Each release therefore gets a folder of its own.
     folder = (Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
@@ -89,8 +104,8 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
     arrow_file = folder / f"{key}.arrow"
     # The number of skipped examples is only known after reading the source, and the log of every
     # run has to report it. With "skip" the source is therefore read even if the cache exists.
-    if on_bad_row == "skip" or not arrow_file.exists():
-        checked = _checked(rows, source, need_answers, version_2_with_negative, on_bad_row)
+    if checks["on_bad_row"] == "skip" or not arrow_file.exists():
+        checked = _checked(rows, source, **checks)
         try:
             with closing(checked):
                 _write_arrow(islice(checked, max_samples), arrow_file, source)
@@ -115,16 +130,12 @@ def random_examples(examples: datasets.Dataset, n: int, seed: int) -> str:
         f"  context:  {example['context']}" for example in (examples[i] for i in picked))
 
 
-def _content(file):
-    """Return a hash of the file's suffix and content.
-
-    A path that is not a file gives a hash of the suffix alone; the reader refuses it later.
-    """
-    digest = hashlib.sha256(Path(file).suffix.lower().encode())
-    if Path(file).is_file():
-        with open(file, "rb") as opened:
-            for block in iter(lambda: opened.read(1 << 20), b""):
-                digest.update(block)
+def _hash(path, opened):
+    """Return a hash of the file's suffix and content, and go back to its beginning."""
+    digest = hashlib.sha256(Path(path).suffix.lower().encode())
+    for block in iter(lambda: opened.read(1 << 20), b""):
+        digest.update(block)
+    opened.seek(0)
     return digest.hexdigest()
 
 
@@ -176,7 +187,7 @@ def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
             try:
                 if isinstance(row, BadRow):
                     raise row
-                checked = _check(row, need_answers, version_2_with_negative)
+                checked = _check({"id": number, **row}, need_answers, version_2_with_negative)
                 # Hashes have 64 bits: a collision among a million ids occurs less than once in
                 # 10^7 runs.
                 if hash(checked["id"]) in seen:
@@ -186,8 +197,9 @@ def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
                 where = (f"{source}: row {number} (id {str(name)[:80]!a})"
                          if name is not None else f"{source}: row {number}")
                 if on_bad_row == "refuse":
-                    raise UsageError(f"{where} {problem}; correct it, or leave such rows out with "
-                                     "--on_bad_row skip") from None
+                    advice = "" if isinstance(problem, NoAnswer) else (
+                        "; correct it, or leave such rows out with --on_bad_row skip")
+                    raise UsageError(f"{where} {problem}{advice}") from None
                 skipped[str(problem)] += 1
                 first = first or where
                 continue
@@ -200,19 +212,25 @@ def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
                          number, first, reasons)
 
 
+class NoAnswer(BadRow):
+    """An example without an answer; to skip it would drop exactly the unanswerable questions."""
+
+    def __init__(self):
+        super().__init__("has no answer; give --version_2_with_negative if some questions have "
+                         "none")
+
+
 def _check(row, need_answers, version_2_with_negative):
     """Return `row` with the columns and types of _SCHEMA. Raises BadRow if it is malformed."""
-    missing = [name for name in columns(need_answers) if name not in row]
+    missing = [name for name in ("context", "question") if name not in row]
     if missing:
         raise BadRow(f"has no {', '.join(missing)}")
     name = row["id"]
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     context, question = _text(row["context"], "context"), _text(row["question"], "question")
-    given = need_answers or (need_answers is None and row.get("answers") not in (None, ""))
-    texts, starts = _answers(row["answers"]) if given else ([], [])
-    if need_answers and not texts and not version_2_with_negative:
-        raise BadRow("has no answer; give --version_2_with_negative if some questions have none")
+    texts, starts = ([], []) if need_answers is False else _answers(
+        row, context, need_answers, version_2_with_negative)
     for text, start in zip(texts, starts):
         if start + len(text) > len(context):
             raise BadRow(
@@ -244,36 +262,91 @@ def _a(name):
     return ("an " if name[0] in "ai" else "a ") + name
 
 
-def _answers(value):
-    """Return (texts, starts) from an `answers` field.
+def _answers(row, context, need_answers, version_2_with_negative):
+    """Return (texts, starts) of a row's answers, both empty if it has none.
 
-    value: {"text": [...], "answer_start": [...]}, a list of {"text", "answer_start"}, or a string
-    of either. Raises BadRow for anything else.
+    need_answers: whether it has to have some, unless it is of version 2. Exporters write an
+    unanswerable question with null, empty or no answers, or as is_impossible with answers that
+    are empty or begin at -1. Raises BadRow for anything else that is no list of answers.
     """
-    if isinstance(value, str):
-        value = _parsed(value)
-    if isinstance(value, list) and all(isinstance(answer, dict) for answer in value):
-        value = {name: [answer.get(name) for answer in value] for name in ("text", "answer_start")}
-    if not isinstance(value, dict) or not all(
-            isinstance(value.get(name), list) for name in ("text", "answer_start")):
-        raise BadRow('has answers that are not {"text": [...], "answer_start": [...]}')
-    texts, starts = value["text"], value["answer_start"]
+    names = next((names for names in ANSWER_COLUMNS if names[0] in row), None)
+    impossible = str(row.get("is_impossible")).lower() in ("true", "1", "1.0")
+    answers = _pairs(row, *names) if names else []
+    if answers and (impossible or version_2_with_negative) and all(
+            _is_nothing(text) or impossible and isinstance(start, int) and start < 0
+            for text, start in answers):
+        answers = []
+    if answers and impossible:
+        raise BadRow("is_impossible, and has an answer: one of the two is wrong")
+    if need_answers and not answers and not (names or impossible):
+        raise BadRow("has no answers")
+    if need_answers and not answers and not version_2_with_negative:
+        raise NoAnswer
+    texts = [_text(text, "answer text") for text, _ in answers]
+    return texts, [_start(start, text, context) for text, (_, start) in zip(texts, answers)]
+
+
+def _pairs(row, texts_name, starts_name):
+    """Return the list of (text, start) in the columns of these names, a list or one of each.
+
+    starts_name: None if both are in one column, as {"text": [...], "answer_start": [...]}, a list
+    of {"text", "answer_start"}, or a string of either.
+    """
+    value = row[texts_name]
+    if _is_nothing(value):
+        return []
+    if starts_name:
+        texts, starts = (_as_list(row.get(name), name) for name in (texts_name, starts_name))
+        starts = starts or [None] * len(texts)
+    else:
+        value = _parsed(value) if isinstance(value, str) else value
+        if isinstance(value, list) and all(isinstance(answer, dict) for answer in value):
+            value = {name: [answer.get(name) for answer in value]
+                     for name in ("text", "answer_start")}
+        if not isinstance(value, dict) or not all(
+                isinstance(value.get(name), list) for name in ("text", "answer_start")):
+            raise BadRow('has answers that are not {"text": [...], "answer_start": [...]}')
+        texts, starts = value["text"], value["answer_start"]
     if len(texts) != len(starts):
         raise BadRow(f"has {len(texts)} answer texts and {len(starts)} answer_starts")
-    starts = [
-        int(start) if isinstance(start, float) and start.is_integer() else start
-        for start in starts]
-    if any(not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < 1 << 31
-           for start in starts):
+    return list(zip(texts, starts))
+
+
+def _as_list(value, name):
+    """Return the list in a column, which tables may hold as text, or a list of its one value."""
+    if isinstance(value, str) and value.startswith(("[", "array")) and name != "answer":
+        value = _parsed(value)
+    return [] if _is_nothing(value) else value if isinstance(value, list) else [value]
+
+
+def _start(start, text, context):
+    """Return an answer's first character; None is looked for. Raises BadRow if there is none."""
+    if start is None:
+        places = len(re.findall(f"(?={re.escape(text)})", context))
+        if places != 1:
+            raise BadRow("has an answer that " + (
+                f"stands {places} times in the context: give its answer_start" if places else
+                "does not stand in the context"))
+        return context.index(text)
+    if isinstance(start, str) and re.fullmatch(r"-?\d{1,10}(\.0)?", start.strip()):
+        start = float(start)
+    if isinstance(start, float) and start.is_integer():
+        start = int(start)
+    if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < 1 << 31:
         raise BadRow("has an answer_start that is not a whole number from 0 on, of 31 bits")
-    return [_text(text, "answer text") for text in texts], starts
+    return start
+
+
+def _is_nothing(value):
+    """Return whether a value is null, NaN, or an empty text."""
+    return value is None or value != value or isinstance(value, str) and not value.strip()
 
 
 def _parsed(text):
-    """Parse a string of JSON, or a dictionary as Python or pandas print it.
+    """Parse a string of JSON, or a list or dictionary as Python, numpy or pandas print it.
 
-    An example of the latter is {'text': array(['x'], dtype=object)}. No code in the string is
-    executed. Raises BadRow if the string is neither.
+    An example of the latter is {'text': array(['x'], dtype=object), 'answer_start': [np.int64(5)]}.
+    No code in the string is executed. Raises BadRow if the string is neither.
     """
     try:
         return json.loads(text)
@@ -281,14 +354,15 @@ def _parsed(text):
         pass
     try:
         tree = ast.parse(text.strip(), mode="eval")
-        return ast.literal_eval(_ArraysAsLists().visit(tree))
+        return ast.literal_eval(_NumpyAsPython().visit(tree))
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         raise BadRow("has answers that are neither JSON nor a printed dictionary") from None
 
 
-class _ArraysAsLists(ast.NodeTransformer):
-    """Replaces array([...], ...), as numpy prints an array, by its first argument, the list."""
+class _NumpyAsPython(ast.NodeTransformer):
+    """Replaces array([...], ...) and np.int64(5), as numpy prints them, by the first argument."""
 
     def visit_Call(self, node):
-        return (node.args[0] if isinstance(node.func, ast.Name) and node.func.id == "array"
-                and node.args else node)
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        numpy_type = re.fullmatch(r"array|u?int\d+|float\d+|str_", name)
+        return self.visit(node.args[0]) if numpy_type and node.args else node

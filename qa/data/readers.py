@@ -1,95 +1,154 @@
-"""Read files of questions, one example at a time, so that a file may be larger than memory.
+"""Read files of questions; see FORMATS for what each suffix holds.
 
-The file's suffix selects the format:
+A pipe has no suffix: its first characters tell the format. A .json file is held in memory as a
+whole, which takes about six times its size; the other formats are read row by row.
 
-    .json            SQuAD's nested layout {"data": [{"paragraphs": [{"context", "qas": [{"id",
-                     "question", "answers"}]}]}]}, or a list of flat examples {"id", "context",
-                     "question", "answers"}, or {"data": [flat examples]}
-    .jsonl, .ndjson  JSON Lines with one flat example per line (also accepted in a .json file)
-    .csv             with a header; `answers` as JSON, or as Python or pandas print a dictionary
-    .parquet         with the columns id, context, question, answers
-
-Bytes that are not UTF-8 are decoded to lone surrogates (PEP 383). The check of an example detects
-them, so that invalid bytes make one example malformed instead of the whole file unreadable.
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. Bytes that are not UTF-8 are decoded to
+lone surrogates (PEP 383), which the check of an example detects: they make one example malformed
+instead of the whole file unreadable.
 """
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from pathlib import Path
-from typing import Iterator, Sequence, Union
+from typing import Any, BinaryIO, Dict, Iterator, Sequence, Union
 
 from runtime.errors import UsageError
+from runtime.files import encoding_of
 
+FORMATS = {
+    ".json": "SQuAD's nested layout, a list of examples, {\"data\": examples}, or JSON Lines",
+    ".jsonl": "JSON Lines, one example per line", ".ndjson": "the same",
+    ".csv": "with a header, separated by commas, semicolons or tabs", ".tsv": "the same",
+    ".parquet": "a column for each name"}
+# The columns of an example; other programs spread the answers over columns of these names.
 COLUMNS = ("id", "context", "question", "answers")
+ANSWER_COLUMNS = (("answers", None), ("answers.text", "answers.answer_start"),
+                  ("answer_text", "answer_start"), ("answer", "answer_start"))
+_KNOWN = {*COLUMNS, "is_impossible"}.union(*ANSWER_COLUMNS) - {None}
 _COMPRESSED = {
     b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd"}
+_NO_OBJECT = f"is not an object with {', '.join(COLUMNS)}"
+_DECODE, _SPACE = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+Row = Dict[str, Any]
 
 
 class BadRow(ValueError):
     """What is wrong with one example. The message is the predicate of `row 3 (id x) ...`."""
 
 
-def columns(need_answers: bool) -> Sequence[str]:
-    """Return the names of the columns that examples must have, with or without answers."""
-    return COLUMNS if need_answers else COLUMNS[:3]
+def open_rows(path: Union[str, Path]) -> BinaryIO:
+    """Open a file for `read_rows`; what can be read only once, as a pipe, is read into memory.
 
-
-def read_rows(path, need_answers: bool = True) -> Iterator[Union[dict, BadRow]]:
-    """Yield the examples of a file in order.
-
-    Each is a dictionary with any of COLUMNS, whose values are not checked, or a BadRow if it cannot
-    be read. need_answers: whether a table (.csv, .parquet) must have the column `answers`.
-
-    Raises UsageError, with the file's name, if the file as a whole cannot be read: it is missing,
-    empty, compressed or corrupt, its suffix is unknown, or a table lacks a column.
+    Raises UsageError if the file cannot be read.
     """
-    path = Path(path)
-    readers = {
-        ".json": _read_json, ".jsonl": _read_json_lines, ".ndjson": _read_json_lines,
-        ".csv": _read_csv, ".parquet": _read_parquet}
-    if path.suffix.lower() not in readers:
-        raise UsageError(
-            f"{path}: unknown kind of file; name one that ends in {', '.join(readers)}")
     try:
-        with open(path, "rb") as file:
-            head = file.read(8)
+        if Path(path).is_file():
+            return open(path, "rb")
+        with open(path, "rb") as pipe:
+            return io.BytesIO(pipe.read())
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_rows(path: Union[str, Path], file: BinaryIO,
+              need_answers: bool = True) -> Iterator[Union[Row, BadRow]]:
+    """Yield the examples of a file in order.
+
+    Each is a dictionary with any of the columns, whose values are not checked, or a BadRow if it
+    cannot be read. path: names the format and the file in messages. need_answers: whether a table
+    (.csv, .parquet) must have a column of answers.
+
+    Raises UsageError if the file as a whole cannot be read: it is empty, compressed or corrupt, its
+    suffix is unknown, or a table lacks a column.
+    """
+    head = file.read(4096)
+    file.seek(0)
+    kind = Path(path).suffix.lower() if Path(path).is_file() else _kind_of(head)
+    if kind not in FORMATS:
+        raise UsageError(f"{path}: unknown kind of file; name one that ends in "
+                         f"{', '.join(FORMATS)}")
     if not head:
         raise UsageError(f"{path}: the file is empty")
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             raise UsageError(f"{path}: is compressed ({name}); unpack it first")
     try:
-        yield from readers[path.suffix.lower()](path, columns(need_answers))
+        if kind == ".parquet":
+            yield from _read_parquet(path, file, need_answers)
+            return
+        text = io.TextIOWrapper(file, encoding_of(head), errors="surrogateescape", newline="")
+        if kind in (".csv", ".tsv"):
+            yield from _read_csv(path, text, need_answers)
+        elif kind == ".json":
+            yield from _read_json(path, text)
+        else:
+            yield from _read_json_lines(text)
     except RecursionError:
         raise UsageError(f"{path}: values are nested too deep") from None
+    except UnicodeError as error:
+        raise UsageError(f"{path}: is not text in {encoding_of(head)} ({error}); save it as "
+                         "UTF-8") from error
 
 
-def _open(path):
-    """Open a text file; bytes that are not UTF-8 become lone surrogates."""
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+def missing_columns(names: Sequence[str], need_answers: bool) -> Sequence[str]:
+    """Return which columns a table with these columns lacks; rows without an id are numbered."""
+    answered = not need_answers or any(text in names for text, _ in ANSWER_COLUMNS)
+    return [name for name in ("context", "question") if name not in names] + (
+        [] if answered else ["answers"])
 
 
-def _read_json(path, columns):
+def _kind_of(head: bytes) -> str:
+    """Return the suffix of the format that a pipe's first bytes are of."""
+    if head.startswith(b"PAR1"):
+        return ".parquet"
+    text = head.decode(encoding_of(head), "replace").lstrip()
+    return ".json" if text[:1] in ("{", "[", "") else ".csv"
+
+
+def _read_json(path, text):
     """Yield the examples of all JSON values in the file; JSON Lines are several such values."""
-    with _open(path) as file:
-        text = _JsonText(path, file)
-        while text.peek():
-            for value in text.elements() if text.peek() == "[" else text.data_or_self():
-                yield from _flatten(value)
+    content, place = text.read().rstrip(), 0
+    while place < len(content):
+        try:
+            value, place = _DECODE(content, _SPACE.match(content, place).end())
+        except ValueError as error:
+            where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise UsageError(f"{path}: is not valid JSON{where}: {_cause(error)}") from None
+        if isinstance(value, dict) and isinstance(value.get("data"), list):
+            value = value["data"]
+        if isinstance(value, dict) and isinstance(value.get("context"), (dict, list)):
+            value = _rows_of_columns(value)
+        for entry in value if isinstance(value, list) else [value]:
+            yield from _examples(entry)
 
 
-def _flatten(value):
+def _cause(error):
+    """Return why JSON cannot be decoded. Python refuses integers of more than 4,300 digits."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else "a number of too many digits"
+
+
+def _rows_of_columns(columns):
+    """Return rows of {name: column}, as pandas' to_json and datasets' to_dict write them."""
+    lists = [list(column.values()) if isinstance(column, dict) else column
+             for column in columns.values() if isinstance(column, (dict, list))]
+    return [dict(zip(columns, values)) for values in zip(*lists)]
+
+
+def _examples(value):
     """Yield the examples of `value`, an article of the nested layout or one flat example."""
-    if not isinstance(value, dict) or "paragraphs" not in value:
-        yield (value if isinstance(value, dict)
-               else BadRow(f"is not an object with {', '.join(COLUMNS)}"))
+    if not isinstance(value, dict):
+        yield BadRow(_NO_OBJECT)
         return
-    paragraphs = value["paragraphs"] if isinstance(value["paragraphs"], list) else [None]
-    for paragraph in paragraphs:
+    if "paragraphs" not in value and "qas" not in value:
+        yield value
+        return
+    paragraphs = value.get("paragraphs", [value])
+    for paragraph in paragraphs if isinstance(paragraphs, list) else [None]:
         if not isinstance(paragraph, dict) or not isinstance(paragraph.get("qas"), list):
             yield BadRow("is a paragraph without a list of questions, `qas`")
             continue
@@ -100,149 +159,54 @@ def _flatten(value):
                 yield BadRow("is a question that is not an object")
 
 
-class _JsonText:
-    """A long JSON text, decoded value by value, so that only the current value is in memory."""
-
-    def __init__(self, path, file):
-        self._path, self._file = path, file
-        self._buffer, self._place, self._line = "", 0, 1
-        self._decode = json.JSONDecoder().raw_decode
-
-    def _read(self, characters):
-        """Drop what has been decoded and read on; return whether anything was left to read."""
-        self._line += self._buffer.count("\n", 0, self._place)
-        more = self._file.read(characters)
-        self._buffer, self._place = self._buffer[self._place:] + more, 0
-        return bool(more)
-
-    def _fail(self, what, place):
-        """Raise UsageError with the line number of index `place` of the buffer."""
-        line = self._line + self._buffer.count("\n", 0, place)
-        raise UsageError(f"{self._path}: is not valid JSON in line {line}: {what}")
-
-    def peek(self):
-        """Return the next character that is not white space, or "" at the end of the file."""
-        while True:
-            while self._place < len(self._buffer):
-                if not self._buffer[self._place].isspace():
-                    return self._buffer[self._place]
-                self._place += 1
-            if not self._read(1 << 16):
-                return ""
-
-    def take(self, characters):
-        """Consume and return the next character. Raises UsageError if not one of `characters`."""
-        found = self.peek()
-        if not found or found not in characters:
-            self._fail(
-                f"expected {' or '.join(characters)}, found {found or 'the end of the file'}",
-                self._place)
-        self._place += 1
-        return found
-
-    def value(self):
-        """Decode and return the next value, reading more of the file until the value is complete.
-
-        The amount that is read doubles each time, so that the total work stays linear. Raises
-        UsageError if the text is not valid JSON.
-        """
-        self.peek()
-        while True:
-            begin = self._place
+def _read_json_lines(text):
+    for line in text:
+        if line.strip():
             try:
-                value, end = self._decode(self._buffer, begin)
-                if end == len(self._buffer) and self._read(1 << 16):
-                    continue  # a number may continue in the text that was just read
-                self._place += end - begin
-                return value
-            except json.JSONDecodeError as error:
-                # If the buffer ends within the value, the decoder reports an error near the end of
-                # the buffer, or at the start of the unterminated string.
-                cut_off = (error.pos + 16 > len(self._buffer)
-                           or error.msg.startswith("Unterminated string"))
-                if not cut_off or not self._read(max(1 << 16, len(self._buffer) - self._place)):
-                    self._fail(error.msg, self._place + error.pos - begin)
-            except ValueError:  # Python refuses integers of more than 4,300 digits
-                self._fail("a number of too many digits", begin)
-
-    def elements(self):
-        """Yield the elements of the next value, an array."""
-        self.take("[")
-        if self.peek() == "]":
-            self.take("]")
-            return
-        while True:
-            yield self.value()
-            if self.take(",]") == "]":
-                return
-
-    def data_or_self(self):
-        """Yield the elements of the array `data` in the next object, or else the object itself."""
-        self.take("{")
-        found, has_data = {}, False
-        if self.peek() == "}":
-            self.take("}")
-            yield found
-            return
-        while True:
-            key = self.value()
-            self.take(":")
-            if key == "data" and self.peek() == "[":
-                has_data = True
-                yield from self.elements()
-            else:
-                found[key] = self.value()
-            if self.take(",}") == "}":
-                break
-        if not has_data:
-            yield found
+                row = json.loads(line)
+            except ValueError as error:
+                row = BadRow(f"is not valid JSON: {_cause(error)}")
+            yield row if isinstance(row, (dict, BadRow)) else BadRow(_NO_OBJECT)
 
 
-def _read_json_lines(path, columns):
-    with _open(path) as file:
-        for line in file:
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    row = BadRow(f"is not valid JSON: {error.msg}")
-                except ValueError:
-                    row = BadRow("is not valid JSON: a number of too many digits")
-                yield (row if isinstance(row, (dict, BadRow))
-                       else BadRow(f"is not an object with {', '.join(COLUMNS)}"))
-
-
-def _read_csv(path, columns):
+def _read_csv(path, text, need_answers):
     # A context may be longer than the csv module's default limit of 131,072 characters.
     csv.field_size_limit((1 << 31) - 1)
-    with _open(path) as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            _check_columns(path, reader.fieldnames or (), columns)
-            for row in reader:
-                yield BadRow("has more fields than the header") if None in row else row
-        except csv.Error as error:
-            raise UsageError(
-                f"{path}: is not valid CSV in line {reader.line_num}: {error}") from error
+    header = text.readline()
+    separator = max(",;\t|", key=lambda mark: len(_KNOWN & set(_names(header, mark))))
+    reader = csv.DictReader(text, _names(header, separator), delimiter=separator, strict=True)
+    _check_columns(path, reader.fieldnames, need_answers)
+    try:
+        for row in reader:
+            yield BadRow("has more fields than the header") if None in row else row
+    except csv.Error as error:
+        raise UsageError(
+            f"{path}: is not valid CSV in line {reader.line_num + 1}: {error}") from error
 
 
-def _read_parquet(path, columns):
+def _names(header, separator):
+    """Return the names of a table's columns, in lower case."""
+    return [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
+
+
+def _read_parquet(path, file, need_answers):
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(str(path)) as file:
-            _check_columns(path, file.schema_arrow.names, columns)
-            for batch in file.iter_batches(batch_size=1000, columns=list(columns)):
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            _check_columns(path, names, need_answers)
+            for batch in table.iter_batches(batch_size=1000, columns=[
+                    name for name in names if name in _KNOWN]):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _check_columns(path, names, columns):
-    """Raise UsageError if the table's column `names` lack any of `columns`."""
-    missing = [name for name in columns if name not in names]
+def _check_columns(path, names, need_answers):
+    """Raise UsageError if a table with the columns `names` lacks any that it needs."""
+    missing = missing_columns(names, need_answers)
     if missing:
-        raise UsageError(
-            f"{path}: has no column {', '.join(missing)}; "
-            f"it has {', '.join(map(str, names)) or 'none'}")
+        raise UsageError(f"{path}: has no column {', '.join(missing)}; "
+                         f"it has {', '.join(map(str, names)) or 'none'}")
