@@ -1,6 +1,7 @@
 """The optimizer and the learning-rate schedule."""
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, Dict
 
@@ -91,7 +92,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, tot
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     warmup = settings.warmup_steps
     if warmup is None:
-        warmup = int(settings.warmup_ratio * total_steps)
+        warmup = math.ceil(settings.warmup_ratio * total_steps)  # as Trainer
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, num_training_steps=total_steps,
                              num_warmup_steps=warmup)
     for _ in range(steps_done):
