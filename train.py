@@ -46,7 +46,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
     from transformers import set_seed
 
     from ipu_options import poptorch
-    from ipu_options.options import describe_poptorch, mean_loss, training_options
+    from ipu_options.options import describe_poptorch, training_options
     from qa.answers.evaluation import Evaluation
     from qa.data.demo import use_demo_data
     from qa.data.loader import first_batch, open_loader
@@ -60,7 +60,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
     from qa.run import hub
     from qa.run.checkpoint import Checkpoints, check_output_folder
     from qa.run.nonfinite import NonfiniteGuard
-    from qa.run.progress import Progress, describe_compiled, describe_rows
+    from qa.run.progress import Progress, describe_compiled, describe_rows, mean_loss
     from qa.run.state import TrainingState
 
     # 1. What is trained, and where: --layers_per_ipu becomes the layout, an IPU for each block.
@@ -129,7 +129,8 @@ def fine_tune(settings, ipu_config, stop, timer, log):
             with timer("data"):
                 batch = next(batches)  # the arguments of the model, which returns the loss
             with timer("step"):
-                loss = mean_loss(training_model(**batch), pipeline.config)
+                losses = training_model(**batch)
+                loss = mean_loss(losses, batch["loss_weights"], pipeline.config)
             state.step += 1
             last = stop.poll() or state.step == rows.total_steps  # all processes know of a signal
             saving = settings.save_steps and state.step % settings.save_steps == 0

@@ -80,7 +80,8 @@ class IPUConfig(Settings):
         32, "micro-batches per weight update on each replica; --pack divides it by the windows a "
         "row holds, so that an update keeps its windows", type=int, min=1, max=65_536, by_pod=True)
     device_iterations: Union[int, Dict[str, int]] = flag(
-        1, "weight updates per call of the device", type=int, min=1, max=65_536, by_pod=True)
+        1, "weight updates per call of the device, which are the same whatever their number; a run "
+        "ends with a whole call", type=int, min=1, max=65_536, by_pod=True)
     matmul_proportion: Union[float, List[float]] = flag(
         0.25,
         "share of an IPU's memory for temporaries of matrix multiplications: one number, or one "

@@ -95,18 +95,6 @@ def watched_gradient(options: "poptorch.Options",
         for name, *_ in options.anchored_tensors.values()}
 
 
-def mean_loss(output: torch.Tensor, config: IPUConfig) -> float:
-    """Collective: return the mean loss of a step's micro-batches, of all processes.
-
-    output: what a call of the training model returns under `config.output_mode`. In the modes
-    "final" and "default" it holds only each replica's last micro-batch, and the mean is over those.
-    """
-    losses_in_a_sum = (config.gradient_accumulation_steps * config.device_iterations
-                       if config.output_mode == "sum" else 1)
-    output = processes.gather_rows(output, config.replication_factor // processes.count())
-    return output.float().mean().item() / losses_in_a_sum
-
-
 def inference_options(pipeline: Pipeline, run: DeviceSettings) -> "poptorch.Options":
     """Return the poptorch.Options of an inference pipeline; all logits are returned, in order."""
     options = _common_options(pipeline.config, run, "inference", {})

@@ -26,6 +26,7 @@ import torch
 from ipu_options.config import IPUConfig
 from qa.data.packing import pack
 from qa.settings import TrainSettings
+from runtime.errors import UsageError
 
 # Inference packs this many windows at a time. Larger blocks fill the rows better; smaller blocks
 # give answers sooner, since a question can only be answered once all of its windows have been run.
@@ -97,11 +98,13 @@ class _Rows(torch.utils.data.Dataset):
 class TrainingRows(_Rows):
     """All training rows of a run, epoch after epoch, from any step on.
 
-    A step uses one combined batch. It consists of `updates_per_step` (PopTorch's deviceIterations)
-    updates of `micro_batches_per_update` (gradient accumulation x replication factor) micro-batches
-    of `micro_batch_size` rows. PopTorch splits a combined batch in this order, device iterations
-    outermost, so that an update uses consecutive rows. An epoch is a whole number of steps: its
-    last step is filled up with empty rows, which are spread evenly over the step's updates.
+    An epoch is a whole number of weight updates of `micro_batches_per_update` (gradient
+    accumulation x replication factor) micro-batches of `micro_batch_size` rows. Its last update
+    begins with the empty rows that fill it up: each update has a window, and so has its final
+    micro-batch, the only one whose loss some output modes return. A step is one combined batch, the
+    next `updates_per_step` (PopTorch's deviceIterations) updates, whatever their epochs: how many
+    they are changes nothing in the updates. PopTorch splits a combined batch in this order, device
+    iterations outermost, so an update uses consecutive rows. The run ends with a whole step.
 
     The loss weight of each window is micro_batches_per_update / (windows in the update). With a
     micro-batch loss of sum_k weight_k * loss_k, PopTorch's Mean reduction over accumulation and
@@ -139,21 +142,24 @@ class TrainingRows(_Rows):
         self.windows_per_row = len(windows) / rows
         # The fraction of all tokens that are not padding.
         self.fill = float(windows.lengths.sum()) / (rows * row_length)
-        self.steps_per_epoch = math.ceil(rows / self.rows_per_step)
-        self.total_steps = max_steps if max_steps > 0 else math.ceil(epochs * self.steps_per_epoch)
+        self.updates_per_epoch = math.ceil(rows / self._rows_per_update)
+        self.updates = math.ceil(epochs * self.updates_per_epoch)  # that `epochs` consist of
+        self.total_steps = max_steps if max_steps > 0 else math.ceil(
+            self.updates / updates_per_step)
         self._first_step = first_step
-        self._order = self._shuffle(first_step // self.steps_per_epoch)
+        self._order = self._shuffle(first_step * updates_per_step // self.updates_per_epoch)
 
     @classmethod
     def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, row_kind: dict,
                windows) -> "TrainingRows":
         """Return the rows of a run with these settings.
 
-        ipu_config: that of the training pipeline, with the values for the whole pod. row_kind: the
+        ipu_config: the training pipeline's, with the values for the whole pod. row_kind: the
         arguments pad_token_id, first_position and token_types, as the model needs them. windows:
-        qa.data.windows.Windows with labels.
+        qa.data.windows.Windows with labels. Raises UsageError if a step has more updates than the
+        run.
         """
-        return cls(
+        rows = cls(
             windows, row_length=settings.max_seq_length,
             max_windows_per_row=settings.row_capacity(), **row_kind,
             micro_batch_size=settings.micro_batch_size,
@@ -161,6 +167,13 @@ class TrainingRows(_Rows):
             ipu_config.replication_factor, updates_per_step=ipu_config.device_iterations,
             epochs=settings.num_train_epochs, max_steps=settings.max_steps or -1,
             seed=settings.seed)
+        if ipu_config.device_iterations > rows.updates and not settings.max_steps:
+            raise UsageError(
+                f"{ipu_config.source('device_iterations')} {ipu_config.device_iterations}: "
+                f"{len(windows)} window(s) are {rows.updates_per_epoch} weight update(s) an epoch, "
+                f"{rows.updates} in {settings.num_train_epochs:g} epochs, fewer than one call of "
+                f"the device has: use at most {rows.updates}")
+        return rows
 
     def starting_at(self, step: int) -> "TrainingRows":
         """Return the rows of the rest of this run after `step` steps."""
@@ -168,7 +181,7 @@ class TrainingRows(_Rows):
 
     def epoch_after(self, step: int) -> float:
         """Return how many epochs have been seen after `step` steps of the run."""
-        return step / self.steps_per_epoch
+        return step * self._updates_per_step / self.updates_per_epoch
 
     def first_batch(self) -> dict:
         """Return the first combined batch, {name: tensor [rows of one step, ...]}."""
@@ -189,7 +202,7 @@ class TrainingRows(_Rows):
         start_positions = numpy.zeros((len(indices), self._room), numpy.int32)
         end_positions = numpy.zeros((len(indices), self._room), numpy.int32)
         loss_weights = numpy.zeros((len(indices), self._room), numpy.float32)
-        rows_per_epoch, row_slots = (self.steps_per_epoch * self.rows_per_step,
+        rows_per_epoch, row_slots = (self.updates_per_epoch * self._rows_per_update,
                                      self._packing.row_slots)
         for place, index in enumerate(indices):
             epoch, position = divmod(self._first_step * self.rows_per_step + index, rows_per_epoch)
@@ -211,9 +224,11 @@ class TrainingRows(_Rows):
 
     def windows_in_step(self, step: int) -> int:
         """Return the number of windows in step `step`, counted from 0 at the start of the run."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        updates = self._epoch_order(epoch).windows_in_update
-        return int(updates[step * self._updates_per_step:(step + 1) * self._updates_per_step].sum())
+        first = step * self._updates_per_step
+        updates = (divmod(update, self.updates_per_epoch)
+                   for update in range(first, first + self._updates_per_step))
+        return sum(int(self._epoch_order(epoch).windows_in_update[update])
+                   for epoch, update in updates)
 
     def _epoch_order(self, epoch: int) -> _EpochOrder:
         if epoch != self._order.epoch:
@@ -228,16 +243,14 @@ class TrainingRows(_Rows):
         window_of_slot[_by_length(self._packing.slot_length)] = shuffled[_by_length(
             self.windows.lengths[shuffled])]
         rows = generator.permutation(len(self._packing.row_slots) - 1)
-        row_at = numpy.full((self.steps_per_epoch, self._updates_per_step, self._rows_per_update),
-                            -1, numpy.int32)
-        full = (self.steps_per_epoch - 1) * self.rows_per_step
+        row_at = numpy.full((self.updates_per_epoch, self._rows_per_update), -1, numpy.int32)
+        full = (self.updates_per_epoch - 1) * self._rows_per_update
         row_at[:-1] = rows[:full].reshape(row_at[:-1].shape)
-        for update, part in zip(row_at[-1], numpy.array_split(rows[full:], self._updates_per_step)):
-            update[:len(part)] = part
+        row_at[-1, -len(rows[full:]):] = rows[full:]
         # The appended 0 is for empty rows, whose index in row_at is -1.
         windows_in_row = numpy.append(numpy.diff(self._packing.row_slots), 0)
         return _EpochOrder(epoch, row_at.reshape(-1), window_of_slot,
-                           windows_in_row[row_at].sum(axis=-1).reshape(-1))
+                           windows_in_row[row_at].sum(axis=-1))
 
 
 class ProcessRows(_Rows):

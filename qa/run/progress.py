@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict
 
+import torch
 from tqdm import tqdm
 
 from ipu_options.config import IPUConfig
@@ -19,23 +20,43 @@ from runtime.bars import progress_bar
 from runtime.files import write_json, writing
 
 
+def mean_loss(losses: torch.Tensor, loss_weights: torch.Tensor, ipu_config: IPUConfig) -> float:
+    """Collective: return the mean loss of the windows in the micro-batches that a call returned.
+
+    losses: as ipu_config.output_mode returns them: of all micro-batches, of each replica's last one
+    ("final", "default"), or each replica's sum. loss_weights: [rows, windows of a row], of this
+    process's rows in the call. A micro-batch's loss is the sum of its windows' losses, each times
+    the weight that all windows of the update have (qa/data/rows.py). A sum over several updates, in
+    which windows weigh differently, gives the mean of the updates' means.
+    """
+    losses = losses.float().reshape(-1)
+    replicas = ipu_config.replication_factor // processes.count()
+    micro_batches = ipu_config.gradient_accumulation_steps * ipu_config.device_iterations
+    if ipu_config.output_mode == "sum":
+        return processes.gather_rows(losses, replicas).mean().item() / micro_batches
+    weights = loss_weights.reshape(micro_batches * replicas, -1)[-len(losses):]
+    columns = torch.stack((losses, weights.amax(1), weights.count_nonzero(1).float()), dim=1)
+    losses, weights, windows = processes.gather_rows(columns, replicas).unbind(1)
+    weights[windows == 0] = 1.0  # the loss of a micro-batch without a window is 0
+    return ((losses / weights).sum() / windows.sum()).item()
+
+
 def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
                   ipu_config: IPUConfig) -> str:
-    """Return two lines of text on how the questions become windows, rows, updates and steps.
+    """Return three lines of text on how the questions become windows, rows, updates and steps.
 
     questions: their number. ipu_config: the training pipeline's. The size of an update is given in
     windows, since a packed row holds a varying number of them.
     """
     micro_batch_size, replicas = settings.micro_batch_size, ipu_config.replication_factor
-    accumulation = ipu_config.gradient_accumulation_steps
-    update = rows.windows_per_row * micro_batch_size * accumulation * replicas
+    accumulation, updates = ipu_config.gradient_accumulation_steps, ipu_config.device_iterations
     return (
         f"{questions} questions, {len(rows.windows)} windows, {rows.windows_per_row:.2f} in a row, "
         f"{rows.fill:.1%} of the tokens are real\n"
         f"weight update: micro-batch {micro_batch_size} x accumulation {accumulation} x replicas "
-        f"{replicas} rows, {update:.0f} windows on average; "
-        f"step: {ipu_config.device_iterations} update(s); "
-        f"{rows.steps_per_epoch} steps an epoch, {rows.total_steps} in all")
+        f"{replicas} rows, {len(rows.windows) / rows.updates_per_epoch:.1f} windows on average\n"
+        f"run: {rows.updates_per_epoch} updates an epoch; {rows.total_steps} steps of {updates} "
+        f"update(s), {rows.epoch_after(rows.total_steps):.2f} epochs")
 
 
 def describe_compiled(seconds: float, ipu_config: IPUConfig, settings: TrainSettings) -> str:
@@ -68,7 +89,8 @@ class Progress:
         """
         settings, step = self.settings, self.state.step
         due = (settings.eval_steps and step % settings.eval_steps == 0
-               or settings.evaluate_every_epoch and step % self.rows.steps_per_epoch == 0)
+               or settings.evaluate_every_epoch
+               and int(self.rows.epoch_after(step)) > int(self.rows.epoch_after(step - 1)))
         last = step == self.rows.total_steps
         return bool(settings.evaluates and (settings.load_best_model_at_end if last else due))
 

@@ -5,10 +5,12 @@ import numpy
 import pytest
 import torch
 
-from ipu_options.config import packed_accumulation
+from ipu_options.config import IPUConfig, packed_accumulation
 from qa.data.loader import collate
 from qa.data.packing import pack, windows_per_row
 from qa.data.rows import InferenceRows, TrainingRows
+from qa.settings import TrainSettings
+from runtime.errors import UsageError
 from tests.reference.synthetic_windows import SyntheticWindows
 
 PAD = 1
@@ -87,35 +89,62 @@ def test_every_window_once_an_epoch_and_the_weighted_loss_is_the_mean(most):
     expected = sorted((tuple(windows.input_ids(i).tolist()), int(windows.start_position[i]),
                        int(windows.end_position[i])) for i in range(len(windows)))
     rows = training_rows(windows, max_windows_per_row=most)
-    assert len(rows) == rows.total_steps * 16 and rows.total_steps == int(
-        numpy.ceil(2.5 * rows.steps_per_epoch))
-    epochs = []
+    updates = rows.updates_per_epoch
+    assert rows.total_steps == numpy.ceil(numpy.ceil(2.5 * updates) / 2)
+    assert len(rows) == rows.total_steps * 16
+    epochs, windows_in_update = [], []
     for epoch in range(2):
         seen = []
-        for step in range(epoch * rows.steps_per_epoch, (epoch + 1) * rows.steps_per_epoch):
-            real = 0
-            for update in range(2):
-                first = (2 * step + update) * 8
-                found = [windows_of(rows[index]) for index in range(first, first + 8)]
-                real += sum(map(len, found))
-                # Any function of a window serves as its loss: here the sum of its tokens.
-                losses = [[sum(tokens) * weight for tokens, _, _, weight in row] for row in found]
-                micro_batches = [sum(losses[2 * i]) + sum(losses[2 * i + 1]) for i in range(4)]
-                update_windows = [window for row in found for window in row]
-                assert update_windows
-                mean = sum(sum(tokens) for tokens, *_ in update_windows) / len(update_windows)
-                assert sum(micro_batches) / 4 == pytest.approx(mean, rel=1e-6)
-                seen += [window[:3] for window in update_windows]
-            assert rows.windows_in_step(step) == real
+        for update in range(epoch * updates, (epoch + 1) * updates):
+            found = [windows_of(rows[index]) for index in range(8 * update, 8 * update + 8)]
+            # Any function of a window serves as its loss: here the sum of its tokens.
+            losses = [[sum(tokens) * weight for tokens, _, _, weight in row] for row in found]
+            micro_batches = [sum(losses[2 * i]) + sum(losses[2 * i + 1]) for i in range(4)]
+            update_windows = [window for row in found for window in row]
+            mean = sum(sum(tokens) for tokens, *_ in update_windows) / len(update_windows)
+            assert sum(micro_batches) / 4 == pytest.approx(mean, rel=1e-6)
+            assert micro_batches[-1]  # the one whose loss the output mode "final" returns
+            seen += [window[:3] for window in update_windows]
+            windows_in_update.append(len(update_windows))
         assert sorted(seen) == expected
         epochs.append(seen)
     assert epochs[0] != epochs[1]
+    assert [rows.windows_in_step(step) for step in range(updates)] == [
+        sum(windows_in_update[2 * step:2 * step + 2]) for step in range(updates)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 50])
+def test_updates_are_the_same_however_many_make_a_step_and_none_is_without_a_window(count):
+    windows = SyntheticWindows(numpy.random.default_rng(count).integers(8, 40, count))
+    plain = training_rows(windows, updates_per_step=1, max_windows_per_row=1, epochs=40)
+    for updates_per_step in (2, 3, 8):
+        rows = training_rows(windows, updates_per_step=updates_per_step, max_windows_per_row=1,
+                             max_steps=4)
+        assert all(same(rows[index], plain[index]) for index in range(32 * updates_per_step))
+        assert rows.epoch_after(4) == plain.epoch_after(4 * updates_per_step)
+        resumed = training_rows(windows, updates_per_step=updates_per_step, max_windows_per_row=1,
+                                max_steps=4, first_step=3)
+        assert same(resumed[0], rows[24 * updates_per_step])
+    for first in range(0, 32 * 8, 8):
+        assert any(map(windows_of, (plain[index] for index in range(first, first + 8))))
+
+
+def test_a_call_of_more_updates_than_the_run_has_is_refused():
+    windows, config = SyntheticWindows([20] * 9), IPUConfig(
+        gradient_accumulation_steps=4, replication_factor=1, device_iterations=8)
+    settings = TrainSettings(num_train_epochs=2)
+    with pytest.raises(UsageError, match=(
+            r"device_iterations.* 8: 9 window\(s\) are 3 weight update\(s\) an epoch, 6 in 2 "
+            "epochs, fewer than one call of the device has: use at most 6")):
+        TrainingRows.of_run(settings, config, {"pad_token_id": PAD}, windows)
+    settings.max_steps = 1
+    assert TrainingRows.of_run(settings, config, {"pad_token_id": PAD}, windows).total_steps == 1
 
 
 def test_epochs_pack_other_windows_together():
     windows = SyntheticWindows(numpy.full(200, 20))
     rows = training_rows(windows, max_windows_per_row=3, updates_per_step=1)
-    epoch_rows = rows.steps_per_epoch * 8
+    epoch_rows = rows.updates_per_epoch * 8
     together = [{
         frozenset(window[0] for window in windows_of(rows[i]))
         for i in range(first, first + epoch_rows)} for first in (0, epoch_rows)]
@@ -129,7 +158,8 @@ def same(one, other):
 def test_resume_and_workers_give_the_same_rows():
     windows = SyntheticWindows(numpy.random.default_rng(1).integers(8, 40, 2000))
     rows = training_rows(windows)
-    for first_step in (1, rows.steps_per_epoch - 1, rows.steps_per_epoch, rows.steps_per_epoch + 3):
+    steps = rows.updates_per_epoch // 2
+    for first_step in (1, steps - 1, steps, steps + 1, steps + 3):
         resumed = training_rows(windows, first_step=first_step)
         assert len(resumed) == len(rows) - 16 * first_step
         assert all(same(resumed[index], rows[index + 16 * first_step]) for index in range(40))

@@ -1,6 +1,7 @@
 """train.py and infer.py from end to end, on a small part of the demo's data."""
 import csv
 import json
+import operator
 import re
 import shutil
 import sys
@@ -209,6 +210,25 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(demo, tmp_
     assert differences(tmp_path / "0", tmp_path / "2") == []
     assert fit(demo / "v1", tmp_path / "other", *more, "--seed", "43") == 0
     assert "model.safetensors" in differences(tmp_path / "0", tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_device_iterations_change_the_speed_and_not_the_result(demo, tmp_path):
+    """Four epochs of two updates, the second of fewer windows; a call of 4 updates is 2 epochs."""
+    losses = {}
+    for updates in (1, 2, 4):
+        out = tmp_path / str(updates)
+        assert fit(demo / "v1", out, "--max_steps", str(8 // updates), "--device_iterations",
+                   str(updates), "--lr_scheduler_type", "constant", "--logging_steps", "1",
+                   "--max_train_samples", "40") == 0
+        losses[updates] = [line["loss"] for line in read_log(out / "log.jsonl")
+                           if line["event"] == "log"]
+        assert (out / "model.safetensors").read_bytes() == (
+            tmp_path / "1" / "model.safetensors").read_bytes()
+        windows = [28, 12] * (updates // 2) if updates > 1 else [1]
+        assert losses[updates] == pytest.approx([
+            sum(map(operator.mul, windows, losses[1][first:first + updates])) / sum(windows)
+            for first in range(0, 8, updates)])
 
 
 def spoil_backward(folder):

@@ -8,7 +8,7 @@ import torch
 
 from ipu_options import poptorch
 from ipu_options.config import DeviceSettings, IPUConfig, inference_pipeline
-from ipu_options.options import inference_options, mean_loss, training_options, watched_gradient
+from ipu_options.options import inference_options, training_options, watched_gradient
 
 CONFIG = IPUConfig(layers_per_ipu=[0, 4, 4, 4], replication_factor=4)
 
@@ -184,6 +184,6 @@ def test_a_watched_gradient_is_read_after_a_call():
     optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
     training_model = poptorch.trainingModel(model, options, optimizer)
     inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert mean_loss(training_model(inputs), config) == 5.0
+    training_model(inputs)
     (gradient,) = watched_gradient(options, training_model).values()
     assert torch.equal(gradient.reshape(2, 2), inputs)  # one row for each micro-batch

@@ -77,7 +77,7 @@ def test_gradient_of_a_step_is_that_of_the_mean_loss(model, windows, most, micro
                 micro_batch_size=micro_batch_size, micro_batches_per_update=accumulation * replicas,
                 seed=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for step in range(TrainingRows(windows, **plan).steps_per_epoch):  # the last is partly empty
+    for step in range(TrainingRows(windows, **plan).updates_per_epoch):  # the last has empty rows
         rows = TrainingRows(windows, **plan, first_step=step)
         options = poptorch.Options()
         options.replicationFactor(replicas)

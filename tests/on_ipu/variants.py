@@ -13,13 +13,14 @@ from transformers.activations import ACT2FN
 
 from ipu_options import poptorch
 from ipu_options.config import IPUConfig, inference_pipeline, training_pipeline
-from ipu_options.options import mean_loss, training_options, watched_gradient
+from ipu_options.options import training_options, watched_gradient
 from qa.answers.inference import InferencePipeline
 from qa.data.rows import InferenceRows, TrainingRows
 from qa.families import row_kind
 from qa.model.optimizer import make_optimizer
 from qa.model.parallelize import parallelize, parameter_to_watch, weights_of
 from qa.model.roberta import RobertaForSpans
+from qa.run.progress import mean_loss
 from qa.settings import TrainSettings
 from tests.model.test_gradients import CONFIG, LENGTHS, plain_gradient, plain_model, windows_in
 from tests.reference.synthetic_windows import SyntheticWindows
@@ -73,7 +74,7 @@ def initial_model(config=CONFIG):
 def make_training(model_config=CONFIG, watch=True, **changes):
     """Return what train.py makes for BASE with `changes`, by the names that it has there.
 
-    Unpacked, the last row of the first call is empty.
+    Unpacked, one row of the first call is empty.
     """
     settings, ipu_config = settings_of(**changes)
     pipeline = training_pipeline(ipu_config, model_config.num_hidden_layers, "pod4")
@@ -113,7 +114,8 @@ def run(**changes):
     made, answering = make_training(**changes), make_answering(**changes)
     logits = logits_of(answering, made.rows.windows)
     before = {name: tensor.float().clone() for name, tensor in weights_of(made.model).items()}
-    loss = mean_loss(made.training_model(**made.rows.first_batch()), made.ipu_config)
+    batch = made.rows.first_batch()
+    loss = mean_loss(made.training_model(**batch), batch["loss_weights"], made.ipu_config)
     (watched,) = watched_gradient(made.options, made.training_model).values()
     made.training_model.detachFromDevice()  # frees the IPUs, and copies the weights
     update = {name: tensor.float() - before[name]
@@ -154,13 +156,11 @@ def run_plainly(result):
                      betas=(settings.adam_beta1, settings.adam_beta2))
     losses, watched, size = [], [], rows.rows_per_step // config.device_iterations
     for first in range(0, rows.rows_per_step, size):
-        chosen = windows_in(rows, range(first, first + size), windows)
-        returned, weight = chosen, 1 / len(chosen)
+        chosen = returned = windows_in(rows, range(first, first + size), windows)
         if config.output_mode in ("final", "default"):  # of each replica's last micro-batch
             last = settings.micro_batch_size * config.replication_factor
             returned = windows_in(rows, range(first + size - last, first + size), windows)
-            weight *= size / last
-        losses.append(weight * sum(plain_losses(plain, windows, returned)))
+        losses.append(sum(plain_losses(plain, windows, returned)) / len(returned))
         gradients = plain_gradient(plain, windows, chosen)
         watched.append(gradients[parameter_to_watch(plain)])
         for name, parameter in plain.named_parameters():

@@ -1,0 +1,60 @@
+"""The mean loss of a step and the figures of a run, against brute force."""
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+
+from ipu_options import poptorch
+from ipu_options.config import OUTPUT_MODES, IPUConfig
+from qa.data.rows import TrainingRows
+from qa.run.progress import mean_loss
+from tests.reference.synthetic_windows import SyntheticWindows
+
+
+class Loss(torch.nn.Module):
+    """A window's loss is the sum of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, window_ids, loss_weights):
+        slots = torch.arange(1, loss_weights.shape[1] + 1)
+        tokens = input_ids[:, None] * (window_ids[:, None] == slots[:, None])
+        loss = (tokens.sum(-1) * loss_weights).sum() + 0 * self.unused.sum()
+        return poptorch.identity_loss(loss, reduction="none")
+
+
+@pytest.mark.parametrize("mode", OUTPUT_MODES)
+@pytest.mark.parametrize("count", [1, 5, 11, 23])
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_loss_of_a_step_is_the_mean_over_the_windows_of_what_is_returned(mode, count, updates):
+    """An epoch is up to two updates of 12 rows (2 replicas, 3 micro-batches of 2 rows each)."""
+    windows = SyntheticWindows(numpy.random.default_rng(count).integers(8, 30, count))
+    rows = TrainingRows(windows, row_length=64, max_windows_per_row=1, pad_token_id=0,
+                        micro_batch_size=2, micro_batches_per_update=6, updates_per_step=updates,
+                        max_steps=2)
+    config = IPUConfig(gradient_accumulation_steps=3, replication_factor=2,
+                       device_iterations=updates, output_mode=mode)
+    options = poptorch.Options()
+    options.deviceIterations(updates)
+    options.replicationFactor(2)
+    options.Training.gradientAccumulation(3)
+    options.outputMode(getattr(poptorch.OutputMode, mode.capitalize()))
+    model = Loss()
+    executor = poptorch.trainingModel(model, options,
+                                      poptorch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(2):
+        batch = rows.starting_at(step).first_batch()
+        inputs = {name: batch[name] for name in ("input_ids", "window_ids", "loss_weights")}
+        loss = mean_loss(executor(**inputs), batch["loss_weights"], config)
+        tokens = batch["input_ids"].sum(1).double()
+        real = batch["loss_weights"][:, 0] > 0
+        if mode == "sum":  # of updates that may have different numbers of windows
+            expected = sum(part[which].mean() for part, which in zip(
+                tokens.split(12), real.split(12))) / updates
+        else:
+            rows_returned = slice(-4, None) if mode in ("final", "default") else slice(None)
+            expected = tokens[rows_returned][real[rows_returned]].mean()
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
