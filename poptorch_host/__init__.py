@@ -2,45 +2,21 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Optional
 
 import torch
 
-from . import enums, ops, optim, options, poptorch_core, profiling  # noqa: F401
-from ._dataloader import AsynchronousDataAccessor, DataLoader
+from . import enums, ops, optim, options, profiling  # noqa: F401
+from ._dataloader import DataLoader
 from ._errors import Error, NotOffered, RecoverableError, UnrecoverableError
-from ._logging import setLogLevel
 from ._memory import keep_freed_memory
-from ._poplar_executor import (
-    EXECUTABLE,
-    PoplarExecutor,
-    registerPostCompileHook,
-    registerPreCompileHook,
-)
-from ._structure import ICustomArgParser, registerCustomArgParser
-from ._user_model import is_wrapped, module_repr  # noqa: F401
-from .blocks import (
-    BeginBlock,
-    Block,
-    BlockFunction,
-    LegacyBeginBlockFn,
-    PipelinedExecution,
-    ShardedExecution,
-    Stage,
-    removeBlocks,
-)
+from ._not_offered import NOT_OFFERED, refuse
+from ._poplar_executor import PoplarExecutor
+from ._user_model import is_wrapped
+from .blocks import BeginBlock, Block, PipelinedExecution, ShardedExecution, removeBlocks
 from .enums import *  # noqa: F401,F403
-from .ops import (
-    Attribute,
-    NameScope,
-    identity_loss,
-    ipu_print_tensor,
-    isRunningOnIpu,
-    nop,
-    recomputationCheckpoint,
-    serializedMatMul,
-    set_available_memory,
-)
+from .ops import Attribute, identity_loss, recomputationCheckpoint
 from .options import Options, TensorLocationSettings
 
 __version__ = "3.4.0-host"
@@ -81,26 +57,10 @@ def ipuHardwareVersion() -> int:
     raise AssertionError("No IPU hardware available on this system")
 
 
-# Names of PopTorch that are left out here, each with the reason that the error message gives.
-NOT_OFFERED = {
-    **dict.fromkeys(
-        ("Phase", "ParallelPhasedExecution", "SerialPhasedExecution", "Liveness"),
-        "phased execution keeps parts of a model off the chip, and this project pipelines"),
-    **dict.fromkeys(
-        ("MultiConv", "MultiConvPlanType", "ctc_beam_search_decoder", "fps", "nearest"),
-        "no model here uses it"),
-    **dict.fromkeys(
-        ("for_loop", "cond", "dynamic_slice", "dynamic_update"),
-        "control flow on the device is not executed on the host"),
-    **dict.fromkeys(("custom_op", "CPU"), "it needs code compiled for an IPU"),
-    **dict.fromkeys(
-        ("set_overlap_for_input", "set_overlap_for_output"), "there are no transfers to overlap"),
-    "VariableRetrievalMode": "every replica has the same weights",
-    "load": EXECUTABLE,
-}
+def _missing(module: str, path: str, name: str) -> None:
+    refuse(path, name)
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
-def __getattr__(name):
-    if name in NOT_OFFERED:
-        raise NotOffered(name, NOT_OFFERED[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = partial(_missing, __name__, "")
+optim.__getattr__ = partial(_missing, optim.__name__, "optim.")

@@ -41,7 +41,7 @@ class Arguments:
                 f"({size}) must be a multiple of "
                 f"Options.deviceIterations({options.device_iterations}) * "
                 f"(Options.replicationFactor({options.replication_factor}) / "
-                f"Options.inputReplicaGrouping.input_group_size({options.input_group_size})) * "
+                "Options.inputReplicaGrouping.input_group_size(1)) * "
                 f"Options.Training.gradientAccumulation({options.Training.gradient_accumulation})"
                 f" = {parts} because it is used to calculate the batch size which will be executed "
                 "on the device in any given iteration. For a full explanation see the batching "
@@ -109,8 +109,6 @@ def _check_same(name: str, old: Any, new: Any) -> None:
             raise Error(f"Keys mismatch for {name}: {'. '.join(details)}.{MISMATCH}")
         for key in old:
             _check_same(str(key) if name == "kwargs" else f"{name}[{key}]", old[key], new[key])
-    elif _structure.flatten(old):
-        _check_same(name, tuple(_structure.flatten(old)), tuple(_structure.flatten(new)))
     elif old != new:
         raise Error(f"Value mismatch for {name}: expected {old} but got {new}.{MISMATCH}")
 

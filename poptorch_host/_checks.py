@@ -70,10 +70,9 @@ def accumulation_type(optimizer, options, compiled: bool) -> None:
     Raises ValueError if the model is already compiled with another strategy.
     """
     running = enums.MeanReductionStrategy.Running
-    half = (getattr(optimizer, "accum_type", None) == torch.float16 and
-            not getattr(optimizer, "use_combined_accum", False))
+    half = getattr(optimizer, "accum_type", None) == torch.float16
     if half and not compiled:
-        options._unfreeze()
+        options._freeze(False)
         options.Training.setMeanAccumulationAndReplicationReductionStrategy(running)
         options._freeze()
     elif half and options.Training.meanAccumulationAndReplicationReductionStrategy != running:
@@ -97,29 +96,15 @@ def options(opts) -> None:
             f"{processes} processes must first join torch.distributed's default group, by "
             "init_process_group; replicationFactor() gives the same result in one process")
     popart_options(opts._Popart.options)
-    offline = opts.connection_type == enums.ConnectionType.Never
-    if offline and opts.exists("use_model") and opts.use_model:
+    if (opts.connection_type == enums.ConnectionType.Never and opts.exists("use_model")
+            and opts.use_model):
         raise Error(
             "ConnectionType.Never / poptorch.Options.useOfflineIpuTarget not supported for the IPU "
             "model")
-    if offline and opts.exists("ipu_id"):
-        raise Error("Offline compilation targeting a specific id not supported")
     if (opts.output_mode == enums.OutputMode.EveryN and
             opts.device_iterations % opts.output_return_period):
         raise Error(f"The output return period ({opts.output_return_period}) must be a divisor of "
                     f"poptorch.Options().deviceIterations ({opts.device_iterations})")
-
-
-def buffers(opts) -> None:
-    """Raise Error if replicas would have to share buffers that the model changes.
-
-    The caller has found that the model changes a buffer, and that there are several replicas.
-    """
-    if opts.broadcast_buffers:
-        raise Error(
-            "PopTorch does not support broadcasting buffers. If your model is able to tolerate "
-            "buffers becoming out of sync between replicas, you can disable buffer broadcasting "
-            "using poptorch.Options.broadcastBuffers(False).")
 
 
 def pipeline(recorder: Recorder, opts, training: bool) -> None:
@@ -129,7 +114,7 @@ def pipeline(recorder: Recorder, opts, training: bool) -> None:
     has stages. IPUs are reserved in powers of two, MAX_IPUS at most.
     """
     _check_ipus(recorder, opts)
-    if opts._execution_strategy.backendOptions()["execution_mode"] != 0:
+    if isinstance(opts._execution_strategy, ShardedExecution):
         return
     order = recorder.ipus()
     # PopTorch starts on IPU 0 and counts every change of IPU (Compiler::setActiveIpu).

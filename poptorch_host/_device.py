@@ -19,7 +19,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional
 
 import torch
 
-from . import _checks, _formulas, _hyperparameters, _structure, _trace, enums, ops
+from . import _formulas, _hyperparameters, _structure, _trace, enums, ops
 from ._anchors import Anchors
 from ._errors import Error
 from ._logging import logger
@@ -54,39 +54,27 @@ def _with_half(half: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class Weight:
-    """One parameter or buffer on the device.
-
-    host: the user's tensor.
-    working: the device's tensor that the model runs with.
-    value: the tensor that the optimizer updates, float32 for float16. Without training it has the
-        host's type.
-    type: the type of PopTorch's tensor.
-    is_half: whether the host's tensor is float16.
-    has_copy: whether `working` is a separate copy of `value`, in another type.
-    replicas: the `working` tensors of all replicas for a buffer that each replica changes for
-        itself, otherwise `working` alone.
-    gradient: the accumulated gradient, in the type of `value`, where autograd cannot accumulate it
-        in place.
-    spare: a tensor to accumulate sparse gradients in, of any content: that of the last update.
-    nonfinite: which elements of PopART's accumulator are not finite; None if all are finite (see
-        Device._keep_nonfinite).
-    """
+    """One parameter or buffer on the device."""
 
     def __init__(self, name: str, host: torch.Tensor, training: bool):
-        self.name, self.host = name, host
+        self.name, self.host = name, host  # host: the user's tensor
+        self.type = output_type(host.dtype)  # of PopTorch's tensor
         self.is_parameter = isinstance(host, torch.nn.Parameter)
         self.is_half = host.dtype == torch.float16
+        # What the optimizer updates: float32 for float16. Without training it has the host's type.
         self.value = host.detach().to(torch.float32 if self.is_half and training else host.dtype,
                                       copy=True)
-        # In one step, PyTorch takes twice as long to convert float16 to bfloat16.
+        # What the model runs with. In one step, PyTorch takes twice as long from float16 to
+        # bfloat16.
         self.working = self.value.float().to(half_type()) if self.is_half else self.value
         self.has_copy = self.working is not self.value
         if self.is_parameter:
             self.working = torch.nn.Parameter(self.working, requires_grad=host.requires_grad)
-        self.type = output_type(host.dtype)
-        self.replicas: List[torch.Tensor] = [self.working]
+        # The accumulated gradient, in the type of `value`, where autograd cannot accumulate it in
+        # place; and for sparse gradients a tensor to accumulate the next one in, of any content.
         self.gradient: Optional[torch.Tensor] = None
         self.has_sparse_gradient, self.spare = False, None
+        # Which elements of PopART's accumulator are not finite (see Device._keep_nonfinite)
         self.nonfinite: Optional[torch.Tensor] = None
 
     def traced(self) -> torch.Tensor:
@@ -101,11 +89,9 @@ class Weight:
         self.refresh()
 
     def refresh(self) -> None:
-        """Copy `value` to the working tensors of all replicas."""
+        """Copy `value` to `working`, if it is a copy."""
         if self.has_copy:
             self.working.detach().copy_(self.value.float())
-        for copy in self.replicas[1:]:
-            copy.copy_(self.working)
 
     def download(self) -> None:
         """Copy the device's value to the host's tensor.
@@ -151,15 +137,7 @@ class Weight:
 
 
 class Device:
-    """A compiled model with its own weights, optimizer state and random number generators.
-
-    slots: (container, key, weight) for each place where the model keeps a tensor.
-    replicated: those slots that hold another tensor in each replica.
-    trained: (weight, index of its parameter group) for each weight that the optimizer updates.
-    hyper: the hyperparameters of each trained weight, by its name.
-    state: the optimizer state of each trained weight, by its name.
-    rngs: the state of each local replica's random number generator.
-    """
+    """A compiled model with its own weights, optimizer state and random number generators."""
 
     def __init__(self, model: torch.nn.Module, options: Any, training: bool, seed: int):
         self.model, self.options, self.training = model, options, training
@@ -171,18 +149,19 @@ class Device:
             self.weights = {
                 id(t): Weight(name, t, training)
                 for name, t in (*model.named_parameters(), *model.named_buffers())}
+        # (container, key, weight) for each place where the model keeps a tensor
         self.slots = list(self._find_slots())
         self.embeddings = [
             m for m in model.modules()
             if isinstance(m, torch.nn.Embedding) and not m.scale_grad_by_freq] if training else []
-        self.replicated: List[tuple] = []
         self.anchors = Anchors(options, list(self.weights.values()), training)
         self.trace: Optional[_trace.Trace] = None
         self.casts: Callable[[], ContextManager] = contextlib.nullcontext
-        self.settings: Dict[str, Any] = {}
+        self.settings: Dict[str, Any] = {}  # of the optimizer (see optim.snapshot)
+        # (weight, index of its parameter group) for each weight that the optimizer updates
         self.trained: List[Tuple[Weight, int]] = []
-        self.hyper: Dict[str, Dict[str, Any]] = {}
-        self.state: Dict[str, Dict[str, torch.Tensor]] = {}
+        self.hyper: Dict[str, Dict[str, Any]] = {}  # of each trained weight, by its name
+        self.state: Dict[str, Dict[str, torch.Tensor]] = {}  # of the optimizer, likewise
 
     def _find_slots(self) -> Iterator[tuple]:
         """Yield (container, key, weight) for each place where the model keeps a tensor.
@@ -211,11 +190,9 @@ class Device:
             container[key] = weight.working
         for embedding in self.embeddings:
             embedding.sparse = True
-        ops._running = True
         try:
             yield
         finally:
-            ops._running = False
             for (container, key, _), tensor in zip(self.slots, held):
                 container[key] = tensor
             for embedding, was in zip(self.embeddings, sparse):
@@ -256,12 +233,10 @@ class Device:
             for weight, working in saved:
                 weight.working = working
         if changed and self.options.replication_factor > 1:
-            _checks.buffers(self.options)
-            for weight in changed:
-                weight.replicas = [
-                    weight.working,
-                    *(weight.working.clone() for _ in range(self.options.replication_factor - 1))]
-            self.replicated = [slot for slot in self.slots if len(slot[2].replicas) > 1]
+            raise Error(
+                "PopTorch does not support broadcasting buffers. If your model is able to tolerate "
+                "buffers becoming out of sync between replicas, you can disable buffer "
+                "broadcasting using poptorch.Options.broadcastBuffers(False).")
 
     def _traced(self, micro_batch) -> _trace.Trace:
         casts = _trace.HalfCasts(torch.bfloat16,
@@ -281,15 +256,13 @@ class Device:
         self.attached = True
         self._zero_accumulators()
 
-    def upload(self, only: Optional[List[str]] = None) -> None:
-        """Copy weights from the host to the device: all of them, or only those named."""
+    def upload(self) -> None:
+        """Copy all weights from the host to the device."""
         logger.debug("Writing weights from host to IPU memory")
-        if only is None:
-            self._write_accumulators()
+        self._write_accumulators()
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for weight in self.weights.values():
-                if only is None or weight.name in only:
-                    weight.upload()
+                weight.upload()
 
     def download(self) -> None:
         """Copy all weights from the device to the host; Error with synthetic data."""
@@ -461,44 +434,34 @@ class Device:
     def run(self, arguments) -> List[torch.Tensor]:
         """Run all micro-batches and weight updates of one combined batch.
 
-        Returns the outputs that the output mode keeps, with micro-batches along dimension 0.
+        Returns the outputs that the output mode keeps, then the anchored gradients, all with
+        micro-batches along dimension 0. The gradients are those of each micro-batch's own scaled
+        loss, as on an IPU.
         """
         options = self.options
         accumulation, replicas = options.Training.gradient_accumulation, options.replication_factor
-        groups, group_of = input_groups(options)
         micro_batch = arguments.micro_batches(
             _synthetic if self.synthetic else _with_half(half_type()),
             micro_batches_per_call(options))
-        outputs = Outputs(options, options.output_mode, options.output_return_period,
-                          self.trace.output_types)
+        outputs = Outputs(options, [
+            *self.trace.output_types, *(w.type for w in self.anchors.weights.values())])
         for weight, _ in self.trained:
             weight.take_gradient()  # discard what an interrupted call may have left
         with self._installed(), torch.set_grad_enabled(
-                self.training), self.casts(), self._anchoring() as anchors:
+                self.training), self.casts(), self.anchors.collecting(
+                    self.settings.get("loss_scaling", 1.0) / self.gradient_scale):
             for iteration in range(options.device_iterations):
                 gradients = PairwiseSum()
                 for replica in range(replicas):
-                    for container, key, weight in self.replicated:
-                        container[key] = weight.replicas[replica]
                     with self._random(replica):
                         for step in range(iteration * accumulation, (iteration + 1) * accumulation):
-                            args, kwargs = micro_batch(step * groups + group_of(replica))
-                            outputs.add(step, replica, self._run_micro_batch(args, kwargs))
-                            if anchors:
-                                anchors.add(step, replica)
+                            args, kwargs = micro_batch(step * replicas + replica)
+                            outputs.add(step, replica, [
+                                *self._run_micro_batch(args, kwargs), *self.anchors.take()])
                     gradients.add([weight.take_gradient() for weight, _ in self.trained])
                 if self.training:
                     self._update_weights(sum_over_processes(gradients.total(), self.processes))
         return outputs.joined()
-
-    def _anchoring(self) -> ContextManager[Optional[Anchors]]:
-        """Return a context that collects anchored gradients; its value is None if there are none.
-
-        They are the gradients of each micro-batch's own scaled loss, as on an IPU.
-        """
-        if not self.anchors:
-            return contextlib.nullcontext()
-        return self.anchors.collecting(self.settings["loss_scaling"] / self.gradient_scale)
 
     def _run_micro_batch(self, args, kwargs) -> List[torch.Tensor]:
         if not self.training:
@@ -547,21 +510,10 @@ def seeded(seed: int) -> torch.Tensor:
     return torch.Generator().manual_seed(seed & ((1 << 63) - 1)).get_state()
 
 
-def input_groups(options) -> tuple:
-    """Return (number of replica groups, function from a replica to its group).
-
-    The replicas of a group share their input (Options.inputReplicaGrouping).
-    """
-    size, groups = options.input_group_size, options.replication_factor // options.input_group_size
-    if options.input_cgt == enums.CommGroupType.Orthogonal:
-        return groups, lambda replica: replica % groups
-    return groups, lambda replica: replica // size
-
-
 def micro_batches_per_call(options) -> int:
     """Return the number of micro-batches in the combined batch of one call."""
     return (options.device_iterations * options.Training.gradient_accumulation *
-            input_groups(options)[0])
+            options.replication_factor)
 
 
 def _synthetic(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ class UnrecoverableError(Error):
 class NotOffered(Error, AttributeError):
     """The error for the use of a part of PopTorch that poptorch_host leaves out.
 
-    It is also an AttributeError, so that hasattr() returns False.
+    It is also an AttributeError: hasattr() returns False.
     """
 
     def __init__(self, name: str, reason: str):

@@ -9,11 +9,9 @@ from typing import Any, Dict, List
 
 import torch
 
-# PopART's names of each optimizer's state tensors. A centered RMSprop also has Accl2.
+# PopART's names of each optimizer's state tensors
 STATE = {
-    "SGD": ("Accl1", ), "Adam": ("Accl1", "Accl2", "Step"), "AdamW": ("Accl1", "Accl2", "Step"),
-    "LAMB": ("Accl1", "Accl2", "Step"),
-    "RMSprop": ("Accl1", "Accl3")}
+    "SGD": ("Accl1", ), "AdamW": ("Accl1", "Accl2", "Step"), "LAMB": ("Accl1", "Accl2", "Step")}
 
 
 def has_fused_kernels(version: str) -> bool:
@@ -26,15 +24,9 @@ FUSED = has_fused_kernels(torch.__version__)
 
 def new_state(settings: Dict[str, Any], weight: torch.Tensor) -> Dict[str, torch.Tensor]:
     """Return the optimizer state of one weight before its first update, by PopART's names."""
-    kind = settings["kind"]
-    names = STATE[kind] + (
-        ("Accl2", ) if any(group.get("centered") for group in settings["groups"]) else ())
-    state = {
+    return {
         name: torch.zeros((), dtype=torch.float32) if name == "Step" else torch.zeros_like(weight)
-        for name in names}
-    if kind == "RMSprop" and settings["use_tf_variant"]:
-        state["Accl1"].fill_(1.0)
-    return state
+        for name in STATE[settings["kind"]]}
 
 
 def clip(gradients: List[torch.Tensor], max_norm: float) -> None:
@@ -69,29 +61,21 @@ def _sgd(weights, gradients, state, hyper, numbers):
     torch._foreach_add_(weights, gradients, alpha=-hyper["lr"])
 
 
-def _adam(weights, gradients, state, hyper, numbers, fused=FUSED and
-          getattr(torch, "_fused_adam_", None), decoupled=False):
+def _adamw(weights, gradients, state, hyper, numbers):
     (beta1, beta2), decay, rate = hyper["betas"], hyper["weight_decay"], hyper["lr"]
     torch._foreach_add_(state["Step"], 1)
-    if fused:
-        fused(weights, gradients, state["Accl1"], state["Accl2"], [], state["Step"], lr=rate,
-              beta1=beta1, beta2=beta2, weight_decay=decay, eps=hyper["eps"], amsgrad=False,
-              maximize=False)
+    if FUSED:
+        torch._fused_adamw_(
+            weights, gradients, state["Accl1"], state["Accl2"], [], state["Step"], lr=rate,
+            beta1=beta1, beta2=beta2, weight_decay=decay, eps=hyper["eps"], amsgrad=False,
+            maximize=False)
         return
     for w, g, m, v, step in zip(weights, gradients, state["Accl1"], state["Accl2"], state["Step"]):
-        if decay and decoupled:
-            w.mul_(1 - rate * decay)
-        elif decay:
-            g = g.add(w, alpha=decay)
+        w.mul_(1 - rate * decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         root = (v / (1 - torch.pow(beta2, step))).sqrt_().add_(hyper["eps"])
         w.addcdiv_(m, root, value=-rate / float(1 - torch.pow(beta1, step)))
-
-
-def _adamw(weights, gradients, state, hyper, numbers):
-    _adam(weights, gradients, state, hyper, numbers, FUSED and
-          getattr(torch, "_fused_adamw_", None), decoupled=True)
 
 
 def _lamb(weights, gradients, state, hyper, numbers):
@@ -110,23 +94,4 @@ def _lamb(weights, gradients, state, hyper, numbers):
         w.add_(change, alpha=-hyper["lr"] * trust)
 
 
-def _rmsprop(weights, gradients, state, hyper, numbers):
-    tf, rate, momentum = numbers["use_tf_variant"], hyper["lr"], hyper["momentum"]
-    means = state.get("Accl2", [None] * len(weights))
-    for w, g, square, velocity, mean in zip(weights, gradients, state["Accl1"], state["Accl3"],
-                                            means):
-        g = g.add(w, alpha=hyper["weight_decay"])
-        square.mul_(hyper["alpha"]).addcmul_(g, g, value=1 - hyper["alpha"])
-        variance = square
-        if hyper["centered"]:
-            mean.lerp_(g, 1 - hyper["alpha"])
-            variance = square - mean * mean
-        change = g / ((variance + hyper["eps"]).sqrt() if tf else variance.sqrt() + hyper["eps"])
-        if not momentum:
-            w.add_(change, alpha=-rate)
-            continue
-        velocity.mul_(momentum).add_(change, alpha=rate if tf else 1.0)
-        w.add_(velocity, alpha=-1.0 if tf else -rate)
-
-
-_FORMULAS = {"SGD": _sgd, "Adam": _adam, "AdamW": _adamw, "LAMB": _lamb, "RMSprop": _rmsprop}
+_FORMULAS = {"SGD": _sgd, "AdamW": _adamw, "LAMB": _lamb}

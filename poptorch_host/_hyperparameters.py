@@ -4,8 +4,7 @@ This module knows which of them are compiled in as constants, and PopART's names
 """
 from __future__ import annotations
 
-import logging
-from typing import Any, Dict, Optional
+from typing import Any, Dict
 
 import torch
 
@@ -34,37 +33,6 @@ def warn(optimizer: torch.optim.Optimizer) -> None:
             "to behave as intended. Poptorch does not run Python optimizer code directly; but "
             "instead uses IPU native optimisers implemented in PopART.",
             type(optimizer).__name__)
-
-
-class AttributeCheck:
-    """Reports attributes that an optimizer or its groups gained after the first call.
-
-    The device ignores such attributes. Each report is logged once, as a warning or, if `relaxed`,
-    at debug level.
-    """
-
-    def __init__(self, relaxed: bool):
-        self._level = logging.DEBUG if relaxed else logging.WARNING
-        self._first: Optional[Dict[str, set]] = None
-        self._reported: set = set()
-
-    def __call__(self, optimizer: torch.optim.Optimizer) -> None:
-        own = optimizer.__dict__.keys() - {"defaults", "state", "param_groups", "variable_attrs"}
-        now = {
-            "optimizer": own,
-            "group": set(optimizer.defaults).union(*optimizer.param_groups) - {"params"}}
-        first = self._first = self._first or now
-        self._report("optimizer attribute", optimizer, own - first["optimizer"])
-        for i, group in enumerate(optimizer.param_groups):
-            self._report(f"group {i} attribute", optimizer,
-                         group.keys() - {"params"} - first["group"])
-
-    def _report(self, what, optimizer, unexpected):
-        message = (f"Ignoring unexpected {what} in {optim.kind_of(optimizer)} optimizer: "
-                   f"{sorted(unexpected)}")
-        if unexpected and message not in self._reported:
-            self._reported.add(message)
-            logger.log(self._level, message)
 
 
 def constants(optimizer: torch.optim.Optimizer, settings: Dict[str, Any]) -> Dict[tuple, Any]:

@@ -1,6 +1,8 @@
 """The logger "poptorch::python".
 
-Like PopTorch's, it prints to standard error whether or not a script configures logging.
+Like PopTorch's, it prints to standard error whether or not a script configures logging. The
+environment variable POPTORCH_LOG_LEVEL sets its level; DEBUG shows every transfer between host and
+device.
 """
 from __future__ import annotations
 
@@ -8,13 +10,10 @@ import logging
 import os
 import sys
 import time
-from typing import Union
 
-logger = logging.getLogger("poptorch::python")
 LEVELS = {
     "TRACE": logging.DEBUG, "DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARN": logging.WARNING,
     "ERR": logging.ERROR, "OFF": logging.CRITICAL}
-NUMBERS = {0: "TRACE", 1: "DEBUG", 2: "INFO", 3: "WARN", 4: "ERR", 6: "OFF"}
 
 
 class _Console(logging.Handler):
@@ -28,18 +27,9 @@ class _Console(logging.Handler):
             file=sys.stderr)
 
 
-def setLogLevel(level: Union[str, int]) -> None:
-    """Set the level from which messages are logged.
-
-    `level` is TRACE, DEBUG (which includes every transfer between host and device), INFO, WARN,
-    ERR or OFF, or PopTorch's number for one of them. The initial level is that of the environment
-    variable POPTORCH_LOG_LEVEL, or WARN. Raises ValueError for any other level.
-    """
-    name = NUMBERS.get(level, level)
-    if name not in LEVELS:
-        raise ValueError(f"Unknown log level: {level}. Valid values are {', '.join(LEVELS)}")
-    logger.setLevel(LEVELS[name])
-
-
-setLogLevel(os.environ.get("POPTORCH_LOG_LEVEL", "WARN"))
+logger = logging.getLogger("poptorch::python")
 logger.addHandler(_Console())
+_level = os.environ.get("POPTORCH_LOG_LEVEL", "WARN")
+if _level not in LEVELS:
+    raise ValueError(f"POPTORCH_LOG_LEVEL must be one of {', '.join(LEVELS)}, not {_level!r}")
+logger.setLevel(LEVELS[_level])

@@ -21,14 +21,15 @@ def output_type(dtype: torch.dtype) -> torch.dtype:
 class Outputs:
     """Collects the output tensors of the micro-batches of one call.
 
-    options: the executor's, which say how float16 overflows and whether outputs are written.
-    mode: an OutputMode other than Default.
-    period: for EveryN, the number of device iterations of which the last one is kept.
-    types: the type of each output.
+    Anchored gradients are among them: PopTorch 3.4 ignores the output modes of their own
+    (addOutputTensor(id) in LowerToPopart.cpp).
+
+    options: the executor's, whose output mode is not Default. types: the type of each tensor.
     """
 
-    def __init__(self, options: Any, mode: int, period: int, types: List[torch.dtype]):
-        self.mode, self.period, self.types = mode, period, types
+    def __init__(self, options: Any, types: List[torch.dtype]):
+        self.mode, self.period, self.types = (
+            options.output_mode, options.output_return_period, types)
         popart = options._Popart.options
         self.synthetic = bool(popart.get("syntheticDataMode"))
         self.nan_on_overflow = popart.get("engineOptions", {}).get(

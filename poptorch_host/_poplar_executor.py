@@ -6,41 +6,25 @@ _user_model.py), by copyWeightsToHost(), and when the model is detached or destr
 """
 from __future__ import annotations
 
-import collections
-import datetime
-import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 
 from . import _checks, _hyperparameters, _structure, _user_model, enums, optim, profiling
 from ._arguments import Parser
 from ._device import Device, micro_batches_per_call
-from ._errors import Error, NotOffered
+from ._errors import Error
 from ._logging import logger
+from ._not_offered import refuse
 from ._threads import choose_threads
 from .options import Options
 
 NOT_COMPILED = "Model has not been compiled or has been destroyed."
-EXECUTABLE = ("a host has no executable to keep, and a model is pickled code; save "
-              "model.state_dict() and optimizer.state_dict()")
-# Methods of PopTorch's executor that are left out, each with the reason the error message gives.
-NOT_OFFERED_METHODS = {
-    **dict.fromkeys(("save", "compileAndExport", "loadExecutable"), EXECUTABLE),
-    "getTensorNames": "it names tensors of PopART's graph",
-    **dict.fromkeys(
-        ("getPerfCounters", "getHostIpuLatency", "getComputeLatency", "getIpuHostLatency",
-         "getLatency"),
-        "it times transfers between host and IPU"),
-}
 OFFLINE = "Trying to {} an offline device (ConnectionType.Never)"
 
 
 class PoplarExecutor:
     """A model that runs on a device, as created by trainingModel() or inferenceModel()."""
-
-    _precompile_hooks: Dict[int, Callable] = collections.OrderedDict()
-    _postcompile_hooks: Dict[int, Callable] = collections.OrderedDict()
 
     def __init__(self, model: torch.nn.Module, options: Optional[Options], training: bool,
                  poptorch_version: str, optimizer: Optional[torch.optim.Optimizer] = None,
@@ -68,7 +52,6 @@ class PoplarExecutor:
         self._anchored: Dict[str, torch.Tensor] = {}
         self._settings: Dict[str, Any] = {}
         self._optimizer = None
-        self._check_attributes = _hyperparameters.AttributeCheck(options._relax_optimizer_checks)
         self._profiling = profiling.Channel(
             "poptorch.trainingModel" if training else "poptorch.inferenceModel")
         self._profiling.instrument(self, "copyWeightsToHost", "copyWeightsToDevice", "setOptimizer",
@@ -93,12 +76,11 @@ class PoplarExecutor:
     def __getattr__(self, name):
         if name.startswith("__") or "_user_model" not in self.__dict__:
             raise AttributeError(name)
-        if name in NOT_OFFERED_METHODS:
-            raise NotOffered(f"PoplarExecutor.{name}", NOT_OFFERED_METHODS[name])
+        refuse("PoplarExecutor.", name)
         return getattr(self._user_model, name)
 
     def __repr__(self):
-        return _user_model.module_repr(self._user_model)
+        return repr(self._user_model)
 
     def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
         """Call load_state_dict() of the user's model, and copy the new weights to the device.
@@ -135,18 +117,6 @@ class PoplarExecutor:
         self._dirty_host_weights = False
         self._device.upload()
 
-    def copyNamedBuffersToDevice(self) -> None:
-        """Copy the buffers named by Options.updatableNamedBuffers to the device.
-
-        Raises Error if the option was not set.
-        """
-        self._require_compiled()
-        names = self._options._Popart.options.get("updatableNamedBuffers")
-        if names is None:
-            raise Error("No named buffers marked as updatable via updatableNamedBuffers option")
-        self._before_writing()
-        self._device.upload(only=names)
-
     def _before_writing(self) -> None:
         # PopTorch first reads the optimizer's state, which PopART writes together with the weights.
         # Here it could stay where it is, but the reading would fail with synthetic data.
@@ -170,7 +140,6 @@ class PoplarExecutor:
         if self.isCompiled():
             _hyperparameters.check_constants(self._constants, settings)
         changed, self._settings = settings != self._settings, settings
-        self._check_attributes(optimizer)
         if self.isAttachedToDevice():
             if changed:
                 self._device.set_optimizer(settings, self._groups())
@@ -220,31 +189,17 @@ class PoplarExecutor:
         self._compile(self._parser(args, kwargs))
 
     def _compile(self, arguments) -> None:
-        began = time.monotonic()
-        for hook in self._precompile_hooks.values():
-            hook()
-        try:
-            _checks.options(self._options)
-            micro_batches = micro_batches_per_call(self._options)
-            arguments.check_batch(self._options, micro_batches)
-            choose_threads(self._model, max(
-                (tensor.numel() // micro_batches for tensor in arguments.tensors), default=0))
-            seed = self._options.random_seed if self._options.exists(
-                "random_seed") else torch.initial_seed()
-            device = Device(self._model, self._options, self._training, seed)
-            unknown = set(self._options._Popart.options.get("updatableNamedBuffers", [])) - {
-                w.name for w in device.weights.values()}
-            if unknown:
-                raise Error(
-                    "updatableNamedBuffers names buffers that the model does not have: "
-                    f"{sorted(unknown)}")
-            device.compile(arguments)
-            _checks.pipeline(device.trace.recorder, self._options, self._training)
-        finally:
-            for hook in self._postcompile_hooks.values():
-                hook()
+        _checks.options(self._options)
+        micro_batches = micro_batches_per_call(self._options)
+        arguments.check_batch(self._options, micro_batches)
+        choose_threads(self._model, max(
+            (tensor.numel() // micro_batches for tensor in arguments.tensors), default=0))
+        seed = self._options.random_seed if self._options.exists(
+            "random_seed") else torch.initial_seed()
+        device = Device(self._model, self._options, self._training, seed)
+        device.compile(arguments)
+        _checks.pipeline(device.trace.recorder, self._options, self._training)
         self._device, self._compiled_arguments = device, arguments.compiled()
-        self._compilation_time = datetime.timedelta(seconds=time.monotonic() - began)
         if self._training:
             self._constants = _hyperparameters.constants(self._optimizer, self._settings)
         if self._options.connection_type != enums.ConnectionType.Never:
@@ -334,13 +289,14 @@ class PoplarExecutor:
         with self._profiling.tracepoint("modelExecution"):
             outputs = self._device.run(arguments)
         self._rng_has_run = True
-        self._anchored = self._device.anchors.joined()
+        count = len(self._device.trace.output_types)
+        self._anchored = dict(zip(self._options.anchored_tensors, outputs[count:]))
         self._dirty_host_weights = self._training
         if isinstance(self._optimizer, optim.Optimizer):
             self._optimizer.host_state_is_dirty = True
-        for out in outputs:
+        for out in outputs[:count]:
             out.backward = _refuse_backward
-        return _structure.rebuild(self._device.trace.outputs, iter(outputs))
+        return _structure.rebuild(self._device.trace.outputs, iter(outputs[:count]))
 
     def getAnchoredTensor(self, short_name: str) -> torch.Tensor:
         """Return the gradient that Options.anchorTensor() named `short_name`, of the last call.
@@ -383,27 +339,6 @@ class PoplarExecutor:
         self._rng_state, self._rng_has_run = state.copy(), False
         self._device.set_rng(self._rng_state)
 
-    def compilationTime(self) -> datetime.timedelta:
-        """Return how long the compilation took.
-
-        Raises Error if the model is not compiled, or if Options.showCompilationProgressBar is off.
-        """
-        if not self.isCompiled():
-            raise Error("Please compile the model before obtaining compilation time.")
-        if not self._options._show_compilation_progress_bar:
-            raise Error("Please set showCompilationProgressBar option to obtain compilation time.")
-        return self._compilation_time
-
-    def cycleCount(self) -> int:
-        """Raise Error: the host has no IPU cycles that could be returned."""
-        if not self._options._Popart.options["instrumentWithHardwareCycleCounter"]:
-            raise Error(
-                "Cycle count logging is disabled. Please set option logCycleCount to True to "
-                "enable.")
-        if not self.isCompiled():
-            raise Error("Please run the model at least once before obtaining cycle count.")
-        raise NotOffered("PoplarExecutor.cycleCount", "a host has no IPU cycles to count")
-
     def _require_compiled(self) -> None:
         if not self.isCompiled():
             raise Error(NOT_COMPILED)
@@ -414,29 +349,3 @@ def _refuse_backward():
         "backward() cannot be called explicitly on outputs of a PopTorch model. If you're using a "
         "trainingModel, the backwards pass is performed automatically when invoking the model. If "
         "you're using an inferenceModel, you should use a trainingModel instead.")
-
-
-def _register(hooks, hook, when):
-    if not callable(hook):
-        raise RuntimeError(f"{when}-compile hook must be callable")
-    handle = torch.utils.hooks.RemovableHandle(hooks)
-    hooks[handle.id] = hook
-    return handle
-
-
-def registerPreCompileHook(hook: Callable) -> torch.utils.hooks.RemovableHandle:
-    """Call `hook()` before each compilation of any model.
-
-    Returns a handle; its remove() method unregisters the hook. Raises RuntimeError if `hook` is
-    not callable.
-    """
-    return _register(PoplarExecutor._precompile_hooks, hook, "Pre")
-
-
-def registerPostCompileHook(hook: Callable) -> torch.utils.hooks.RemovableHandle:
-    """Call `hook()` after each compilation of any model, including one that failed.
-
-    Returns a handle; its remove() method unregisters the hook. Raises RuntimeError if `hook` is
-    not callable.
-    """
-    return _register(PoplarExecutor._postcompile_hooks, hook, "Post")

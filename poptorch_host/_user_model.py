@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from . import _structure
-from ._errors import NotOffered
 
 
 class _Watched:
@@ -38,10 +37,6 @@ class _Watched:
             plain = self.detach()
             return torch.nn.Parameter(plain, self.requires_grad) if isinstance(
                 self, torch.nn.Parameter) else plain
-
-    def replicaGrouping(self, *args, **kwargs):
-        """Raise NotOffered. In PopTorch it gives groups of replicas their own weights."""
-        raise NotOffered("Parameter.replicaGrouping", "every replica has the same weights")
 
     # Pickles and copies are ordinary tensors.
     def __reduce_ex__(self, protocol):
@@ -107,16 +102,3 @@ def _restore(cls, state):
     model = cls.__new__(cls)
     model.__dict__.update(state)
     return model
-
-
-def module_repr(module: torch.nn.Module) -> str:
-    """Return the repr() of a module, in which its blocks are shown."""
-    hooks = "".join(f"{hook!r} " for hook in module._forward_pre_hooks.values())
-    lines = module.extra_repr().split("\n") if module.extra_repr() else []
-    children = [
-        f"({name}): " + module_repr(child).replace("\n", "\n  ")
-        for name, child in module._modules.items()]
-    if not children and len(lines) <= 1:
-        return f"{hooks}{module._get_name()}({''.join(lines)})"
-    body = "".join(f"\n  {line}" for line in lines + children)
-    return f"{hooks}{module._get_name()}({body}\n)"

@@ -10,15 +10,15 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 
-from . import _formulas
+from ._errors import NotOffered
+from ._not_offered import refuse
 
 # The hyperparameters of a parameter group, by kind of optimizer, and those of a whole optimizer.
 HYPER = {
     "SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
-    "Adam": ("lr", "betas", "eps", "weight_decay"), "AdamW": ("lr", "betas", "eps", "weight_decay"),
-    "LAMB": ("lr", "betas", "eps", "weight_decay", "max_weight_norm"),
-    "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")}
-GLOBAL = ("loss_scaling", "bias_correction", "use_tf_variant", "max_grad_norm")
+    "AdamW": ("lr", "betas", "eps", "weight_decay"),
+    "LAMB": ("lr", "betas", "eps", "weight_decay", "max_weight_norm")}
+GLOBAL = ("loss_scaling", "bias_correction", "max_grad_norm")
 
 
 class VariableAttributes:
@@ -130,8 +130,7 @@ OWN_DEFAULTS = {
     "accum_type": torch.float32, "velocity_accum_type": torch.float32,
     "first_order_momentum_accum_type": torch.float32,
     "second_order_momentum_accum_type": torch.float32, "max_grad_norm": float("inf"),
-    "bias_correction": True, "use_tf_variant": False,
-    "max_weight_norm": 65500.0}  # close to the largest float16 number
+    "bias_correction": True, "max_weight_norm": 65500.0}  # close to the largest float16 number
 
 
 class SGD(Optimizer, torch.optim.SGD):
@@ -139,8 +138,7 @@ class SGD(Optimizer, torch.optim.SGD):
 
     As in PopART (popart/sgd.hpp; OptimizerDecompose::addStateTensor), the velocity starts from
     zero, so `dampening` already applies to the first update; PyTorch's starts from the first
-    gradient. `velocity_scaling`, `use_combined_accum` and the types determine
-    how PopART stores the velocity. On the host the velocity is float32.
+    gradient. On the host the velocity is float32.
     """
 
     _own = ("loss_scaling", "velocity_scaling", "use_combined_accum", "accum_type",
@@ -156,31 +154,8 @@ class SGD(Optimizer, torch.optim.SGD):
                  velocity_accum_type: Optional[torch.dtype] = None,
                  max_grad_norm: Optional[float] = None) -> None:
         self._construct(torch.optim.SGD.__init__, locals())
-        velocity_scaling = self.__dict__.pop("velocity_scaling")
         if self.use_combined_accum:
-            self.defaults["velocity_scaling"] = velocity_scaling
-            for group in self.param_groups:
-                group.setdefault("velocity_scaling", velocity_scaling)
-            self.variable_attrs._allowed_attributes.append("velocity_scaling")
-
-
-class Adam(Optimizer, torch.optim.Adam):
-    """Adam (Kingma and Ba 2015), with weight decay added to the gradient."""
-
-    _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type",
-            "second_order_momentum_accum_type", "max_grad_norm")
-
-    def __init__(self, params: Iterable, lr: Optional[float] = None,
-                 betas: Optional[Tuple[float, float]] = None, eps: Optional[float] = None,
-                 weight_decay: Optional[float] = None, amsgrad: Optional[bool] = None,
-                 foreach: Optional[bool] = None, maximize: Optional[bool] = None,
-                 capturable: Optional[bool] = None, differentiable: Optional[bool] = None,
-                 fused: Optional[bool] = None, loss_scaling: Optional[float] = None,
-                 accum_type: Optional[torch.dtype] = None,
-                 first_order_momentum_accum_type: Optional[torch.dtype] = None,
-                 second_order_momentum_accum_type: Optional[torch.dtype] = None,
-                 max_grad_norm: Optional[float] = None) -> None:
-        self._construct(torch.optim.Adam.__init__, locals())
+            raise NotOffered("optim.SGD", "with use_combined_accum; this project trains with AdamW")
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
@@ -204,28 +179,6 @@ class AdamW(Optimizer, torch.optim.AdamW):
                  second_order_momentum_accum_type: Optional[torch.dtype] = None,
                  max_grad_norm: Optional[float] = None) -> None:
         self._construct(torch.optim.AdamW.__init__, locals())
-
-
-class RMSprop(Optimizer, torch.optim.RMSprop):
-    """RMSprop by PyTorch's formula or, with `use_tf_variant`, by TensorFlow's.
-
-    In TensorFlow's formula the mean square starts from 1, eps is added under the square root, and
-    the momentum includes the learning rate.
-    """
-
-    _own = ("loss_scaling", "accum_type", "first_order_momentum_accum_type",
-            "second_order_momentum_accum_type", "use_tf_variant")
-
-    def __init__(self, params: Iterable, lr: Optional[float] = None, alpha: Optional[float] = None,
-                 eps: Optional[float] = None, weight_decay: Optional[float] = None,
-                 momentum: Optional[float] = None, centered: Optional[bool] = None,
-                 foreach: Optional[bool] = None, maximize: Optional[bool] = None,
-                 differentiable: Optional[bool] = None, loss_scaling: Optional[float] = None,
-                 accum_type: Optional[torch.dtype] = None,
-                 first_order_momentum_accum_type: Optional[torch.dtype] = None,
-                 second_order_momentum_accum_type: Optional[torch.dtype] = None,
-                 use_tf_variant: Optional[bool] = None) -> None:
-        self._construct(torch.optim.RMSprop.__init__, locals())
 
 
 def _lamb_init(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2,
@@ -255,20 +208,8 @@ class LAMB(Optimizer, torch.optim.Optimizer):
         self._construct(_lamb_init, locals())
 
     def step(self, closure: Optional[Callable] = None) -> Optional[float]:
-        """Update the parameters on the host from their .grad, for comparison with the device.
-
-        Returns the loss that `closure` returns, or None without a closure.
-        """
-        loss = closure() if closure is not None else None
-        settings = snapshot(self)
-        for group, hyper in zip(self.param_groups, settings["groups"]):
-            weights = [p for p in group["params"] if p.grad is not None]
-            for p in weights:
-                self.state[p] = self.state.get(p) or _formulas.new_state(settings, p.detach())
-            with torch.no_grad():
-                _formulas.apply(settings, hyper, weights, [p.grad for p in weights],
-                                [self.state[p] for p in weights])
-        return loss
+        """Raise NotOffered: the device updates the weights."""
+        refuse("optim.", "LAMB.step")
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
@@ -276,11 +217,11 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
 
     Raises AssertionError for an optimizer that PopTorch does not support.
     """
-    for kind, parents in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW),
-                          ("Adam", torch.optim.Adam), ("RMSprop", torch.optim.RMSprop),
-                          ("LAMB", LAMB)):
-        if isinstance(optimizer, parents):
+    for kind, parent in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW), ("LAMB", LAMB)):
+        if isinstance(optimizer, parent):
             return kind
+    for parent in type(optimizer).__mro__:
+        refuse("optim.", parent.__name__)
     raise AssertionError(
         f"Unsupported optimizer type {type(optimizer).__name__}. Types supported "
         f"{', '.join(HYPER)}")

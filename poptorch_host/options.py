@@ -1,26 +1,21 @@
 """poptorch.Options and its parts.
 
-They accept what PopTorch accepts and refuse what PopTorch refuses, in the same words. Most options
-control the Poplar compiler and have no meaning on the host. Such an option is described here as
-"kept without effect": its value is checked and stored, so that it can be read back and printed.
-The options that change results (batching, reduction, output mode, seed, offline target) are obeyed
-by the executor and the data loader.
+They accept what PopTorch accepts and refuse what PopTorch refuses, in the same words. The executor
+and the data loader obey the options that change results: batching, reduction, output mode, seed,
+offline target. The others control the Poplar compiler, and only their values are checked and kept.
 """
 from __future__ import annotations
 
 import copy
-import json
+import inspect
 import os
-from typing import Any, Dict, List, Optional, Set, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Union
 
 import torch
 
 from . import enums
-from ._errors import NotOffered
-from ._logging import logger
-from .blocks import ExecutionStrategy, PipelinedExecution
-
-FROZEN = "Can't modify frozen Options"
+from ._not_offered import refuse
+from .blocks import PipelinedExecution
 
 
 class OptionsDict:
@@ -29,6 +24,8 @@ class OptionsDict:
     It refuses unknown names and values of another type, and any change once it is frozen. Values
     whose names start with an underscore are ordinary attributes and are not checked.
     """
+
+    _path = "Options."  # of the options' names in NOT_OFFERED
 
     def __init__(self, **values: Any):
         private = {name: values.pop(name) for name in list(values) if name.startswith("_")}
@@ -61,21 +58,10 @@ class OptionsDict:
             self._values.setdefault(name, value)
         return self.set(**values)
 
-    def deleteIfExists(self, option: str) -> None:
-        """Remove `option` if it has a value."""
-        self._values.pop(option, None)
-
     def checkIsFrozen(self, option: Optional[str] = None) -> None:
         """Raise AttributeError if the options are frozen."""
         if self._is_frozen and option != "_is_frozen":
-            raise AttributeError(FROZEN)
-
-    def update(self, other: Dict[str, Any]) -> Dict[str, Any]:
-        """Add the values to `other` and return it; AssertionError if it has one of the names."""
-        assert not self._values.keys() & other.keys(), (
-            "Can't merge dictionaries, they have some keys in common")
-        other.update(self._values)
-        return other
+            raise AttributeError("Can't modify frozen Options")
 
     def _for_popart(self, key: str, value: Any) -> "OptionsDict":
         self._popart.set(key, value)
@@ -84,9 +70,6 @@ class OptionsDict:
     def toDict(self) -> Dict[str, Any]:
         """Return the values by name."""
         return dict(self._values)
-
-    def __call__(self, option: str) -> Any:
-        return getattr(self, option)
 
     def __setattr__(self, name, value):
         self.checkIsFrozen(name)
@@ -98,6 +81,7 @@ class OptionsDict:
     def __getattr__(self, name):
         values = self.__dict__.get("_values", {})
         if name not in values:
+            refuse(self._path, name)
             raise AttributeError(f"Invalid attribute {name}.")
         return values[name]
 
@@ -115,12 +99,32 @@ class OptionsDict:
             if isinstance(part, OptionsDict):
                 part.__dict__["_is_frozen"] = frozen
 
-    def _unfreeze(self):
-        self._freeze(False)
+
+def _setter(option: str, parameter: Optional[str] = None, default: Any = inspect.Parameter.empty,
+            popart: bool = False) -> Callable:
+    """Return a method that keeps its one argument as the value of `option`, and returns self.
+
+    parameter, default: of the method; by default named as the option. popart: whether the option is
+    one of PopART's; else the type of its value is checked.
+    """
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature([
+        inspect.Parameter("self", kind),
+        inspect.Parameter(parameter or option, kind, default=default)])
+
+    def setter(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self, value = bound.args
+        return (self._for_popart(option, value) if popart else
+                self.createOrSet(**{option: value}))
+
+    setter.__signature__ = signature
+    return setter
 
 
 class _PopartOptions(OptionsDict):
-    """Options of PopART, by PopART's names. They are stored only to be read back."""
+    """Options of PopART, by PopART's names."""
 
     def __init__(self) -> None:
         super().__init__(instrumentWithHardwareCycleCounter=False, rearrangeAnchorsOnHost=False)
@@ -131,7 +135,7 @@ class _PopartOptions(OptionsDict):
         return self._values
 
     def set(self, key: str, value: Union[int, float, str, List[str], Set[str]]) -> "_PopartOptions":
-        """Store an option of popart.SessionOptions and return self.
+        """Keep an option of popart.SessionOptions and return self.
 
         A name that PopART does not have is refused when a model is compiled.
         """
@@ -140,7 +144,7 @@ class _PopartOptions(OptionsDict):
         return self
 
     def setEngineOptions(self, engine_options: Dict[str, str]) -> "_PopartOptions":
-        """Store options of the Poplar engine."""
+        """Keep options of the Poplar engine."""
         return self.set("engineOptions", engine_options)
 
     def setPatterns(self, patterns: Dict[str, bool], level: int = 2) -> "_PopartOptions":
@@ -150,60 +154,21 @@ class _PopartOptions(OptionsDict):
         return self.set("patterns_level", level).set("patterns", patterns)
 
 
-class _JitOptions(OptionsDict):
-    """Options of torch.jit, which are deprecated in PopTorch."""
-
-    def traceModel(self, trace_model: bool) -> "_JitOptions":
-        """Raise ValueError for True, because PopTorch does not trace with torch.jit since 3.0."""
-        logger.warning(
-            "[Deprecated] options.Jit.traceModel() has no effect: the model is never traced by "
-            "torch.jit")
-        if trace_model:
-            raise ValueError("options.Jit.traceModel(True) is no longer supported")
-        return self
-
-
 class _PrecisionOptions(OptionsDict):
-    """Options of number formats.
+    """Options of number formats; the host has formats of its own (see _device.py)."""
 
-    They are kept without effect, because a float16 model computes in bfloat16 or float32 on the
-    host.
-    """
+    _path = "Options.Precision."
 
     def __init__(self, popart_options: _PopartOptions) -> None:
         super().__init__(_popart=popart_options)
 
-    def halfFloatCasting(self,
-                         half_float_casting: enums.HalfFloatCastingBehavior) -> "_PrecisionOptions":
-        """Log a warning: the option is deprecated, and half is always cast up to float."""
-        logger.warning(
-            "[Deprecated] options.Precision.halfFloatCasting(): HalfUpcastToFloat is the only "
-            "behaviour")
-        return self
-
-    def runningStatisticsAlwaysFloat(self, value: bool) -> "_PrecisionOptions":
-        """Log a warning: deprecated, since running statistics have the type PyTorch gives them."""
-        if not isinstance(value, bool):
-            raise ValueError("runningStatisticsAlwaysFloat needs to be set to a bool")
-        logger.warning(
-            "[Deprecated] options.Precision.runningStatisticsAlwaysFloat(): False is the only "
-            "behaviour")
-        return self
-
-    def enableFloatingPointExceptions(self, enabled: bool) -> "_PrecisionOptions":
-        """Stop at invalid operations and overflows (kept without effect)."""
-        assert isinstance(enabled, bool), "enableFloatingPointExceptions needs to be set to a bool"
-        return self._for_popart("enableFloatingPointChecks", enabled)
-
-    def enableStochasticRounding(self, enabled: bool) -> "_PrecisionOptions":
-        """Round to float16 stochastically (kept without effect: the weights here are float32)."""
-        return self._for_popart("enableStochasticRounding", enabled)
+    # without effect: the host's weights are float32
+    enableStochasticRounding = _setter("enableStochasticRounding", "enabled", popart=True)
 
     def setPartialsType(self, dtype: torch.dtype) -> "_PrecisionOptions":
-        """Set the type of the partial sums of matrix multiplications and convolutions.
+        """Set the type of the partial sums of matrix multiplications (the host's are float32).
 
-        Kept without effect, because the host sums in float32. Raises ValueError for another type
-        than float32 and float16.
+        Raises ValueError for another type than float32 and float16.
         """
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(
@@ -216,15 +181,24 @@ class _PrecisionOptions(OptionsDict):
 class _TrainingOptions(OptionsDict):
     """Options of training, none of which apply to an inference model."""
 
+    _path = "Options.Training."
+
     def __init__(self, popart_options: _PopartOptions) -> None:
         super().__init__(
             _popart=popart_options, gradient_accumulation=1,
             accumulation_and_replication_reduction_type=enums.ReductionType.Mean,
             meanAccumulationAndReplicationReductionStrategy=enums.MeanReductionStrategy.Post)
 
-    def gradientAccumulation(self, gradient_accumulation: int) -> "_TrainingOptions":
-        """Set the number of micro-batches of one replica in one weight update."""
-        return self.set(gradient_accumulation=gradient_accumulation)
+    # micro-batches of one replica in one weight update
+    gradientAccumulation = _setter("gradient_accumulation")
+    # When gradients are divided to form the mean. With Running, what is not finite stays in
+    # PopART's accumulators (see Device._keep_nonfinite); else it makes no difference on the host.
+    setMeanAccumulationAndReplicationReductionStrategy = _setter(
+        "meanAccumulationAndReplicationReductionStrategy", "mean_reduction_strategy")
+    # Lets the device choose the loss scaling, which makes it variable in the optimizer. On the host
+    # it keeps its value: it is there for float16 gradients, and the host's are float32.
+    setAutomaticLossScaling = _setter(
+        "automaticLossScalingSettings.enabled", "enabled", popart=True)
 
     def accumulationAndReplicationReductionType(
             self, reduction_type: enums.ReductionType) -> "_TrainingOptions":
@@ -240,27 +214,6 @@ class _TrainingOptions(OptionsDict):
                 "poptorch.ReductionType.Mean or poptorch.ReductionType.Sum")
         return self.set(accumulation_and_replication_reduction_type=reduction_type)
 
-    def setMeanAccumulationAndReplicationReductionStrategy(
-            self, mean_reduction_strategy: enums.MeanReductionStrategy) -> "_TrainingOptions":
-        """Choose when gradients are divided to form the mean.
-
-        It makes no difference to finite gradients on the host, which accumulates in float32. With
-        Running, what is not finite stays in PopART's accumulators (see Device._keep_nonfinite).
-        """
-        return self.set(meanAccumulationAndReplicationReductionStrategy=mean_reduction_strategy)
-
-    def setAutomaticLossScaling(self, enabled: bool) -> "_TrainingOptions":
-        """Let the device choose the loss scaling, which makes it variable in the optimizer.
-
-        On the host the loss scaling keeps its value. It serves to keep float16 gradients in range,
-        and the host's gradients have the range of float32.
-        """
-        return self._for_popart("automaticLossScalingSettings.enabled", enabled)
-
-    def setConvolutionDithering(self, enabled: bool) -> "_TrainingOptions":
-        """Spread convolutions over the tiles of an IPU (kept without effect)."""
-        return self._for_popart("convolutionOptions", {"enableConvDithering": enabled})
-
 
 class _DistributedOptions(OptionsDict):
     """The number of processes, and which of them this one is.
@@ -269,25 +222,18 @@ class _DistributedOptions(OptionsDict):
     joined torch.distributed's default group, and refuses more than one process otherwise.
     """
 
+    _path = "Options.Distributed."
+
     def __init__(self) -> None:
-        super().__init__(num_distributed_processes=1, distributed_process_id=0, ipuof_configs={},
-                         _gcd_mappings={})
-        self.setEnvVarNames("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
-
-    def disable(self) -> "_DistributedOptions":
-        """Use one process, whatever the environment variables say."""
-        return self.configureProcessId(0, 1)
-
-    def setEnvVarNames(self, var_num_processes: str, var_process_id: str) -> "_DistributedOptions":
-        """Read the number of processes and the process id from these environment variables.
-
-        The constructor reads those of OpenMPI.
-        """
-        return self.configureProcessId(int(os.environ.get(var_process_id, "0")),
-                                       int(os.environ.get(var_num_processes, "1")))
+        super().__init__(ipuof_configs={}, _gcd_mappings={},
+                         num_distributed_processes=int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)),
+                         distributed_process_id=int(os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
 
     def configureProcessId(self, process_id: int, num_processes: int) -> "_DistributedOptions":
-        """Set the number of this process, from 0, and the number of all processes."""
+        """Set the number of this process, from 0, and the number of all processes.
+
+        The constructor reads them from OpenMPI's environment variables.
+        """
         return self.set(distributed_process_id=process_id, num_distributed_processes=num_processes)
 
     @property
@@ -302,75 +248,33 @@ class _DistributedOptions(OptionsDict):
 
 
 class TensorLocationSettings(OptionsDict):
-    """Where one kind of tensor is stored: on or off chip, whole or sharded over replicas.
+    """Where one kind of tensor is stored; kept without effect."""
 
-    All of these settings are kept without effect.
-    """
-
-    def minElementsForOffChip(self, min_elements: int) -> "TensorLocationSettings":
-        """Set the number of elements below which a tensor stays on chip."""
-        return self._keep("minElementsForOffChip", min_elements, int)
-
-    def minElementsForReplicatedTensorSharding(self, min_elements: int) -> "TensorLocationSettings":
-        """Set the number of elements below which a tensor is not sharded."""
-        return self._keep("minElementsForReplicatedTensorSharding", min_elements, int)
+    _path = "TensorLocationSettings."
 
     def useOnChipStorage(self, use: bool = True) -> "TensorLocationSettings":
         """Store the tensor on chip (True) or off chip (False); None removes the setting."""
         if use is None:
-            self.deleteIfExists("onChip")
+            self._values.pop("onChip", None)
             return self
-        return self._keep("onChip", use, bool)
+        assert isinstance(use, bool)
+        return self.createOrSet(onChip=int(use))
 
     def useReplicatedTensorSharding(self, use: bool = True) -> "TensorLocationSettings":
         """Shard the tensor over the replicas."""
-        return self._keep("useReplicatedTensorSharding", use, bool)
-
-    def useIOTilesToLoad(self, use: bool = True) -> "TensorLocationSettings":
-        """Load the tensor through IO tiles."""
-        return self._keep("useIOTilesToLoad", use, bool)
-
-    def useIOTilesToStore(self, use: bool = True) -> "TensorLocationSettings":
-        """Store the tensor through IO tiles."""
-        return self._keep("useIOTilesToStore", use, bool)
-
-    def _keep(self, name, value, kind):
-        assert isinstance(value, kind)
-        return self.createOrSet(**{name: int(value)})
+        assert isinstance(use, bool)
+        return self.createOrSet(useReplicatedTensorSharding=int(use))
 
 
 class _TensorLocationOptions(OptionsDict):
-    """TensorLocationSettings for activations, weights, optimizer state and gradient accumulators.
+    """Where the optimizer's state is stored; kept without effect."""
 
-    All of these settings are kept without effect.
-    """
-
-    def numIOTiles(self, num_tiles: int) -> "_TensorLocationOptions":
-        """Set the number of tiles reserved for input and output: even, from 32 to 192."""
-        assert isinstance(num_tiles, int)
-        assert 32 <= num_tiles <= 192 and num_tiles % 2 == 0, (
-            "numIOTiles must be an even number between 32 and 192.")
-        return self.createOrSet(numIOTiles=num_tiles)
-
-    def setActivationLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
-        """Set where activations are stored."""
-        return self._keep("location_activation", location)
-
-    def setWeightLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
-        """Set where weights are stored."""
-        return self._keep("location_weight", location)
+    _path = "Options.TensorLocations."
 
     def setOptimizerLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
         """Set where the optimizer's state is stored."""
-        return self._keep("location_optimizer", location)
-
-    def setAccumulatorLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
-        """Set where accumulated gradients are stored."""
-        return self._keep("location_accumulator", location)
-
-    def _keep(self, name, location):
         assert isinstance(location, TensorLocationSettings)
-        return self.createOrSet(**{name: location.toDict()})
+        return self.createOrSet(location_optimizer=location.toDict())
 
 
 class Options(OptionsDict):
@@ -382,115 +286,41 @@ class Options(OptionsDict):
     def __init__(self) -> None:
         popart = _PopartOptions()
         super().__init__(
-            _jit=_JitOptions(), _popart=popart, _graphProcessing=_PrecisionOptions(popart),
+            _popart=popart, _graphProcessing=_PrecisionOptions(popart),
             _training=_TrainingOptions(popart), _distributed=_DistributedOptions(),
             _tensor_locations=_TensorLocationOptions(), _execution_strategy=PipelinedExecution(),
-            _source_location_excludes=[], _relax_optimizer_checks=False,
-            _show_compilation_progress_bar=True, _module_namescope_enabled=True,
-            replication_factor=1, input_group_size=1, input_cgt=enums.CommGroupType.Consecutive,
-            broadcast_buffers=True, device_iterations=1, log_dir=".", max_repeat_logs=4,
-            auto_round_num_ipus=False, anchored_tensors={},
-            output_mode=enums.OutputMode.Default.value, output_return_period=1,
-            connection_type=enums.ConnectionType.Always.value,
-            sync_pattern=enums.SyncPattern.Full.value, available_memory_proportion={})
+            replication_factor=1, device_iterations=1, auto_round_num_ipus=False,
+            anchored_tensors={}, output_mode=enums.OutputMode.Default.value, output_return_period=1,
+            connection_type=enums.ConnectionType.Always.value, available_memory_proportion={})
         if os.environ.get("POPTORCH_CACHE_DIR"):
             self.enableExecutableCaching(os.environ["POPTORCH_CACHE_DIR"])
-        self.from_json(os.environ.get("POPTORCH_DEFAULT_OPTIONS", "{}"))
+        if os.environ.get("POPTORCH_DEFAULT_OPTIONS"):
+            refuse(self._path, "from_json")
 
-    def from_json(self, string: str) -> "Options":
-        """Call the setters named in a JSON object, with its values as arguments.
+    TensorLocations = property(lambda self: self._tensor_locations)
+    Distributed = property(lambda self: self._distributed)
+    Precision = property(lambda self: self._graphProcessing)
+    Training = property(lambda self: self._training)
+    _Popart = property(lambda self: self._popart)
 
-        For example: {"deviceIterations": 4, "connectionType": "ConnectionType.Never",
-        "_Popart.set": ["name", 1]}. Returns self.
-        """
-        for option, value in json.loads(string).items():
-            setter = self
-            for name in option.split("."):
-                setter = getattr(setter, name)
-            if isinstance(value, str) and value.count(".") == 1:
-                kind, member = value.split(".")
-                value = getattr(getattr(enums, kind, None), member, value)
-            setter(*value) if isinstance(value, list) else setter(value)
-        return self
+    # whether to round the number of IPUs up to a power of two instead of refusing other numbers
+    autoRoundNumIPUs = _setter("auto_round_num_ipus", default=True)
+    # weight updates in one call of a training model, micro-batches of a replica in inference
+    deviceIterations = _setter("device_iterations")
+    # On the host the micro-batches of replicas run one after the other, with the same result.
+    replicationFactor = _setter("replication_factor")
+    modelName = _setter("model_name", "name")  # in profiles
+    useIpuModel = _setter("use_model")  # simulate an IPU: the host makes no difference
 
-    def loadFromFile(self, filepath: str) -> "Options":
-        """Raise NotOffered: PopTorch runs the Python code in the file, which could do anything."""
-        raise NotOffered("Options.loadFromFile",
-                         "it runs the file's Python code; call the options, or from_json()")
-
-    def sourceLocationExcludes(self, excludes: List[str]) -> "Options":
-        """Set which stack frames are excluded from source locations (kept without effect)."""
-        self._source_location_excludes = excludes
-        return self
-
-    def appendToLocationExcludes(self, *excludes: str) -> "Options":
-        """Exclude more stack frames from source locations (kept without effect)."""
-        self._source_location_excludes = [*self._source_location_excludes, *excludes]
-        return self
-
-    def showCompilationProgressBar(self, show: bool = True) -> "Options":
-        """Show a progress bar while compiling. The host shows none, as it compiles too quickly."""
-        self._show_compilation_progress_bar = show
-        return self
-
-    def relaxOptimizerAttributesChecks(self, relax: bool = True) -> "Options":
-        """Report attributes that an optimizer gains later at debug level, not as warnings."""
-        self._relax_optimizer_checks = relax
-        return self
-
-    @property
-    def TensorLocations(self) -> _TensorLocationOptions:
-        """Options that say where tensors are stored."""
-        return self._tensor_locations
-
-    @property
-    def Distributed(self) -> _DistributedOptions:
-        """Options for several processes."""
-        return self._distributed
-
-    @property
-    def Jit(self) -> _JitOptions:
-        """Options of torch.jit, which are deprecated in PopTorch."""
-        return self._jit
-
-    @property
-    def Precision(self) -> _PrecisionOptions:
-        """Options of number formats."""
-        return self._graphProcessing
-
-    @property
-    def Training(self) -> _TrainingOptions:
-        """Options of training."""
-        return self._training
-
-    @property
-    def _Popart(self) -> _PopartOptions:
-        return self._popart
-
-    def autoRoundNumIPUs(self, auto_round_num_ipus: bool = True) -> "Options":
-        """Round the number of IPUs up to a power of two instead of refusing other numbers."""
-        return self.set(auto_round_num_ipus=auto_round_num_ipus)
-
-    def deviceIterations(self, device_iterations: int) -> "Options":
-        """Set the number of device iterations in one call of the model.
-
-        An iteration is a weight update in training, and a micro-batch of one replica in inference.
-        """
-        return self.set(device_iterations=device_iterations)
-
-    def setExecutionStrategy(self, strategy: ExecutionStrategy) -> "Options":
+    def setExecutionStrategy(self, strategy: PipelinedExecution) -> "Options":
         """Use PipelinedExecution (default) or ShardedExecution."""
-        assert isinstance(strategy, ExecutionStrategy)
+        assert isinstance(strategy, PipelinedExecution)
         self._execution_strategy = strategy
         return self
 
     def setAvailableMemoryProportion(
             self, available_memory_proportion: Dict[str, float]) -> "Options":
-        """Set the share of each IPU's memory that is available for temporary data.
-
-        `available_memory_proportion` is, for example, {"IPU0": 0.2, "IPU1": 0.3}. Kept without
-        effect.
-        """
+        """Set the share of each IPU's memory for temporary data, {"IPU0": 0.2, "IPU1": 0.3}."""
         for key in available_memory_proportion:
             assert key.startswith("IPU"), (
                 'Available memory proportions are expected to be in a dictionary of {"IPU0": 0.5} '
@@ -498,73 +328,16 @@ class Options(OptionsDict):
         return self.createOrSet(available_memory_proportion={
             int(k[3:]): v for k, v in available_memory_proportion.items()})
 
-    def replicationFactor(self, replication_factor: int) -> "Options":
-        """Set the number of replicas.
-
-        On the host their micro-batches run one after the other, with the same result.
-        """
-        return self.set(replication_factor=replication_factor)
-
-    def inputReplicaGrouping(self, input_group_size: int,
-                             input_group_type: enums.CommGroupType) -> "Options":
-        """Give the same input to all replicas of a group of `input_group_size`.
-
-        Raises ValueError if groups of this size and type cannot be formed.
-        """
-        if input_group_type == enums.CommGroupType.NoGrouping:
-            input_group_size, input_group_type = 1, enums.CommGroupType.Consecutive
-        if input_group_type == enums.CommGroupType.All:
-            raise ValueError("input_group_type cannot be All")
-        if self.replication_factor < input_group_size:
-            raise ValueError("input_group_size cannot be larger than replication_factor")
-        if self.replication_factor % input_group_size:
-            raise ValueError("input_group_size must be a factor of replication_factor")
-        return self.set(input_group_size=input_group_size, input_cgt=input_group_type)
-
-    def broadcastBuffers(self, broadcast_buffers: bool = True) -> "Options":
-        """Give all replicas the same buffers (True) or each its own (False).
-
-        With True and several replicas, a model that changes its buffers is refused. With False, the
-        buffers of the first replica are copied back to the host.
-        """
-        return self.set(broadcast_buffers=broadcast_buffers)
-
-    def logDir(self, log_dir: str) -> "Options":
-        """Set the folder of log files (kept without effect)."""
-        return self.set(log_dir=log_dir)
-
-    def maxRepeatLogs(self, max_lines: Optional[int]) -> "Options":
-        """Set how often the same log line is printed; None for no limit (kept without effect)."""
-        return self.set(max_repeat_logs=(1 << 64) - 1 if max_lines is None else max_lines)
-
-    def modelName(self, name: str) -> "Options":
-        """Set the name of the model in profiles (kept without effect)."""
-        return self.createOrSet(model_name=name)
-
     def enableExecutableCaching(self, path: str) -> "Options":
-        """Set the folder of compiled executables, or None for no cache (kept without effect)."""
+        """Set the folder of compiled executables, or None for no cache."""
         if path is not None:
             self._popart.set("cachePath", path)
         return self._for_popart("enableEngineCaching", path is not None)
-
-    def useIpuModel(self, use_model: bool) -> "Options":
-        """Simulate an IPU, which makes no difference to how the host runs the model."""
-        return self.createOrSet(use_model=use_model)
 
     def connectionType(self, connection_type: enums.ConnectionType) -> "Options":
         """Set when to attach to a device."""
         assert isinstance(connection_type, enums.ConnectionType)
         return self.set(connection_type=connection_type.value)
-
-    def syncPattern(self, sync_pattern: enums.SyncPattern) -> "Options":
-        """Set how IPUs are synchronised (kept without effect)."""
-        assert isinstance(sync_pattern, enums.SyncPattern)
-        return self.set(sync_pattern=sync_pattern.value)
-
-    def useIpuId(self, ipu_id: int) -> "Options":
-        """Run on the device with this id (kept without effect)."""
-        assert isinstance(ipu_id, int)
-        return self.createOrSet(ipu_id=ipu_id)
 
     def useOfflineIpuTarget(self, ipu_version: int = 2) -> "Options":
         """Only compile, without a device; running the model is then refused."""
@@ -577,9 +350,8 @@ class Options(OptionsDict):
         """Keep a tensor of each call, to be read by PoplarExecutor.getAnchoredTensor(short_name).
 
         `long_name` is "Gradient___" followed by the name of a parameter. Other tensors of PopART's
-        graph do not exist on the host; they are refused when the model is compiled. The default
-        output mode is that of the model's outputs. `output_return_period` applies to EveryN, and
-        counts device iterations.
+        graph do not exist on the host; they are refused when the model is compiled. The tensor is
+        returned in the outputs' mode: PopTorch ignores the two other arguments.
         """
         period = output_return_period if output_mode == enums.OutputMode.EveryN else 1
         self.anchored_tensors[short_name] = [long_name, output_mode is None, output_mode, period]
@@ -607,10 +379,6 @@ class Options(OptionsDict):
         torch.manual_seed(random_seed)
         return self.createOrSet(random_seed=random_seed)
 
-    def enableStableNorm(self, enabled: bool) -> "Options":
-        """Use slower, more accurate normalisation (kept without effect: torch's is used)."""
-        return self._for_popart("enableStableNorm", enabled)
-
     def enableSyntheticData(self, enabled: bool) -> "Options":
         """Replace inputs by normally distributed numbers (integers by zeros), for measurements.
 
@@ -618,10 +386,6 @@ class Options(OptionsDict):
         weights or optimizer state is refused, because PopART crashes.
         """
         return self._for_popart("syntheticDataMode", 2 if enabled else 0)
-
-    def logCycleCount(self, log_cycle_count: bool) -> "Options":
-        """Count IPU cycles. The host has none: reading the count is refused."""
-        return self._for_popart("instrumentWithHardwareCycleCounter", log_cycle_count)
 
     def enableProfiling(self, profile_dir: Optional[str] = None) -> "Options":
         """Write PopVision reports to `profile_dir`.
@@ -635,28 +399,14 @@ class Options(OptionsDict):
         self._popart.setEngineOptions(engine)
         return self
 
-    def disableModuleNamescope(self) -> "Options":
-        """Omit module names from the compiler's graph (kept without effect)."""
-        self._module_namescope_enabled = False
-        return self
-
-    def updatableNamedBuffers(self, buffers: List[str]) -> "Options":
-        """Name the buffers that PoplarExecutor.copyNamedBuffersToDevice() copies."""
-        return self._for_popart("updatableNamedBuffers", buffers)
-
     def toDict(self) -> Dict[str, Any]:
         """Return all options in one dictionary, as PopTorch passes them to its compiler."""
         assert not self.defaultOutputMode(), "An output mode must be picked before serialisation"
-        out = {**self._execution_strategy.backendOptions(), **self._popart.options}
-        for part in (self, self._training, self._distributed, self._tensor_locations):
-            out = part.update(out)
+        out = self._execution_strategy.backendOptions()
+        for part in (self._popart, self, self._training, self._distributed, self._tensor_locations):
+            out.update(part._values)
         return out
 
     def clone(self) -> "Options":
         """Return a deep copy that is not frozen."""
         return copy.deepcopy(self)
-
-    def __repr__(self):
-        parts = (self._tensor_locations, self._distributed, self._training, self._popart,
-                 self._execution_strategy)
-        return f"{super().__repr__()[:-1]}, {', '.join(map(repr, parts))})"

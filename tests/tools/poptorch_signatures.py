@@ -3,127 +3,110 @@
     python -m tests.tools.poptorch_signatures PATH_TO_POPTORCH
 
 PATH_TO_POPTORCH is a checkout of graphcore/poptorch, of which nothing is run. The names, order,
-kinds and defaults of parameters have to agree. Prints every difference with the reason for it, and
-exits with status 1 if a difference has no reason.
+kinds and defaults of parameters have to agree. Prints every name that is left out or differs, and
+exits with status 1 if one is neither offered nor in NOT_OFFERED, or differs.
 """
 from __future__ import annotations
 
 import ast
 import inspect
 import sys
-import textwrap
+from functools import reduce
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
+from typing import Any, Iterator, Tuple
 
 import poptorch_host
-from poptorch_host._poplar_executor import NOT_OFFERED_METHODS
 
 FILES = ("__init__", "enums", "ops", "options", "optim", "profiling", "_poplar_executor", "_impl")
-PRIVATE_CLASSES = ("_DistributedOptions", "_JitOptions", "_PopartOptions", "_PrecisionOptions",
-                   "_TensorLocationOptions", "_TrainingOptions")
-NOT_EXPORTED = {
-    "poptorchAtExit", "OptimizerWrapper", "NameScopeHook", "WeakPtr", "WeakKeyPtrDict",
-    "NoExecutable"}
-
-# The intended differences: {name: reason}
-REASONS = {
-    "registerGeometricCustomArgParsers":
-        "registers PyTorch Geometric's types when poptorch_geometric is installed",
-    "ConfigFileError":
-        "what Options.loadFromFile raises, which runs code from a file and is not offered",
-    **{f"PoplarExecutor.{name}": why for name, why in NOT_OFFERED_METHODS.items()}, }
+# Names of the interface for the private classes of options
+PARTS = {"_DistributedOptions": "Options.Distributed", "_JitOptions": "Options.Jit",
+         "_PopartOptions": "Options._Popart", "_PrecisionOptions": "Options.Precision",
+         "_TrainingOptions": "Options.Training",
+         "_TensorLocationOptions": "Options.TensorLocations"}
+NOT_EXPORTED = {"poptorchAtExit", "OptimizerWrapper", "NameScopeHook", "WeakPtr", "WeakKeyPtrDict",
+                "NoExecutable"}
 
 
-def public_signatures(path: Path) -> Iterator[Tuple[str, ast.FunctionDef]]:
-    """Yield (name, definition) of what is public in a source file.
-
-    These are functions, classes (without a definition), and, as Class.name, constructors and
-    methods.
-    """
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            yield node.name, node
-        elif isinstance(node, ast.ClassDef) and (
-                not node.name.startswith("_") or node.name in PRIVATE_CLASSES):
-            yield node.name, None
-            for item in node.body:
-                setter = any(
-                    getattr(d, "attr", "") == "setter" for d in getattr(item, "decorator_list", []))
-                if isinstance(item, ast.FunctionDef) and not setter and (
-                        item.name == "__init__" or not item.name.startswith("_")):
-                    yield f"{node.name}.{item.name}", item
-
-
-def parameters_of(node: ast.FunctionDef) -> list:
-    """[(name with a prefix for its kind, dump of its default or None)] of a definition."""
-    args = node.args
-    plain = [a.arg for a in args.args]
-    defaults = [None] * (len(plain) - len(args.defaults)) + [ast.dump(d) for d in args.defaults]
-    out = list(zip(plain, defaults))
-    out += [("*" + args.vararg.arg, None)] if args.vararg else []
-    out += [("=" + a.arg, ast.dump(d) if d else None)
-            for a, d in zip(args.kwonlyargs, args.kw_defaults)]
-    return out + ([("**" + args.kwarg.arg, None)] if args.kwarg else [])
-
-
-def our_definition(name: str):
-    """poptorch_host's object called `name` and its definition; (None, None) if it does not exist.
-
-    The definition alone is None where Python code for it is not available.
-    """
-    owner, _, method = name.rpartition(".")
-    for place in (poptorch_host, poptorch_host.options, poptorch_host.optim,
-                  poptorch_host.profiling, poptorch_host.ops):
-        found = getattr(place, owner or method, None)
-        if found is not None:
-            break
-    if found is not None and owner:
-        found = getattr(found, method, None)
-    if found is None:
-        return None, None
-    found = found.fget if isinstance(found, property) else found
-    if inspect.isclass(found) or not hasattr(found, "__code__"):
-        return found, None
-    return found, ast.parse(textwrap.dedent(inspect.getsource(found))).body[0]
-
-
-def normal(parameters: list) -> list:
-    """The same parameters, with equivalent defaults written in the same way."""
-    return [(name, default and default.replace("enums", "").replace("poptorch", ""))
-            for name, default in parameters]
-
-
-def differences(checkout: Path) -> Dict[str, str]:
-    """{name: difference} between the checkout's public interface and ours."""
-    found = {}
+def public_definitions(checkout: Path) -> Iterator[Tuple[str, str, Any]]:
+    """Yield (file, name, definition) of functions, classes (without it) and Class.method."""
     for file in FILES:
-        for name, definition in public_signatures(checkout / "python" / f"{file}.py"):
-            if name.split(".")[0] in NOT_EXPORTED or file == "_impl" and name not in (
-                    "isRunningOnIpu", ):
+        for node in ast.parse((checkout / "python" / f"{file}.py").read_text()).body:
+            name = getattr(node, "name", "_")
+            if name in NOT_EXPORTED or file == "_impl" and name != "isRunningOnIpu":
                 continue
-            owner = name.split(".")[0]
-            if owner in poptorch_host.NOT_OFFERED:
-                found[owner] = "not offered: " + poptorch_host.NOT_OFFERED[owner]
-                continue
-            ours, node = our_definition(name)
-            if ours is None:
-                found[name] = "missing"
-            elif definition is not None and node is not None:
-                theirs = normal(parameters_of(definition))
-                if normal(parameters_of(node)) != theirs:
-                    found[name] = f"{normal(parameters_of(node))} instead of {theirs}"
-    return found
+            if isinstance(node, ast.FunctionDef) and not name.startswith("_"):
+                yield file, name, node
+            elif isinstance(node, ast.ClassDef) and (not name.startswith("_") or name in PARTS):
+                yield file, name, None
+                for item in node.body:
+                    setter = any(getattr(d, "attr", "") == "setter"
+                                 for d in getattr(item, "decorator_list", []))
+                    if isinstance(item, ast.FunctionDef) and not setter and (
+                            item.name == "__init__" or not item.name.startswith("_")):
+                        yield file, f"{name}.{item.name}", item
+
+
+def parameters_in_source(node: ast.FunctionDef) -> list:
+    """[(name with a prefix for its kind, its default or "required")] of a definition."""
+    args = node.args
+    defaults = ["required"] * (len(args.args) - len(args.defaults)) + [
+        value_of(d) for d in args.defaults]
+    out = [(a.arg, default) for a, default in zip(args.args, defaults)]
+    out += [("*" + args.vararg.arg, "required")] if args.vararg else []
+    out += [("=" + a.arg, value_of(d) if d else "required")
+            for a, d in zip(args.kwonlyargs, args.kw_defaults)]
+    return out + ([("**" + args.kwarg.arg, "required")] if args.kwarg else [])
+
+
+def value_of(node: ast.expr) -> Any:
+    """The value of a default: a literal, or a member of an enumeration."""
+    if not isinstance(node, ast.Attribute):
+        return ast.literal_eval(node)
+    enumeration = getattr(node.value, "attr", None) or node.value.id
+    return getattr(getattr(poptorch_host.enums, enumeration), node.attr)
+
+
+def our_parameters(function: Any) -> list:
+    """The same of a function of ours."""
+    kinds = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.KEYWORD_ONLY: "=",
+             inspect.Parameter.VAR_KEYWORD: "**"}
+    return [(kinds.get(p.kind, "") + p.name, "required" if p.default is p.empty else p.default)
+            for p in inspect.signature(function).parameters.values()]
+
+
+def difference(file: str, name: str, node: Any) -> str:
+    """Why a name of PopTorch is left out, or how ours differs; "" if it is the same."""
+    owner, _, method = name.partition(".")
+    path = PARTS.get(owner, "optim." * (file == "optim") + owner) + "." * bool(method) + method
+    for known in (path, path.rpartition(".")[0], method and owner):
+        if known in poptorch_host.NOT_OFFERED:
+            return "not offered: " + poptorch_host.NOT_OFFERED[known]
+    for module in (poptorch_host, poptorch_host.options, poptorch_host.optim,
+                   poptorch_host.profiling):
+        try:
+            ours = reduce(getattr, filter(None, (owner, method)), module)
+            break
+        except AttributeError:
+            continue
+    else:
+        return "MISSING"
+    ours = ours.fget if isinstance(ours, property) else ours
+    if node is None or not hasattr(ours, "__code__") or isinstance(ours, type):
+        return ""
+    theirs, own = parameters_in_source(node), our_parameters(ours)
+    return "" if theirs == own else f"DIFFERENT: {own} instead of {theirs}"
 
 
 def main(checkout: str) -> int:
     """Compare, print the differences and return the exit status."""
-    unexplained = 0
-    for name, difference in sorted(differences(Path(checkout)).items()):
-        reason = REASONS.get(name) or (difference if difference.startswith("not offered") else "")
-        unexplained += not reason
-        print(f"{name}: {reason or 'NO REASON GIVEN: ' + difference}")
-    print(f"{unexplained} differences without a reason")
-    return 1 if unexplained else 0
+    wrong = 0
+    for file, name, node in public_definitions(Path(checkout)):
+        text = difference(file, name, node)
+        wrong += text[:1].isupper()
+        if text:
+            print(f"{name}: {text}")
+    print(f"{wrong} missing or different")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

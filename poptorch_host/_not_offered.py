@@ -1,0 +1,69 @@
+"""The names of PopTorch that poptorch_host leaves out, with the reasons that the errors give."""
+from __future__ import annotations
+
+from ._errors import NotOffered
+
+_EXECUTABLE = ("a host has no executable to keep, and a model is pickled code; save "
+               "model.state_dict() and optimizer.state_dict()")
+_REPLICAS = "all replicas have the same weights and buffers, each with its own input"
+_WITHOUT_EFFECT = "it would have no effect on a host"
+_DEPRECATED = "it is deprecated in PopTorch"
+
+# Names below Options, optim and PoplarExecutor are written with a dot, as a user writes them.
+_LEFT_OUT = {
+    "a model is put on IPUs by BeginBlock, a strategy and an AutoStage":
+        "Stage BlockFunction LegacyBeginBlockFn",
+    "phased execution keeps parts of a model off the chip, and this project pipelines":
+        "Phase ParallelPhasedExecution SerialPhasedExecution Liveness",
+    "no model here uses it":
+        "MultiConv MultiConvPlanType ctc_beam_search_decoder fps nearest serializedMatMul "
+        "MatMulSerializationMode ipu_print_tensor nop NameScope isRunningOnIpu",
+    "control flow on the device is not executed on the host":
+        "for_loop cond dynamic_slice dynamic_update",
+    "it needs code compiled for an IPU": "custom_op CPU",
+    "this project trains with AdamW or LAMB": "optim.Adam optim.RMSprop",
+    "torch's own worker processes read ahead":
+        "AsynchronousDataAccessor SharingStrategy DataLoaderMode.AsyncRebatched",
+    "arguments and results are tensors in lists, tuples and dictionaries":
+        "ICustomArgParser registerCustomArgParser registerGeometricCustomArgParsers",
+    "nothing is compiled on a host":
+        "registerPreCompileHook registerPostCompileHook PoplarExecutor.compilationTime "
+        "Options.showCompilationProgressBar Options.updatableNamedBuffers "
+        "PoplarExecutor.copyNamedBuffersToDevice",
+    "it counts or times what an IPU does":
+        "Options.logCycleCount PoplarExecutor.cycleCount PoplarExecutor.getPerfCounters "
+        "PoplarExecutor.getHostIpuLatency PoplarExecutor.getComputeLatency "
+        "PoplarExecutor.getIpuHostLatency PoplarExecutor.getLatency",
+    "it names tensors of PopART's graph": "PoplarExecutor.getTensorNames",
+    "it runs the Python code of a file": "Options.loadFromFile ConfigFileError",
+    "the device updates the weights": "optim.LAMB.step",
+    "the options are called where they are needed": "Options.from_json",
+    "POPTORCH_LOG_LEVEL sets it": "setLogLevel",
+    _EXECUTABLE:
+        "load PoplarExecutor.save PoplarExecutor.compileAndExport PoplarExecutor.loadExecutable",
+    _REPLICAS:
+        "CommGroupType VariableRetrievalMode Parameter.replicaGrouping Options.broadcastBuffers "
+        "Options.inputReplicaGrouping",
+    _DEPRECATED:
+        "Options.Jit HalfFloatCastingBehavior Options.Precision.halfFloatCasting "
+        "Options.Precision.runningStatisticsAlwaysFloat",
+    _WITHOUT_EFFECT:
+        "OverlapMode set_overlap_for_input set_overlap_for_output set_available_memory "
+        "SyncPattern Options.syncPattern Options.useIpuId Options.logDir Options.maxRepeatLogs "
+        "Options.enableStableNorm Options.disableModuleNamescope Options.sourceLocationExcludes "
+        "Options.appendToLocationExcludes Options.relaxOptimizerAttributesChecks "
+        "Options.Precision.enableFloatingPointExceptions Options.Training.setConvolutionDithering "
+        "Options.Distributed.disable Options.Distributed.setEnvVarNames "
+        "Options.TensorLocations.numIOTiles Options.TensorLocations.setActivationLocation "
+        "Options.TensorLocations.setWeightLocation Options.TensorLocations.setAccumulatorLocation "
+        "TensorLocationSettings.minElementsForOffChip TensorLocationSettings.useIOTilesToLoad "
+        "TensorLocationSettings.useIOTilesToStore "
+        "TensorLocationSettings.minElementsForReplicatedTensorSharding",
+}
+NOT_OFFERED = {name: reason for reason, names in _LEFT_OUT.items() for name in names.split()}
+
+
+def refuse(path: str, name: str) -> None:
+    """Raise NotOffered for `name` below `path` ("" or, for example, "optim.") if it is left out."""
+    if path + name in NOT_OFFERED:
+        raise NotOffered(path + name, NOT_OFFERED[path + name])
