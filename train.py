@@ -60,7 +60,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
     from qa.run import hub
     from qa.run.checkpoint import Checkpoints, check_output_folder
     from qa.run.nonfinite import NonfiniteGuard
-    from qa.run.progress import Progress, describe_compiled, describe_rows, mean_loss
+    from qa.run.progress import Progress, describe_compiled, describe_end, describe_rows, mean_loss
     from qa.run.state import TrainingState
 
     # 1. What is trained, and where: --layers_per_ipu becomes the layout, an IPU for each block.
@@ -152,8 +152,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
             print(f"{state.step} steps on synthetic data were timed; nothing was read or saved")
             return stop.exit_status
         if stop.poll():
-            checkpoints.save(state)
-            log.stopped(state.step, stop.requested)
+            checkpoints.save_stopped(state, stop.requested)
             return stop.exit_status
 
     # 6. The end: the last model, or the best if asked for, is saved, evaluated and shared.
@@ -161,8 +160,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
     checkpoints.save_final(state)
     progress.write_summary()
     evaluation.finish(state.weights(), step, rows.epoch_after(step))
-    print(f"saved to {settings.output_dir} after {timer.total():.0f} s; "
-          f"ask it: python infer.py --checkpoint {settings.output_dir}")
+    print(describe_end(timer.total(), settings))
     hub.push(settings)
     return 0
 

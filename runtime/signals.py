@@ -71,9 +71,10 @@ def _lock(output_dir: Union[str, Path]) -> Iterator[str]:
         try:
             yield holder
         finally:
-            if made and os.listdir(path.parent) == [path.name]:
-                path.unlink()
-                path.parent.rmdir()
+            with suppress(OSError):  # somebody may have moved the folder away
+                if made and os.listdir(path.parent) == [path.name]:
+                    path.unlink()
+                    path.parent.rmdir()
 
 
 class StopSignals:

@@ -1,6 +1,7 @@
 """Load rows through a poptorch.DataLoader whose processes end with the block that uses them."""
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from typing import Any, Iterator
 
@@ -20,9 +21,9 @@ def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
     qa/data/rows.py with the rows of all processes. num_workers: processes that make rows, in
     addition to the one process of an asynchronous loader.
 
-    Gives an iterator over this process's combined batches, {name: tensor [rows, ...]}. An
-    asynchronous loader reuses the shared memory of its tensors: clone whatever is needed after the
-    iteration that gave it.
+    Gives an iterator over this process's combined batches, {name: tensor [rows, ...]}, once the
+    first one is there: workers take seconds to start. An asynchronous loader reuses the shared
+    memory of its tensors: clone whatever is needed after the iteration that gave it.
     """
     # A run that is resumed after its last step has no rows left to load.
     if not len(rows):
@@ -35,7 +36,9 @@ def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
             collate_fn=collate, num_workers=num_workers, mode=mode,
             auto_distributed_partitioning=False)
     try:
-        yield iter(loader)
+        batches = iter(loader)
+        # Not iter(batches), which would start an asynchronous loader anew.
+        yield itertools.chain([next(batches)], iter(lambda: next(batches, None), None))
     finally:
         loader.terminate()
 

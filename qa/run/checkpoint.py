@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import signal
 import stat
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from ipu_options.config import IPUConfig
 from ipu_options.popvision import PhaseTimer
 from qa.data.rows import TrainingRows
 from qa.run.log import RunLog
-from qa.run.state import Checkpoint, TrainingState
+from qa.run.state import Checkpoint, TrainingState, another_run_from
 from qa.run.state_files import STRUCTURE, TENSORS, read_state, write_state
 from qa.settings import MUST_MATCH, TrainSettings
 from runtime import processes
@@ -216,6 +217,20 @@ class Checkpoints:
         except RunError as error:
             tqdm.write(f"warning: {error}; the run goes on")
             return False
+
+    def save_stopped(self, state: TrainingState, number: signal.Signals) -> None:
+        """Save the state of a run that a signal ends, and print how to go on.
+
+        Raises RunError as `save` does.
+        """
+        try:
+            self.save(state)
+        except RunError as error:
+            raise RunError(f"stopped by {number.name} after step {state.step}, whose state is not "
+                           f"saved: {error}") from error
+        self.note("stopped", state.step, signal=number.name)
+        print(f"stopped by {number.name} after step {state.step}; "
+              "the same command with --resume_from_checkpoint auto goes on")
 
     def save_if_best(self, state: TrainingState, metrics: Dict[str, float]) -> None:
         """Save a checkpoint if the evaluation of `state` with these metrics is the best so far."""
@@ -409,8 +424,7 @@ def _check_match(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
     if differences:
         raise UsageError(
             f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differences)}. "
-            "Go on with what it was begun with, or start another run from its weights: "
-            f"--model_name_or_path {checkpoint.folder} and a new --output_dir")
+            f"Go on with what it was begun with, or {another_run_from(checkpoint)}")
 
 
 def _as_text(value: Any) -> str:

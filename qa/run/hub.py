@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import shlex
 from pathlib import Path
 from typing import Union
 
@@ -78,7 +79,7 @@ def push(settings: TrainSettings) -> None:
         raise RunError(
             f"could not push {folder} to the hub: {first_line(error)}; "
             f"the model is whole in {folder}, "
-            f"and `{_CLI[1]} {repo_id} {folder}` tries again"
+            f"and `{_CLI[1]} {shlex.join((repo_id, str(folder)))}` tries again"
         ) from error
     print(f"shared: {commit.commit_url}")
 

@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -109,12 +108,6 @@ class RunLog:
             numbers["train/epoch"] = epoch
             for reporter in self._reporters:
                 reporter.add(numbers, step)
-
-    def stopped(self, step: int, number: signal.Signals) -> None:
-        """Say that a signal has ended the run after `step`, and how to go on."""
-        self.add("stopped", step, signal=number.name)
-        print(f"stopped by {number.name} after step {step}; "
-              "the same command with --resume_from_checkpoint auto goes on")
 
     def _open(self, lines: List[Dict[str, Any]], first_step: Optional[int]) -> None:
         """Start the file with `lines`.

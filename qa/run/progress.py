@@ -1,6 +1,7 @@
 """What a user sees of a training run: its batches in numbers, the progress bar and log lines."""
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any, Dict
@@ -65,6 +66,12 @@ def describe_compiled(seconds: float, ipu_config: IPUConfig, settings: TrainSett
             f"{executable_cache(ipu_config, settings)}; nothing was run")
 
 
+def describe_end(seconds: float, settings: TrainSettings) -> str:
+    """Return the last line of a run that has trained, which took so many seconds."""
+    return (f"saved to {settings.output_dir} after {seconds:.0f} s; ask it: python infer.py "
+            f"--checkpoint {shlex.quote(settings.output_dir)}")
+
+
 class Progress:
     """The progress bar, the log lines and the summary of a run.
 
@@ -78,8 +85,7 @@ class Progress:
         self._first_step, self._first_loss = state.step, len(state.losses)
         # The number of windows since the last log line and before it, and the clocks at that line.
         self._windows = self._earlier_windows = 0
-        self._clocks = self._read_clocks()
-        self._bar = progress_bar(rows.total_steps, "Training", "step", state.step)
+        self._clocks: Dict[str, float] = {}
 
     def evaluation_is_due(self) -> bool:
         """Return whether the model is to be evaluated now, before the end of the run.
@@ -127,15 +133,16 @@ class Progress:
     def write_summary(self) -> None:
         """Print the summary of the training and write it to train_results.json.
 
-        The figures are this process's alone: a resumed run has done only some of the steps. Raises
-        RunError if the file cannot be written.
+        Of a resumed run, loss, seconds and windows per second are those since then. Raises RunError
+        if the file cannot be written.
         """
         state, seconds = self.state, self.timer.seconds
         training = sum(seconds[phase] for phase in ("data", "step", "schedule"))
         windows, losses = self._earlier_windows + self._windows, state.losses[self._first_loss:]
         epoch = self.rows.epoch_after(state.step)
+        resumed = {"steps_since_resume": state.step - self._first_step} if self._first_step else {}
         summary = {
-            "steps": state.step - self._first_step, "epoch": epoch,
+            "steps": state.step, "epoch": epoch, **resumed,
             "train_loss": sum(losses) / len(losses) if losses else None,
             "train_seconds": training, "compile_seconds": seconds["compile"],
             "windows_per_second": windows / training if training else None}
@@ -148,6 +155,8 @@ class Progress:
         self.log.add("trained", state.step, epoch, **summary)
 
     def __enter__(self) -> "Progress":
+        self._clocks = self._read_clocks()
+        self._bar = progress_bar(self.rows.total_steps, "Training", "step", self.state.step)
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import random
+import shlex
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,11 +124,16 @@ def rng_of_process(checkpoint: Checkpoint, replicas: int) -> List[int]:
         raise UsageError(
             f"--resume_from_checkpoint {checkpoint.folder}: holds the random state of another "
             "number of replicas; go on with the --replication_factor that it was begun with, or "
-            f"start another run from its weights: --model_name_or_path {checkpoint.folder} and a "
-            "new --output_dir")
+            f"{another_run_from(checkpoint)}")
     length = len(states) // processes.count()
     first = processes.place().index * length
     return [seed, *states[first:first + length]]
+
+
+def another_run_from(checkpoint: Checkpoint) -> str:
+    """Return what to do where a run cannot continue from `checkpoint`."""
+    return ("start another run from its weights: --model_name_or_path "
+            f"{shlex.quote(str(checkpoint.folder))} and a new --output_dir")
 
 
 def random_state() -> Dict[str, Any]:

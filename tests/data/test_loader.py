@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ipu_options import poptorch
 from qa.data.loader import open_loader
@@ -56,3 +57,13 @@ def test_the_loaders_process_ends_with_the_block_however_it_ends():
             assert multiprocessing.active_children()
             raise ValueError("in the loop")
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_every_batch_comes_once(asynchronous):
+    """The first one is there when the block begins."""
+    rows = TrainingRows(SyntheticWindows([20] * 24), row_length=32, max_windows_per_row=1,
+                        pad_token_id=1, micro_batch_size=2, micro_batches_per_update=2)
+    with open_loader(poptorch.Options(), rows, 2, asynchronous=asynchronous) as batches:
+        input_ids = [batch["input_ids"].clone() for batch in batches]
+    assert torch.equal(torch.cat(input_ids), rows.__getitems__(range(24))["input_ids"])

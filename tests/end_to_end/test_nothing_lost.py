@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,6 +200,19 @@ def test_a_closed_terminal_saves_the_run(demo, tmp_path):
     os.killpg(process.pid, signal.SIGHUP)
     assert "stopped by SIGHUP after step" in (said := process.communicate()[0]), said
     assert process.returncode == 129 and any((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_run_whose_folder_was_moved_away_says_that_its_state_is_not_saved(demo, tmp_path):
+    more = ("--max_steps", "100000", "--num_train_epochs", "9999")
+    process = start("train.py", *flags(demo, tmp_path / "out"), *more)
+    while not process.stdout.readline().startswith("step 2/"):
+        assert process.poll() is None
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    process.send_signal(signal.SIGTERM)
+    *_, said = process.communicate()[0].splitlines()
+    assert process.returncode == 1 and re.match(
+        "error: stopped by SIGTERM after step [0-9]+, whose state is not saved: could not save .*"
+        "No such file or directory; there is no checkpoint in ", said), said
 
 
 def test_infer_leaves_no_temporary_file_behind(demo, trained, tmp_path):

@@ -1,6 +1,12 @@
 """The mean loss of a step and the figures of a run, against brute force."""
 from __future__ import annotations
 
+import json
+import shlex
+import time
+from collections import defaultdict
+from types import SimpleNamespace
+
 import numpy
 import pytest
 import torch
@@ -8,7 +14,9 @@ import torch
 from ipu_options import poptorch
 from ipu_options.config import OUTPUT_MODES, IPUConfig
 from qa.data.rows import TrainingRows
-from qa.run.progress import mean_loss
+from qa.run.progress import Progress, describe_end, mean_loss
+from qa.run.state import TrainingState
+from qa.settings import TrainSettings
 from tests.reference.synthetic_windows import SyntheticWindows
 
 
@@ -58,3 +66,37 @@ def test_the_loss_of_a_step_is_the_mean_over_the_windows_of_what_is_returned(mod
             rows_returned = slice(-4, None) if mode in ("final", "default") else slice(None)
             expected = tokens[rows_returned][real[rows_returned]].mean()
         assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_figures_begin_with_the_first_batch_and_say_what_a_resumed_run_did(tmp_path, monkeypatch,
+                                                                           capsys):
+    """The clock advances by 100 s while the loader starts, then by 2 s a step; 8 windows a step."""
+    clock, lines = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    windows = SyntheticWindows([20] * 40)
+    rows = TrainingRows(windows, row_length=64, max_windows_per_row=1, pad_token_id=0,
+                        micro_batch_size=2, micro_batches_per_update=4, epochs=2)
+    settings = TrainSettings(output_dir=str(tmp_path), logging_steps=2)
+    state = TrainingState(None, None, None, step=4, losses=[9.0] * 4)
+    progress = Progress(rows, settings, state, SimpleNamespace(seconds=defaultdict(float)),
+                        SimpleNamespace(add=lambda *where, **values: lines.append(values)))
+    clock.now += 100
+    with progress:
+        for state.step in range(5, rows.total_steps + 1):
+            progress.timer.seconds["step"] += 2
+            clock.now += 2
+            state.losses.append(1.0)
+            progress.update(1e-3)
+    progress.write_summary()
+    assert [line["windows_per_second"] for line in lines] == [4.0] * 4
+    assert "training: steps 10, epoch 2, steps since resume 6, train loss 1," in (
+        capsys.readouterr().out)
+    results = json.loads((tmp_path / "train_results.json").read_text())
+    assert (results["steps"], results["steps_since_resume"], results["train_loss"]) == (10, 6, 1.0)
+
+
+@pytest.mark.parametrize("folder", ["output/demo", "my models/it's", "two\nlines", "$HOME;ls"])
+def test_the_closing_command_is_one_for_a_shell(folder):
+    text = describe_end(12.3, TrainSettings(output_dir=folder))
+    command = shlex.split(text.split("ask it: ")[1])
+    assert command == ["python", "infer.py", "--checkpoint", folder]
