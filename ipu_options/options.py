@@ -137,7 +137,7 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str,
         # After setEngineOptions, because it adds to the engine options. The report is written to a
         # sub-folder with the model's name (PopTorch, tests/options_test.py,
         # test_profile_report_with_model_name), which is `phase`.
-        options.enableProfiling(processes.own_path(run.profile_dir))
+        options.enableProfiling(processes.process_path(run.profile_dir))
     return options
 
 

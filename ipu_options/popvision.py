@@ -47,7 +47,7 @@ def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phas
     """
     if settings.profile_dir is None:
         return
-    folder = Path(processes.own_path(settings.profile_dir)).absolute()
+    folder = Path(processes.process_path(settings.profile_dir)).absolute()
     given = os.environ.get("PVTI_OPTIONS") or "{}"
     try:
         os.environ["PVTI_OPTIONS"] = json.dumps({
@@ -81,7 +81,7 @@ class PhaseTimer:
     def __init__(self, channel: str, settings: DeviceSettings) -> None:
         self.seconds: Dict[str, float] = defaultdict(float)
         self._begin = time.perf_counter()
-        self._trace = settings.trace and processes.own_path(settings.trace)
+        self._trace = settings.trace and processes.process_path(settings.trace)
         self._name = channel
         self._events: List[Tuple[str, int, int]] = []  # name, start and duration in nanoseconds
         self._channel = None

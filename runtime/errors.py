@@ -9,10 +9,11 @@ from __future__ import annotations
 import gc
 import io
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional
 
 _BROKEN_PIPE = 141  # what a shell reports for a process that was killed by SIGPIPE
 
@@ -35,10 +36,18 @@ class Stopped(SystemExit):
     """A signal has stopped the run. `code` is 128 + the signal's number, as a shell reports it."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of the error's message, or else the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()),
-                type(error).__name__)
+def one_line(error: BaseException) -> str:
+    """Return a message of one line.
+
+    An error of ours gives its whole text, one of the operating system the file and the reason, any
+    other one its type and the first line of its text.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    kind, lines = type(error).__name__, list(filter(None, map(str.strip, str(error).splitlines())))
+    if not lines:
+        return kind
+    return " ".join(lines) if isinstance(error, (UsageError, RunError)) else f"{kind}: {lines[0]}"
 
 
 def run_script(main: Callable[[], Optional[int]]) -> int:
@@ -75,33 +84,29 @@ def run_script(main: Callable[[], Optional[int]]) -> int:
         stopped = _stopped(error)
         if stopped:
             return stopped.code
-        if _debug(sys.argv):
+        if _debug():
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            message = f"{error.filename}: {error.strerror}"
-        elif not isinstance(error, (UsageError, RunError)):
-            message = f"{type(error).__name__}: {message} (--debug shows where)"
-        print(f"error: {message}", file=sys.stderr)
+        explained = isinstance(error, (UsageError, RunError, OSError))
+        print(f"error: {one_line(error)}{'' if explained else ' (--debug shows where)'}",
+              file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
 class LastingOutput:
     """A text stream that drops what is written to it once its reader has gone away.
 
-    With it `train.py | head` does not end a training. `stream`: standard output or standard error.
+    With it `train.py | head` does not end a training.
     """
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write `text`, or drop it if nobody reads it any more. Returns the length of the text."""
+        """Write or drop `text`; returns its length."""
         self._attempt(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream."""
         self._attempt(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
@@ -116,12 +121,12 @@ class LastingOutput:
 
 
 def keep_running_without_reader() -> None:
-    """From now on, output that nobody reads any more is dropped in place of ending the run."""
+    """From now on, drop output that nobody reads any more instead of ending the run."""
     sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
 
 
-def _stopped(error: BaseException) -> Optional[Stopped]:
-    """Return the Stopped that `error` was raised on the way of, if any.
+def _stopped(error: Optional[BaseException]) -> Optional[Stopped]:
+    """Return the Stopped in the error's chain of contexts, if any.
 
     `datasets` has its worker processes finish in a `finally`, and raises another error there.
     """
@@ -130,11 +135,7 @@ def _stopped(error: BaseException) -> Optional[Stopped]:
     return error
 
 
-def _debug(arguments: Sequence[str]) -> bool:
+def _debug() -> bool:
     """Return whether `--debug` is on the command line, which may not have been parsed yet."""
-    for place, word in enumerate(arguments):
-        name, _, value = word.partition("=")
-        if name == "--debug":
-            value = value or "".join(arguments[place + 1:place + 2])
-            return value.lower() in ("true", "yes", "1") or not value or value.startswith("--")
-    return False
+    words = " ".join(sys.argv).lower()
+    return bool(re.search(r" --debug(?![= ](false|no|0)\b)([= ]|$)", words))

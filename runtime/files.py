@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Dict, Iterator, Optional, Union
 
-from runtime.errors import RunError, UsageError, first_line
+from runtime.errors import RunError, UsageError, one_line
 
 # That of UTF-32 begins with that of UTF-16.
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
@@ -88,7 +88,7 @@ def read_json_object(path: Union[str, Path], source: str) -> Dict[str, Any]:
     except RecursionError as error:
         raise UsageError(f"{source}: its values are nested too deep") from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"{source}: not readable as JSON ({first_line(error)})") from error
+        raise UsageError(f"{source}: not readable as JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise UsageError(f"{source}: holds a {type(value).__name__}, it should be a JSON object")
     return value

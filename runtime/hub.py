@@ -4,17 +4,14 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-import socket
 import sys
-import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Optional
-from urllib.parse import urlsplit
 
-from runtime.errors import RunError, UsageError, first_line
+from runtime.errors import RunError, UsageError, one_line
 
-_SECONDS = 3.0
+_SECONDS = 3
 _OFF = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 # The form of a name on the hub (huggingface_hub, utils/_validators.py, validate_repo_id).
 _NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -33,19 +30,33 @@ def offline_unless_reachable(needed: bool = True) -> None:
 
     needed: whether anything may have to be fetched or sent; if not, nothing is tried.
 
-    They would try again and again for half a minute. Must run before they are imported, since they
-    read their environment once. Where a variable of theirs says what to do, it stands.
+    `datasets` would try again and again for half a minute. This must run before the libraries are
+    imported, which read their environment once. A variable that says what to do stands.
     """
-    if not needed or any(os.environ.get(name) for name in _OFF):
-        return
-    found = []
-    search = threading.Thread(target=lambda: found.append(_connects()), daemon=True)
-    search.start()  # a name server that does not answer takes longer than any time limit
-    search.join(_SECONDS)
-    if not any(found):
+    if needed and not any(os.environ.get(name) for name in _OFF) and not _answers():
         os.environ.update(dict.fromkeys(_OFF, "1"))
         print(f"note: {_endpoint()} does not answer; only what is cached can be used",
               file=sys.stderr)
+
+
+def _answers() -> bool:
+    """Return whether the hub can be reached, also by way of a proxy that the environment names."""
+    import ssl
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+    try:
+        urlopen(Request(_endpoint(), method="HEAD"), timeout=_SECONDS).close()
+    except HTTPError:  # also an answer
+        return True
+    except URLError as error:  # whom to trust, the libraries decide
+        return isinstance(error.reason, ssl.SSLError)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
 @lru_cache(maxsize=None)
@@ -57,9 +68,8 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
     messages. weights: whether they are needed, too. Must run before the Hugging Face libraries are
     imported if `offline_unless_reachable` has not.
 
-    Raises UsageError if there are weights but none in safetensors, or if `name` is neither a folder
-    nor of a form that the hub knows; RunError, which begins with the cause, if the hub does not
-    give it.
+    Raises UsageError if the weights are in another format than safetensors, or if `name` is neither
+    a folder nor of a form that the hub knows; RunError if the hub does not give it.
     """
     if Path(name).is_dir():
         files = os.listdir(name)
@@ -117,34 +127,14 @@ def hub_cause(error: BaseException, revision: str = "main") -> str:
         return f"it answers with status {status}{_MEANING.get(min(status, 500), '')}"
     if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
         return "it does not answer, and the model is not in the cache"
-    return f"its answer cannot be read: {first_line(error)[:80]}"
+    return f"its answer cannot be read: {one_line(error)[:80]}"
 
 
 def http_status(error: Optional[BaseException]) -> Optional[int]:
-    """Return the status of the hub's answer that an error, or one on the way to it, is about."""
+    """Return the status of the hub's answer in the error's chain of causes, if there is one."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
             return status
         error = error.__cause__ or error.__context__
     return None
-
-
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-
-
-def _connects() -> bool:
-    """Return whether a connection to the hub, or to the proxy on the way to it, can be made."""
-    kind = urlsplit(_endpoint()).scheme
-    proxy = next((os.environ[name] for name in (f"{kind}_proxy", f"{kind}_proxy".upper(),
-                                                "all_proxy", "ALL_PROXY") if os.environ.get(name)),
-                 None)
-    goal = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy
-                    else _endpoint())
-    try:
-        port = goal.port or (443 if goal.scheme == "https" else 80)
-        socket.create_connection((goal.hostname, port), _SECONDS).close()
-        return True
-    except (OSError, ValueError):
-        return False

@@ -13,8 +13,9 @@ from qa.data.rows import InferenceRows
 from qa.families import row_kind
 from qa.model.parallelize import parallelize
 from qa.model.roberta import ForSpans
+from qa.run.progress import progress_bar
 from runtime import processes
-from runtime.bars import progress_bar
+from runtime.signals import raise_stopped
 
 # Fewer rows are made sooner in this process than a worker starts, which has to import torch.
 _ROWS_WORTH_A_WORKER = 10_000
@@ -96,7 +97,7 @@ def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
     first = 0
     with loader as batches, bar:
         for batch in batches:
-            processes.raise_stopped()
+            raise_stopped()
             logits = [processes.gather_rows(part, options.replication_factor * micro_batch_size)
                       for part in inference_model(**batch)]
             slices = [rows.slices(first + row) for row in range(len(logits[0]))]

@@ -29,6 +29,7 @@ import logging
 import math
 import random
 import re
+import sys
 from collections import Counter
 from contextlib import closing
 from itertools import islice
@@ -39,8 +40,7 @@ import datasets
 import pyarrow as pa
 
 from qa.data.readers import ANSWER_COLUMNS, BadRow, missing_columns, open_rows, read_rows
-from runtime.bars import in_terminal
-from runtime.errors import RunError, UsageError, first_line
+from runtime.errors import RunError, UsageError, one_line
 from runtime.files import written_whole
 
 _log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
     Raises UsageError if the source is malformed or contains no usable example, RunError if the hub
     cannot be reached or the cache cannot be written.
     """
-    if not in_terminal():  # a bar would fill a file with lines, here and where windows are made
+    if not sys.stderr.isatty():  # bars would fill a file, here and where windows are made
         datasets.disable_progress_bars()
     checks = dict(need_answers=need_answers, version_2_with_negative=version_2_with_negative,
                   on_bad_row=on_bad_row)
@@ -150,7 +150,7 @@ def _load_from_hub(name, config_name, split):
         splits = datasets.load_dataset(name, config_name, **trust)
     except (OSError, ValueError, RuntimeError) as error:
         raise RunError(
-            f"cannot fetch the data set {name!r} from the hub ({first_line(error)}); "
+            f"cannot fetch the data set {name!r} from the hub ({one_line(error)}); "
             "give local files with --train_file and --validation_file, or run the demo, "
             "which needs no network, with --config demo"
         ) from error

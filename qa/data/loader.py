@@ -9,7 +9,7 @@ import torch
 
 from ipu_options import poptorch
 from qa.data.rows import ProcessRows
-from runtime.workers import workers_ignore_signals
+from runtime.signals import workers_ignore_signals
 
 
 @contextmanager

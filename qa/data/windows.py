@@ -42,7 +42,7 @@ from qa.settings import InferSettings, TrainSettings
 from runtime import processes
 from runtime.errors import RunError, UsageError
 from runtime.files import delete, folder_written_aside, rename_folder
-from runtime.workers import forked_workers
+from runtime.signals import forked_workers
 
 if TYPE_CHECKING:
     import datasets  # takes a second to import: too long for answering a single question

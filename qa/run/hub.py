@@ -13,7 +13,7 @@ from huggingface_hub.utils import HFValidationError
 
 from qa.settings import TrainSettings
 from runtime import processes
-from runtime.errors import RunError, UsageError, first_line
+from runtime.errors import RunError, UsageError, one_line
 from runtime.hub import http_status
 
 # Only the model and what is needed to use it are uploaded: no checkpoints, no logs, and no
@@ -47,7 +47,7 @@ def check_login(settings: TrainSettings) -> None:
             raise UsageError(
                 "--push_to_hub: no valid access token; give --hub_token, or log in with "
                 f"`{_CLI[0]}`") from error
-        raise RunError(f"--push_to_hub: the hub cannot be reached ({first_line(error)})") from error
+        raise RunError(f"--push_to_hub: the hub cannot be reached ({one_line(error)})") from error
 
 
 def push(settings: TrainSettings) -> None:
@@ -73,11 +73,11 @@ def push(settings: TrainSettings) -> None:
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=shared,
                                    commit_message="Add the fine-tuned model")
     except HFValidationError as error:
-        raise UsageError(f"--hub_model_id {repo_id}: {first_line(error)}") from error
+        raise UsageError(f"--hub_model_id {repo_id}: {one_line(error)}") from error
     # requests, httpx, hf_xet and huggingface_hub raise unrelated exceptions.
     except Exception as error:
         raise RunError(
-            f"could not push {folder} to the hub: {first_line(error)}; "
+            f"could not push {folder} to the hub: {one_line(error)}; "
             f"the model is whole in {folder}, "
             f"and `{_CLI[1]} {shlex.join((repo_id, str(folder)))}` tries again"
         ) from error

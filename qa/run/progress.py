@@ -1,7 +1,10 @@
 """What a user sees of a training run: its batches in numbers, the progress bar and log lines."""
 from __future__ import annotations
 
+import io
+import math
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any, Dict
@@ -17,7 +20,6 @@ from qa.run.log import RunLog
 from qa.run.state import TrainingState
 from qa.settings import TrainSettings
 from runtime import processes
-from runtime.bars import progress_bar
 from runtime.files import write_json, writing
 
 
@@ -40,6 +42,26 @@ def mean_loss(losses: torch.Tensor, loss_weights: torch.Tensor, ipu_config: IPUC
     losses, weights, windows = processes.gather_rows(columns, replicas).unbind(1)
     weights[windows == 0] = 1.0  # the loss of a micro-batch without a window is 0
     return ((losses / weights).sum() / windows.sum()).item()
+
+
+class _Lines(tqdm):
+    """Prints a line now and then where a terminal would show a bar."""
+
+    def display(self, msg: Any = None, pos: Any = None) -> None:
+        print(f"{self.desc}: {self.unit} {self.n}/{self.total}  {self.postfix or ''}".rstrip(),
+              file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.disable = True
+
+
+def progress_bar(total: int, desc: str, unit: str, initial: int = 0, seconds: float = 30) -> tqdm:
+    """Return a bar for a terminal, or what prints a line every 30 `seconds` to a file or pipe."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, initial=initial, desc=desc, unit=unit, dynamic_ncols=True)
+    # With another file than standard error, tqdm.write takes it for no bar that has to be cleared.
+    return _Lines(total=total, initial=initial, desc=desc, unit=unit, miniters=1, delay=seconds,
+                  mininterval=seconds, maxinterval=math.inf, file=io.StringIO())
 
 
 def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
@@ -123,7 +145,7 @@ class Progress:
         numbers = f"loss {loss:.4f}  " if losses else ""
         numbers += f"learning rate {learning_rate:.3g}  windows/s "
         tqdm.write(f"step {step}/{total_steps}  epoch {epoch:.2f}  {numbers}{speed:.1f}")
-        self._bar.set_postfix_str(f"{numbers}{speed:.0f}")
+        self._bar.set_postfix_str(f"{numbers}{speed:.0f}", refresh=False)
 
     def _read_clocks(self) -> Dict[str, float]:
         """Return the time, the steps done and the seconds spent in data and step, all so far."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 WORKER = """
 import multiprocessing, os, signal
-from runtime.workers import workers_ignore_signals
+from runtime.signals import workers_ignore_signals
 def work(pipe):
     for word in iter(pipe.recv, None):
         pipe.send(word)

@@ -53,12 +53,10 @@ def fit(demo, out, *more):
 
 
 def start(script, *arguments, **options):
-    """A script in a process group of its own, which hears SIGHUP even if the tests run by nohup."""
+    """A script in a process group of its own."""
     return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)],
                             env={**ENVIRONMENT, **options.pop("env", {})}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-                            **options)
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True, **options)
 
 
 def living(group):

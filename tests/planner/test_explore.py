@@ -207,10 +207,13 @@ def page(explore, tmp_path):
          str(file)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         universal_newlines=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     address = re.search(r"ready: (http://127\.0\.0\.1:\d+/)", server.stdout.readline()).group(1)
-    yield address, file
-    server.send_signal(signal.SIGINT)
     with server:
-        _, said = server.communicate(timeout=60)
+        yield address, file
+        server.send_signal(signal.SIGINT)
+        try:
+            _, said = server.communicate(timeout=60)
+        finally:
+            server.kill()
         assert server.returncode == 128 + signal.SIGINT
         assert "Traceback" not in said
 

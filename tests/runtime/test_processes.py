@@ -133,38 +133,20 @@ def test_gradients_are_summed_in_the_order_of_a_tree_bit_for_bit(tmp_path, monke
     assert fork(count, run, tmp_path)[0] == [0] * count, (tmp_path / "log").read_text()
 
 
-@pytest.mark.slow
-def test_the_thread_that_counts_seconds_does_not_take_a_process_down_at_its_end(tmp_path):
-    """A thread inside of the store as Python ends was a SIGABRT; here it is always inside."""
-    program = """if True:
-        import sys, threading
-        from runtime import processes
-        wait = threading.Event.wait
-        threading.Event.wait = lambda self, timeout=None: wait(self, 0 if timeout == 1 else timeout)
-        sys.exit(processes.together(processes.join)())
-    """
-    port = free_port()
-    started = [subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, env={
-            **os.environ, **place_of(index, 2), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port)}) for index in range(2)]
-    assert [each.wait(timeout=120) for each in started] == [0, 0]
+LOST = "error: another process has ended, or has not answered for --process_timeout; its launcher"
 
 
 @pytest.mark.parametrize("case, statuses, line", [
-    ("usage", [2, 2, 2], "error: no such thing"),  # in all, as a wrong flag
-    ("usage of one", [2, 2, 2], r"error: process 1 \(pid \d+ on .*\): no such thing"),
-    ("disk", [1, 1, 1], "error: No space left on device: model.safetensors"),
-    ("other", [2, 2, 2], r"error: process 2 \(pid .*\) differs from the first: x is 2 there, 0 on"),
-    ("own", [1, 1, 1], r"error: process 1 \(.*\): ZeroDivisionError: "),
-    ("died", [1, -9, 1], r"error: process 1 \(pid \d+ on .*\) has ended; the run of all"),
-    pytest.param("stopped", [1, -9, 1], r"error: process 1 \(pid \d+ on .*\) is stopped",
-                 marks=pytest.mark.slow),
-    pytest.param("first stopped", [-9, 1, 1], r"error: process 0 \(pid \d+ on .*\) is stopped",
-                 marks=pytest.mark.slow),
-    pytest.param("hung", [1, -9, 1], r"error: process 1 \(pid .*\) has not answered for "
-                 "--process_timeout 5", marks=pytest.mark.slow),
-    ("first died", [-9, 1, 1], r"error: process 0 \(pid \d+ on .*\) has ended"),
+    ("usage", [2, 2, 2], "error: no such thing$"),  # in all, as a wrong flag
+    ("usage of one", [2, 2, 2], r"error: no such thing \(process 1\)$"),
+    ("disk", [1, 1, 1], r"error: No space left on device: model.safetensors( \(process .\))?$"),
+    ("other", [2, 2, 2], "error: process 2 differs from the first: x is 2 there, 0 on the first"),
+    ("own", [1, 1, 1], r"error: ZeroDivisionError: .* \(process 1\)$"),
+    ("died", [1, -9, 1], LOST),
+    pytest.param("stopped", [1, -9, 1], LOST, marks=pytest.mark.slow),
+    pytest.param("first stopped", [-9, 1, 1], LOST + r".* \(process 1\)$", marks=pytest.mark.slow),
+    pytest.param("hung", [1, -9, 1], LOST, marks=pytest.mark.slow),
+    ("first died", [-9, 1, 1], LOST + r".* \(process 1\)$"),
 ])
 def test_an_error_in_one_process_ends_all_with_one_line(tmp_path, case, statuses, line):
     lost = {"hung": 1, "stopped": 1, "first stopped": 0}.get(case)
@@ -193,10 +175,10 @@ def test_an_error_in_one_process_ends_all_with_one_line(tmp_path, case, statuses
         return 0
 
     begin = time.monotonic()
-    found, said = fork(3, run, tmp_path, lost=lost)
-    lines = [each for each in said.splitlines() if "processes (torchrun)" not in each]
-    assert found == statuses, said
-    assert len(lines) == 1 and re.match(line, lines[0]), said
+    ends, output = fork(3, run, tmp_path, lost=lost)
+    lines = [text for text in output.splitlines() if "processes (torchrun)" not in text]
+    assert ends == statuses, output
+    assert len(lines) == 1 and re.match(line, lines[0]), output
     assert time.monotonic() - begin < 60  # the timeout and 10 s more, on a machine that is busy
 
 
@@ -352,7 +334,7 @@ def test_a_process_that_is_killed_takes_the_others_down(work):
     os.kill(pids[1], signal.SIGKILL)
     assert ends(pids) == [1, -9], log(work, "packed")
     errors = re.findall("(?m)^error: .*", log(work, "packed"))
-    assert len(errors) == 1 and f"process 1 (pid {pids[1]} on" in errors[0], errors
+    assert len(errors) == 1 and re.match(LOST, errors[0]), errors
 
 
 @pytest.mark.slow

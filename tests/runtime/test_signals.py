@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import processes
 from runtime.errors import UsageError
-from runtime.signals import StopSignals, output_lock
+from runtime.signals import StopSignals, output_lock, raise_stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +21,6 @@ def start(script, *arguments):
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}",
          *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also under nohup
         universal_newlines=True)
 
 
@@ -119,6 +117,6 @@ def test_a_signal_just_before_a_part_that_is_immediate_ends_it_where_it_looks():
     with StopSignals() as stop, stop.deferred():
         signal.raise_signal(signal.SIGTERM)
         with stop.immediate():
-            processes.raise_stopped()
+            raise_stopped()
             raise AssertionError("the part went on")
         assert stop.requested is signal.SIGTERM

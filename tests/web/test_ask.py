@@ -43,10 +43,13 @@ def page(checkpoint):
         cwd=ROOT, stdout=subprocess.PIPE, universal_newlines=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"})
     address = re.search(r"ready: (http://127\.0\.0\.1:\d+/)", server.stdout.readline()).group(1)
-    yield address
-    server.send_signal(signal.SIGHUP)
     with server:
-        assert server.wait(timeout=60) == 128 + signal.SIGHUP
+        yield address
+        server.send_signal(signal.SIGHUP)
+        try:
+            assert server.wait(timeout=60) == 128 + signal.SIGHUP
+        finally:
+            server.kill()
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def ask(page, body, **headers):
     request = urllib.request.Request(page + "api/answer", json.dumps(body).encode(),
                                      {"Content-Type": "application/json", **headers})
     try:
-        with urllib.request.urlopen(request) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         text = error.read().decode()
