@@ -138,4 +138,4 @@ def _stopped(error: Optional[BaseException]) -> Optional[Stopped]:
 def _debug() -> bool:
     """Return whether `--debug` is on the command line, which may not have been parsed yet."""
     words = " ".join(sys.argv).lower()
-    return bool(re.search(r" --debug(?![= ](false|no|0)\b)([= ]|$)", words))
+    return bool(re.search(r" --debug(=(true|yes|1)\b| (?!(false|no|0)\b)|$)", words))

@@ -27,10 +27,9 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
 def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
     """Context manager that yields a temporary file, which replaces `path` when the block ends.
 
-    mode: "w" (UTF-8) or "wb". At the end of the block the file is flushed to disk (fsync) and
-    renamed to `path`; if the block fails, the file is removed. It is beside `path` and its name,
-    .NAME.<8 hex digits>.tmp, is random, so that several processes can write the same file (a shared
-    cache). If `path` is a symbolic link, the link is replaced and not followed. Raises OSError.
+    mode: "w" (UTF-8) or "wb". The file is flushed to disk (fsync) and renamed; if the block fails,
+    it is removed. It is beside `path`, as .NAME.<8 random hex digits>.tmp: several processes may
+    write one file of a shared cache. A symbolic link is replaced, not followed. Raises OSError.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -54,8 +53,8 @@ def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
 def user_file(path: Union[str, Path]) -> Iterator[IO]:
     """Context manager that yields a text file for output to a path that the user has named.
 
-    A new or regular file is written as `written_whole` does, at the place that a link points to.
-    A pipe, a terminal or another device is written to as it is. Raises OSError.
+    A new or regular file is written as by `written_whole`, where a link points to. A pipe, a
+    terminal or another device is written to as it is. Raises OSError.
     """
     path = Path(path)
     if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
@@ -96,10 +95,7 @@ def read_json_object(path: Union[str, Path], source: str) -> Dict[str, Any]:
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Context manager that turns an OSError of its block into a RunError, for a one-line message.
-
-    what: the flag and its value that name the file, for example "--trace trace.json".
-    """
+    """Turn an OSError of the block into a RunError that begins with `what`, as "--trace FILE"."""
     try:
         yield
     except OSError as error:
@@ -108,10 +104,10 @@ def writing(what: str) -> Iterator[None]:
 
 @contextmanager
 def folder_written_aside(target: Path, tag: str = "") -> Iterator[Path]:
-    """Context manager that yields an empty folder .NAME.tmp beside `target`, to be filled.
+    """Context manager that yields an empty folder .NAME.tmp beside `target`, for `rename_folder`.
 
-    If the block fails, the folder is removed; otherwise it is left for `rename_folder`. `tag` goes
-    between NAME and .tmp where several processes may write the same target. Raises OSError.
+    If the block fails, the folder is removed. `tag` goes between NAME and .tmp where several
+    processes may write the same target. Raises OSError.
     """
     aside = target.with_name(f".{target.name}{tag}.tmp")
     try:
@@ -126,9 +122,8 @@ def folder_written_aside(target: Path, tag: str = "") -> Iterator[Path]:
 def rename_folder(aside: Path, target: Path) -> None:
     """Rename the folder `aside` to `target`, replacing an earlier `target`.
 
-    rename(2) cannot replace a folder that holds files, so an earlier `target` is first renamed to
-    .NAME.replaced and deleted afterwards. Raises OSError if a rename fails; `target` is then as it
-    was before.
+    rename(2) cannot replace a folder that holds files, so an earlier `target` becomes
+    .NAME.replaced and is deleted afterwards. If a rename fails (OSError), `target` is as before.
     """
     replaced = target.with_name(f".{target.name}.replaced")
     exists = os.path.lexists(target)
@@ -168,16 +163,14 @@ def delete(path: Path) -> None:
 
 
 def sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
-    """Flush every file in `folder` to disk and return its size and hash.
+    """Flush every file in `folder` to disk; returns {name: {"size": bytes, "sha256": hex digits}}.
 
-    Returns {file name: {"size": bytes, "sha256": hex digest}}. Raises OSError.
-
-    The files get the folder's read and write permissions, because newer releases of safetensors
-    make their files readable by the owner alone. Hashing reads the bytes back from the page cache,
-    at about 0.6 s per gigabyte, a fraction of the time it takes to write them.
+    Hashing reads the bytes back from the page cache, at about 0.6 s per gigabyte, a fraction of the
+    time it takes to write them. Raises OSError.
     """
     files = {}
     for path in sorted(folder.iterdir()):
+        # Newer releases of safetensors make their files readable by the owner alone.
         path.chmod(folder.stat().st_mode & 0o666)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -195,11 +188,7 @@ def sha256(path: Union[str, Path]) -> str:
 
 
 def sync_folder(folder: Union[str, Path]) -> None:
-    """Flush the directory `folder` itself to disk. Raises OSError.
-
-    Created, renamed and removed names are stored in the directory, so that they survive a power
-    failure only after this (fsync(2)).
-    """
+    """Flush the directory itself: only then its new names survive a power failure (fsync(2))."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -208,10 +197,9 @@ def sync_folder(folder: Union[str, Path]) -> None:
 
 
 def system_error(error: BaseException) -> Optional[str]:
-    """Return the operating system's reason for `error` ("No space left on device"), else None.
+    """Return the operating system's reason for `error`, if it came from there.
 
-    None means that `error` did not come from the operating system. safetensors and tokenizers,
-    written in Rust, raise exceptions of their own that have the error number only in their text.
+    The exceptions of safetensors and tokenizers, written in Rust, have its number in their text.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)

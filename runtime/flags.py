@@ -1,10 +1,8 @@
 """Command-line flags from dataclasses: one flag for each field, checked by type and range.
 
 A field is declared with `flag(default, help, ...)`. Its value may come from the command line, from
-a YAML configuration or from a JSON file. `Settings.source` says which, so that an error message
-names the place that has to be corrected. This module does not import torch, so that `--help` and
-error messages take a fraction of a second. (transformers' HfArgumentParser takes two seconds to
-import.)
+a YAML configuration or from a JSON file; `Settings.source` says which, for error messages. Without
+torch, `--help` takes a fraction of a second (transformers' HfArgumentParser takes two to import).
 """
 from __future__ import annotations
 
@@ -26,18 +24,13 @@ PODS = ("pod4", "pod8", "pod16", "pod32", "pod64", "pod128", "pod256", "default"
 
 @dataclass
 class Settings:
-    """Base class of all groups of settings.
+    """Base class of all groups of settings."""
 
-    sources: {field name: what to call the field in an error message} of the fields that were given.
-    """
-
+    # {name of a field that is not left at its default: what to call it in an error message}
     sources: Dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def source(self, name: str) -> str:
-        """Return what to call the field `name` in an error message.
-
-        This is the flag ("--seed"), or the file that the value came from with the key in that file.
-        """
+        """Return what to call a field in an error message: its flag, or a file and a key."""
         return self.sources.get(name, f"--{name}")
 
     def values(self) -> Dict[str, Any]:
@@ -69,8 +62,8 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError with a one-line message instead of exiting.
 
-    It accepts no abbreviated flags, but dashes for underscores, and its result holds only the flags
-    that were given. hints: {flag of another program, without dashes: what to do here}.
+    It accepts no abbreviated flags, but dashes for underscores. Its result holds only flags of the
+    command line. hints: {flag of another program, without dashes: what to do here}.
     """
 
     def __init__(self, program: str, description: str, hints: Optional[Dict[str, str]] = None):
@@ -79,17 +72,16 @@ class Parser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(
                 prog, max_help_position=42, width=120))
         self._hints = hints or {}
-        # argparse's own pattern knows no exponents, so that it would take -2e-5 for a flag.
+        # argparse's own pattern knows no exponents and takes -2e-5 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str):
-        """Raise UsageError with argparse's message, reworded to begin with the flag."""
         raise UsageError(message.replace("argument --", "--", 1).replace(": ", " ", 1))
 
     def parse_args(self, args=None, namespace=None):
         """Parse `args` (default: sys.argv[1:]); raises UsageError, also for unknown flags."""
         args = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
-        given, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             hint = self._hints.get(unknown[0].partition("=")[0].lstrip("-"))
             if hint:
@@ -99,7 +91,7 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(
                 f"{unknown[0]}: there is no such flag{did_you_mean(unknown[0], flags)}; "
                 "--help lists them")
-        return given
+        return parsed
 
 
 def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[str] = ()) -> None:
@@ -107,7 +99,6 @@ def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[st
 
     The first line of the dataclass's docstring becomes the heading of its section in --help. A
     boolean flag takes an optional true or false; one that is true by default also has a --no_ form.
-    No flag has a default in the parser, so that the parsed result holds only what was given.
     """
     section = parser.add_argument_group(
         (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip("."))
@@ -115,20 +106,18 @@ def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[st
         if "help" not in f.metadata or f.name in without:
             continue
         default, kind = _default_and_kind(f)
-        shown = ("" if default is None or isinstance(default, dict) else
-                 f" (default: {_text(default)})")
+        text = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = "" if default is None or isinstance(default, dict) else f" (default: {text})"
         options = dict(help=f.metadata["help"].replace("%", "%%") + shown, type=_reader(kind))
         if f.metadata.get("positional"):
             section.add_argument(f.name, metavar=f.name.upper(), **options)
             continue
         if kind is bool:
             options.update(nargs="?", const=True, metavar="true|false")
-        elif "choices" in f.metadata:
-            options.update(metavar="|".join(map(str, f.metadata["choices"])),
-                           nargs=f.metadata.get("nargs"))
         else:
-            options.update(metavar={int: "N", float: "X"}.get(kind, "TEXT"),
-                           nargs=f.metadata.get("nargs"))
+            letter = {int: "N", float: "X"}.get(kind, "TEXT")
+            options.update(nargs=f.metadata.get("nargs"),
+                           metavar="|".join(map(str, f.metadata.get("choices", [letter]))))
         section.add_argument("--" + f.name, dest=f.name, **options)
         for alias in f.metadata.get("aliases", ()):
             section.add_argument("--" + alias, dest=f.name,
@@ -160,36 +149,38 @@ def make_settings(group: Callable[..., S], sources: Iterable[Source]) -> S:
 def check_field(group: type, name: str, value: Any, source: Optional[str] = None) -> None:
     """Raise UsageError unless the field `name` of the dataclass `group` allows `value`.
 
-    Checked are the type, the range and the choices. A dictionary (by pod type) and a list (with
-    `nargs`) are checked value by value. source: what the message calls the field; by default its
-    flag.
+    Type, range and choices are checked, in a dictionary by pod type and in a list (`nargs`) for
+    each value. source: what the message calls the field, by default its flag.
     """
     f = next(f for f in fields(group) if f.name == name)
     if "help" not in f.metadata:
         return
     default, kind = _default_and_kind(f)
-    source = source or f"--{name}"
+    source, right = source or f"--{name}", _article(kind)
     if value is None:
         if default is not None and "None" not in str(f.type) and "Optional" not in str(f.type):
-            raise UsageError(f"{source} has no value: give {_article(kind)}")
-        return
-    if isinstance(value, dict) and f.metadata.get("by_pod") and value:
-        for pod, by_pod in value.items():
-            if pod not in PODS or by_pod is None or isinstance(by_pod, dict):
-                raise UsageError(f"{source}: a dictionary should give {_article(kind)} for each of "
-                                 f"{', '.join(PODS)}; {_shown(pod)} is {_shown(by_pod)}")
-            check_field(group, name, by_pod, source)
-        return
-    if isinstance(value, dict):
-        raise UsageError(f"{source} is a dictionary: it should be {_article(kind)}")
-    if f.metadata.get("nargs") == "+" and isinstance(value, list):
+            raise UsageError(f"{source} has no value: give {right}")
+    elif isinstance(value, dict):
+        if not value or not f.metadata.get("by_pod"):
+            raise UsageError(f"{source} is a dictionary: it should be {right}")
+        for pod, pod_value in value.items():
+            if pod not in PODS or pod_value is None or isinstance(pod_value, dict):
+                raise UsageError(f"{source}: a dictionary should give {right} for each of "
+                                 f"{', '.join(PODS)}; {_shown(pod)} is {_shown(pod_value)}")
+            check_field(group, name, pod_value, source)
+    elif isinstance(value, list) and f.metadata.get("nargs") == "+":
         if not value:
             raise UsageError(f"{source} is an empty list: give at least one value")
-        for one in value:
-            if isinstance(one, (list, dict)) or one is None:
-                raise UsageError(f"{source} holds {_shown(one)}: each should be {_article(kind)}")
-            check_field(group, name, one, source)
-        return
+        for element in value:
+            if isinstance(element, (list, dict)) or element is None:
+                raise UsageError(f"{source} holds {_shown(element)}: each should be {right}")
+            check_field(group, name, element, source)
+    else:
+        _check_value(f, kind, value, source)
+
+
+def _check_value(f: Field, kind: type, value: Any, source: str) -> None:
+    """Raise UsageError unless a single value has the field's type, choices and bounds."""
     choices = f.metadata.get("choices")
     if isinstance(value, list):
         # Its content is not printed: a few YAML aliases can expand to more than fits in memory.
@@ -201,20 +192,9 @@ def check_field(group: type, name: str, value: Any, source: Optional[str] = None
             kind is not bool and isinstance(value, bool)):
         shown = repr(value) if isinstance(value, str) and len(value) < 80 else _shown(value)
         raise UsageError(f"{source} {shown}: it should be {_article(kind)}")
-    _check_range(f, value, source)
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return " (did you mean X?)" with the known word most similar to `word`; "" if none is."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _check_range(f: Field, value: Any, source: str) -> None:
-    """Raise UsageError unless the number is finite and within the field's bounds."""
-    low, high, above, below = (f.metadata.get(bound) for bound in ("min", "max", "above", "below"))
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{source} {value}: it should be a finite number")
+    low, high, above, below = (f.metadata.get(bound) for bound in ("min", "max", "above", "below"))
     if low is not None and value < low or above is not None and value <= above:
         right = f"at least {low}" if low is not None else f"more than {above}"
         raise UsageError(f"{source} {_shown(value)} is too small: it should be {right}")
@@ -223,8 +203,14 @@ def _check_range(f: Field, value: Any, source: str) -> None:
         raise UsageError(f"{source} {_shown(value)} is too large: it should be {right}")
 
 
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return " (did you mean X?)" with the known word most similar to `word`; "" if none is."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 def _with_underscores(word: str) -> str:
-    """Return a flag of the command line with underscores in place of dashes, as in --max-steps."""
+    """Return --max_steps for --max-steps."""
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
@@ -260,10 +246,7 @@ def _default_and_kind(f: Field) -> Tuple[Any, type]:
 
 
 def _reader(kind: type) -> Callable[[str], Any]:
-    """Return a function for argparse's `type` that converts a text to `kind`.
-
-    Its error message says what would be right.
-    """
+    """Return a function for argparse's `type`, whose error message says what would be right."""
     def read(text: str) -> Any:
         if kind is bool:
             if text.lower() in ("true", "yes", "1", "false", "no", "0"):
@@ -278,7 +261,3 @@ def _reader(kind: type) -> Callable[[str], Any]:
 
 def _article(kind: type) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

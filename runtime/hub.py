@@ -13,7 +13,7 @@ from runtime.errors import RunError, UsageError, one_line
 
 _SECONDS = 3
 _OFF = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-# The form of a name on the hub (huggingface_hub, utils/_validators.py, validate_repo_id).
+# A name on the hub (huggingface_hub, utils/_validators.py, validate_repo_id).
 _NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 # The files of a checkpoint that are read: those of its root, and weights in one format only.
 _FILES = ("*.json", "*.txt", "*.model", "README.md")

@@ -3,22 +3,14 @@
 `poprun` starts several processes on IPU hosts, `torchrun` on hosts without IPUs. Both run the same
 command line in each of them. The first process prints, and writes all files; the others compute.
 
-    torchrun  sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (PyTorch, "torchrun
-              (Elastic Launch)", Environment Variables).
-    poprun    sets POPDIST_NUM_TOTAL_REPLICAS, POPDIST_NUM_LOCAL_REPLICAS,
-              POPDIST_NUM_IPUS_PER_REPLICA, POPDIST_REPLICA_INDEX_OFFSET and
-              POPDIST_LOCAL_INSTANCE_INDEX. The number of processes is total / local, this one's
-              index offset / local.
+Messages travel over gloo (torch.distributed) as JSON: nothing is pickled. IPUs exchange gradients
+among themselves; poptorch_host does it in _reduction.py. All functions that say "collective" must
+be called by every process, in the same order. With one process they do nothing. This module does
+not import torch before `join`.
 
-Under both, messages travel over gloo (torch.distributed) as JSON: nothing is pickled. IPUs exchange
-gradients among themselves; poptorch_host does it in _reduction.py. All functions that say
-"collective" must be called by every process, in the same order. With one process they do nothing.
-This module does not import torch before `join`.
-
-A process that fails prints one line and ends. In the others the next collective then raises
-ConnectionError, and they end in silence. torchrun, or poprun by mpirun, ends those that compute
-meanwhile, and reports a process that was killed. The timeout of `join` ends waiting for a process
-that hangs.
+A process that fails prints one line and ends. The others' next collective raises ConnectionError,
+and they end in silence. torchrun, or poprun by mpirun, ends those that compute meanwhile, and
+reports a process that was killed. The timeout of `join` ends waiting for one that hangs.
 """
 from __future__ import annotations
 
@@ -34,7 +26,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 
 from runtime.errors import RunError, Stopped, UsageError, one_line
 from runtime.flags import Settings
@@ -49,7 +41,7 @@ class Place(NamedTuple):
 
     index: int = 0
     count: int = 1
-    local_index: int = 0  # among the processes of this host
+    local_index: int = 0  # on this host
     launcher: Optional[str] = None  # "poprun", "torchrun" or None
     replicas: Optional[int] = None  # of all processes; only poprun says so
     ipus_per_replica: Optional[int] = None  # only poprun says so
@@ -57,7 +49,11 @@ class Place(NamedTuple):
 
 @lru_cache(maxsize=None)
 def place() -> Place:
-    """Return this process's place, from the environment. Raises UsageError if it makes no sense."""
+    """Return this process's place, from the environment. Raises UsageError if it makes no sense.
+
+    torchrun's variables are in PyTorch's "torchrun (Elastic Launch)"; of poprun's, the number of
+    processes is total / local replicas, and this one's index offset / local.
+    """
     if "POPDIST_NUM_TOTAL_REPLICAS" in os.environ:
         total, local, offset = map(_number, (
             "POPDIST_NUM_TOTAL_REPLICAS", "POPDIST_NUM_LOCAL_REPLICAS",
@@ -128,7 +124,7 @@ def together(main: Callable[[], Optional[int]]) -> Callable[[], Optional[int]]:
         except (Exception, Stopped) as error:  # pylint: disable=broad-except
             if _store is None and not isinstance(error, (_NotMet, Stopped)):
                 return join(error=error)
-            raise _last_word(error) from error
+            raise _last_word(error)
     return run
 
 
@@ -218,8 +214,7 @@ def _fails_first(error: BaseException) -> bool:
     """Tell the others that this process fails; returns whether it is the first to do so.
 
     torchrun's agent holds the store, under poprun the first process. If that has ended, or is
-    stopped and lets everybody wait (the store's own timeout does not hold then), the second process
-    tells of the loss.
+    stopped and lets everybody wait (without limit in torch 2.13), the second tells of the loss.
     """
     failures: List[int] = []
 
@@ -228,7 +223,7 @@ def _fails_first(error: BaseException) -> bool:
             failures.append(_store.add("failures", 1))
 
     if _store is None:
-        return is_first()
+        return True
     thread = threading.Thread(target=count_failure, daemon=True)
     thread.start()
     thread.join(_STORE_TIMEOUT)
@@ -292,11 +287,7 @@ def on_first(function: Callable[..., Any], *arguments: Any) -> Any:
 
     The result is a JSON value. A UsageError, RunError or OSError of the function is raised in all.
     """
-    if count() == 1:
-        return function(*arguments)
-    result, error = _attempt(function, *arguments) if is_first() else (None, None)
-    _raise_in_all(error)
-    return share(result)[0]
+    return share(_in_turn(is_first(), function, *arguments))[0]
 
 
 def first_of_host_first(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -304,33 +295,32 @@ def first_of_host_first(function: Callable[..., Any], *arguments: Any) -> Any:
 
     The others find its cache filled. A UsageError, RunError or OSError is raised in all.
     """
+    leads = place().local_index == 0
+    results = [_in_turn(leads == turn, function, *arguments) for turn in (True, False)]
+    return results[0 if leads else 1]
+
+
+def _in_turn(takes_part: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Collective: call `function` in the processes that take part; its errors are raised in all."""
     if count() == 1:
-        return function(*arguments)
+        return function(*arguments) if takes_part else None
     result, error = None, None
-    for turn in (True, False):
-        if (place().local_index == 0) == turn:
-            result, error = _attempt(function, *arguments)
-        _raise_in_all(error)
-    return result
-
-
-def _attempt(function: Callable[..., Any], *arguments: Any) -> Tuple[Any, Optional[Exception]]:
-    """Return the call's result and error, one of which is None."""
     try:
-        return function(*arguments), None
-    except (UsageError, RunError, OSError) as error:
-        return None, error
+        result = function(*arguments) if takes_part else None
+    except (UsageError, RunError, OSError) as caught:
+        error = caught
+    _raise_in_all(error)
+    return result
 
 
 def _raise_in_all(error: Optional[Exception]) -> None:
     """Collective: raise the first of the processes' errors, if there is any."""
-    errors = share(error and [isinstance(error, UsageError), one_line(error)])
-    index = next((index for index, text in enumerate(errors) if text), None)
-    if index == place().index:
-        raise error
-    if index is not None:
-        is_usage, text = errors[index]
-        raise _named((UsageError if is_usage else RunError)(text), index)
+    for index, shared in enumerate(share(error and [isinstance(error, UsageError),
+                                                    one_line(error)])):
+        if shared:
+            is_usage, text = shared
+            raise error if index == place().index else _named(
+                (UsageError if is_usage else RunError)(text), index)
 
 
 def agree(facts: Dict[str, Any]) -> None:
@@ -347,8 +337,3 @@ def agree(facts: Dict[str, Any]) -> None:
                 raise UsageError(
                     f"process {index} differs from the first: {name} is {theirs.get(name)!r} "
                     f"there, {value!r} on the first; start all with the same")
-
-
-def any_true(value: Union[bool, int]) -> int:
-    """Collective: return the largest of all processes' numbers, 0 for False."""
-    return max(map(int, share(int(value))))

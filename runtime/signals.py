@@ -39,10 +39,7 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """143 after SIGTERM, 130 after SIGINT, as a shell reports a process killed by the signal.
-
-        0 as long as no signal has been received.
-        """
+        """128 + the signal's number, as a shell reports it; 0 without a signal."""
         number = self.requested or self._received
         return 128 + number if number else 0
 
@@ -59,7 +56,7 @@ class StopSignals:
 
     def poll(self) -> Optional[signal.Signals]:
         """Collective: set `requested` to the signal that a process has received, and return it."""
-        number = processes.any_true(self._received or 0)
+        number = max(processes.share(int(self._received or 0)))
         self.requested = signal.Signals(number) if number else None
         return self.requested
 
@@ -79,12 +76,6 @@ class StopSignals:
         finally:
             _immediate, self._deferring = None, True
         self.poll()
-
-    def raise_if_received(self) -> None:
-        """Collective: raise Stopped in all processes if one has received a signal."""
-        number = processes.any_true(self._received or 0)
-        if number:
-            raise Stopped(128 + number)
 
     @contextmanager
     def killable(self) -> Iterator[None]:
@@ -135,8 +126,8 @@ _immediate: Optional[StopSignals] = None  # the one in whose `immediate` block t
 
 def raise_stopped() -> None:
     """Collective: raise Stopped in an `immediate` block if a process has received a signal."""
-    if _immediate:
-        _immediate.raise_if_received()
+    if _immediate and _immediate.poll():
+        raise Stopped(_immediate.exit_status)
 
 
 def _kill_self(number: int) -> None:
@@ -156,9 +147,8 @@ def _restore(handlers: Dict[int, Any]) -> None:
 def workers_ignore_signals() -> Iterator[None]:
     """Have the processes that are started in this block ignore SIGINT, SIGTERM and SIGHUP.
 
-    A terminal sends SIGINT and SIGHUP to the whole process group, and launchers send SIGTERM to it,
-    but the loader's worker has to live on until the current step is finished. An ignored signal
-    stays ignored when another program is executed (execve(2)), and Python leaves it as it is.
+    Terminals and launchers send them to the whole process group, but the loader's worker has to
+    live on until the step is finished. Ignored signals stay so in another program (execve(2)).
     """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
@@ -204,7 +194,7 @@ os.register_at_fork(after_in_child=_after_fork)
 def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
     """Create `output_dir` if necessary, and hold a lock on it while the block runs.
 
-    Collective: the first process holds the lock, for all. Raises UsageError as `_lock` does, and if
+    Collective: the first process holds it, for all. Raises UsageError as `_lock` does, and if
     another process does not see the same folder.
     """
     with ExitStack() as stack:
@@ -224,11 +214,10 @@ def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
 def _lock(output_dir: Union[str, Path]) -> Iterator[str]:
     """Hold the lock; gives the text of the lock file, which names this process.
 
-    It is a POSIX record lock (fcntl(2)). Forked workers do not inherit it, unlike a lock of
-    flock(2), so it ends with this process. A folder that was created here and got no other file is
-    removed at the end.
-
-    Raises UsageError if another running process holds the lock, or if the folder is not writable.
+    It is a POSIX record lock (fcntl(2)), which ends with this process: forked workers do not
+    inherit it, unlike a lock of flock(2). A folder that was created here and got no other file is
+    removed at the end. Raises UsageError if another running process holds the lock, or if the
+    folder is not writable.
     """
     path = Path(output_dir) / ".lock"
     try:
