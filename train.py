@@ -66,7 +66,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
     # 1. What is trained, and where: --layers_per_ipu becomes the layout, an IPU for each block.
     print(describe_poptorch(settings))
     check_output_folder(settings)
-    hub.check_login(settings)
+    hub.check_push(settings)
     settings = use_demo_data(settings)
     model_config = load_config(settings)
     tokenizer = load_tokenizer(settings, model_config)
@@ -80,6 +80,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
     evaluation = Evaluation(settings, model_config, inference, to_evaluate, timer, log)
     if not settings.trains:
         evaluation.finish(weights_of(load_model(settings, model_config)))
+        hub.push(settings)
         return 0
     pipeline = with_packed_accumulation(pipeline, questions.windows.lengths, settings)
     rows = TrainingRows.of_run(settings, pipeline.config, row_kind(model_config), questions.windows)

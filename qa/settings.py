@@ -56,6 +56,8 @@ EXCLUDES = (
     ("compile_only", "synthetic_data", "what is only compiled runs on no data"),
     ("compile_only", "ipu_model", "there is no offline target for the IPU Model"),
     ("synthetic_data", "resume_from_checkpoint", "such a run is only timed"),
+    ("compile_only", "push_to_hub", "nothing is trained"),
+    ("synthetic_data", "push_to_hub", "nothing is trained"),
     ("demo_data", "train_file", "the demo makes its own questions"),
     ("demo_data", "validation_file", "the demo makes its own questions"),
     ("context", "context_file", "there is one text"),
@@ -598,6 +600,9 @@ def _check_training(settings: TrainSettings) -> None:
         if settings.sources.get(name) == f"--{name}" and _is_set(settings, name) and (
                 not settings.evaluates):
             raise UsageError(f"--{name} does nothing in a run that only trains: add --do_eval")
+    for name in ("compile_only", "synthetic_data"):
+        if getattr(settings, name) and not settings.trains:
+            raise UsageError(f"{source(name)} is for runs that train: add --do_train")
     if settings.load_best_model_at_end and not (settings.eval_steps
                                                 or settings.evaluate_every_epoch):
         raise UsageError(f"{source('load_best_model_at_end')} has only the last model to choose "

@@ -42,10 +42,11 @@ class Evaluation:
         """Compile the inference pipeline without running it. windows: any, for their shapes."""
         self.answerer.compile(windows)
 
-    def finish(self, weights: Dict[str, torch.Tensor], step: int = 0, epoch: float = 0.0) -> None:
+    def finish(self, weights: Dict[str, torch.Tensor], step: Optional[int] = None,
+               epoch: Optional[float] = None) -> None:
         """Evaluate the validation and the test questions, and print some with their answers.
 
-        The arguments are those of `validate`.
+        The arguments are those of `validate`; without a training there is no step and no epoch.
         """
         for questions in filter(None, self.questions):
             _, predictions = self._evaluate(weights, questions, step, epoch)
@@ -63,8 +64,8 @@ class Evaluation:
         metrics, _ = self._evaluate(weights, self.questions[0], step, epoch)
         return metrics
 
-    def _evaluate(self, weights: Dict[str, torch.Tensor], questions: Questions, step: int,
-                  epoch: float) -> Tuple[Dict[str, float], List[dict]]:
+    def _evaluate(self, weights: Dict[str, torch.Tensor], questions: Questions, step: Optional[int],
+                  epoch: Optional[float]) -> Tuple[Dict[str, float], List[dict]]:
         """Return the metrics, and in the first process the predictions."""
         folder, prefix = Path(self.settings.output_dir), questions.prefix
         begin = time.perf_counter()
@@ -81,12 +82,14 @@ class Evaluation:
             self.answerer.detach()
             metrics = processes.on_first(metrics_of, examples, predictions, version_2)
         if metrics:
-            tqdm.write(f"{prefix.replace('_', ' ')}evaluation at step {step}: " + as_text(metrics))
+            where = {} if step is None else {"step": step, "epoch": epoch}
+            at = "" if step is None else f" at step {step}"
+            tqdm.write(f"{prefix.replace('_', ' ')}evaluation{at}: {as_text(metrics)}")
             with writing(f"--output_dir {folder}"):
                 processes.on_first(write_json, folder / f"{prefix}metrics.json",
-                                   {**metrics, "step": step, "epoch": epoch})
-            self.log.add("evaluation", step, epoch, questions="test" if prefix else "validation",
-                         seconds=time.perf_counter() - begin, **metrics)
+                                   {**metrics, **where})
+            self.log.add("evaluation", step or 0, epoch, seconds=time.perf_counter() - begin,
+                         questions="test" if prefix else "validation", **metrics)
         return metrics, predictions
 
     def _samples(self, examples: Any, predictions: List[dict]) -> str:

@@ -315,14 +315,19 @@ class Checkpoints:
 
 
 def check_output_folder(settings: TrainSettings) -> None:
-    """Raise UsageError where a run from scratch would replace an earlier run's work.
+    """Raise UsageError where a run would replace an earlier run's work.
 
-    That is: checkpoints or a finished model, unless --overwrite_output_dir is set.
+    That is: checkpoints or a finished model, or where nothing is trained the metrics, predictions
+    and log beside them, unless --overwrite_output_dir is set.
     """
     folder, resume = Path(settings.output_dir), settings.resume_from_checkpoint
-    if settings.overwrite_output_dir or not settings.trains or settings.dry_run:
+    if settings.overwrite_output_dir or settings.dry_run:
         return
     checkpoints = list_checkpoints(folder)
+    if not settings.trains and (checkpoints or (folder / "model.safetensors").exists()):
+        raise UsageError(
+            f"--output_dir {folder}: holds a model, whose metrics and predictions this evaluation "
+            "would replace; name another folder, or replace them with --overwrite_output_dir")
     if resume is None and checkpoints:
         raise UsageError(
             f"--output_dir {folder}: holds {checkpoints[0].name} of an earlier run; go on with "

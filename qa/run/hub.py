@@ -5,10 +5,9 @@ import fnmatch
 import json
 import shlex
 from pathlib import Path
-from typing import Union
 
 import huggingface_hub
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError
 
 from qa.settings import TrainSettings
@@ -18,9 +17,10 @@ from runtime.hub import http_status
 
 # Only the model and what is needed to use it are uploaded: no checkpoints, no logs, and no
 # predictions, because those quote the data.
-_SHARED = ("README.md", "config.json", "*.safetensors", "*.safetensors.index.json",
-           "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-           "merges.txt", "*.model", "ipu_config.json", "qa_settings.json", "metrics.json")
+_SHARED = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json",
+           "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model",
+           "ipu_config.json", "qa_settings.json")
+_RESULTS = ("README.md", "metrics.json")  # of the run that shares it, which may only evaluate
 _SHOWN_SETTINGS = ("max_seq_length", "doc_stride", "pack", "num_train_epochs", "max_steps",
                    "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
                    "optimizer", "loss_scaling", "precision", "micro_batch_size", "seed")
@@ -32,14 +32,19 @@ _SHOWN_LAYOUT = ("layers_per_ipu", "ipus_per_replica", "replication_factor",
 _CLI = (("huggingface-cli login", "huggingface-cli upload")
         if huggingface_hub.__version__.startswith("0.") else ("hf auth login", "hf upload"))
 
-def check_login(settings: TrainSettings) -> None:
+def check_push(settings: TrainSettings) -> None:
     """Find out at the start of a run with --push_to_hub whether its end can upload the model.
 
     The token is settings.hub_token, else the one that huggingface_hub has stored. Raises UsageError
-    if the token is missing or refused, RunError if the hub cannot be reached.
+    if the token is missing or refused, or if a run that does not train has no model of train.py to
+    share; RunError if the hub cannot be reached.
     """
     if not settings.push_to_hub or not processes.is_first():
         return
+    if not settings.trains and not (Path(settings.model_name_or_path) / "run.json").is_file():
+        raise UsageError(
+            f"--push_to_hub: {settings.model_name_or_path} is no folder that train.py has trained "
+            "a model in (it has no run.json): name one with --model_name_or_path, or train")
     try:
         HfApi(token=settings.hub_token).whoami()
     except Exception as error:
@@ -51,60 +56,62 @@ def check_login(settings: TrainSettings) -> None:
 
 
 def push(settings: TrainSettings) -> None:
-    """With --push_to_hub, upload the output folder's model and its card; print the commit's URL.
+    """With --push_to_hub, upload the model with its card and metrics; print the commit's URL.
 
-    The card is also written to the folder, as README.md. settings.hub_model_id is "name" or
-    "account/name", by default the name of the folder; the repository is created if it does not
-    exist.
+    A run that does not train shares the model that it has evaluated, with the new metrics. The card
+    is also written to the output folder, as README.md. settings.hub_model_id is "name" or
+    "account/name", by default the name of the model's folder; the repository is created if it does
+    not exist.
 
     Raises UsageError if the repository name is not valid, RunError if the upload fails. The output
     folder keeps all files in any case.
     """
     if not settings.push_to_hub or not processes.is_first():
         return
-    folder, api = Path(settings.output_dir), HfApi(token=settings.hub_token)
-    repo_id = settings.hub_model_id or folder.resolve().name
+    results, api = Path(settings.output_dir), HfApi(token=settings.hub_token)
+    model = results if settings.trains else Path(settings.model_name_or_path)
+    repo_id = settings.hub_model_id or model.resolve().name
     try:
         repo_id = api.create_repo(repo_id, private=settings.hub_private_repo, exist_ok=True).repo_id
-        (folder / "README.md").write_text(model_card(folder, repo_id), "utf-8")
-        # upload_folder's own patterns would also match files in folders.
-        shared = [path.name for path in folder.iterdir() if path.is_file()
-                  and any(fnmatch.fnmatch(path.name, pattern) for pattern in _SHARED)]
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=shared,
+        (results / "README.md").write_text(model_card(model, repo_id, settings), "utf-8")
+        files = [path for path in model.iterdir() if path.is_file()
+                 and any(fnmatch.fnmatch(path.name, pattern) for pattern in _SHARED)]
+        files += filter(Path.exists, map(results.joinpath, _RESULTS))
+        commit = api.create_commit(repo_id, [CommitOperationAdd(path.name, str(path))
+                                             for path in files],
                                    commit_message="Add the fine-tuned model")
     except HFValidationError as error:
         raise UsageError(f"--hub_model_id {repo_id}: {one_line(error)}") from error
     # requests, httpx, hf_xet and huggingface_hub raise unrelated exceptions.
     except Exception as error:
         raise RunError(
-            f"could not push {folder} to the hub: {one_line(error)}; "
-            f"the model is whole in {folder}, "
-            f"and `{_CLI[1]} {shlex.join((repo_id, str(folder)))}` tries again"
+            f"could not push {model} to the hub: {one_line(error)}; "
+            f"the model is whole in {model}, "
+            f"and `{_CLI[1]} {shlex.join((repo_id, str(model)))}` tries again"
         ) from error
     print(f"shared: {commit.commit_url}")
 
 
-def model_card(folder: Union[str, Path], repo_id: str) -> str:
+def model_card(folder: Path, repo_id: str, settings: TrainSettings) -> str:
     """Return the model card for the hub, the text of README.md, by the template model_card.md.
 
-    The sources are run.json, config.json and, if the model was evaluated, metrics.json in `folder`.
-    Local files are named without their folders. Raises OSError if one of them cannot be read.
+    folder: the model's, with run.json and config.json. settings: of this run, which say what it was
+    evaluated on; its output folder has the metrics, if there are any. Local files are named without
+    their folders. Raises OSError if a file cannot be read.
     """
-    folder = Path(folder)
     run, config = (json.loads((folder / name).read_text("utf-8"))
                    for name in ("run.json", "config.json"))
-    metrics = folder / "metrics.json"
+    metrics = Path(settings.output_dir) / "metrics.json"
     metrics = json.loads(metrics.read_text("utf-8")) if metrics.exists() else {}
-    settings, layout, name = run["settings"], run["ipu_config"], repo_id.split("/")[-1]
-    base, dataset = settings["model_name_or_path"], settings["dataset_name"]
-    files = {kind: settings[f"{kind}_file"] and Path(settings[f"{kind}_file"]).name
-             for kind in ("train", "validation")}
-    data = {kind: file or f"the data set `{dataset}`" for kind, file in files.items()}
-    evaluated = files["validation"] or dataset
+    trained, layout, name = run["settings"], run["ipu_config"], repo_id.split("/")[-1]
+    base = trained["model_name_or_path"]
+    train_file, validation_file = (file and Path(file).name for file in (
+        trained["train_file"], settings.validation_file))
+    evaluated = validation_file or settings.dataset_name
     # The card's header, which the search and the leaderboards of the hub read.
     header = ModelCardData(
         model_name=name, base_model=None if Path(base).exists() else base,
-        datasets=None if files["train"] else dataset, metrics=["exact_match", "f1"],
+        datasets=None if train_file else trained["dataset_name"], metrics=["exact_match", "f1"],
         library_name="transformers", pipeline_tag="question-answering",
         tags=[config["model_type"], "ipu", "poptorch"],
         eval_results=[
@@ -115,10 +122,11 @@ def model_card(folder: Union[str, Path], repo_id: str) -> str:
             if metric in metrics] or None)
     return ModelCard.from_template(
         header, template_path=str(Path(__file__).with_name("model_card.md")), name=name,
-        repo_id=repo_id, run=run, settings=settings, training_data=data["train"],
-        evaluation_data=data["validation"],
+        repo_id=repo_id, run=run, settings=trained,
+        training_data=train_file or f"the data set `{trained['dataset_name']}`",
+        evaluation_data=validation_file or f"the data set `{evaluated}`",
         base="A local model" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})",
         figures={key: f"{value:.2f}" if isinstance(value, float) else value
                  for key, value in metrics.items() if key not in ("step", "epoch")},
-        shown_settings={key: settings.get(key) for key in _SHOWN_SETTINGS},
+        shown_settings={key: trained.get(key) for key in _SHOWN_SETTINGS},
         shown_layout={key: layout.get(key) for key in _SHOWN_LAYOUT}).content

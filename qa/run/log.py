@@ -9,7 +9,7 @@ keys `event`, `step` and `time` (ISO 8601, UTC). The events and their further ke
                         host waited for data, for the device, and did the rest (evaluating, saving):
                         data_share, step_share, rest_share
     evaluation          epoch, questions ("validation" or "test"), seconds, and the metrics of
-                        metrics.json, in percent
+                        metrics.json, in percent; without training, step 0 and no epoch
     saved               path
     nonfinite           why
     stopped             signal
@@ -105,7 +105,8 @@ class RunLog:
             group = _GROUPS.get(values.get("questions"), "train")
             numbers = {f"{group}/{key}": value for key, value in line.items()
                        if key not in _NO_METRICS}
-            numbers["train/epoch"] = epoch
+            if epoch is not None:
+                numbers["train/epoch"] = epoch
             for reporter in self._reporters:
                 reporter.add(numbers, step)
 
@@ -240,7 +241,8 @@ def _draw_curves(lines: List[Dict[str, Any]], path: Path) -> None:
     for axes, (event, curves) in zip(figure.subplots(2, 2, sharex=True).flat, _PANELS):
         for key, (name, style) in curves.items():
             points = [(line["step"], line[key]) for line in lines
-                      if line["event"] == event and line.get("questions") != "test" and key in line]
+                      if line["event"] == event and line.get("questions") != "test"
+                      and "epoch" in line and key in line]
             if points:
                 axes.plot(*zip(*points), style, label=name)
         if len(curves) > 1 and axes.lines:

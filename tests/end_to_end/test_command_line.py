@@ -123,6 +123,8 @@ TRAIN = [
     ("--compile_only --pod_type pod16 --replication_factor 3", "replication 3",
      "use a power of two"),
     ("--synthetic_data --resume_from_checkpoint auto", "--synthetic_data", "leave one out"),
+    ("--compile_only --push_to_hub", "--compile_only", "leave one out"),
+    ("--synthetic_data --do_eval", "--synthetic_data", "add --do_train"),
     ("--hub_model_id me/model", "--hub_model_id", "--push_to_hub"),
     ("--hub_private_repo", "--hub_private_repo", "--push_to_hub"),
     ("--save_total_limit 2", "--save_total_limit", "--save_steps or --load_best_model_at_end"),

@@ -308,9 +308,18 @@ def test_an_existing_model_is_evaluated_and_a_test_file_answered(demo, trained, 
                demo / "validation.json", "--output_dir", out, "--test_file",
                demo / "train.json") == 0
     metrics = json.loads((out / "metrics.json").read_text())
-    assert not (out / "model.safetensors").exists()
+    assert not (out / "model.safetensors").exists() and "step" not in metrics
     assert len(json.loads((out / "test_predictions.json").read_text())) == 80
     assert "exact_match" in json.loads((out / "test_metrics.json").read_text())
+
+    # An evaluation does not replace what a training has written, unless it is told to.
+    before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    again = ("--do_eval", "--model_name_or_path", trained, "--validation_file",
+             demo / "train.json", "--output_dir", trained)
+    assert run(train, *again) == 2
+    assert "holds a model, whose metrics and predictions this evaluation would replace" in (
+        capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
 
     # infer.py prints the same figures for the same questions, since both take the checkpoint's
     # settings, and none where no answer is known.

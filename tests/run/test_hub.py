@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from qa.run.hub import model_card
+from qa.settings import TrainSettings
 from tests.reference.loopback import Handler, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,8 +156,33 @@ def test_the_model_and_its_card_are_committed_and_nothing_private(hub, trained):
     assert set(small) == {"README.md", "config.json", "tokenizer.json", "metrics.json"}
     assert large == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
     assert hub.large == {large["model.safetensors"]: b"weights"}
-    assert small["README.md"].decode() == (trained / "README.md").read_text() == model_card(
-        trained, "ada/my-model")
+    assert small["README.md"].decode() == (trained / "README.md").read_text() == card_of(trained)
+
+
+def card_of(folder, **settings):
+    return model_card(folder, "ada/my-model", TrainSettings(output_dir=str(folder), **settings))
+
+
+def test_a_run_that_only_evaluates_shares_the_model_with_its_new_metrics(hub, trained, tmp_path):
+    scores = tmp_path / "scores"
+    scores.mkdir()
+    (scores / "metrics.json").write_text('{"exact_match": 12.5, "f1": 25.0}')
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    settings = {"output_dir": scores, "do_eval": True, "model_name_or_path": trained,
+                "validation_file": "/home/ada/new.csv", "hub_token": "hf_good"}
+    assert call(hub.url, "check_push", settings).returncode == 0
+    done = call(hub.url, "push", settings)
+    assert done.stdout == f"shared: {hub.url}/ada/m/commit/0123\n", done.stderr
+    (commit,) = hub.commits
+    small = {line["value"]["path"]: base64.b64decode(line["value"]["content"]).decode()
+             for line in commit if line["key"] == "file"}
+    assert set(small) == {"README.md", "config.json", "tokenizer.json", "metrics.json"}
+    assert json.loads(small["metrics.json"])["f1"] == 25.0 and hub.large
+    assert "| f1 | 25.00 |" in small["README.md"] and "evaluated on new.csv" in small["README.md"]
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+    (trained / "run.json").unlink()
+    refused = call(hub.url, "check_push", settings)
+    assert refused.returncode == 2 and "(it has no run.json): name one" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -177,20 +203,20 @@ def test_what_goes_wrong_is_one_line(hub, trained, token, repo_id, read_only, st
 
 
 def test_a_login_is_checked_before_the_run(hub):
-    assert call(hub.url, "check_login", {"hub_token": "hf_good"}).returncode == 0
+    assert call(hub.url, "check_push", {"hub_token": "hf_good"}).returncode == 0
     for token in ("hf_bad", None):
-        refused = call(hub.url, "check_login", {"hub_token": token})
+        refused = call(hub.url, "check_push", {"hub_token": token})
         assert refused.returncode == 2
         assert refused.stderr.startswith(
             "error: --push_to_hub: no valid access token; give --hub_token")
-    gone = call("http://127.0.0.1:1", "check_login", {"hub_token": "hf_good"})
+    gone = call("http://127.0.0.1:1", "check_push", {"hub_token": "hf_good"})
     assert gone.returncode == 1 and gone.stderr.startswith(
         "error: --push_to_hub: the hub cannot be reached (")
     assert len(gone.stderr.splitlines()) == 1
 
 
 def test_the_card_says_what_was_done(trained):
-    card = model_card(trained, "ada/my-model")
+    card = card_of(trained)
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["base_model"] == "roberta-base" and head["datasets"] == "squad" and head[
         "pipeline_tag"] == "question-answering"
@@ -205,15 +231,15 @@ def test_the_card_says_what_was_done(trained):
         assert words in card
     assert "secret-host" not in card and "hub_token" not in card
     (trained / "metrics.json").unlink()
-    assert "## Results\n\nNot evaluated.\n" in model_card(trained, "ada/my-model")
+    assert "## Results\n\nNot evaluated.\n" in card_of(trained)
 
     local = {
         **RUN, "settings": {
             **SETTINGS, "model_name_or_path": str(trained),
-            "train_file": "/home/ada/data/train.json", "validation_file": "/home/ada/data/dev.json",
+            "train_file": "/home/ada/data/train.json",
             "version_2_with_negative": True}}
     (trained / "run.json").write_text(json.dumps(local))
-    card = model_card(trained, "ada/my-model")
+    card = card_of(trained, validation_file="/home/ada/data/dev.json")
     head = yaml.safe_load(card.split("---\n")[1])
     assert ("base_model" not in head and "datasets" not in head and "/home" not in card
             and str(trained) not in card)
