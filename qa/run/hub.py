@@ -81,7 +81,7 @@ def push(settings: TrainSettings) -> None:
                                              for path in files],
                                    commit_message="Add the fine-tuned model")
     except HFValidationError as error:
-        raise UsageError(f"--hub_model_id {repo_id}: {one_line(error)}") from error
+        raise UsageError(f"--hub_model_id {repo_id}: {error}") from error
     # requests, httpx, hf_xet and huggingface_hub raise unrelated exceptions.
     except Exception as error:
         raise RunError(
