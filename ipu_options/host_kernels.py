@@ -31,7 +31,7 @@ class Group(NamedTuple):
     padding: Optional[torch.Tensor]
 
 
-def window_mask(window_ids: torch.Tensor, dtype: torch.dtype) -> List[Group]:
+def window_mask(window_ids: torch.Tensor, dtype: torch.dtype, stage: int = 0) -> List[Group]:
     """Return the windows that attention is restricted to, grouped by their length.
 
     window_ids: int [B, S]; the tokens of a window are consecutive and share a number, 0 is padding.
@@ -54,7 +54,7 @@ def window_mask(window_ids: torch.Tensor, dtype: torch.dtype) -> List[Group]:
 
 
 def attention(qkv: torch.Tensor, heads: int, groups: List[Group], dropout_p: float = 0.0,
-              training: bool = False) -> torch.Tensor:
+              training: bool = False, stage: int = 0) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) within each window of a row.
 
     qkv: [B, S, 3 * width], query, key and value. groups: of `window_mask`. dropout_p: dropout of

@@ -14,14 +14,25 @@ from torch.nn.functional import dropout
 MASKED = -10000.0
 
 
-def window_mask(window_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what is added to attention's scores, so that tokens see their own window alone.
+def window_mask(window_ids: torch.Tensor, dtype: torch.dtype, stage: int = 0) -> torch.Tensor:
+    """Return what is added to attention's scores: tokens then see their own window alone.
 
-    window_ids: int [B, S], 0 for padding; padding attends to padding, so that every row of the
-    softmax has an unmasked entry. Returns [B, 1, S, S] of type `dtype`.
+    window_ids: int [B, S], 0 for padding; padding attends to padding, which leaves every row of the
+    softmax an unmasked entry. stage: see `stage_scalar`. Returns [B, 1, S, S] of type `dtype`.
     """
-    same_window = window_ids.unsqueeze(2) == window_ids.unsqueeze(1)
-    return (1.0 - same_window.unsqueeze(1).to(dtype)) * MASKED
+    mask = (window_ids.unsqueeze(2) != window_ids.unsqueeze(1)).unsqueeze(1).to(dtype)
+    return mask * stage_scalar(MASKED, mask, stage)
+
+
+def stage_scalar(value: float, like: torch.Tensor, stage: int) -> torch.Tensor:
+    """Return `value` as a tensor of one element and the type of `like` that no other stage has.
+
+    PopTorch makes one tensor of all constants of the same type, shape and value (popart_compiler,
+    CompilerImpl.cpp, tensorConstant). PopART would copy one that several stages use from IPU to IPU
+    in every step, and stash it (transforms/interipucopy.cpp, pipeline.cpp). Those of two stages
+    therefore differ in their number of dimensions.
+    """
+    return like.new_full((1,) * (stage + 1), value)
 
 
 class Kernels(NamedTuple):
@@ -33,11 +44,11 @@ class Kernels(NamedTuple):
 
     attention: Callable[..., torch.Tensor]
     dropout: Callable[..., torch.Tensor]
-    window_mask: Callable[[torch.Tensor, torch.dtype], Any] = window_mask
+    window_mask: Callable[[torch.Tensor, torch.dtype, int], Any] = window_mask
 
 
 def attention(qkv: torch.Tensor, heads: int, mask: torch.Tensor, dropout_p: float = 0.0,
-              training: bool = False) -> torch.Tensor:
+              training: bool = False, stage: int = 0) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) within each window of a row.
 
     qkv: [B, S, 3 * width], query, key and value. mask: of `window_mask`. dropout_p: dropout of the
@@ -48,10 +59,11 @@ def attention(qkv: torch.Tensor, heads: int, mask: torch.Tensor, dropout_p: floa
     # three copies of its input (SliceOps.cpp, unbindHandler; GNNOptimizations.cpp).
     query, key, value = (part.view(batch, length, heads, -1).transpose(1, 2)
                          for part in qkv.split(width // 3, dim=-1))
-    scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + mask
+    scale = stage_scalar(query.shape[-1] ** -0.5, query, stage)
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scale + mask
     probabilities = dropout(torch.softmax(scores, dim=-1), dropout_p, training)
     mixed = torch.matmul(probabilities, value)
-    return mixed.transpose(1, 2).reshape(batch, length, width // 3)
+    return mixed.transpose(-3, -2).reshape(batch, length, width // 3)
 
 
 IPU_KERNELS = Kernels(attention, dropout)

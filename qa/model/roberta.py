@@ -83,7 +83,7 @@ class EncoderLayer(nn.Module):
         """
         masks = {} if masks is None else masks
         if self.stage not in masks:
-            masks[self.stage] = self.kernels.window_mask(window_ids, hidden.dtype)
+            masks[self.stage] = self.kernels.window_mask(window_ids, hidden.dtype, self.stage)
         parts = self.parts
         mixed = parts.mixed(self.self_attention(hidden, masks[self.stage]))
         if parts.mixed_dropout:
@@ -102,7 +102,7 @@ class EncoderLayer(nn.Module):
         weight = torch.cat((parts.query.weight, parts.key.weight, parts.value.weight))
         bias = torch.cat((parts.query.bias, parts.key.bias, parts.value.bias))
         return self.kernels.attention(nn.functional.linear(hidden, weight, bias), self.heads, mask,
-                                      parts.attention_dropout.p, self.training)
+                                      parts.attention_dropout.p, self.training, self.stage)
 
 
 class ForSpans:
@@ -155,12 +155,15 @@ class ForSpans:
             hidden = self.kernels.dropout(hidden, getattr(self.config, self.family.head_dropout),
                                           self.training)
         logits = self.qa_outputs(hidden).float()
-        start_logits, end_logits = logits[:, :, 0], logits[:, :, 1]
+        both_logits = logits[..., 0], logits[..., 1]
         if start_positions is None:
-            return start_logits, end_logits
-        losses = window_losses(start_logits, start_positions, window_ids) + window_losses(
-            end_logits, end_positions, window_ids)
-        return poptorch.identity_loss((loss_weights * losses).sum() / 2, reduction="none")
+            return both_logits
+        losses = window_losses(torch.stack(both_logits, 1),
+                               torch.stack((start_positions, end_positions), 1), window_ids)
+        # The factor makes loss_weights an operand of the last IPU's own operations. An input that
+        # meets the loss directly is detached on the first IPU, from which it would be copied
+        # (poptorch/source/AddDetachOperations.cpp).
+        return poptorch.identity_loss((0.5 * loss_weights * losses.sum(1)).sum(), reduction="none")
 
 
 def model_class(config: Any) -> Type[ForSpans]:
@@ -180,17 +183,16 @@ RobertaForSpans = _with_spans(ROBERTA.model)
 
 def window_losses(logits: torch.Tensor, positions: torch.Tensor,
                   window_ids: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropy of each window's label over the tokens of that window, [B, K].
+    """Return the cross entropies of each window's start and end over its tokens, [B, 2, K].
 
-    logits: float [B, S]. positions: int [B, K], the labels as indices in the row. window_ids: int
-    [B, S], from 1 to K, 0 for padding. Where a row has fewer than K windows, the remaining values
-    are finite but have no meaning; their loss weight is 0.
+    logits: float [B, 2, S], of start and end. positions: int [B, 2, K], the labels as indices in
+    the row. window_ids: int [B, S], from 1 to K, 0 for padding. Where a row has fewer than K
+    windows, the remaining values are finite but have no meaning; their loss weight is 0.
     """
-    length, slots = logits.shape[1], positions.shape[1]
-    slot = torch.arange(1, slots + 1, dtype=window_ids.dtype, device=window_ids.device).view(
-        1, slots, 1)
-    own = (window_ids.unsqueeze(1) == slot).to(logits.dtype)
-    masked = logits.unsqueeze(1) + (1.0 - own) * MASKED
-    losses = nn.functional.cross_entropy(masked.view(-1, length),
+    slot = torch.arange(1, positions.shape[2] + 1, dtype=window_ids.dtype,
+                        device=window_ids.device).view(1, -1, 1)
+    others = (window_ids.unsqueeze(1) != slot).to(logits.dtype)  # [B, K, S]
+    masked = logits.unsqueeze(2) + (others * MASKED).unsqueeze(1)
+    losses = nn.functional.cross_entropy(masked.view(-1, logits.shape[2]),
                                          positions.reshape(-1).long(), reduction="none")
-    return losses.view(-1, slots)
+    return losses.view(positions.shape)

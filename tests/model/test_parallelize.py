@@ -101,6 +101,46 @@ def test_the_rule_finds_equal_parts():
     assert Counter(gathers.keys).most_common(1)[0][1] == 2
 
 
+class Constants(TorchDispatchMode):
+    """Records the stages of each constant, by what PopTorch knows equal ones by.
+
+    It is the type, the shape and the value (popart_compiler, CompilerImpl.cpp, tensorConstant); a
+    number in an operation has the type of the other operand and no dimensions.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.stage, self.stages = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("mul", "add", "sub", "rsub", "div", "eq", "ne", "ge", "lt", "pow", "new_full"):
+            shape = tuple(args[1]) if name == "new_full" else ()
+            for number in args:
+                if isinstance(number, (int, float)):
+                    self.stages.setdefault((args[0].dtype, shape, number), set()).add(self.stage)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layers_per_ipu", [[1, 1, 1, 1], [0, 2, 2, 0], [0, 1, 1, 1, 1, 0]])
+def test_no_two_stages_have_a_constant_in_common(layers_per_ipu, precision):
+    """PopART would copy it from IPU to IPU in each step, and stash it."""
+    with torch.device("meta"):
+        model = tiny(layers=4).to(precision).eval()
+        row = torch.zeros(1, 24, dtype=torch.int32)
+        label = row[:, :2]
+    layout, constants = make_layout(layers_per_ipu, 4), Constants()
+    stage_of = {name: i for i, (_, names) in enumerate(layout.stages()) for name in names}
+    for block in parallelize(model, layout, embedding_serialization_factor=2):
+        block.module.register_forward_pre_hook(
+            lambda module, args, stage=stage_of[block.name]: setattr(constants, "stage", stage))
+    with torch.device("meta"), constants:
+        model(row, row, row, label, label, label.float())
+    assert len(constants.stages) > 2 * sum(map(bool, layers_per_ipu))
+    assert {key: stages for key, stages in constants.stages.items() if len(stages) > 1} == {}
+
+
 @pytest.mark.parametrize("rows, parts, other", [
     (50265, 2, 514), (50265, 8, 514), (1030, 2, 514), (2066, 4, 514), (10, 4, 9), (37, 8, 100)])
 def test_parts_are_nearly_equal_and_all_different(rows, parts, other):
@@ -181,8 +221,8 @@ def test_what_a_checkpoint_holds_does_not_change_with_the_number_of_parts():
 def test_a_mask_is_made_once_in_each_stage_and_used_there(layers_per_ipu, kernels):
     current, made, used = [None], [], []
 
-    def window_mask(window_ids, dtype):
-        made.append((current[0], kernels.window_mask(window_ids, dtype)))
+    def window_mask(window_ids, dtype, stage):
+        made.append((current[0], kernels.window_mask(window_ids, dtype, stage)))
         return made[-1][1]
 
     def attention(qkv, heads, mask, *rest):
