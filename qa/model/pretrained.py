@@ -74,7 +74,7 @@ def load_model(settings: Settings, model_config, folder: Optional[Path] = None) 
     # The attention is that of qa/model/roberta.py, whatever config.json asks of transformers.
     model, found = _fetch(model_class(model_config), settings, name, config=model_config,
                           attn_implementation="eager", ignore_mismatched_sizes=True,
-                          output_loading_info=True)
+                          torch_dtype=torch.float32, output_loading_info=True)
     _check_loaded(model, found, f"{source} {name}")
     for parameter, weight in model.named_parameters():
         if not all_finite(weight):
@@ -93,29 +93,50 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
 
 
-def save_model(model: ForSpans, folder: Union[str, Path]) -> None:
-    """Write config.json and model.safetensors to `folder`.
+def save_model(model: ForSpans, folder: Union[str, Path],
+               optimizer_state: Optional[Dict[str, Any]] = None) -> None:
+    """Write config.json and model.safetensors to `folder`, for transformers' from_pretrained.
 
-    AutoModelForQuestionAnswering.from_pretrained can read them. Raises OSError, or what safetensors
+    The weights are float32 whatever the model computes in: a program that trains on computes in the
+    file's type unless it is told otherwise, and in float16 most updates of a small learning rate
+    are rounded away. optimizer_state: see `_float32_weights`. Raises OSError, or what safetensors
     raises in its place.
     """
     with _quiet_transformers():
-        model.save_pretrained(folder, state_dict=weights_of(model), safe_serialization=True)
-    # Older transformers would write the folder that the model was loaded from.
-    model.config._name_or_path = ""
-    # save_pretrained has written the name of this program's class, unknown to transformers.
-    kind = model.config.model_type
-    model.config.architectures = [MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES[kind]]
+        model.save_pretrained(folder, state_dict=_float32_weights(model, optimizer_state or {}),
+                              safe_serialization=True)
+    # save_pretrained has written the type in which the model computes, and the name of this
+    # program's class, unknown to transformers; older releases also the folder that it came from.
+    model.config.torch_dtype, model.config._name_or_path = torch.float32, ""
+    model.config.architectures = [
+        MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES[model.config.model_type]]
     model.config.save_pretrained(folder)
 
 
-def write_checkpoint_files(model: ForSpans, folder: Union[str, Path], tokenizer,
-                           ipu_config: IPUConfig, settings: TrainSettings) -> None:
+def _float32_weights(model: ForSpans, optimizer_state: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+    """Return the weights under Hugging Face's names.
+
+    An IPU updates float16 weights in float16, with stochastic rounding: there is nothing more to
+    save. poptorch_host updates them in float32, and the optimizer's state has them unrounded; it
+    does not count for weights that were put into the model since (those of the best evaluation).
+    """
+    unrounded = optimizer_state.get("ipu_state", {})
+    weights = {}
+    for name, weight in weights_of(model).items():
+        weights[name] = unrounded.get(f"Master___{name}", weight).float()
+        if not torch.equal(weights[name].to(weight.dtype), weight):
+            weights[name] = weight.float()
+    return weights
+
+
+def write_checkpoint_files(model: ForSpans, folder: Union[str, Path],
+                           optimizer_state: Dict[str, Any], tokenizer, ipu_config: IPUConfig,
+                           settings: TrainSettings) -> None:
     """Write all that infer.py needs to `folder`: model, tokenizer, ipu_config.json, settings.
 
     Raises OSError, or what safetensors and tokenizers raise in its place.
     """
-    save_model(model, folder)
+    save_model(model, folder, optimizer_state)
     tokenizer.save_pretrained(folder)
     ipu_config.write(Path(folder) / IPU_CONFIG_NAME)
     write_qa_settings(settings, folder)

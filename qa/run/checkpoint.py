@@ -109,7 +109,7 @@ class Checkpoints:
     """
 
     def __init__(self, output_dir: Union[str, Path], must_match: Dict[str, Any],
-                 write_model: Callable[[torch.nn.Module, Path], Any],
+                 write_model: Callable[..., Any],
                  save_total_limit: Optional[int] = None, best_by: Optional[str] = None,
                  timer: Optional[PhaseTimer] = None, run_log: Optional[RunLog] = None):
         self.output_dir = Path(output_dir)
@@ -127,7 +127,7 @@ class Checkpoints:
 
     @classmethod
     def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
-               write_model: Callable[[torch.nn.Module, Path], Any], timer: PhaseTimer,
+               write_model: Callable[..., Any], timer: PhaseTimer,
                run_log: RunLog) -> "Checkpoints":
         """Return the checkpoints of a run with these settings and these training rows.
 
@@ -267,13 +267,12 @@ class Checkpoints:
         `save` does.
         """
         with self._timed():
-            state.executor.copyWeightsToHostIfNeeded()
-            processes.on_first(self._write_final, state.model)
+            processes.on_first(self._write_final, state.model, state.saved())
 
     def _write(self, folder: Path, trainer_state: Dict[str, Any], device_state: Dict[str, Any],
                model: torch.nn.Module) -> None:
         with _written(folder) as aside:
-            self._write_model(model, aside)
+            self._write_model(model, aside, device_state["optimizer"])
             write_state(aside, device_state)
             write_json(aside / TRAINER_STATE, trainer_state)
             write_json(aside / "manifest.json",
@@ -281,9 +280,9 @@ class Checkpoints:
             sync_folder(aside)
             rename_folder(aside, folder)
 
-    def _write_final(self, model: torch.nn.Module) -> None:
+    def _write_final(self, model: torch.nn.Module, device_state: Dict[str, Any]) -> None:
         with _written(self.output_dir / "final-model") as aside:
-            self._write_model(model, aside)
+            self._write_model(model, aside, device_state["optimizer"])
             sync_and_hash(aside)
             metrics = self.output_dir / "metrics.json"
             if metrics.is_file():  # of the model that is replaced

@@ -259,6 +259,22 @@ def test_weights_are_those_of_config_json_or_refused(folders, tmp_path, capfd, v
     assert [line[:5] for line in said] == ["note:"] * (config.num_hidden_layers == 2)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_precision_is_the_flags_and_the_saved_files_type_is_float32(folders, tmp_path, kind):
+    settings = changed(folders / "whole", tmp_path / "model", torch_dtype=str(kind)[6:],
+                       dtype=str(kind)[6:])
+    path = tmp_path / "model" / "model.safetensors"
+    stored = {name: weight.to(kind) for name, weight in load_file(path).items()}
+    save_file(stored, path, {"format": "pt"})
+    model = load_model(settings, load_config(settings))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    save_model(model.half(), tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "float32"
+    for name, weight in load_file(tmp_path / "again" / "model.safetensors").items():
+        assert torch.equal(weight, stored[name].half().float())
+
+
 def test_a_head_of_another_kind_is_refused(folders, tmp_path):
     settings = changed(folders / "whole", tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"

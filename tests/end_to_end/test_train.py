@@ -157,6 +157,15 @@ def test_a_float16_model_loads_with_transformers_and_answers_as_infer_does(demo,
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert {answer["id"]: answer["answer"] for answer in answers} == predictions
 
+    # Trained on, no update is rounded away: neither in the file that it starts from nor in its own.
+    assert fit(demo / "v1", tmp_path / "more", "--max_steps", "2", "--precision", "float16",
+               "--learning_rate", "1e-6", "--warmup_steps", "0", "--model_name_or_path", out) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (
+        out, tmp_path / "more"))
+    assert {weight.dtype for weight in [*before.values(), *after.values()]} == {torch.float32}
+    moved = sum((after[name] != weight).sum() for name, weight in before.items())
+    assert moved > 0.99 * sum(weight.numel() for weight in before.values())
+
 
 @pytest.mark.slow
 def test_version_2_has_no_answer_figures(demo, tmp_path, capsys):

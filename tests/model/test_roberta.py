@@ -26,7 +26,7 @@ from qa.model.parallelize import (
 from qa.model.pretrained import load_config, load_model, save_model
 from qa.model.roberta import RobertaForSpans, model_class
 from qa.settings import TrainSettings
-from runtime.errors import RunError, UsageError
+from runtime.errors import UsageError
 
 # The weights are large enough that attention is far from uniform.
 SMALL = dict(vocab_size=203, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -265,11 +265,17 @@ def test_the_longest_row_is_the_models(tmp_path, kind, most):
 @pytest.mark.parametrize("kind, name, value", [("distilbert", "hidden_dim", 0),
                                                ("distilbert", "qa_dropout", 2),
                                                ("electra", "embedding_size", "wide"),
-                                               ("bert", "type_vocab_size", 0)])
+                                               ("bert", "type_vocab_size", 0),
+                                               ("bert", "hidden_size", "abc"),
+                                               ("roberta", "num_attention_heads", 0),
+                                               ("roberta", "num_hidden_layers", -1),
+                                               ("roberta", "pad_token_id", None),
+                                               ("roberta", "vocab_size", True),
+                                               ("roberta", "max_position_embeddings", 1e9)])
 def test_impossible_sizes_are_refused_by_the_familys_own_names(tmp_path, kind, name, value):
     values = AutoConfig.for_model(kind).to_dict()
     (tmp_path / "config.json").write_text(json.dumps({**values, name: value}))
-    with pytest.raises((RunError, UsageError), match=name):
+    with pytest.raises(UsageError, match=f"^--model_name_or_path .*: {name} is "):
         load_config(TrainSettings(model_name_or_path=str(tmp_path)))
 
 

@@ -44,7 +44,7 @@ from runtime.errors import RunError, UsageError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_model(model, folder):
+def write_model(model, folder, optimizer_state):
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 64)
 
@@ -161,7 +161,7 @@ def test_state_of_a_torch_optimizer_continues_exactly(tmp_path):
     assert_same(optimizer_again.state_dict(), optimizer.state_dict())
 
 
-def write_weights(model, folder):
+def write_weights(model, folder, optimizer_state):
     safetensors.torch.save_file(dict(model.state_dict()), folder / "model.safetensors")
 
 
@@ -374,8 +374,8 @@ def test_save_total_limit_keeps_the_newest_and_never_removes_the_last_whole_one(
 
 def test_a_step_that_is_saved_is_not_saved_again_when_a_signal_comes_in_it(tmp_path):
     written = []
-    checkpoints = Checkpoints(tmp_path, {}, lambda model, folder: (
-        written.append(folder), write_model(model, folder)))
+    checkpoints = Checkpoints(tmp_path, {}, lambda model, folder, optimizer_state: (
+        written.append(folder), write_model(model, folder, optimizer_state)))
     assert (checkpoints.save(state_at(2)) == checkpoints.save(state_at(2))
             == tmp_path / "checkpoint-2")
     assert len(written) == 1
@@ -480,8 +480,8 @@ FULL_DISK = """
     from tests.run.test_checkpoint import *
     disk = Path(sys.argv[1])
     def mount(*words): subprocess.run(["mount", *words], check=True)
-    def large(model, folder):
-        write_model(model, folder)
+    def large(model, folder, optimizer_state):
+        write_model(model, folder, optimizer_state)
         (folder / "large").write_bytes(bytes(2 ** 20))
     mount("-t", "tmpfs", "-o", "size=1M", "tmpfs", str(disk))
     save(disk, 1)
@@ -534,7 +534,7 @@ def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path, limit):
 
 
 def test_the_final_model_is_put_in_place_whole_or_not_at_all(tmp_path):
-    def broken(model, folder):
+    def broken(model, folder, optimizer_state):
         (folder / "config.json").write_text("new")
         raise OSError(28, "No space left on device")
 
@@ -561,8 +561,8 @@ def test_a_removed_output_folder_is_one_line(tmp_path):
 
 
 def test_an_error_of_another_kind_is_passed_on_and_leaves_nothing(tmp_path):
-    def broken(model, folder):
-        write_model(model, folder)
+    def broken(model, folder, optimizer_state):
+        write_model(model, folder, optimizer_state)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -658,20 +658,6 @@ def test_a_model_folder_of_someone_else_runs_no_code(tmp_path, monkeypatch):
             load_model(model_at(folder), config)
         assert "\n" not in str(refusal.value)
     assert names(tmp_path) == ["model"]
-
-
-@pytest.mark.parametrize("name, value", [("hidden_size", "abc"), ("num_attention_heads", 0),
-                                         ("num_hidden_layers", -1), ("pad_token_id", None),
-                                         ("vocab_size", True), ("max_position_embeddings", 1e9), ])
-def test_a_model_of_impossible_size_is_refused_by_name(tmp_path, name, value):
-    from transformers import RobertaConfig
-
-    from qa.model.pretrained import load_config
-
-    config = {**RobertaConfig().to_dict(), name: value}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=f"--model_name_or_path .*: .*{name}"):
-        load_config(model_at(tmp_path))
 
 
 def test_a_refused_resume_names_only_what_a_user_can_give():
