@@ -15,7 +15,8 @@ their imports, from the bottom:
     search advice           the best split and settings; the single change that would help most
     calibrate confidence    efficiencies fitted to published runs, or to your own; their error
     sides sweep profile     what is compared: plans, runs of train.py, PopVision profiles
-    text comparison pictures page    the printed plan, comparisons, pictures, HTML pages
+    views present           what there is to see of a plan, as data; shown by the three renderers
+    text pictures page      what is printed, drawn, and put on a page
     explore                 a page on which a plan changes while one edits its settings
     commands flags          the commands above, and their flags
 """
