@@ -20,7 +20,7 @@ import numpy as np
 
 from ipu_options.config import IPUConfig
 from ipu_options.layout import Layout
-from planner.confidence import expected_error, sensitivity, unexplained_error
+from planner.confidence import RUN_ERROR, expected_error, sensitivity, unexplained_error
 from planner.count import CountedBlock
 from planner.job import Job
 from planner.machine import FITTED, MACHINES, Efficiencies
@@ -39,6 +39,9 @@ START_FREEDOM = (0.15, 1.0, 1.0, 1.0, 1.0)
 # Standard deviations of logarithms, that is, relative errors, of the fit to the user's own run.
 OWN_FREEDOM = (0.25, 0.25, 0.25, 0.25, 0.25)
 OWN_ERROR = 0.02  # of the throughput that the user measured
+# A measured run that deviates from its plan by more than FAR times the expected range, or from the
+# fit by more than three times what equal runs differ by, is another run than its flags say.
+FAR, LARGEST_MISS = 3, 3 * RUN_ERROR
 PUBLISHED = Path(__file__).with_name("published_runs.json")
 
 
@@ -124,17 +127,25 @@ def fit_own(runs: Sequence[Tuple[Job, float]], start: Efficiencies) -> Efficienc
     """Return the fit to runs of the user's own, which count more than the published runs.
 
     runs: (the run as the planner sees it, measured windows/s) of each. start: the efficiencies
-    fitted to the published runs. Raises UsageError unless each windows/s is a finite number above
-    0.
+    fitted to the published runs. Raises UsageError for a run that is far outside of what its plan
+    expects, or that the fit misses: it is another run than its flags say.
     """
-    for _, measured in runs:
-        if not (measured > 0 and math.isfinite(measured)):
-            raise UsageError(
-                f"--measured windows_per_second={measured:g}: it should be more than 0")
     source = (f"your run at {runs[0][1]:g} windows/s" if len(runs) == 1 else
               f"your {len(runs)} runs")
-    return fit([(job, measured / job.windows_per_row) for job, measured in runs], start,
-               OWN_FREEDOM, lambda plan: OWN_ERROR, source)
+    fitted = fit([(job, measured / job.windows_per_row) for job, measured in runs], start,
+                 OWN_FREEDOM, lambda plan: OWN_ERROR, source)
+    for job, measured in runs:
+        before, after = make_plan(job, start), make_plan(job, fitted)
+        low, high = (before.windows_per_second * (1 + error) for error in expected_error(before))
+        if not (low / before.windows_per_second) ** FAR <= measured / before.windows_per_second <= (
+                high / before.windows_per_second) ** FAR or (
+                    abs(math.log(measured / after.windows_per_second)) > LARGEST_MISS):
+            raise UsageError(
+                f"--measured windows_per_second={measured:g}: the plan of these flags expects "
+                f"{low:,.0f} to {high:,.0f}, and the nearest fit reaches "
+                f"{after.windows_per_second:,.0f}; give the flags of that run (--pack, --ipu, "
+                "--pod_type, --replication_factor), and its windows/s, not its rows/s")
+    return fitted
 
 
 class Comparison(NamedTuple):

@@ -13,14 +13,14 @@ Commands, each of which has a --help:
 from __future__ import annotations
 
 import json
-import math
 import string
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from ipu_options.config import POD_IPUS, IPUConfig, pod_of
+from ipu_options.config import POD_IPUS, IPUConfig
 from planner.flags import (
     CalibrateSettings,
     CompareSettings,
@@ -28,15 +28,15 @@ from planner.flags import (
     JobSettings,
     PlanSettings,
     ReportSettings,
+    Request,
     SearchSettings,
+    WriteFlags,
+    flag_words,
 )
+from planner.phase import TRAINING
 from qa.families import check_checkpoint
 from qa.settings import TrainSettings, check_page, train_flags, train_settings
 from runtime.errors import UsageError
-from runtime.files import writing
-
-# How much faster or slower than its plan a run may be for the planner to be fitted to it.
-PLAUSIBLE = 20
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -59,47 +59,40 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def plan(argv: List[str]) -> int:
     """Predict memory, time and throughput of train.py's run with the same flags."""
-    return show_plan(*_parse(argv, plan, PlanSettings))
+    flags = _flags(argv, plan, PlanSettings, WriteFlags)
+    settings, ipu_config, planning, saving = train_settings(flags, PlanSettings, WriteFlags)
+    status = show_plan(settings, ipu_config, planning)
+    if saving.write:
+        from planner.from_settings import planned, write_pipeline
+        request = Request(settings, ipu_config, planning, planning.phase, flags)
+        print(write_pipeline(planned(request), request, saving.write), file=sys.stderr)
+    return status
 
 
 def search(argv: List[str]) -> int:
     """Find the best split and settings for a number of IPUs, at the same batch size."""
-    settings, ipu_config, planning, searching = _parse(argv, search, JobSettings, SearchSettings)
-    _refuse_trace(settings, "search")
-    ipus = POD_IPUS[settings.pod_type] if searching.ipus is None else searching.ipus
-    counts = [2 ** power for power in range(max(POD_IPUS.values()).bit_length())]
-    if ipus not in counts:
-        near = min(counts, key=lambda n: abs(n - ipus))
-        raise UsageError(
-            f"--ipus {ipus}: IPUs are reserved in powers of two, at most {counts[-1]}; the nearest "
-            f"is {near}")
-    _refuse_early(settings, planning)
-    from planner.from_settings import Request, planned
+    request, searching = _parse(argv, search, SearchSettings)
+    ipus = searching.ipus or POD_IPUS[request.settings.pod_type]
+    from planner.from_settings import planned, write_pipeline
     from planner.present import check_output, present
     from planner.search import search as best_plans
-    from planner.search import settings_of
     from planner.sides import Side
     from planner.text import search_text
 
     check_output(searching)
     begin = time.perf_counter()
-    request = Request(settings, ipu_config, planning, searching.phase)
     now = planned(request)
     if searching.inference and now.job.windows is None:
         raise UsageError("how many windows there are to answer is not known: give --eval_windows, "
                          "for the number of micro-batches of a call depends on it")
-    plans, tried = best_plans(now.job, ipus, ipu_config, now.efficiencies, searching.keep)
+    plans, tried = best_plans(now.job, ipus, request.ipu_config, now.efficiencies, searching.keep)
     seconds = time.perf_counter() - begin
     sides = [Side.from_search(str(place) if place else "given", plan, request, ipus)
              for place, plan in enumerate([now, *plans])]
     present(sides, searching, "Search", [side.plan for side in sides[1:]],
-            search_text(sides, tried, seconds, [now, *plans], ipu_config, ipus))
+            search_text(sides, tried, seconds, [now, *plans], request.ipu_config, ipus))
     if searching.write:
-        best = settings_of(plans[0], ipu_config, ipus)
-        with writing(f"--write {searching.write}"):
-            best.write(searching.write)
-        print(f"wrote {searching.write}; " +
-              _how_to_train(searching.write, plans[0], request, best, ipus), file=sys.stderr)
+        print(write_pipeline(plans[0], request, searching.write, ipus), file=sys.stderr)
     return 0
 
 
@@ -141,22 +134,18 @@ def compare(argv: List[str]) -> int:
 
 def explore(argv: List[str]) -> int:
     """Change a plan on a page of this machine, and see at once what it does."""
-    flags = _flags(argv, explore, JobSettings, ExploreSettings)
-    settings, _, _, exploring = train_settings(flags, JobSettings, ExploreSettings)
-    _refuse_trace(settings, "explore")
+    request, exploring = _parse(argv, explore, ExploreSettings)
     check_page("explore", "127.0.0.1", exploring.port)
     from planner.explore import serve_planner
     from runtime.signals import StopSignals
     with StopSignals():
-        serve_planner({name: value for name, value in flags.items()
-                       if name not in exploring.values()}, exploring)
+        serve_planner(request, exploring)
     return 0
 
 
 def calibrate(argv: List[str]) -> int:
     """Fit the planner to your own runs, or show its errors on published runs."""
-    settings, _, planning, calibrating = _parse(argv, calibrate, JobSettings, CalibrateSettings)
-    _refuse_trace(settings, "calibrate")
+    request, calibrating = _parse(argv, calibrate, CalibrateSettings)
     calibrating.check()
     from planner import calibrate as calibration
     from planner.from_settings import published
@@ -165,25 +154,23 @@ def calibrate(argv: List[str]) -> int:
     if calibrating.refit_published:
         fitted = calibration.fit_published(published())
         print(json.dumps(asdict(fitted), indent=2) if calibrating.json else fitted)
-        return 0
-    if calibrating.show:
-        now = calibration.load(planning.calibration)
+    elif calibrating.show:
+        now = calibration.load(request.planning.calibration)
         rows = calibration.compare(published(), now)
         print(json.dumps(fit_dict(rows), indent=2) if calibrating.json else fit_text(rows, now))
-        return 0
-    return _calibrate_own(argv, planning, calibrating)
+    else:
+        _calibrate_own(request, calibrating)
+    return 0
 
 
 def report(argv: List[str]) -> int:
     """Compare a PopVision profile with the plan of the same flags."""
-    settings, ipu_config, planning, reporting = _parse(argv, report, JobSettings, ReportSettings)
-    _refuse_trace(settings, "report")
-    from planner.from_settings import Request, planned
+    request, reporting = _parse(argv, report, ReportSettings)
+    from planner.from_settings import planned
     from planner.profile import advice, open_profile
     from planner.sides import Side
     from planner.text import profile_text
 
-    request = Request(settings, ipu_config, planning)
     profile, plan = open_profile(reporting.profile), planned(request)
     side = replace(Side.from_plan("", plan, request), profile=profile)
     print(profile_text(side) + f"\n\nWhat to change: {advice(profile, plan)}")
@@ -200,7 +187,7 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
         raise UsageError("--fit and --json exclude each other: `python -m planner calibrate "
                          "--show --json` gives the errors as JSON")
     _refuse_early(settings, planning)
-    from planner.from_settings import Request, planned, published
+    from planner.from_settings import planned, published
     from planner.present import check_output, present
     from planner.sides import Side
 
@@ -219,12 +206,22 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
     return 0
 
 
-def _parse(argv: List[str], command, *groups: type):
-    """Return what `parse_train` does for the flags of a command."""
-    return train_settings(_flags(argv, command, *groups), *groups)
+def _parse(argv: List[str], command: Callable, group: type) -> Tuple[Request, Any]:
+    """Return what a command is to plan, and its own settings, which are of the class `group`.
+
+    Raises UsageError for --trace: only `plan` writes one.
+    """
+    flags = _flags(argv, command, JobSettings, group)
+    settings, ipu_config, planning, own = train_settings(flags, JobSettings, group)
+    if settings.trace is not None:
+        raise UsageError(f"{settings.source('trace')} does nothing with {command.__name__}: leave "
+                         "it out; `plan` writes the timeline of a plan")
+    _refuse_early(settings, planning)
+    flags = {name: value for name, value in flags.items() if name not in own.values()}
+    return Request(settings, ipu_config, planning, getattr(own, "phase", TRAINING), flags), own
 
 
-def _flags(argv: List[str], command, *groups: type) -> Dict[str, Any]:
+def _flags(argv: List[str], command: Callable, *groups: type) -> Dict[str, Any]:
     """Return the values of a command's flags; its docstring is the description in --help."""
     return train_flags(argv, *groups, program=f"python -m planner {command.__name__}",
                        description=command.__doc__)
@@ -236,80 +233,50 @@ def _refuse_early(settings: TrainSettings, planning: JobSettings) -> None:
         check_checkpoint(settings, weights=False)
 
 
-def _refuse_trace(settings: TrainSettings, command: str) -> None:
-    """Raise UsageError if --trace was given to a command that writes none."""
-    if settings.trace is not None:
-        raise UsageError(f"{settings.source('trace')} does nothing with {command}: leave it out; "
-                         "`plan` writes the timeline of a plan")
+def _calibrate_own(request: Request, calibrating: CalibrateSettings) -> None:
+    """Fit the planner to the runs of --measured, and save the fit.
 
-
-def _how_to_train(path: str, plan, request, best: IPUConfig, ipus: int) -> str:
-    """Return how to use the file that --write wrote: what to add to one's flags, what to leave."""
-    text = (f"train with it: your flags and --ipu_config {path} "
-            f"--{plan.job.phase.micro_batch_flag} {plan.job.micro_batch_size}")
-    if ipus > POD_IPUS[request.settings.pod_type]:
-        text += f" --pod_type {pod_of(ipus)}"
-    ipu_config = request.ipu_config
-    # Flags win over a file.
-    replaced = [f"--{name}" for name, value in best.values().items()
-                if ipu_config.source(name) == f"--{name}" and name in ipu_config.sources
-                and value != getattr(ipu_config, name)]
-    return text + (f", but without {' '.join(replaced)}" if replaced else "")
-
-
-def _calibrate_own(argv: List[str], planning: JobSettings,
-                   calibrating: CalibrateSettings) -> int:
+    Raises UsageError for a run that no efficiencies explain.
+    """
     from planner import calibrate as calibration
-    from planner.from_settings import Request, make_job
+    from planner.from_settings import make_job, request_of
     from planner.machine import Efficiencies
     from planner.plan import make_plan
 
-    runs = []
-    for swept, measured in _measured(calibrating.measured or ""):
-        job = make_job(Request(*_parse([*argv, *swept], calibrate, JobSettings,
-                                       CalibrateSettings)[:3]))
-        before = make_plan(job, Efficiencies()).windows_per_second
-        if not 1 / PLAUSIBLE < measured / before < PLAUSIBLE or not math.isfinite(measured):
-            raise UsageError(
-                f"--measured windows_per_second={measured:g}: the plan of these flags says "
-                f"{before:,.0f}; give the flags that the run was started with")
-        runs.append((swept, job, measured, before))
-    fitted = calibration.fit_own([run[1:3] for run in runs], Efficiencies())
+    runs = _measured(calibrating.measured)
+    jobs = [make_job(request_of({**request.flags, **swept})) for swept, _ in runs]
+    fitted = calibration.fit_own([(job, speed) for job, (_, speed) in zip(jobs, runs)],
+                                 Efficiencies())
     if calibrating.profile:
         from planner.profile import open_profile
         fitted = replace(fitted, code_bytes=open_profile(calibrating.profile).code_bytes)
-    file = calibration.calibration_file(planning.calibration)
+    file = calibration.calibration_file(request.planning.calibration)
     calibration.save(fitted, file)
-    found: List[Dict[str, Any]] = [
-        {"flags": swept, "measured_windows_per_second": measured,
-         "planned_windows_per_second_before": before,
-         "planned_windows_per_second": make_plan(job, fitted).windows_per_second}
-        for swept, job, measured, before in runs]
+    rows = [{"flags": flag_words(swept), "measured_windows_per_second": speed,
+             "planned_windows_per_second_before": make_plan(job).windows_per_second,
+             "planned_windows_per_second": make_plan(job, fitted).windows_per_second}
+            for job, (swept, speed) in zip(jobs, runs)]
     if calibrating.json:
-        print(json.dumps({"runs": found, "file": str(file), **asdict(fitted)}, indent=2))
-        return 0
-    for (swept, *_), run in zip(runs, found):
-        print(" ".join([*swept, f"measured {run['measured_windows_per_second']:,.0f} windows/s; "
-                        f"planned {run['planned_windows_per_second_before']:,.0f} before and "
-                        f"{run['planned_windows_per_second']:,.0f} now"]))
-    print(
-        f"saved to {file}; plans use it from now on and say so; delete it to go back to the "
-        "published runs")
-    return 0
+        print(json.dumps({"runs": rows, "file": str(file), **asdict(fitted)}, indent=2))
+        return
+    for row in rows:
+        print(" ".join([*row["flags"], f"measured {row['measured_windows_per_second']:,.0f} "
+                        f"windows/s; planned {row['planned_windows_per_second_before']:,.0f} "
+                        f"before and {row['planned_windows_per_second']:,.0f} now"]))
+    print(f"saved to {file}; plans use it from now on and say so; delete it to go back to the "
+          "published runs")
 
 
-def _measured(given: str) -> List[Tuple[List[str], float]]:
-    """Return (the flags of its own, windows/s) of each run that --measured gives."""
-    if given.endswith(".csv"):
+def _measured(text: Optional[str]) -> List[Tuple[Dict[str, Any], float]]:
+    """Return (flags beside the command's, windows/s) of each run that --measured gives."""
+    if text and text.endswith(".csv"):
         from planner.sweep import measured_runs
-        return measured_runs(given)
-    name, _, value = given.partition("=")
-    try:
-        measured = float(value)
-    except ValueError:
-        measured = 0.0
-    if name != "windows_per_second" or not measured > 0:
-        raise UsageError(
-            "--measured: give what the run reached, as --measured windows_per_second=1234, or a "
-            "table of `sweep --run`")
-    return [([], measured)]
+        return [(train_flags(words, JobSettings, program="calibrate", description=""), speed)
+                for words, speed in measured_runs(text)]
+    name, _, value = (text or "").partition("=")
+    with suppress(ValueError):
+        if name == "windows_per_second" and 0 < float(value) < float("inf"):
+            return [({}, float(value))]
+    raise UsageError(
+        f"--measured{text and ' ' + text or ''}: give what the run reached, as --measured "
+        "windows_per_second=1234, or a table of `sweep --run`")

@@ -9,20 +9,19 @@ import json
 import shlex
 import threading
 from contextlib import suppress
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from dash import ALL, Input, Output, State, ctx, dcc, html, set_props
 from dash.exceptions import PreventUpdate
 
-from ipu_options.config import POD_IPUS, IPUConfig, pod_of
-from planner.flags import ExploreSettings, JobSettings, flag_words, flags_text
-from planner.from_settings import Request, planned, request_of
+from ipu_options.config import POD_IPUS, pod_of
+from planner.flags import ExploreSettings, JobSettings, Request, flags_text
+from planner.from_settings import planned, request_of, run_command, write_pipeline
 from planner.page import PLOT_CONFIG, figure
 from planner.phase import INFERENCE, TRAINING, Phase
 from planner.plan import Plan
-from planner.search import search, settings_in, settings_of
+from planner.search import search, settings_in
 from planner.sides import Side
 from planner.text import (
     comparison_text,
@@ -36,7 +35,6 @@ from planner.views import views_of
 from qa.settings import train_flags
 from qa.web.server import new_page, serve
 from runtime.errors import RunError, UsageError
-from runtime.files import writing
 
 
 class Form(NamedTuple):
@@ -71,9 +69,8 @@ _WRAPPED = {"whiteSpace": "pre-wrap", "overflowWrap": "anywhere", "userSelect": 
 
 
 class Planned(NamedTuple):
-    """A plan, the values of its flags, and the settings that these give."""
+    """A plan, and the settings that it is of."""
 
-    flags: Dict[str, Any]
     request: Request
     plan: Plan
 
@@ -81,7 +78,7 @@ class Planned(NamedTuple):
 def plan_of(flags: Dict[str, Any], phase: Phase) -> Planned:
     """Return the plan of these flags. Raises UsageError or RunError where there is none."""
     request = request_of(flags, phase)
-    return Planned(flags, request, planned(request))
+    return Planned(request, planned(request))
 
 
 def texts_of(base: Planned) -> Dict[str, str]:
@@ -107,7 +104,7 @@ def with_fields(base: Planned, texts: Dict[str, Any]) -> Dict[str, Any]:
         **{name: [_number(word) for word in str(texts[name] or "").split()] for name in form.texts},
         **{name: _number(texts[name]) for name in (*form.numbers, "ipu")},
         **{name: bool(texts[name]) for name in form.switches}}
-    return {**base.flags, **{name: value for name, value in values.items()
+    return {**base.request.flags, **{name: value for name, value in values.items()
                              if value not in (known[name], [known[name]])}, **further}
 
 
@@ -145,21 +142,6 @@ def flags_to(base: Planned, plan: Plan) -> Dict[str, Any]:
     return settings_in(plan, base.request.ipu_config, plan.job.ipus)
 
 
-def command(base: Planned, file: Optional[str] = None) -> str:
-    """Return the command line that runs a plan; with `file`, its pipeline is read from there."""
-    settings, _, planning, _ = base.request
-    if planning.shape() or planning.config_json:
-        return "(a model of given sizes has no checkpoint to train)"
-    flags = {**base.flags, **flags_to(base, base.plan)}
-    without = {f.name for group in (JobSettings, *[IPUConfig] * bool(file)) for f in fields(group)}
-    flags = {name: value for name, value in flags.items() if name not in without}
-    if file:
-        flags["ipu_config"] = file
-    if base.plan.job.ipus > POD_IPUS[settings.pod_type]:
-        flags["pod_type"] = pod_of(base.plan.job.ipus)
-    return shlex.join(["python", "train.py", *flag_words(flags)])
-
-
 def best(base: Planned) -> Plan:
     """Return the best plan on the pod, or on the IPUs that a plan takes if those are more."""
     job, request = base.plan.job, base.request
@@ -167,22 +149,12 @@ def best(base: Planned) -> Plan:
     return search(job, ipus, request.ipu_config, base.plan.efficiencies, 1)[0][0]
 
 
-def save(base: Planned, file: str) -> str:
-    """Write the pipeline of a plan to `file`, and return how to train with it.
+def serve_planner(request: Request, exploring: ExploreSettings) -> None:
+    """Serve the page until a signal ends the process. request: of the plan to begin with.
 
-    Raises RunError if it cannot be written.
+    Raises UsageError or RunError if it cannot be planned, or if the port cannot be had.
     """
-    with writing(f"--write {file}"):
-        settings_of(base.plan, base.request.ipu_config, base.plan.job.ipus).write(file)
-    return f"Wrote {file}. Train with it: {command(base, file)}"
-
-
-def serve_planner(flags: Dict[str, Any], exploring: ExploreSettings) -> None:
-    """Serve the page until a signal ends the process. flags: those of the plan to begin with.
-
-    Raises UsageError or RunError if they cannot be planned, or if the port cannot be had.
-    """
-    base = plan_of(flags, exploring.phase)
+    base = Planned(request, planned(request))
     count_ahead(base)
     serve(make_app(base, exploring.write), "127.0.0.1", exploring.port)
     threading.Event().wait()
@@ -194,7 +166,7 @@ def count_ahead(base: Planned) -> None:
     for pack in (True, False):
         for parts in COUNTED_AHEAD:
             try:
-                shown(plan_of({**base.flags, "pack": pack,
+                shown(plan_of({**base.request.flags, "pack": pack,
                                **phase.flags({"embedding_serialization_factor": parts})}, phase))
             except UsageError:
                 break  # of one's own data it is not known how well they pack
@@ -218,7 +190,7 @@ def make_app(base: Planned, file: str) -> Any:
         now = plan_of(with_fields(base, texts), phase)
         parts = shown(now, pinned)
         styles = {f"{name}-style": _height(parts[name]) for name in VIEWS}
-        return {**parts, **styles, "error": "", "flags": json.dumps(now.flags)}
+        return {**parts, **styles, "error": "", "flags": json.dumps(now.request.flags)}
 
     @app.callback(Output("moves", "children"), Input(next(iter(form.texts)), "value"),
                   State({"from": ALL, "to": ALL}, "id"))
@@ -265,8 +237,9 @@ def _add_actions(app: Any, base: Planned, file: str) -> None:
 
     @app.callback(Output("said", "children", allow_duplicate=True), Input("save", "n_clicks"),
                   states, prevent_initial_call=True)
-    def write_pipeline(clicks: int, texts: Dict[str, Any]) -> str:
-        return save(plan_of(with_fields(base, texts), phase), file)
+    def save(clicks: int, texts: Dict[str, Any]) -> str:
+        now = plan_of(with_fields(base, texts), phase)
+        return write_pipeline(now.plan, now.request, file)
 
 
 def moved(layers_per_ipu: str, start: int, end: int) -> str:
@@ -291,7 +264,7 @@ def shown(now: Planned, pinned: Optional[str] = None) -> Dict[str, Any]:
         for change in plan["suggestions"][:4]]
     return {
         "verdict": "\n".join([verdict(plan), throughput_line(plan), heading(plan)]),
-        "text": comparison_text(sides), "command": command(now),
+        "text": comparison_text(sides), "command": run_command(now.plan, now.request),
         "advice": offers or [html.Li(plan["suggestion"])],
         **{name: figures[name] for name in VIEWS}}
 
@@ -303,7 +276,7 @@ def pinned_side(flags: str, phase: Phase) -> Side:
 
 
 def _side(name: str, now: Planned) -> Side:
-    return Side.from_plan(name, now.plan, now.request, flags_text(now.flags))
+    return Side.from_plan(name, now.plan, now.request, flags_text(now.request.flags))
 
 
 def _height(figure: Dict[str, Any]) -> Dict[str, Any]:

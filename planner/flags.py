@@ -5,8 +5,9 @@ import json
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
+from ipu_options.config import POD_IPUS, IPUConfig
 from planner.phase import INFERENCE, TRAINING, Phase
 from qa.settings import TrainSettings, refuse_several_hosts
 from runtime.errors import UsageError
@@ -73,6 +74,13 @@ class PhaseFlags(Settings):
 
 
 @dataclass
+class WriteFlags(Settings):
+    """The pipeline's file."""
+
+    write: Optional[str] = flag(None, "write the pipeline to this ipu_config.json")
+
+
+@dataclass
 class OutputFlags(Settings):
     """The output."""
 
@@ -88,6 +96,16 @@ class PlanSettings(OutputFlags, PhaseFlags, JobSettings):
     """Planning."""
 
     fit: bool = flag(False, "also print the planner's error on each published run")
+
+
+class Request(NamedTuple):
+    """What to plan: the settings of a run, and which of its pipelines. flags: their values."""
+
+    settings: TrainSettings
+    ipu_config: IPUConfig
+    planning: JobSettings
+    phase: Phase = TRAINING
+    flags: Dict[str, Any] = {}
 
 
 @dataclass
@@ -108,11 +126,12 @@ class TrainPlanSettings(PlanSettings):
 
 
 @dataclass
-class SearchSettings(OutputFlags, PhaseFlags):
+class SearchSettings(WriteFlags, OutputFlags, PhaseFlags):
     """Search."""
 
-    ipus: Optional[int] = flag(None, "IPUs to use (default: those of the pod)", type=int)
-    write: Optional[str] = flag(None, "write the best settings to this ipu_config.json")
+    ipus: Optional[int] = flag(
+        None, "IPUs to use (default: those of the pod)", type=int,
+        choices=tuple(2 ** power for power in range(max(POD_IPUS.values()).bit_length())))
     keep: int = flag(5, "number of settings to show", min=1)
 
 

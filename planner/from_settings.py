@@ -3,23 +3,26 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, Optional
 
 from ipu_options.config import IPUS_OF_A_HOST, POD_IPUS, IPUConfig, pod_of, reserved_ipus
 from ipu_options.layout import in_ipus
 from planner import calibrate
-from planner.flags import MODELS, JobSettings
+from planner.flags import MODELS, JobSettings, Request, flag_words
 from planner.job import Job
 from planner.machine import MACHINES
 from planner.phase import INFERENCE, TRAINING, Phase
 from planner.plan import Plan, make_plan
+from planner.search import settings_in, settings_of
 from qa.data import demo
 from qa.settings import TrainSettings, train_settings
 from runtime.errors import UsageError
-from runtime.files import read_json_object
+from runtime.files import read_json_object, writing
 
 # Mean number of real tokens of a window, and number of windows of an epoch, for SQuAD at length 384
 # and stride 128. v1: as in the published run of roberta-base; v2: as in that of
@@ -31,18 +34,9 @@ WINDOWS = {
 PACKING_EFFICIENCY = 0.97  # share of real tokens in the rows that best-fit decreasing packs
 
 
-class Request(NamedTuple):
-    """What to plan: the settings of a run, and which of its pipelines."""
-
-    settings: TrainSettings
-    ipu_config: IPUConfig
-    planning: JobSettings
-    phase: Phase = TRAINING
-
-
 def request_of(flags: Dict[str, Any], phase: Phase = TRAINING) -> Request:
     """Return the request of flags by name. Raises what `train_settings` raises."""
-    return Request(*train_settings(flags, JobSettings), phase)
+    return Request(*train_settings(flags, JobSettings), phase, flags)
 
 
 def make_job(request: Request) -> Job:
@@ -55,7 +49,7 @@ def make_job(request: Request) -> Job:
     from planner.count import make_counter
     from qa.families import check_row_length, most_tokens
 
-    settings, ipu_config, planning, phase = request
+    settings, ipu_config, planning, phase, _ = request
     model = planned_model(request)
     config, layout, _ = vars(phase.pipeline(
         ipu_config, model.num_hidden_layers, planned_pod(request))).values()
@@ -89,6 +83,36 @@ def planned(request: Request) -> Plan:
     Raises what `make_job` raises, and UsageError for a wrong calibration file.
     """
     return make_plan(make_job(request), calibrate.load(request.planning.calibration))
+
+
+def run_command(plan: Plan, request: Request, file: Optional[str] = None) -> str:
+    """Return the command line that runs a plan; with `file`, its pipeline is read from there.
+
+    plan: of the same model and data as the request's.
+    """
+    settings, ipu_config, planning, _, flags = request
+    if planning.shape() or planning.config_json:
+        return "(a model of given sizes has no checkpoint to train)"
+    flags = {**flags, **settings_in(plan, ipu_config, plan.job.ipus)}
+    names = {"ipu_config", *(f.name for group in (TrainSettings, *[IPUConfig] * (file is None))
+                             for f in fields(group))}
+    flags = {name: value for name, value in flags.items() if name in names}
+    if file:
+        flags["ipu_config"] = file
+    if plan.job.ipus > POD_IPUS[settings.pod_type]:
+        flags["pod_type"] = pod_of(plan.job.ipus)
+    return shlex.join(["python", "train.py", *flag_words(flags)])
+
+
+def write_pipeline(plan: Plan, request: Request, file: str, ipus: Optional[int] = None) -> str:
+    """Write the pipeline of a plan to `file`, and return how to train with it.
+
+    ipus: of the pod, for which the pipeline of the other phase is made to fit, too; by default the
+    plan's. Raises RunError if the file cannot be written.
+    """
+    with writing(f"--write {file}"):
+        settings_of(plan, request.ipu_config, ipus or plan.job.ipus).write(file)
+    return f"Wrote {file}. Train with it: {run_command(plan, request, file)}"
 
 
 def pod_note(request: Request, job: Job) -> Optional[str]:
@@ -189,7 +213,7 @@ def planned_model(request: Request) -> Any:
     """
     from qa.families import family_of
 
-    settings, planning, _ = request.settings, request.planning, request.phase
+    settings, planning = request.settings, request.planning
     if planning.config_json is not None:
         model = _from_json(planning.config_json)
     elif settings.demo_data:

@@ -14,8 +14,8 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig, pod_of
 from planner.advice import changes, suggestion
 from planner.confidence import CONFIDENCE, expected_error
-from planner.flags import SHAPE, JobSettings, flags_text
-from planner.from_settings import Request, planned, planned_model, planned_name, pod_note
+from planner.flags import SHAPE, JobSettings, Request, flags_text
+from planner.from_settings import planned, planned_model, planned_name, pod_note
 from planner.memory import reasons
 from planner.phase import INFERENCE, PHASES, TRAINING, Phase
 from planner.plan import Plan, latency_seconds

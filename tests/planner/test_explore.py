@@ -17,6 +17,7 @@ from planner import count
 from planner.advice import changes
 from planner.commands import main
 from planner.flags import JobSettings, flag_words, flags_text
+from planner.from_settings import run_command, write_pipeline
 from planner.machine import MIB
 from planner.phase import TRAINING
 from qa.settings import parse_train, train_flags
@@ -79,7 +80,7 @@ def lengths(figure, name):
     ({"micro_batch_size": 4000}, "--micro_batch_size 4000")])
 def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, flags, capsys):
     base = plan_of(explore, SMALL)
-    pin = json.dumps(base.flags)
+    pin = json.dumps(base.request.flags)
     shown = explore.shown(changed(explore, base, **changes), pin)
     # --layers_per_ipu of SMALL ends with the next flag; a later one wins.
     plan, pinned = printed(capsys, "plan", *SMALL, *flags.split()), printed(capsys, "plan", *SMALL)
@@ -131,9 +132,9 @@ def test_the_command_line_runs_what_is_shown_and_so_does_the_saved_file(
     base = plan_of(explore, [*BASE, "--ipu", "bow"])
     made = changed(explore, base, layers_per_ipu="1 1 2 2 2 2 1 1", replication_factor=2,
                    gradient_accumulation_steps=64, further="--learning_rate 3e-5", pack=["true"])
-    plan = printed(capsys, "plan", *flag_words(made.flags))
-    said = explore.save(made, "saved.json")
-    for command in (explore.command(made), said.partition("Train with it: ")[2]):
+    plan = printed(capsys, "plan", *flag_words(made.request.flags))
+    said = write_pipeline(made.plan, made.request, "saved.json")
+    for command in (run_command(made.plan, made.request), said.partition("Train with it: ")[2]):
         program, script, *words = shlex.split(command)
         assert (program, script) == ("python", "train.py") and "bow" not in words
         assert {"--pack", "--learning_rate", "--pod_type"} <= set(words)

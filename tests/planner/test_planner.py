@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -352,9 +353,13 @@ def test_a_config_json_that_no_model_has_is_refused_by_name(changed, message, tm
     ("calibrate --show --profile p", "--measured"),
     ("plan --fit --json", "calibrate --show --json"),
     ("search --inference --dataset_name squad --max_seq_length 256", "--eval_windows"),
-    ("search --ipus 12", "the nearest is 8"),
-    ("search --ipus 0", "powers of two"),
-    ("search --ipus 1000000000000", "at most 256"),
+    ("search --ipus 12", "--ipus 12: choose from 1 2 4 8 16 32 64 128 256"),
+    ("calibrate", "--measured: give what the run reached"),
+    ("calibrate --measured rows=3", "--measured rows=3: give what the run reached"),
+    ("calibrate --measured windows_per_second=inf", "--measured windows_per_second=inf: give"),
+    # As packed rows reach it, with the flag forgotten.
+    ("calibrate --measured windows_per_second=2640 --config squad_large_384 --pod_type pod16",
+     "--measured windows_per_second=2640: the plan of these flags expects 637 to 796"),
     ("plan --hidden_size 1000000000", "65536"),
     ("plan --num_hidden_layers 100000", "256"),
     ("plan --micro_batch_size 99999999", "4096"),
@@ -528,6 +533,20 @@ def test_pictures_and_trace_are_written(tmp_path, capsys):
     assert len([e for e in events if e["name"].startswith("forward")]) == 4 * 32
     assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == [
         f"IPU {i}" for i in range(4)]
+
+
+def test_a_plan_writes_its_pipeline_and_the_command_that_runs_it(tmp_path, capsys):
+    path = tmp_path / "my pipeline.json"
+    flags = ["--config", "squad_large_384", "--micro_batch_size", "4", "--json",
+             "--gradient_accumulation_steps", "32", "--pod_type", "pod16"]
+    assert main(["plan", *flags, "--ipu", "bow", "--write", str(path)]) == 0
+    out, said = capsys.readouterr()
+    _, script, *words = shlex.split(said.partition("Train with it: ")[2])
+    assert script == "train.py" and {"--json", "--ipu", "--write"}.isdisjoint(words)
+    assert main(["plan", *words, "--json", "--ipu", "bow"]) == 0
+    again, plan = json.loads(capsys.readouterr().out), json.loads(out)
+    assert again["windows_per_second"] == plan["windows_per_second"]
+    assert again["layers_per_ipu"] == [3, 7, 7, 7] and again["micro_batch_size"] == 4
 
 
 def test_sweep_goes_on_where_it_was_for_the_same_job_alone(tmp_path, capsys):
