@@ -21,7 +21,8 @@ CONFIG = RobertaConfig(vocab_size=1000, hidden_size=32, num_hidden_layers=1, num
                        pad_token_id=1, initializer_range=0.5)
 
 
-@pytest.mark.parametrize("most, rows_worth_a_worker", [(1, 10_000), (4, 10_000), (4, 0)])
+@pytest.mark.parametrize("most, rows_worth_a_worker", [
+    (1, 10_000), (4, 10_000), pytest.param(4, 0, marks=pytest.mark.slow)])
 def test_answers_are_those_of_each_window_alone(monkeypatch, most, rows_worth_a_worker):
     monkeypatch.setattr(inference, "_ROWS_WORTH_A_WORKER", rows_worth_a_worker)
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from qa.settings import TrainSettings
 from runtime.errors import RunError
 
 
-@pytest.mark.parametrize("version_2", [False, True])
+@pytest.mark.parametrize("version_2", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_demo(tmp_path, version_2):
     state = torch.random.get_rng_state()
     for folder in ("demo", "again"):

@@ -134,6 +134,7 @@ def answer_by_transformers(folder):
     return TEXT[offsets[first][0]:offsets[last][1]]
 
 
+@pytest.mark.slow
 def test_a_folder_of_save_pretrained_answers_as_transformers_does(folders, run):
     expected = answer_by_transformers(folders / "whole")
     for name in ("whole", "shards"):

@@ -283,6 +283,7 @@ def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(demo, tmp_path, c
                      capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_run_on_synthetic_data_is_timed_and_reads_and_saves_nothing(demo, tmp_path, capsys):
     assert fit(demo / "v1", tmp_path / "out", "--synthetic_data", "--max_steps", "4",
                "--save_steps", "1", "--evaluate_every_epoch", "--logging_steps", "2") == 0

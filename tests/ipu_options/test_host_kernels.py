@@ -68,6 +68,7 @@ def test_attention_dropout_drops_probabilities_and_scales_the_others():
     assert abs(1 - kept.double().mean() - p) < 0.02
 
 
+@pytest.mark.slow
 def test_gradients_with_dropout_are_those_of_finite_differences():
     window_ids = rows_of([[3, 4], [5]], 8)
 

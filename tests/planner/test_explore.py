@@ -113,6 +113,7 @@ def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, fl
     assert f"Predicted: {plan['windows_per_second']:,.0f} windows/s" in shown["verdict"]
 
 
+@pytest.mark.slow
 def test_a_change_waits_for_no_count_of_the_model(explore, monkeypatch):
     base = plan_of(explore, [*SMALL, "--intermediate_size", "96"])  # counted by no other test
     explore.count_ahead(base)

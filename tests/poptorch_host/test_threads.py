@@ -63,6 +63,7 @@ def test_small_layers_take_one_thread_and_the_users_own_number_stays(machine, mo
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's allocator")
 @pytest.mark.parametrize("settings, kept", [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
 def test_freed_memory_is_kept_unless_the_user_has_settings_of_the_allocator(settings, kept):

@@ -163,6 +163,7 @@ def card_of(folder, **settings):
     return model_card(folder, "ada/my-model", TrainSettings(output_dir=str(folder), **settings))
 
 
+@pytest.mark.slow
 def test_a_run_that_only_evaluates_shares_the_model_with_its_new_metrics(hub, trained, tmp_path):
     scores = tmp_path / "scores"
     scores.mkdir()
@@ -185,6 +186,7 @@ def test_a_run_that_only_evaluates_shares_the_model_with_its_new_metrics(hub, tr
     assert refused.returncode == 2 and "(it has no run.json): name one" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "token, repo_id, read_only, status, message",
     [("hf_bad", "ada/m", False, 1,
@@ -202,6 +204,7 @@ def test_what_goes_wrong_is_one_line(hub, trained, token, repo_id, read_only, st
     assert re.match(message, done.stderr), done.stderr
 
 
+@pytest.mark.slow
 def test_a_login_is_checked_before_the_run(hub):
     assert call(hub.url, "check_push", {"hub_token": "hf_good"}).returncode == 0
     for token in ("hf_bad", None):
