@@ -37,10 +37,12 @@ class Layout:
 
         Consecutive blocks on one IPU form one stage. Blocks that return to an earlier IPU form
         another stage there (PopTorch user guide, AutoStage.AutoIncrement with explicit IPU ids).
+        PopTorch begins on IPU 0, where an embedding elsewhere leaves a stage without blocks
+        (popart_compiler/source/Compiler.cpp, setActiveIpu).
         """
-        stages: List[Tuple[int, List[str]]] = []
+        stages: List[Tuple[int, List[str]]] = [(0, [])]
         for name, ipu in self.blocks():
-            if not stages or stages[-1][0] != ipu:
+            if stages[-1][0] != ipu:
                 stages.append((ipu, []))
             stages[-1][1].append(name)
         return stages

@@ -65,8 +65,9 @@ def copy_seconds(job: Job) -> float:
     stages = job.stages()
     sent: Dict[int, int] = dict.fromkeys((ipu for ipu, _ in stages), 0)
     for (ipu, blocks), (following, _) in zip(stages, stages[1:]):
-        sent[ipu] += blocks[-1].output_bytes
-        sent[following] += blocks[-1].output_bytes if job.training else 0
+        output = blocks[-1].output_bytes if blocks else 0  # token ids are few
+        sent[ipu] += output
+        sent[following] += output if job.training else 0
     return max(sent.values()) / (job.machine.link_bytes_per_second * LINK_SHARE)
 
 

@@ -46,7 +46,9 @@ class Totals(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def stage_totals(blocks: Tuple[CountedBlock, ...]) -> Totals:
-    """Return the totals of one stage, as numbers."""
+    """Return the totals of one stage, as numbers; 0 without blocks."""
+    if not blocks:
+        return Totals(*[0] * len(Totals._fields))
     return Totals(*(int(field[0, len(blocks)]) for field in range_totals(blocks)))
 
 

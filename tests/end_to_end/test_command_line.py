@@ -143,6 +143,9 @@ TRAIN_WITH_MODEL = [
     ("--layers_per_ipu 3 --ipus_per_replica 2", "--ipus_per_replica is 2", "must agree"),
     ("--layers_per_ipu 1 0 2 --embedding_ipu 0", "--layers_per_ipu 1 0 2",
      "IPU 1 without any block"),
+    # IPU 0, where PopTorch begins, then 1, 0 and 1: four stages.
+    ("--layers_per_ipu 2 1 --embedding_ipu 1 --gradient_accumulation_steps 6",
+     "--gradient_accumulation_steps 6", "needs at least 7"),
     ("--layers_per_ipu 1 1 1 --gradient_accumulation_steps 4", "--gradient_accumulation_steps 4",
      "at least 5"),
     ("--layers_per_ipu 1 1 1 --inference_layers_per_ipu 1 1 1 --inference_device_iterations 2",

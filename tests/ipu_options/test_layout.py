@@ -11,7 +11,7 @@ from ipu_options.config import (
     read_ipu_config,
     training_pipeline,
 )
-from ipu_options.layout import make_layout
+from ipu_options.layout import Layout, make_layout
 from runtime.errors import UsageError
 
 
@@ -32,11 +32,11 @@ def test_layers_are_where_layers_per_ipu_says(given, layers, ipus, counts):
 
 
 def test_stages_are_changes_of_ipu():
-    # Every placement of 4 layers on 3 IPUs, with the embedding on IPU 0 and the head on IPU 2.
-    for ipus in itertools.product(range(3), repeat=4):
-        from ipu_options.layout import Layout
-        layout = Layout(0, ipus, 2)
-        path = [0, *ipus, 2]
+    # Every placement of embedding and 3 layers on 3 IPUs, the head on IPU 2. PopTorch begins on
+    # IPU 0 (popart_compiler/source/Compiler.cpp, setActiveIpu).
+    for embedding, *ipus in itertools.product(range(3), repeat=4):
+        layout = Layout(embedding, tuple(ipus), 2)
+        path = [0, embedding, *ipus, 2]
         changes = 1 + sum(a != b for a, b in zip(path, path[1:]))
         assert len(layout.stages()) == changes
         assert [name for _, names in layout.stages() for name in names] == [

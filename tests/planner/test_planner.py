@@ -411,6 +411,16 @@ def test_short_pipelines_are_planned(layers, capsys):
     assert (plan["ipus"][0]["stash_bytes"] > 0) == (stages > 1)
 
 
+def test_an_embedding_beyond_ipu_0_costs_the_stage_that_poptorch_begins_with(capsys):
+    flags = [*SMALL[:6], *SMALL[11:], "--layers_per_ipu", "2", "2", "--json"]
+    steps = {}
+    for embedding in ("0", "1"):
+        assert main(["plan", *flags, "--embedding_ipu", embedding]) == 0
+        steps[embedding] = json.loads(capsys.readouterr().out)["pipeline_steps"]
+    # IPUs 0 and 1; IPUs 0, 1, 0 and 1.
+    assert steps == {"0": 32 + 2 * 1, "1": 32 + 2 * 3}
+
+
 @pytest.mark.slow
 def test_a_plan_takes_the_pod_it_needs_and_says_what_a_run_needs(capsys):
     small = [*SMALL, "--replication_factor"]
