@@ -9,6 +9,9 @@ Commands, each of which has a --help:
     explore     change a plan on a page, and see at once what it does
     calibrate   fit the planner to your own runs
     report      compare a PopVision profile with the plan
+
+`plan` ends with status 3 if what it plans does not fit, `sweep` with 1 if no combination could be
+planned or run.
 """
 from __future__ import annotations
 
@@ -32,11 +35,14 @@ from planner.flags import (
     SearchSettings,
     WriteFlags,
     flag_words,
+    flags_text,
 )
 from planner.phase import TRAINING
 from qa.families import check_checkpoint
 from qa.settings import TrainSettings, check_page, train_flags, train_settings
 from runtime.errors import UsageError
+
+DOES_NOT_FIT = 3  # exit status of a plan that does not fit
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -76,6 +82,7 @@ def search(argv: List[str]) -> int:
     from planner.from_settings import planned, write_pipeline
     from planner.present import check_output, present
     from planner.search import search as best_plans
+    from planner.search import settings_in
     from planner.sides import Side
     from planner.text import search_text
 
@@ -87,10 +94,16 @@ def search(argv: List[str]) -> int:
                          "for the number of micro-batches of a call depends on it")
     plans, tried = best_plans(now.job, ipus, request.ipu_config, now.efficiencies, searching.keep)
     seconds = time.perf_counter() - begin
-    sides = [Side.from_search(str(place) if place else "given", plan, request, ipus)
-             for place, plan in enumerate([now, *plans])]
-    present(sides, searching, "Search", [side.plan for side in sides[1:]],
-            search_text(sides, tried, seconds, [now, *plans], request.ipu_config, ipus))
+    changes = [settings_in(plan, request.ipu_config, ipus) for plan in [now, *plans]]
+    names = dict.fromkeys(name for change in changes for name in change)
+    flags = [{name: change.get(name, getattr(request.ipu_config, name, None)) for name in names}
+             for change in changes]
+    sides = [replace(Side.from_plan(str(place) if place else "now", plan, request),
+                     title=flags_text(change))
+             for place, (plan, change) in enumerate(zip([now, *plans], changes))]
+    text, ranking = search_text(sides, flags, tried, seconds, plans[0].job)
+    present(sides, searching, "Search", [side.plan for side in sides[1:]], text, ranking,
+            ["", *(f"{side.name}: {side.title}" for side in sides[1:])])
     if searching.write:
         print(write_pipeline(plans[0], request, searching.write, ipus), file=sys.stderr)
     return 0
@@ -178,7 +191,7 @@ def report(argv: List[str]) -> int:
 
 
 def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings) -> int:
-    """Print the plan of train.py's run with these settings and return the exit status, 0.
+    """Print the plan of train.py's run with these settings and return the exit status.
 
     Also prints, draws or writes what the planner's flags and --trace ask for. Raises UsageError or
     RunError where that is not possible.
@@ -203,7 +216,7 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
     if settings.trace:
         from planner.pictures import write_timeline
         write_timeline(side.plan, settings.trace)
-    return 0
+    return 0 if plan.fits else DOES_NOT_FIT
 
 
 def _parse(argv: List[str], command: Callable, group: type) -> Tuple[Request, Any]:

@@ -23,14 +23,7 @@ from planner.phase import INFERENCE, TRAINING, Phase
 from planner.plan import Plan
 from planner.search import search, settings_in
 from planner.sides import Side
-from planner.text import (
-    comparison_text,
-    describe,
-    heading,
-    throughput_line,
-    value_text,
-    verdict,
-)
+from planner.text import comparison_text, heading, value_text, verdict
 from planner.views import views_of
 from qa.settings import train_flags
 from qa.web.server import new_page, serve
@@ -258,12 +251,12 @@ def shown(now: Planned, pinned: Optional[str] = None) -> Dict[str, Any]:
     sides = [*([pinned_side(pinned, now.request.phase)] if pinned else []), _side("now", now)]
     plan = sides[-1].plan
     figures = {view.name: figure(view) for view in views_of(sides)}
-    offers = [html.Li([describe(plan, change), " ", html.Button(
+    offers = [html.Li([change["text"], " ", html.Button(
         "Try", id={"flags": json.dumps(change["settings"])},
         **{"aria-label": f"Try {flags_text(change['settings'])}"})])
         for change in plan["suggestions"][:4]]
     return {
-        "verdict": "\n".join([verdict(plan), throughput_line(plan), heading(plan)]),
+        "verdict": "\n".join([*verdict(sides[-1:]), heading(plan)]),
         "text": comparison_text(sides), "command": run_command(now.plan, now.request),
         "advice": offers or [html.Li(plan["suggestion"])],
         **{name: figures[name] for name in VIEWS}}

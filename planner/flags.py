@@ -89,6 +89,7 @@ class OutputFlags(Settings):
         None, "draw memory and time to this .png, .svg or .pdf file")
     html: Optional[str] = flag(
         None, "write memory and time to this .html file, which needs no network")
+    legend: bool = flag(False, "also explain every column and bar")
 
 
 @dataclass

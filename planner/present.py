@@ -7,7 +7,7 @@ from typing import Any, Optional, Sequence
 from planner.page import check_page, write_page
 from planner.pictures import check_picture, draw
 from planner.sides import Side
-from planner.text import comparison_text
+from planner.text import Ranking, comparison_text, legend, table
 from runtime.flags import Settings
 
 
@@ -20,19 +20,22 @@ def check_output(output: Settings) -> None:
 
 
 def present(sides: Sequence[Side], output: Settings, title: str, record: Any = None,
-            text: Optional[str] = None) -> None:
+            text: Optional[str] = None, ranking: Optional[Ranking] = None,
+            notes: Sequence[str] = ()) -> None:
     """Print `sides`, and draw or write what the flags `output` of a command ask for.
 
-    title: of the picture and the page. record: what --json prints. text: what is printed in place
-    of the comparison; a page has both. Raises UsageError or RunError for a file that cannot be
+    title: of the picture and the page. record: what --json prints. text, ranking, notes: what is
+    printed in place of the comparison. Raises UsageError or RunError for a file that cannot be
     written.
     """
-    compared = comparison_text(sides)
+    printed = "\n".join([text, "", table(*ranking), *notes]) if ranking else comparison_text(sides)
     if getattr(output, "json", False):
         print(json.dumps(record, indent=2))
     else:
-        print(text or compared)
+        print(printed)
+    if getattr(output, "legend", False):
+        print("\n" + legend(sides))
     if getattr(output, "plot", None):
         draw(sides, output.plot, title)
     if getattr(output, "html", None):
-        write_page(output.html, title, sides, f"{text}\n\n{compared}" if text else compared)
+        write_page(output.html, title, sides, printed)

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig, pod_of
-from planner.advice import changes, suggestion
+from planner.advice import changes, describe, suggestion
+from planner.bound import bound_record, stage_composition
 from planner.confidence import CONFIDENCE, expected_error
-from planner.flags import SHAPE, JobSettings, Request, flags_text
+from planner.flags import SHAPE, JobSettings, Request
 from planner.from_settings import planned, planned_model, planned_name, pod_note
 from planner.memory import reasons
 from planner.phase import INFERENCE, PHASES, TRAINING, Phase
 from planner.plan import Plan, latency_seconds
 from planner.profile import Profile, open_profile, profile_file
-from planner.search import settings_in
 from qa.settings import TrainSettings, parse_train
 from runtime.errors import RunError, UsageError
 from runtime.files import read_json_object
@@ -95,14 +95,6 @@ class Side:
         record = plan_record(plan, request)
         return cls(name, item, kind, item if item.strip() else record["title"],
                    {**request.settings.values(), **_recorded_settings(record)}, record)
-
-    @classmethod
-    def from_search(cls, name: str, plan: Plan, request: Request, ipus: int) -> "Side":
-        """Return a plan that a search for `ipus` IPUs looked at; its title is its settings."""
-        side = cls.from_plan(name, plan, request)
-        size = {plan.job.phase.micro_batch_flag: plan.job.micro_batch_size}
-        return replace(side, title=flags_text(settings_in(plan, request.ipu_config, ipus)),
-                       settings={**side.settings, **size})
 
     @classmethod
     def from_saved_plan(cls, name: str, item: str, plan: Dict[str, Any]) -> "Side":
@@ -250,8 +242,9 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         "suggestion": suggestion(plan, better),
         "suggestions": [{
             "flags": change.text, "settings": change.settings, "fits": change.plan.fits,
-            "windows_per_second": change.plan.windows_per_second} for change in better],
-        "why_not": reasons(job, plan.memory),
+            "windows_per_second": change.plan.windows_per_second,
+            "text": describe(plan, change)} for change in better],
+        "why_not": reasons(job, plan.memory), **bound_record(plan, better),
         "ipus": [{
             "ipu": ipu, "blocks": names[ipu], "total_bytes": sum(parts.values()),
             "limit_bytes": limit, "fits": sum(parts.values()) <= limit,
@@ -261,8 +254,10 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         "stages": [{
             "stage": i, "ipu": work.ipu, "blocks": [block.name for block in blocks],
             "forward_seconds": work.forward, "recompute_seconds": work.recompute,
-            "backward_seconds": work.backward}
-            for i, (work, (_, blocks)) in enumerate(zip(plan.work, job.stages()))],
+            "backward_seconds": work.backward,
+            **{f"{name}_seconds": seconds for name, seconds in terms.items()}}
+            for i, (work, (_, blocks), terms) in enumerate(zip(
+                plan.work, job.stages(), stage_composition(plan)))],
         "blocks": [{
             "name": block.name, "ipu": ipu, "parameters": block.parameters,
             "forward_flops": block.forward_flops, "backward_flops": block.backward_flops,

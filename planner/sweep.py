@@ -8,6 +8,7 @@ import csv
 import hashlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 from planner.flags import SweepSettings
 from planner.present import check_output, present
 from planner.sides import THIS_HOST, Side, parse_around
-from planner.text import table
+from planner.text import ranking
 from planner.views import mib
 from runtime.errors import RunError, UsageError
 from runtime.files import writing, written_whole
@@ -32,37 +33,40 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def run_sweep(argv: Sequence[str]) -> int:
-    """Run the sweep that `argv` asks for (see USAGE), print its table and return 0.
+    """Run the sweep that `argv` asks for (see USAGE), print its table and return the exit status.
 
-    Rows are written as soon as they are known. A combination that the --output file holds for the
-    same job (all settings, IPU generation and calibration) is skipped, unless it was refused or its
-    run failed. If a combination is not possible or its run fails, the status in its row says why.
-    Raises UsageError for a wrong command line, RunError if the file cannot be written.
+    It is 1 if every combination was refused or its run failed. Rows are written as soon as they are
+    known. A combination that the --output file holds for the same job (all settings, IPU generation
+    and calibration) is skipped, unless it was refused or its run failed. What does not fit is not
+    run. Raises UsageError for a wrong command line, RunError if the file cannot be written.
     """
     swept, sweeping, common = parse(argv)
     check_output(sweeping)  # before a measurement of hours
     output = Path(sweeping.output)
-    rows, pairs = read_rows(output), []
-    for words in combinations(swept):
+    rows, tried = read_rows(output), []
+    for values in combinations(swept):
+        words = [word for name, value in values.items() for word in (f"--{name}", *value.split())]
         side, row = plan_row(words, common)
         earlier = [old for old in rows if _key(old) == _key(row)]
         done = [old for old in earlier if old["status"].startswith("measured")]
         if done:
             row = done[0]
-        elif sweeping.run and row["status"] == "planned":
+        elif sweeping.run and row["fits"] == "yes":
             print(f"{row['setting']}: measuring", file=sys.stderr, flush=True)
             row.update(measure_run(words + common, sweeping.steps, sweeping.timeout))
         if row not in earlier:
             rows = [old for old in rows if _key(old) != _key(row)] + [row]
             write_rows(output, rows)
-            print(f"{row['setting']}: {row['status']}", file=sys.stderr)
-        pairs.append((side, row))
-    pairs = ordered(pairs)
-    others = f", {len(rows) - len(pairs)} of other jobs" if len(rows) > len(pairs) else ""
-    present([side.with_row(str(place), row) for place, (side, row) in enumerate(pairs, 1)],
-            sweeping, "Sweep", text=sweep_table([row for _, row in pairs]) +
-            f"\n{len(rows)} rows in {output}{others}")
-    return 0
+            if sweeping.run:
+                print(f"{row['setting']}: {row['status']}", file=sys.stderr)
+        tried.append((values, side, row))
+    tried = [(values, side.with_row(str(place), row), row)
+             for place, (values, side, row) in enumerate(sorted(tried, key=_rank), 1)]
+    others = f", {len(rows) - len(tried)} of other jobs" if len(rows) > len(tried) else ""
+    present([side for _, side, _ in tried], sweeping, "Sweep", text=_answer(tried) +
+            f"\n{len(rows)} rows in {output}{others}", ranking=ranking(_entries(tried)),
+            notes=[f"{side.name}: {row['status']}" for _, side, row in tried if _failed(row)])
+    return int(all(_failed(row) for _, _, row in tried))
 
 
 def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, List[str]]:
@@ -93,12 +97,9 @@ def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, Lis
     return swept, sweeping, common
 
 
-def combinations(swept: Dict[str, List[str]]) -> List[List[str]]:
-    """Return the flags of every combination, as words of a command line.
-
-    A combination has one value of each swept flag. A value such as "0 4 4 4" becomes four words.
-    """
-    return [[word for name, value in zip(swept, values) for word in [name, *value.split()]]
+def combinations(swept: Dict[str, List[str]]) -> List[Dict[str, str]]:
+    """Return {flag: value} of every combination; a value such as "0 4 4 4" is several words."""
+    return [dict(zip((name[2:] for name in swept), values))
             for values in itertools.product(*swept.values())]
 
 
@@ -200,23 +201,35 @@ def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def ordered(pairs: Sequence[Tuple[Side, Dict[str, Any]]]) -> List[Tuple[Side, Dict[str, Any]]]:
-    """Return the combinations with the fastest first.
+def _failed(row: Dict[str, Any]) -> bool:
+    return row["status"].startswith(("refused", "failed"))
 
-    The order is by measured windows/s where there is one, else by planned windows/s. Settings that
-    do not fit or are not possible come last.
+
+def _rank(one: Tuple[Any, Side, Dict[str, Any]]) -> Tuple[bool, float]:
+    """Return the key that sorts the fastest combination first, by measured windows/s where known.
+
+    What does not fit or is not possible comes last.
     """
-    return sorted(pairs, key=lambda pair: (
-        pair[1]["fits"] != "yes", -float(pair[1]["measured_windows_per_second"] or
-                                         pair[1]["planned_windows_per_second"] or 0)))
+    row = one[2]
+    return row["fits"] != "yes", -float(row["measured_windows_per_second"] or
+                                        row["planned_windows_per_second"] or 0)
 
 
-def sweep_table(rows: Sequence[Dict[str, Any]]) -> str:
-    """Return the rows as a text table."""
-    head = ["setting", "fits", "planned", "measured", "bubbles", "fullest", "status"]
-    return table(head, [[
-        row["setting"], row["fits"], row["planned_windows_per_second"],
-        row["measured_windows_per_second"] and
-        f"{row['measured_windows_per_second']} ({row['measured_on']})", row["bubble_percent"] and
-        row["bubble_percent"] + " %", row["fullest_mib"] and row["fullest_mib"] + " MiB",
-        row["status"]] for row in rows], left=(0, 6))
+def _answer(tried: Sequence[Tuple[Any, Side, Dict[str, Any]]]) -> str:
+    """Return which combination is the fastest."""
+    _, side, row = tried[0]
+    speed = row["measured_windows_per_second"] or row["planned_windows_per_second"]
+    if row["fits"] != "yes" or _failed(row):
+        return "None of the combinations fits and runs."
+    how = f"measured on {row['measured_on']}" if row["measured_on"] else "planned"
+    return f"1 is the fastest of {len(tried)}, {float(speed):,.0f} windows/s ({how}): {side.title}"
+
+
+def _entries(tried: Sequence[Tuple[Dict[str, str], Side, Dict[str, Any]]]) -> List[Any]:
+    """Return the combinations as `ranking` takes them."""
+    return [(side.name, {name: value.split() for name, value in values.items()}, {
+        "fits": row["fits"], "planned": row["planned_windows_per_second"],
+        "measured": row["measured_windows_per_second"], "on": row["measured_on"],
+        "bubbles": row["bubble_percent"] and f"{row['bubble_percent']} %",
+        "fullest\nMiB": row["fullest_mib"], "status": re.split("[ :]", row["status"])[0]})
+        for values, side, row in tried]

@@ -1,20 +1,24 @@
 """Prints plans, comparisons and rankings for a terminal: the answer first, then the tables."""
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any, Dict, List, Sequence
+import textwrap
+from typing import Any, Dict, List, Sequence, Tuple
 
-from ipu_options.config import IPUS_OF_A_HOST, IPUConfig
+from planner.bound import NAMES
 from planner.calibrate import Comparison
 from planner.confidence import CONFIDENCE, PUBLISHED_RMS, expected_error
 from planner.flags import flags_text
 from planner.from_settings import hosts_text
+from planner.job import Job
 from planner.machine import MIB, Efficiencies
 from planner.phase import PHASES
-from planner.plan import Plan
-from planner.search import settings_in
 from planner.sides import Side, differences
 from planner.views import (
+    LEGEND,
+    PLANNED,
+    PROFILED,
     View,
     count,
     duration,
@@ -22,29 +26,42 @@ from planner.views import (
     mib,
     parts,
     percent,
+    planned,
     profiled,
+    roofline,
     stages,
     throughput,
 )
 from runtime.errors import UsageError
 
 SHORT = {
-    "optimizer_state": "optimizer", "matmul_temporaries": "matmul",
-    "embedding_gradient": "emb. grad", "update_temporaries": "update",
-    "profiled, other than code": "other"}
+    "optimizer_state": "optimizer", "matmul_temporaries": "matmul", PLANNED: "windows/s",
+    "embedding_gradient": "emb. grad", "update_temporaries": "update", PROFILED: "other",
+    "waiting for the slowest IPU": "waiting for slowest",
+    "gradient reduction between hosts": "reduction, hosts"}
 # Share of the memory that should stay free: what is estimated of the rest is not better than this.
 TIGHT = 0.05
+WIDTH = 112
+# Headings of the settings that tables of several plans are mostly about.
+HEADINGS = {
+    "layers_per_ipu": "layers on\neach IPU", "replication_factor": "repli-\ncas",
+    "gradient_accumulation_steps": "accu-\nmula-\ntion", "micro_batch_size": "micro-\nbatch",
+    "device_iterations": "itera-\ntions", "matmul_proportion": "memory\nproportion",
+    "embedding_serialization_factor": "embed-\nding\nparts", "pack": "packed",
+    "optimizer_state_offchip": "state\noff\nchip",
+    "recompute_checkpoint_every_layer": "re-\ncompute\nlayers"}
+Ranking = Tuple[List[str], List[List[str]]]  # head and rows of a table
 
 
 def comparison_text(sides: Sequence[Side]) -> str:
     """Return all that is known of `sides` as text. A plan alone is a comparison of one side."""
     alone = len(sides) == 1 and sides[0].plan
-    sections = [plan_summary(sides[0].plan) if alone else _titles(sides)]
-    sections += [_blocks(alone)] if alone else [_differences(sides)]
-    views = [memory(sides), stages(sides), parts(sides), profiled(sides)]
-    sections += [render(view) for view in [*views, *([] if alone else [throughput(sides)])]
-                 if view.rows]
-    return "\n\n".join(sections + ([_provenance(alone["efficiencies"])] if alone else []))
+    sections = ["\n".join([*verdict(sides), *(advice(alone) if alone else [])]),
+                heading(alone) if alone else _titles(sides),
+                _blocks(alone) if alone else _differences(sides)]
+    views = [memory(sides), stages(sides), parts(sides), profiled(sides), roofline(sides),
+             *([] if alone else [throughput(sides)])]
+    return "\n\n".join(sections + [render(view) for view in views if view.rows])
 
 
 def render(view: View) -> str:
@@ -61,41 +78,54 @@ def render(view: View) -> str:
             if piece.part in lengths:
                 lengths[piece.part] += piece.length
         rows.append([row.group, *[row.label][:several],
-                     *(f"{length:.{view.digits}f}" for length in lengths.values()),
+                     *(f"{length:,.{view.digits}f}" for length in lengths.values()),
                      *(row.cells.get(name, "") for name in cells)])
-    head = ["", *[""][:several], *(SHORT.get(name, name) for name in names), *cells]
-    return "\n".join([view.title, table(head, rows, left=(0, 1) if several else (0,)),
-                      *[view.note][:bool(view.note)]])
+    inside = len(view.title) <= max(len(row[0]) for row in rows)  # the title is the first heading
+    head = [view.title * inside, *[""][:several],
+            *(SHORT.get(name, name) for name in names), *cells]
+    lines = [*[view.title][inside:], table(head, rows, left=(0, 1) if several else (0,)), view.note]
+    return "\n".join(filter(None, lines))
+
+
+def _by_side(view: View) -> str:
+    """Return a line for each figure and a column for each side; of one side, several in a line."""
+    figures = list(dict.fromkeys(name for row in view.rows for name in row.cells))
+    rows = [[SHORT.get(name, name), *(row.cells.get(name, "-") for row in view.rows)]
+            for name in figures]
+    if len(view.rows) > 1:
+        return table(["", *(row.label for row in view.rows)], rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    columns = max(1, WIDTH // (sum(widths) + 6))
+    height = -(-len(rows) // columns)
+    cells = [f"  {name:<{widths[0]}}  {text:>{widths[1]}}" for name, text in rows]
+    return "\n".join("  ".join(cells[line::height]) for line in range(height))
 
 
 def profile_text(side: Side) -> str:
     """Return a profile beside the plan of the profiled run. Raises UsageError if it is no such."""
-    ipus, planned = len(side.profile.total_bytes), len(side.plan["ipus"])
-    if ipus != planned:
-        raise UsageError(f"the profile is of {ipus} IPUs, the plan of {planned}: give report the "
+    ipus, of_plan = len(side.profile.total_bytes), len(side.plan["ipus"])
+    if ipus != of_plan:
+        raise UsageError(f"the profile is of {ipus} IPUs, the plan of {of_plan}: give report the "
                          "flags that the profiled run was started with")
     return "\n\n".join(render(view([side])) for view in (memory, profiled))
-
-
-def _by_side(view: View) -> str:
-    """Return a table with a line for each figure and a column for each side."""
-    figures = list(dict.fromkeys(name for row in view.rows for name in row.cells))
-    rows = [[name, *(row.cells.get(name, "-") for row in view.rows)] for name in figures]
-    return table(["", *(row.label for row in view.rows)], rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """Return a text table with the headings `head` and a line of dashes below them.
 
-    left: indices of the columns that are aligned to the left; the others are aligned to the right.
+    A heading may have several lines. left: indices of the columns that are aligned to the left;
+    the others are aligned to the right.
     """
-    cells = [list(map(str, row)) for row in [head, *rows]]
+    titles = [cell.split("\n") for cell in head]
+    height = max(map(len, titles))
+    heads = zip(*([""] * (height - len(title)) + title for title in titles))
+    cells = [list(map(str, row)) for row in [*heads, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
         "  " + "  ".join(
             cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
-    lines.insert(1, "  " + "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    lines.insert(height, "  " + "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
 
 
@@ -108,61 +138,126 @@ def value_text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def plan_summary(plan: Dict[str, Any]) -> str:
-    """Return what a plan comes to: throughput, memory, what would help most, and what it is of."""
-    return "\n".join([throughput_line(plan), verdict(plan), *_advice(plan), "", heading(plan)])
+def verdict(sides: Sequence[Side]) -> List[str]:
+    """Return the answer in sentences, the most important one first."""
+    plans = planned(sides)
+    if len(sides) == 1:
+        return [fits_line(plans[0].plan), *bound_line(plans[0].plan)] if plans else []
+    lines = _winner(plans) if len(plans) > 1 else []
+    for device, where in (("IPU", "IPUs"), ("host", "a host without IPUs")):
+        runs = sorted((side for side in sides if side.measured_on(device)),
+                      key=lambda side: -side.measured_on(device))
+        if len(runs) > 1:
+            lines.append(f"Measured on {where}: " + ", ".join(
+                f"{run.name} {count(run.measured_on(device))} windows/s" +
+                (f" and F1 {run.measured['f1']:.2f} %" if "f1" in run.measured else "")
+                for run in runs) + f"; {runs[0].name} is " + _faster(
+                    runs[0].measured_on(device), runs[1].measured_on(device)) + ".")
+    return lines
 
 
-def throughput_line(plan: Dict[str, Any]) -> str:
-    """Return a plan's windows/s with their range."""
+def fits_line(plan: Dict[str, Any]) -> str:
+    """Return windows/s with their range, and the margin of memory or why a plan does not fit."""
     rows = plan["windows_per_row"] > 1
-    real = f" real, in {count(plan['rows_per_second'])} rows/s" if rows else ""
-    return (f"Predicted: {count(plan['windows_per_second'])} windows/s{real}, "
-            f"{percent(plan['confidence'])} sure to be within "
-            f"{count(plan['windows_per_second_low'])} and "
-            f"{count(plan['windows_per_second_high'])}; a {_round(plan)} every "
-            f"{1e3 * plan['update_seconds']:.1f} ms")
-
-
-def verdict(plan: Dict[str, Any]) -> str:
-    """Return a sentence on the margin of a plan that fits, or on why it does not fit."""
+    speed = (f"{count(plan['windows_per_second'])} windows/s"
+             f"{' in ' + count(plan['rows_per_second']) + ' rows/s' if rows else ''} "
+             f"({percent(plan['confidence'])} sure: {count(plan['windows_per_second_low'])} to "
+             f"{count(plan['windows_per_second_high'])}) on {plan['ipus_in_all']} "
+             f"{plan['machine']} IPU{'s' * (plan['ipus_in_all'] != 1)}")
     if not plan["fits"]:
-        return f"Does not fit: {'; '.join(plan['why_not'])}."
+        return f"Does not fit: {'; '.join(plan['why_not'])}. If it did: {speed}."
     share = plan["free_bytes"] / plan["ipus"][0]["limit_bytes"]
-    text = (f"Fits, with a margin of {mib(plan['free_bytes'])} MiB ({percent(share)}) on IPU "
-            f"{plan['fullest_ipu']}, the fullest")
-    return text + ("." if share >= TIGHT else
-                   f": less than {percent(TIGHT)} is tight for an estimate.")
+    tight = "" if share >= TIGHT else f"; less than {percent(TIGHT)} is tight for an estimate"
+    return (f"{speed}. Fits, with a margin of {mib(plan['free_bytes'])} MiB ({percent(share)}) on "
+            f"IPU {plan['fullest_ipu']}, the fullest{tight}.")
+
+
+def bound_line(plan: Dict[str, Any]) -> List[str]:
+    """Return what bounds a plan and what moves it; nothing for a plan saved before that."""
+    if "bound" not in plan:
+        return []
+    lever = (f"{plan['lever'].partition(' (')[0]} lowers it by "
+             f"{percent(1 - plan['lever_seconds_share'])}" if plan["lever"] else
+             "no single change lowers it")
+    return [f"Bound by {NAMES[plan['bound']]}, {percent(plan['bound_share'])} of the time, at "
+            f"{percent(plan['peak_share'])} of the peak rate: {lever}."]
+
+
+def advice(plan: Dict[str, Any]) -> List[str]:
+    """Return the changes that would help most, a line each."""
+    texts = [change["text"] for change in plan["suggestions"]][:3] or [plan["suggestion"]]
+    return [("What would help most: " if not place else "          or, instead: ") + text
+            for place, text in enumerate(texts)]
+
+
+def _winner(plans: Sequence[Side]) -> List[str]:
+    """Return which plan is the fastest that fits, by how much, through what, at what price."""
+    ranked = sorted(plans, key=lambda side: (not side.plan["fits"],
+                                             -side.plan["windows_per_second"]))
+    (best, a), (other, b) = ((side.name, side.plan) for side in ranked[:2])
+    if not a["fits"]:
+        return ["None of these plans fits."]
+    lines = [f"{best} is {_faster(a['windows_per_second'], b['windows_per_second'])} than {other}"
+             if b["fits"] else f"{best} fits"]
+    if "group_seconds" in a and "group_seconds" in b:
+        lines[0] += f": {_through(a, b)}"
+    more = {ipu["ipu"]: ipu["total_bytes"] - was["total_bytes"]
+            for ipu, was in zip(a["ipus"], b["ipus"])}
+    most = max(more, key=more.get)
+    if a["ipus_in_all"] != b["ipus_in_all"]:
+        lines[0] += f"; it takes {a['ipus_in_all']} IPUs in place of {b['ipus_in_all']}"
+    elif more[most] > 0:
+        lines[0] += (f"; it costs {mib(more[most])} MiB on IPU {most}, and leaves "
+                     f"{mib(a['free_bytes'])} MiB free on the fullest")
+    lines[0] += "."
+    lines += [f"{side.name} does not fit: {'; '.join(side.plan['why_not'])}."
+              for side in plans if not side.plan["fits"]]
+    return lines
+
+
+def _faster(one: float, other: float) -> str:
+    gain = one / other - 1
+    return f"{percent(gain)} faster" if gain >= 0.005 else "no faster"
+
+
+def _through(a: Dict[str, Any], b: Dict[str, Any]) -> str:
+    """Return where most of the time goes that plan `a` saves against `b`."""
+    one, two = ({name: 1e6 * seconds / (plan["rows_per_update"] * plan["windows_per_row"])
+                 for name, seconds in plan["group_seconds"].items()} for plan in (a, b))
+    saved = {name: two[name] - one[name] for name in one}
+    name = max(saved, key=saved.get)
+    if all(a[same] == b[same] for same in ("micro_batch_size", "windows_per_row")) and (
+            name not in ("update", "host")):
+        loads = [1e3 * max(ipu["busy_seconds"] for ipu in plan["ipus"]) / plan["micro_batches"]
+                 for plan in (a, b)]
+        return f"its slowest IPU takes {loads[0]:.2f} against {loads[1]:.2f} ms a micro-batch"
+    return f"{NAMES[name]} takes {one[name]:.0f} against {two[name]:.0f} ms for 1,000 windows"
 
 
 def heading(plan: Dict[str, Any]) -> str:
     """Return what a plan is of: model, IPUs, batch and the whole run."""
-    training, replicas, config = plan["phase"] == "training", plan["replication_factor"], plan[
-        "gradient_accumulation_steps"]
-    batches = f"{PHASES[plan['phase']].iterations} {plan['micro_batches']}"
-    if training and plan["micro_batches"] != config:
-        batches += f" (of {config}, since rows are packed)"
-    packed = (f", {plan['windows_per_row']:.2f} windows in a row"
-              if plan["windows_per_row"] > 1 else "")
+    phase, replicas = PHASES[plan["phase"]], plan["replication_factor"]
+    training, packed = plan["phase"] == "training", plan["windows_per_row"] > 1
+    batches = f"{phase.iterations} {plan['micro_batches']}"
+    if training and plan["micro_batches"] != plan["gradient_accumulation_steps"]:
+        batches += f" (of {plan['gradient_accumulation_steps']}, since rows are packed)"
     lines = [
         f"Plan{'' if training else ' of inference'}: {plan['title']}, length "
-        f"{plan['max_seq_length']}, {plan['precision']}, on {plan['ipus_in_all']} "
-        f"{plan['machine']} IPU{'s' * (plan['ipus_in_all'] != 1)} "
-        f"({replicas} replica{'s' * (replicas > 1)} of {plan['ipus_per_replica']})",
-        f"micro-batch {plan['micro_batch_size']} x {batches} x replicas {replicas} = "
-        f"{plan['rows_per_update']} rows a {_round(plan)}{packed}"]
+        f"{plan['max_seq_length']}, {plan['precision']}, {replicas} "
+        f"replica{'s' * (replicas > 1)} of {plan['ipus_per_replica']} IPUs; a {phase.round} "
+        f"every {1e3 * plan['update_seconds']:.1f} ms",
+        f"{'Global batch size' if training else 'Rows of a call'}: micro-batch "
+        f"{plan['micro_batch_size']} x {batches} x replicas {replicas} = "
+        f"{plan['rows_per_update']} rows" +
+        (f" of {plan['windows_per_row']:.2f} windows" if packed else "")]
     if plan["run_seconds"] is not None:
-        lines.append(f"{_amount(plan)}: {duration(plan['run_seconds'])} "
+        lines[1] += (f"; {_amount(plan)}: {duration(plan['run_seconds'])} "
                      f"(without compilation{' and evaluation' * training})")
     if not training:
         lines.append(
             f"One question in one row: {1e3 * plan['one_question_seconds']:.1f} ms, through the "
             "stages one after the other; no published run tells how good this is")
     return "\n".join(lines + [plan["pod_note"]][:bool(plan.get("pod_note"))])
-
-
-def _round(plan: Dict[str, Any]) -> str:
-    return PHASES[plan["phase"]].round
 
 
 def _amount(plan: Dict[str, Any]) -> str:
@@ -175,22 +270,6 @@ def _amount(plan: Dict[str, Any]) -> str:
     return f"{epochs:g} epoch{'s' * (epochs != 1)} of {windows:,} windows"
 
 
-def _advice(plan: Dict[str, Any]) -> List[str]:
-    """Return the changes that would help most, a line each."""
-    if not plan["suggestions"]:
-        return [f"What would help most: {plan['suggestion']}."]
-    return [("What would help most: " if not place else "          or, instead: ") +
-            describe(plan, change) for place, change in enumerate(plan["suggestions"][:4])]
-
-
-def describe(plan: Dict[str, Any], change: Dict[str, Any]) -> str:
-    """Return a change of a plan, its windows/s and the gain in percent."""
-    speed = change["windows_per_second"]
-    gain = (f"{100 * (speed / plan['windows_per_second'] - 1):+.0f} %" if plan["fits"] else
-            "and it fits")
-    return f"{change['flags']}: {count(speed)} windows/s ({gain})"
-
-
 def _blocks(plan: Dict[str, Any]) -> str:
     """Return what is on each IPU; equal layers that follow each other are one row."""
     runs: List[List[Dict[str, Any]]] = []
@@ -200,8 +279,7 @@ def _blocks(plan: Dict[str, Any]) -> str:
     rows = [[run[0]["name"] + (f"-{run[-1]['name'].split()[-1]}" if len(run) > 1 else ""),
              str(run[0]["ipu"]), *_counts(run)] for run in runs]
     head = ["block", "IPU", "parameters", "forward GFLOP", "saved MiB", "output MiB"]
-    rows.append(["total", "", *_counts(plan["blocks"])[:3], ""])
-    return "Allocation, for one micro-batch (counted from the model)\n" + table(head, rows)
+    return table(head, rows)
 
 
 def _counts(blocks: Sequence[Dict[str, Any]]) -> List[str]:
@@ -226,6 +304,71 @@ def _differences(sides: Sequence[Side]) -> str:
     return "Settings that differ\n" + table(["", *(side.name for side in sides)], rows)
 
 
+def ranking(entries: Sequence[Tuple[str, Dict[str, Any], Dict[str, str]]]) -> Ranking:
+    """Return head and rows of a table with one line for each entry.
+
+    entries: (name, {setting: value}, {figure: text}) of each. The figures come first, then the
+    settings that differ; one that an entry lacks is empty.
+    """
+    figures = list(dict.fromkeys(name for _, _, cells in entries for name in cells))
+    names = [name for name in dict.fromkeys(name for _, values, _ in entries for name in values)
+             if len({value_text(values.get(name, "")) for _, values, _ in entries}) > 1]
+    plain = [name.replace("inference_", "").replace("eval_", "") for name in names]
+    head = ["", *figures, *(HEADINGS.get(name) or "\n".join(
+        textwrap.wrap(name.replace("_", " "), 13)) for name in plain)]
+    return head, [[name, *(cells.get(figure, "") for figure in figures),
+                   *(_short(values.get(setting, "")) for setting in names)]
+                  for name, values, cells in entries]
+
+
+def _short(value: Any) -> str:
+    """Return a setting's value; equal ones that follow each other in a long list as "3x6"."""
+    if not isinstance(value, list) or len(value) <= 4:
+        return value_text(value)
+    runs = [(one, len(list(same))) for one, same in itertools.groupby(value)]
+    return " ".join(f"{one}x{times}" if times > 1 else f"{one}" for one, times in runs)
+
+
+def search_text(sides: Sequence[Side], flags: Sequence[Dict[str, Any]], tried: int, seconds: float,
+                job: Job) -> Tuple[str, Ranking]:
+    """Return the answer of a search as text, and its ranking.
+
+    sides: the settings as they are, and the plans from the best one on. flags: the settings of
+    each. tried, seconds: the number of settings searched and the time it took. job: of the best.
+    """
+    now, best = sides[0].plan, sides[1].plan
+    # An inference run is a whole number of calls: its duration is what counts.
+    ratios = [side.plan["windows_per_second"] / now["windows_per_second"] if job.training else
+              now["run_seconds"] / side.plan["run_seconds"] for side in sides]
+    what = "the weight updates" if job.training else f"all {now['windows']:,} windows"
+    shared = {name: value for name, value in flags[1].items()
+              if all(values.get(name) == value for values in flags[1:])}
+    lines = [f"1 does {what} {ratios[1]:.2f} times as fast as the settings now; it is the best of "
+             f"{tried}, each with its best split ({seconds:.1f} s).",
+             fits_line(best), *bound_line(best)]
+    if job.hosts > 1:
+        lines.append(f"1 takes {hosts_text(job)}")
+    lines.append("All have " + flags_text(shared) + "." if shared else "")
+    entries = []
+    for side, values, ratio in zip(sides, flags, ratios):
+        plan = side.plan
+        entries.append((side.name, {name: value for name, value in values.items()
+                                    if name not in shared}, {
+            "windows/s": count(plan["windows_per_second"]), "times": f"{ratio:.2f}",
+            **({} if job.training else {"whole\nrun": duration(plan["run_seconds"])}),
+            "waits": percent(plan["update_parts_seconds"]["waiting for the slowest IPU"] /
+                             plan["update_seconds"]),
+            "free\nMiB": mib(plan["free_bytes"])}))
+    return "\n".join(filter(None, lines)), ranking(entries)
+
+
+def legend(sides: Sequence[Side]) -> str:
+    """Return what each column and bar means, and where a plan's numbers come from."""
+    width = max(map(len, LEGEND))
+    return "\n".join(["Legend", *(f"  {name:<{width}}  {text}" for name, text in LEGEND.items()),
+                      *(_provenance(side.plan["efficiencies"]) for side in planned(sides)[:1])])
+
+
 def _provenance(efficiencies: Dict[str, Any]) -> str:
     e = Efficiencies(**efficiencies)
     lines = [
@@ -242,54 +385,6 @@ def _provenance(efficiencies: Dict[str, Any]) -> str:
         lines.append(f"Errors against the published runs: {fitted} rms, {blind} in "
                      "cross-validation (`calibrate --show`).")
     return "\n".join(lines)
-
-
-def search_text(sides: Sequence[Side], tried: int, seconds: float, plans: Sequence[Plan],
-                ipu_config: IPUConfig, ipus: int) -> str:
-    """Return the best plans of a search as text, each with its reasons.
-
-    sides: the user's own settings, and the plans from the best one on, which are also in `plans`.
-    tried, seconds: the number of settings searched and the time it took. ipu_config: the user's.
-    ipus: what was searched for.
-    """
-    own = sides[0].plan
-    own_flags = flags_text(settings_in(plans[0], ipu_config, ipus, IPUConfig()))
-    lines = [
-        f"{tried} settings, each with its best split, in {seconds:.1f} s. As given: {own_flags}: "
-        f"{count(own['windows_per_second'])} windows/s{', does not fit' * (not own['fits'])}."]
-    for side in sides[1:]:
-        # An inference run is a whole number of calls: its duration is what counts.
-        training, plan = own["phase"] == "training", side.plan
-        ratio = (plan["windows_per_second"] / own["windows_per_second"] if training else
-                 own["run_seconds"] / plan["run_seconds"])
-        lines.append(f"\n{side.name}. {side.title}: {count(plan['windows_per_second'])} windows/s, "
-                     f"{ratio:.2f} times as {'' if training else 'fast as '}given")
-        lines += ["   " + reason for reason in _reasons(plan)]
-    if ipus > IPUS_OF_A_HOST:
-        lines += ["", f"The first takes {hosts_text(plans[1].job)}"]
-    return "\n".join(lines)
-
-
-def _reasons(plan: Dict[str, Any]) -> List[str]:
-    """Return a line about a plan's time and a line about its memory."""
-    training, limit = plan["phase"] == "training", plan["ipus"][0]["limit_bytes"]
-    share = {name: 100 * seconds / plan["update_seconds"]
-             for name, seconds in plan["update_parts_seconds"].items()}
-    between = (share["host"] + share["weight update"] + share["gradient reduction"] +
-               share["gradient reduction between hosts"])
-    slowest = max(plan["ipus"], key=lambda ipu: ipu["busy_seconds"])["ipu"]
-    work = ("forward and backward work, "
-            f"{share['recompute']:.0f} % recomputation" if training else "work")
-    time = (
-        f"{share['forward'] + share['backward']:.0f} % of the time is {work}, "
-        f"{share['waiting for the slowest IPU']:.0f} % imbalance (IPU {slowest} is slowest), "
-        f"{share['pipeline ramp']:.0f} % ramp, {between:.0f} % {'update and ' * training}host")
-    if not training:
-        time += f"; {_amount(plan)} take {duration(plan['run_seconds'])}"
-    return [time,
-            f"IPU {plan['fullest_ipu']} is fullest: {mib(limit - plan['free_bytes'])} of "
-            f"{mib(limit)} MiB" +
-            (" (tight, for an estimate)" if plan["free_bytes"] < TIGHT * limit else "")]
 
 
 def fit_dict(rows: Sequence[Comparison]) -> List[Dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+from planner.bound import ROOFLINE, WORK
 from planner.machine import MIB
 from planner.memory import CATEGORIES
 from planner.phase import PHASES, TRAINING
@@ -34,6 +35,33 @@ STYLES = {
     "compute": ("#cfe8fa", ""), "exchange": ("#f3cf7a", "////"), "IPU-Links": ("#b8860b", "xxxx"),
     "waiting": ("#ffffff", ""), "other": ("#eeeeee", "oo"),
     "encoder layer": ("#eeeeee", ""), "block": ("#bbbbbb", "")}
+
+
+# What each column and bar means.
+LEGEND = {
+    "weights": "parameters of the blocks on the IPU, in the run's precision",
+    "gradients": "their gradients, accumulated over the micro-batches of an update",
+    "optimizer": "moments of the optimizer, where they are on chip",
+    "stash": "inputs of blocks, kept for the micro-batches that wait for their backward pass",
+    "code": "an allowance for code, control code and exchange code",
+    "activations": "what the backward pass of one micro-batch needs, recomputed",
+    "matmul": "temporaries of the largest multiplication, up to the available memory proportion",
+    "emb. grad": "gradient of the word embedding, or of one part of it if it is serialised",
+    "update": "what the weight update needs beyond the memory that a step has freed",
+    "forward, backward": "the two passes of one micro-batch through a stage",
+    "recompute": "forward work repeated before the backward pass, in place of saved activations",
+    "multiplications": "their FLOPs at the fitted share of the peak rate",
+    "fixed cost": "exchange and synchronisation around each multiplication, whatever its size",
+    "element wise": "all other operations, by the elements that they compute",
+    "its load": "work of the IPU, relative to that of the slowest one",
+    "waiting, waits": "what an average IPU is idle in a step, while the slowest one works",
+    "pipeline ramp": "steps in which the pipeline fills and empties",
+    "copies between IPUs": "activations and gradients handed on at the end of each step",
+    "gradient reduction": "sum of the gradients over the replicas",
+    "weight update": "the optimizer's, with its state from streaming memory if it is off chip",
+    "host": "inputs that it prepares, and its share of a call",
+    "windows": "questions with a slice of their context: samples. Packed rows hold several",
+    "of the peak": "useful FLOPs, without recomputation, of the documented peak rate"}
 
 
 class Segment(NamedTuple):
@@ -79,8 +107,8 @@ class View:
 
 def views_of(sides: Sequence[Side]) -> List[View]:
     """Return all views of `sides` that have any rows."""
-    views = [split(sides), timeline(sides), memory(sides), stages(sides), parts(sides),
-             profiled(sides), throughput(sides)]
+    views = [throughput(sides), timeline(sides), memory(sides), stages(sides), parts(sides),
+             split(sides), roofline(sides), profiled(sides)]
     return [view for view in views if view.rows]
 
 
@@ -110,18 +138,26 @@ def memory(sides: Sequence[Side]) -> View:
 
 
 def stages(sides: Sequence[Side]) -> View:
-    """The planned time of one micro-batch on each stage."""
-    rows = []
+    """The planned time of one micro-batch on each stage, and what it consists of."""
+    rows, note = [], ""
     for side in planned(sides):
         load = {ipu["ipu"]: ipu["busy_seconds"] for ipu in side.plan["ipus"]}
         for stage in side.plan["stages"]:
             seconds = [(kind, 1e3 * stage[f"{kind}_seconds"]) for kind in TRAINING.kinds]
             total = f"{sum(length for _, length in seconds):.2f}"
+            terms = {term.replace("_", " "): f"{1e3 * stage[f'{term}_seconds']:.2f}"
+                     for term in WORK if f"{term}_seconds" in stage}
             rows.append(Row(f"stage {stage['stage']}", side.name, _stacked(seconds), {
-                "sum": total, "IPU": str(stage["ipu"]),
+                "sum": total, **terms, "IPU": str(stage["ipu"]),
                 "its load": percent(load[stage["ipu"]] / max(load.values()))}, total))
+        fixed = side.plan.get("step_fixed_seconds")
+        step = side.plan["step_seconds"]
+        note = (f"A step takes {1e3 * step:.2f} ms, as long as the slowest IPU and the copies" + (
+                f"; {1e3 * fixed:.2f} ms of it do not depend on the micro-batch size"
+                if fixed is not None else "") + f". {side.plan['pipeline_steps']} steps a "
+                f"{_round(sides)}, {percent(side.plan['bubble_fraction'], 1)} of them ramp.")
     return View("stages", "Time of one micro-batch in ms, by pipeline stage, as planned for IPUs",
-                "ms", _by_group(rows))
+                "ms", _by_group(rows), note=note if len(sides) == 1 else "")
 
 
 def parts(sides: Sequence[Side]) -> View:
@@ -131,7 +167,7 @@ def parts(sides: Sequence[Side]) -> View:
         seconds = side.plan["update_parts_seconds"]
         rows.append(Row(
             "", side.name, _stacked((name, 1e3 * time) for name, time in seconds.items()),
-            {name: f"{1e3 * time:.2f} ({percent(time / side.plan['update_seconds'])})"
+            {name: f"{1e3 * time:.1f} ({percent(time / side.plan['update_seconds'])})"
              for name, time in sorted(seconds.items(), key=lambda part: -part[1]) if time},
             f"{1e3 * side.plan['update_seconds']:.1f}"))
     return View("parts", f"Where the time of a {_round(sides)} goes, in ms (mean over the IPUs), "
@@ -246,6 +282,21 @@ def timeline(sides: Sequence[Side]) -> View:
     return View("timeline", f"Timeline of a {_round(sides)} (white: idle)", "ms", rows)
 
 
+def roofline(sides: Sequence[Side]) -> View:
+    """How far each plan is from the best: windows/s, and their share of the peak rate."""
+    rows = []
+    for name in ROOFLINE:
+        for side in planned(sides):
+            best = side.plan.get("roofline_windows_per_second", {}).get(name)
+            if best:
+                share = best / side.plan["windows_per_second"]
+                rows.append(Row(name, side.name, [Segment(PLANNED, 0.0, best)], {
+                    "TFLOP/s an IPU":
+                        f"{1e-12 * share * side.plan['flops_per_second_per_ipu']:.1f}",
+                    "of the peak": percent(share * side.plan["peak_share"])}, count(best)))
+    return View("roofline", "How far from the best", "windows/s", rows, digits=0)
+
+
 def split(sides: Sequence[Side]) -> View:
     """The blocks on each IPU, and its work relative to the slowest one's."""
     rows = []
@@ -303,5 +354,5 @@ def count(value: float) -> str:
 def duration(seconds: float) -> str:
     """Return a time in seconds, minutes or hours."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,102 @@
+"""What bounds a plan: what its time consists of, how far from the best it is, what moves it."""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from planner.advice import Change
+from planner.plan import Plan
+from planner.schedule import StageWork
+from planner.throughput import stage_work
+
+# What a stage's work consists of: the terms of machine.Efficiencies' formula, by the numbers that
+# leave the others out of it.
+_INFINITE = 1e300
+WORK = {
+    "multiplications": {"matmul_cycles": 0.0, "element_cycles": 0.0},
+    "fixed_cost": {"peak_utilisation": _INFINITE, "element_cycles": 0.0},
+    "element_wise": {"peak_utilisation": _INFINITE, "matmul_cycles": 0.0}}
+ROOFLINE = ("as planned", "balanced, no ramp, no host", "multiplications alone at the peak")
+# How a sentence calls the groups of `groups`.
+NAMES = {
+    "multiplications": "the multiplications themselves",
+    "fixed_cost": "the fixed cost around each multiplication",
+    "element_wise": "element-wise work, which reads and writes memory",
+    "imbalance": "waiting for the slowest IPU", "ramp": "the pipeline's ramp-up and ramp-down",
+    "copies": "copies between IPUs", "update": "the weight update and the gradients' reduction",
+    "host": "the host"}
+
+
+def bound_record(plan: Plan, better: Sequence[Change]) -> Dict[str, Any]:
+    """Return what bounds a plan as a dictionary for JSON. better: what `advice.changes` returns."""
+    job, seconds = plan.job, groups(plan)
+    flops = sum(block.forward_flops + block.backward_flops for block in job.blocks)
+    ipus, peak = len(plan.memory), job.machine.flops(job.precision)
+    reached = flops / job.micro_batch_size * plan.rows_per_second / (
+        ipus * job.config.replication_factor)
+    balanced = sum(seconds.values()) - sum(seconds[name] for name in ("imbalance", "ramp", "host"))
+    name = max(seconds, key=seconds.get)
+    lever = _lever(plan, name, better)
+    return {
+        "flops_per_second_per_ipu": reached, "peak_share": reached / peak, "group_seconds": seconds,
+        "bound": name, "bound_share": seconds[name] / plan.update_seconds,
+        "lever": lever and lever[0].text, "lever_seconds_share": lever and lever[1],
+        "roofline_windows_per_second": {
+            name: plan.windows_per_second * gain for name, gain in zip(
+                ROOFLINE, (1.0, plan.update_seconds / balanced, peak / reached))},
+        "step_fixed_seconds": _fixed_seconds(plan)}
+
+
+def stage_composition(plan: Plan) -> List[Dict[str, float]]:
+    """Return {part of WORK: seconds} of each stage's whole work on one micro-batch."""
+    terms = {name: stage_work(plan.job, replace(plan.efficiencies, **without))
+             for name, without in WORK.items()}
+    return [{name: _seconds(work[index]) for name, work in terms.items()}
+            for index in range(len(plan.work))]
+
+
+def groups(plan: Plan) -> Dict[str, float]:
+    """Return {key of NAMES: seconds} of the time of a weight update or call, as Plan.parts."""
+    parts, batches, ipus = plan.parts(), plan.job.micro_batches, len(plan.memory)
+    stages = stage_composition(plan)
+    work = {name: batches * sum(stage[name] for stage in stages) / ipus for name in WORK}
+    update = ("gradient reduction", "gradient reduction between hosts", "weight update")
+    return {**work, "imbalance": parts["waiting for the slowest IPU"],
+            "ramp": parts["pipeline ramp"], "copies": parts["copies between IPUs"],
+            "update": sum(parts[name] for name in update), "host": parts["host"]}
+
+
+def _seconds(work: StageWork) -> float:
+    return work.forward + work.recompute + work.backward
+
+
+def _lever(plan: Plan, name: str, better: Sequence[Change]) -> Optional[Tuple[Change, float]]:
+    """Return the change that lowers a group's seconds most, and to which share; None if none does.
+
+    They are counted for each row, or if no change lowers these, for each window: packing helps all
+    groups alike, whatever the bound.
+    """
+    for windows in (False, True):
+        def seconds(one: Plan) -> float:
+            return groups(one)[name] / one.job.rows_per_update / (
+                one.job.windows_per_row if windows else 1)
+        lowest = min(better, key=lambda change: seconds(change.plan), default=None)
+        if lowest and seconds(lowest.plan) < 0.99 * seconds(plan):
+            return lowest, seconds(lowest.plan) / seconds(plan)
+    return None
+
+
+def _fixed_seconds(plan: Plan) -> Optional[float]:
+    """Return the seconds of a step that do not depend on the micro-batch size.
+
+    The counts are linear in the rows: they follow from the step of twice as many.
+    """
+    if plan.job.count is None:
+        return None
+    slowest = max(plan.schedule.load, key=plan.schedule.load.get)
+
+    def load(job: Any) -> float:
+        return sum(_seconds(work) for work in stage_work(job, plan.efficiencies)
+                   if work.ipu == slowest)
+    twice = plan.job.changed(micro_batch_size=2 * plan.job.micro_batch_size)
+    return 2 * load(plan.job) - load(twice)
