@@ -12,7 +12,7 @@ their imports, from the bottom:
     totals memory           bytes on each IPU, from sums over the blocks of a stage
     schedule throughput     the steps of the pipeline, seconds of a stage and of a weight update
     plan                    Plan: all of the above for one job
-    search advice           the best split and settings; the single change that would help most
+    search advice bound     the best split; the change that would help most; what bounds a plan
     calibrate confidence    efficiencies fitted to published runs, or to your own; their error
     sides sweep profile     what is compared: plans, runs of train.py, PopVision profiles
     views present           what there is to see of a plan, as data; shown by the three renderers

@@ -9,22 +9,12 @@ from planner.plan import Plan
 from planner.schedule import StageWork
 from planner.throughput import stage_work
 
-# What a stage's work consists of: the terms of machine.Efficiencies' formula, by the numbers that
-# leave the others out of it.
-_INFINITE = 1e300
+# The terms of machine.Efficiencies' formula, by the numbers that leave the others out of it.
 WORK = {
     "multiplications": {"matmul_cycles": 0.0, "element_cycles": 0.0},
-    "fixed_cost": {"peak_utilisation": _INFINITE, "element_cycles": 0.0},
-    "element_wise": {"peak_utilisation": _INFINITE, "matmul_cycles": 0.0}}
+    "fixed_cost": {"peak_utilisation": float("inf"), "element_cycles": 0.0},
+    "element_wise": {"peak_utilisation": float("inf"), "matmul_cycles": 0.0}}
 ROOFLINE = ("as planned", "balanced, no ramp, no host", "multiplications alone at the peak")
-# How a sentence calls the groups of `groups`.
-NAMES = {
-    "multiplications": "the multiplications themselves",
-    "fixed_cost": "the fixed cost around each multiplication",
-    "element_wise": "element-wise work, which reads and writes memory",
-    "imbalance": "waiting for the slowest IPU", "ramp": "the pipeline's ramp-up and ramp-down",
-    "copies": "copies between IPUs", "update": "the weight update and the gradients' reduction",
-    "host": "the host"}
 
 
 def bound_record(plan: Plan, better: Sequence[Change]) -> Dict[str, Any]:
@@ -56,7 +46,7 @@ def stage_composition(plan: Plan) -> List[Dict[str, float]]:
 
 
 def groups(plan: Plan) -> Dict[str, float]:
-    """Return {key of NAMES: seconds} of the time of a weight update or call, as Plan.parts."""
+    """Return {group: seconds} of the time of a weight update or call, as Plan.parts."""
     parts, batches, ipus = plan.parts(), plan.job.micro_batches, len(plan.memory)
     stages = stage_composition(plan)
     work = {name: batches * sum(stage[name] for stage in stages) / ipus for name in WORK}
@@ -87,12 +77,10 @@ def _lever(plan: Plan, name: str, better: Sequence[Change]) -> Optional[Tuple[Ch
 
 
 def _fixed_seconds(plan: Plan) -> Optional[float]:
-    """Return the seconds of a step that do not depend on the micro-batch size.
-
-    The counts are linear in the rows: they follow from the step of twice as many.
-    """
+    """Return the seconds of a step that do not depend on the micro-batch size."""
     if plan.job.count is None:
         return None
+    # The counts are linear in the rows.
     slowest = max(plan.schedule.load, key=plan.schedule.load.get)
 
     def load(job: Any) -> float:

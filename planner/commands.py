@@ -118,15 +118,7 @@ def sweep(argv: List[str]) -> int:
 def compare(argv: List[str]) -> int:
     """Set plans, runs and profiles side by side."""
     from planner.present import check_output, present
-    from planner.sides import (
-        USAGE,
-        Side,
-        check_phases,
-        comparison_record,
-        parse_around,
-        whole,
-    )
-    from planner.text import comparison_text
+    from planner.sides import USAGE, Side, check_phases, comparison_record, parse_around
 
     items, comparing, common = parse_around(argv, CompareSettings, "compare",
                                             f"{compare.__doc__} {USAGE}")
@@ -137,10 +129,6 @@ def compare(argv: List[str]) -> int:
     sides = [Side.from_word(name, item, common, comparing.phase)
              for name, item in zip(string.ascii_uppercase, items)]
     check_phases(sides)
-    for side in sides:
-        if side.kind == "saved plan":
-            with whole(f"{side.name}, {side.item}: "):
-                comparison_text([side])
     present(sides, comparing, "Comparison", comparison_record(sides))
     return 0
 
@@ -162,7 +150,7 @@ def calibrate(argv: List[str]) -> int:
     calibrating.check()
     from planner import calibrate as calibration
     from planner.from_settings import published
-    from planner.text import fit_dict, fit_text
+    from planner.text import fit_record, fit_text
 
     if calibrating.refit_published:
         fitted = calibration.fit_published(published())
@@ -170,7 +158,7 @@ def calibrate(argv: List[str]) -> int:
     elif calibrating.show:
         now = calibration.load(request.planning.calibration)
         rows = calibration.compare(published(), now)
-        print(json.dumps(fit_dict(rows), indent=2) if calibrating.json else fit_text(rows, now))
+        print(json.dumps(fit_record(rows), indent=2) if calibrating.json else fit_text(rows, now))
     else:
         _calibrate_own(request, calibrating)
     return 0

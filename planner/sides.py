@@ -1,15 +1,13 @@
 """What is compared: the plan of some flags, a saved plan, a run of train.py, a PopVision profile.
 
-The plan of a side is a dictionary (`plan_record`): one that was saved as JSON is as good as one
-that was just made.
+The plan of a side is a dictionary (`plan_record`): a saved one is as good as a new one.
 """
 from __future__ import annotations
 
 import shlex
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig, pod_of
 from planner.advice import changes, describe, suggestion
@@ -33,6 +31,9 @@ USAGE = (
 RUN_RECORD, PROFILE_NOTE = "run.json", "framework.json"
 _NAMES_ONLY = ("config", "output_dir")  # settings that name a run rather than how it works
 THIS_HOST = "this host"  # where a sweep measured, if not on IPUs
+# What a saved plan must have; one of an earlier version lacks the last of them.
+SAVED = ("phase", "title", "ipus", "stages", "blocks", "model", "update_parts_seconds",
+         "efficiencies", "group_seconds")
 _DEVICES = {"IPU": "IPUs", "host": "a host without IPUs"}
 
 
@@ -53,11 +54,10 @@ class Side:
     @classmethod
     def from_word(cls, name: str, item: str, common: List[str], phase: Phase = TRAINING
                   ) -> "Side":
-        """Return what the word `item` of the command line stands for, as the Side `name`.
+        """Return what the word `item` of the command line stands for.
 
-        common: flags of everything that is planned. phase: the pipeline to plan.
-        Raises UsageError, which names the side, if it is nothing that can be compared, RunError if
-        it cannot be read.
+        common: flags of everything that is planned. Raises UsageError if it is nothing that can be
+        compared, RunError if it cannot be read; both name the side.
         """
         where = f"{name}, {item}" if Path(item).exists() else f'{name}, "{item}"'
         try:
@@ -99,12 +99,15 @@ class Side:
     @classmethod
     def from_saved_plan(cls, name: str, item: str, plan: Dict[str, Any]) -> "Side":
         """Return a plan that `plan --json` printed. Raises UsageError if parts are missing."""
-        with whole(""):
-            size = PHASES[plan["phase"]].micro_batch_flag
-            known = {size: plan["micro_batch_size"], **{
-                key: plan[key] for key in ("max_seq_length", "precision")}}
-            return cls(name, item, "saved plan", f"{plan['title']}, {item}",
-                       {**known, **_recorded_settings(plan)}, plan)
+        missing = [key for key in SAVED if key not in plan]
+        if missing:
+            raise UsageError(f"not whole, without {', '.join(missing)}: give what `python -m "
+                             "planner plan --json` printed")
+        size = PHASES[plan["phase"]].micro_batch_flag
+        known = {size: plan["micro_batch_size"], **{
+            key: plan[key] for key in ("max_seq_length", "precision")}}
+        return cls(name, item, "saved plan", f"{plan['title']}, {item}",
+                   {**known, **_recorded_settings(plan)}, plan)
 
     @classmethod
     def from_run(cls, name: str, item: str, common: List[str], phase: Phase) -> "Side":
@@ -154,16 +157,6 @@ class Side:
         """Return the windows/s that were measured on "IPU" or "host", None if they were not."""
         return self.measured.get("windows_per_second") if (
             self.measured.get("device") == device) else None
-
-
-@contextmanager
-def whole(source: str) -> Iterator[None]:
-    """Raise UsageError if what is read of a saved plan is not there, or is something else."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{source}not whole ({type(error).__name__}: {error}): give what `python "
-                         "-m planner plan --json` printed") from error
 
 
 def parse_around(argv: Sequence[str], group: type, command: str, description: str
@@ -230,13 +223,13 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         "model": {name: getattr(model, family_names.get(name, name)) for name in SHAPE},
         "pod_type": pod_of(job.ipus), "pod_note": pod_note(request, job),
         "phase": job.phase.name,
-        "fits": plan.fits, "free_bytes": plan.free_bytes, "fullest_ipu": plan.fullest_ipu,
-        "windows_per_second": plan.windows_per_second, "windows_per_second_low": low,
-        "windows_per_second_high": high, "confidence": CONFIDENCE,
-        "bubble_fraction": plan.schedule.bubble_fraction, "rows_per_second": plan.rows_per_second,
-        "windows_per_row": job.windows_per_row, "windows": job.windows, "epochs": job.epochs,
-        "updates": job.updates, "run_seconds": plan.run_seconds,
-        "update_seconds": plan.update_seconds, "pipeline_steps": plan.schedule.steps,
+        **{name: getattr(plan, name) for name in (
+            "fits", "free_bytes", "fullest_ipu", "windows_per_second", "rows_per_second",
+            "run_seconds", "update_seconds")},
+        **{name: getattr(job, name) for name in (
+            "windows_per_row", "windows", "epochs", "updates")},
+        "windows_per_second_low": low, "windows_per_second_high": high, "confidence": CONFIDENCE,
+        "bubble_fraction": plan.schedule.bubble_fraction, "pipeline_steps": plan.schedule.steps,
         "step_seconds": plan.schedule.step_seconds, "update_parts_seconds": plan.parts(),
         "one_question_seconds": None if job.training else latency_seconds(plan),
         "suggestion": suggestion(plan, better),
@@ -253,27 +246,23 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
             for ipu, parts in plan.memory.items()],
         "stages": [{
             "stage": i, "ipu": work.ipu, "blocks": [block.name for block in blocks],
-            "forward_seconds": work.forward, "recompute_seconds": work.recompute,
-            "backward_seconds": work.backward,
-            **{f"{name}_seconds": seconds for name, seconds in terms.items()}}
+            **{f"{name}_seconds": seconds
+               for name, seconds in {**work._asdict(), **terms}.items() if name != "ipu"}}
             for i, (work, (_, blocks), terms) in enumerate(zip(
                 plan.work, job.stages(), stage_composition(plan)))],
-        "blocks": [{
-            "name": block.name, "ipu": ipu, "parameters": block.parameters,
-            "forward_flops": block.forward_flops, "backward_flops": block.backward_flops,
-            "saved_bytes": block.saved_bytes, "output_bytes": block.output_bytes}
+        "blocks": [{"name": block.name, "ipu": ipu, **{name: getattr(block, name) for name in (
+            "parameters", "forward_flops", "backward_flops", "saved_bytes", "output_bytes")}}
             for block, (_, ipu) in zip(job.blocks, job.layout.blocks())],
         "machine": job.machine.name, "ipus_in_all": job.ipus, "hosts": job.hosts,
-        "instances": job.hosts, "precision": job.precision,
-        "max_seq_length": job.max_seq_length, "micro_batch_size": job.micro_batch_size,
-        "rows_per_update": job.rows_per_update, "micro_batches": job.micro_batches,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "replication_factor": config.replication_factor, "ipus_per_replica": config.num_ipus(),
+        "instances": job.hosts, "micro_batches": job.micro_batches,
+        "ipus_per_replica": config.num_ipus(),
         "layers_per_ipu": job.layout.layers_per_ipu(config.num_ipus()),
-        "embedding_serialization_factor": config.embedding_serialization_factor,
-        "optimizer_state_offchip": config.optimizer_state_offchip,
-        "ipu_config": config.to_dict(),
-        "efficiencies": dict(vars(plan.efficiencies))}
+        **{name: getattr(job, name) for name in (
+            "precision", "max_seq_length", "micro_batch_size", "rows_per_update")},
+        **{name: getattr(config, name) for name in (
+            "gradient_accumulation_steps", "replication_factor", "embedding_serialization_factor",
+            "optimizer_state_offchip")},
+        "ipu_config": config.to_dict(), "efficiencies": dict(vars(plan.efficiencies))}
 
 
 def _recorded_settings(plan: Dict[str, Any]) -> Dict[str, Any]:
@@ -311,10 +300,10 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
 
 
 def _measured(folder: Path) -> Dict[str, Any]:
-    """Return what a run measured, from its log and its train_results.json.
+    """Return what a run measured, from its log and, if it is at its end, train_results.json.
 
-    windows_per_second: of the whole training, or without train_results.json (a run that is not
-    at its end) of the last log point. Shares and windows_per_row: means over the log points.
+    Shares and windows_per_row are means over the log points, windows_per_second the whole
+    training's, or the last log point's.
     """
     from qa.run.log import LOG, read_log
 

@@ -20,7 +20,7 @@ from planner.flags import SweepSettings
 from planner.present import check_output, present
 from planner.sides import THIS_HOST, Side, parse_around
 from planner.text import ranking
-from planner.views import mib
+from planner.views import count, mib
 from runtime.errors import RunError, UsageError
 from runtime.files import writing, written_whole
 
@@ -60,11 +60,14 @@ def run_sweep(argv: Sequence[str]) -> int:
             if sweeping.run:
                 print(f"{row['setting']}: {row['status']}", file=sys.stderr)
         tried.append((values, side, row))
+    tried.sort(key=lambda one: (one[2]["fits"] != "yes", -_speed(one[2])))
     tried = [(values, side.with_row(str(place), row), row)
-             for place, (values, side, row) in enumerate(sorted(tried, key=_rank), 1)]
+             for place, (values, side, row) in enumerate(tried, 1)]
     others = f", {len(rows) - len(tried)} of other jobs" if len(rows) > len(tried) else ""
     present([side for _, side, _ in tried], sweeping, "Sweep", text=_answer(tried) +
-            f"\n{len(rows)} rows in {output}{others}", ranking=ranking(_entries(tried)),
+            f"\n{len(rows)} rows in {output}{others}", ranking=ranking([
+                (side.name, {name: value.split() for name, value in values.items()}, _cells(row))
+                for values, side, row in tried]),
             notes=[f"{side.name}: {row['status']}" for _, side, row in tried if _failed(row)])
     return int(all(_failed(row) for _, _, row in tried))
 
@@ -205,31 +208,23 @@ def _failed(row: Dict[str, Any]) -> bool:
     return row["status"].startswith(("refused", "failed"))
 
 
-def _rank(one: Tuple[Any, Side, Dict[str, Any]]) -> Tuple[bool, float]:
-    """Return the key that sorts the fastest combination first, by measured windows/s where known.
-
-    What does not fit or is not possible comes last.
-    """
-    row = one[2]
-    return row["fits"] != "yes", -float(row["measured_windows_per_second"] or
-                                        row["planned_windows_per_second"] or 0)
+def _speed(row: Dict[str, Any]) -> float:
+    """Return the windows/s of a row, measured where they are known."""
+    return float(row["measured_windows_per_second"] or row["planned_windows_per_second"] or 0)
 
 
 def _answer(tried: Sequence[Tuple[Any, Side, Dict[str, Any]]]) -> str:
     """Return which combination is the fastest."""
     _, side, row = tried[0]
-    speed = row["measured_windows_per_second"] or row["planned_windows_per_second"]
     if row["fits"] != "yes" or _failed(row):
         return "None of the combinations fits and runs."
     how = f"measured on {row['measured_on']}" if row["measured_on"] else "planned"
-    return f"1 is the fastest of {len(tried)}, {float(speed):,.0f} windows/s ({how}): {side.title}"
+    return f"1 is the fastest of {len(tried)}, {count(_speed(row))} windows/s ({how}): {side.title}"
 
 
-def _entries(tried: Sequence[Tuple[Dict[str, str], Side, Dict[str, Any]]]) -> List[Any]:
-    """Return the combinations as `ranking` takes them."""
-    return [(side.name, {name: value.split() for name, value in values.items()}, {
-        "fits": row["fits"], "planned": row["planned_windows_per_second"],
-        "measured": row["measured_windows_per_second"], "on": row["measured_on"],
-        "bubbles": row["bubble_percent"] and f"{row['bubble_percent']} %",
-        "fullest\nMiB": row["fullest_mib"], "status": re.split("[ :]", row["status"])[0]})
-        for values, side, row in tried]
+def _cells(row: Dict[str, Any]) -> Dict[str, str]:
+    """Return the figures of a row for the ranking."""
+    return {"fits": row["fits"], "planned": row["planned_windows_per_second"],
+            "measured": row["measured_windows_per_second"], "on": row["measured_on"],
+            "bubbles": row["bubble_percent"] and f"{row['bubble_percent']} %",
+            "fullest\nMiB": row["fullest_mib"], "status": re.split("[ :]", row["status"])[0]}

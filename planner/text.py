@@ -6,7 +6,6 @@ import math
 import textwrap
 from typing import Any, Dict, List, Sequence, Tuple
 
-from planner.bound import NAMES
 from planner.calibrate import Comparison
 from planner.confidence import CONFIDENCE, PUBLISHED_RMS, expected_error
 from planner.flags import flags_text
@@ -17,8 +16,7 @@ from planner.phase import PHASES
 from planner.sides import Side, differences
 from planner.views import (
     LEGEND,
-    PLANNED,
-    PROFILED,
+    WORDS,
     View,
     count,
     duration,
@@ -34,22 +32,10 @@ from planner.views import (
 )
 from runtime.errors import UsageError
 
-SHORT = {
-    "optimizer_state": "optimizer", "matmul_temporaries": "matmul", PLANNED: "windows/s",
-    "embedding_gradient": "emb. grad", "update_temporaries": "update", PROFILED: "other",
-    "waiting for the slowest IPU": "waiting for slowest",
-    "gradient reduction between hosts": "reduction, hosts"}
+SHORT, HEADINGS, GROUPS = (WORDS[name] for name in ("short", "headings", "groups"))
 # Share of the memory that should stay free: what is estimated of the rest is not better than this.
 TIGHT = 0.05
 WIDTH = 112
-# Headings of the settings that tables of several plans are mostly about.
-HEADINGS = {
-    "layers_per_ipu": "layers on\neach IPU", "replication_factor": "repli-\ncas",
-    "gradient_accumulation_steps": "accu-\nmula-\ntion", "micro_batch_size": "micro-\nbatch",
-    "device_iterations": "itera-\ntions", "matmul_proportion": "memory\nproportion",
-    "embedding_serialization_factor": "embed-\nding\nparts", "pack": "packed",
-    "optimizer_state_offchip": "state\noff\nchip",
-    "recompute_checkpoint_every_layer": "re-\ncompute\nlayers"}
 Ranking = Tuple[List[str], List[List[str]]]  # head and rows of a table
 
 
@@ -142,7 +128,7 @@ def verdict(sides: Sequence[Side]) -> List[str]:
     """Return the answer in sentences, the most important one first."""
     plans = planned(sides)
     if len(sides) == 1:
-        return [fits_line(plans[0].plan), *bound_line(plans[0].plan)] if plans else []
+        return [fits_line(plans[0].plan), bound_line(plans[0].plan)] if plans else []
     lines = _winner(plans) if len(plans) > 1 else []
     for device, where in (("IPU", "IPUs"), ("host", "a host without IPUs")):
         runs = sorted((side for side in sides if side.measured_on(device)),
@@ -172,15 +158,13 @@ def fits_line(plan: Dict[str, Any]) -> str:
             f"IPU {plan['fullest_ipu']}, the fullest{tight}.")
 
 
-def bound_line(plan: Dict[str, Any]) -> List[str]:
-    """Return what bounds a plan and what moves it; nothing for a plan saved before that."""
-    if "bound" not in plan:
-        return []
+def bound_line(plan: Dict[str, Any]) -> str:
+    """Return what bounds a plan and what moves it."""
     lever = (f"{plan['lever'].partition(' (')[0]} lowers it by "
              f"{percent(1 - plan['lever_seconds_share'])}" if plan["lever"] else
              "no single change lowers it")
-    return [f"Bound by {NAMES[plan['bound']]}, {percent(plan['bound_share'])} of the time, at "
-            f"{percent(plan['peak_share'])} of the peak rate: {lever}."]
+    return (f"Bound by {GROUPS[plan['bound']]}, {percent(plan['bound_share'])} of the time, at "
+            f"{percent(plan['peak_share'])} of the peak rate: {lever}.")
 
 
 def advice(plan: Dict[str, Any]) -> List[str]:
@@ -198,9 +182,7 @@ def _winner(plans: Sequence[Side]) -> List[str]:
     if not a["fits"]:
         return ["None of these plans fits."]
     lines = [f"{best} is {_faster(a['windows_per_second'], b['windows_per_second'])} than {other}"
-             if b["fits"] else f"{best} fits"]
-    if "group_seconds" in a and "group_seconds" in b:
-        lines[0] += f": {_through(a, b)}"
+             f": {_through(a, b)}" if b["fits"] else f"{best} fits"]
     more = {ipu["ipu"]: ipu["total_bytes"] - was["total_bytes"]
             for ipu, was in zip(a["ipus"], b["ipus"])}
     most = max(more, key=more.get)
@@ -231,7 +213,7 @@ def _through(a: Dict[str, Any], b: Dict[str, Any]) -> str:
         loads = [1e3 * max(ipu["busy_seconds"] for ipu in plan["ipus"]) / plan["micro_batches"]
                  for plan in (a, b)]
         return f"its slowest IPU takes {loads[0]:.2f} against {loads[1]:.2f} ms a micro-batch"
-    return f"{NAMES[name]} takes {one[name]:.0f} against {two[name]:.0f} ms for 1,000 windows"
+    return f"{GROUPS[name]} takes {one[name]:.0f} against {two[name]:.0f} ms for 1,000 windows"
 
 
 def heading(plan: Dict[str, Any]) -> str:
@@ -345,7 +327,7 @@ def search_text(sides: Sequence[Side], flags: Sequence[Dict[str, Any]], tried: i
               if all(values.get(name) == value for values in flags[1:])}
     lines = [f"1 does {what} {ratios[1]:.2f} times as fast as the settings now; it is the best of "
              f"{tried}, each with its best split ({seconds:.1f} s).",
-             fits_line(best), *bound_line(best)]
+             fits_line(best), bound_line(best)]
     if job.hosts > 1:
         lines.append(f"1 takes {hosts_text(job)}")
     lines.append("All have " + flags_text(shared) + "." if shared else "")
@@ -371,87 +353,73 @@ def legend(sides: Sequence[Side]) -> str:
 
 def _provenance(efficiencies: Dict[str, Any]) -> str:
     e = Efficiencies(**efficiencies)
-    lines = [
+    errors = " and ".join(percent(error, 1) for error in PUBLISHED_RMS)
+    return "\n".join([
         "Counted from the model: parameters, FLOPs, elements, saved and output bytes. Documented: "
         "clock, peak, memory, links.",
-        f"Estimated: code {mib(e.code_bytes)} MiB, matmul temporaries.",
-        (f"Fitted ({e.source}): {percent(e.peak_utilisation, 1)} of the peak rate at most, "
-         f"{e.matmul_cycles:,.0f} cycles around each multiplication, "
-         f"{e.element_cycles:.2f} for each other element, "
-         f"{1e3 * e.call_seconds:.0f} ms of host a call and {1e9 * e.token_seconds:.0f} ns a "
-         "token.")]
-    if e.source == Efficiencies().source:
-        fitted, blind = (percent(error, 1) for error in PUBLISHED_RMS)
-        lines.append(f"Errors against the published runs: {fitted} rms, {blind} in "
-                     "cross-validation (`calibrate --show`).")
-    return "\n".join(lines)
+        f"Estimated: code {mib(e.code_bytes)} MiB, matmul temporaries. Fitted ({e.source}): "
+        f"{percent(e.peak_utilisation, 1)} of the peak rate at most,",
+        f"{e.matmul_cycles:,.0f} cycles around each multiplication, {e.element_cycles:.2f} for "
+        f"each other element, {1e3 * e.call_seconds:.0f} ms of host a call and "
+        f"{1e9 * e.token_seconds:.0f} ns a token.",
+        f"Against the published runs, the defaults are {errors} off (rms), as fitted and in "
+        "cross-validation (`calibrate --show`)."])
 
 
-def fit_dict(rows: Sequence[Comparison]) -> List[Dict[str, Any]]:
+def fit_record(rows: Sequence[Comparison]) -> List[Dict[str, Any]]:
     """Return published runs and their plans as dictionaries that can be written as JSON."""
-    def measured(row: Comparison) -> Dict[str, Any]:
-        low, high = expected_error(row.blind)
-        return {
-            "error_percent": 100 * row.error(row.plan),
-            "cross_validated_error_percent": 100 * row.error(row.blind),
-            "expected_low_percent": 100 * low, "expected_high_percent": 100 * high,
-            "within_expected": row.within}
-
-    return [{
-        "name": row.run.name, "use": row.run.use, "source": row.run.source,
-        "machine": row.run.job.machine.name,
-        "published_rows_per_second": row.run.rows_per_second,
-        "planned_rows_per_second": row.plan.rows_per_second, "planned_fits": row.plan.fits,
-        "free_bytes": row.plan.free_bytes, "right": row.right,
-        **(measured(row) if row.blind else {})} for row in rows]
+    records = []
+    for row in rows:
+        records.append({
+            "name": row.run.name, "use": row.run.use, "source": row.run.source,
+            "machine": row.run.job.machine.name,
+            "published_rows_per_second": row.run.rows_per_second,
+            "planned_rows_per_second": row.plan.rows_per_second, "planned_fits": row.plan.fits,
+            "free_bytes": row.plan.free_bytes, "right": row.right})
+        if row.blind:
+            low, high = expected_error(row.blind)
+            records[-1].update(
+                error_percent=100 * row.error(row.plan), within_expected=row.within,
+                cross_validated_error_percent=100 * row.error(row.blind),
+                expected_low_percent=100 * low, expected_high_percent=100 * high)
+    return records
 
 
 def fit_text(rows: Sequence[Comparison], efficiencies: Efficiencies) -> str:
-    """Return the table of published runs and predictions as text.
-
-    rows: what calibrate.compare returns for these efficiencies.
-    """
-    body = [[
-        row.run.name, row.run.job.machine.name, row.run.use,
-        "-" if row.run.rows_per_second is None else f"{row.run.rows_per_second:,.0f}",
-        f"{row.plan.rows_per_second:,.0f}", *_errors(row),
-        ("yes" if row.plan.fits else "no") + ("" if row.right else " WRONG")] for row in rows]
-    measured = [row for row in rows if row.blind]
-    lines = [
+    """Return the table of published runs and predictions, which `calibrate.compare` returns."""
+    body = []
+    for record in fit_record(rows):
+        errors = [f"{record[f'{name}error_percent']:+.1f} %" for name in ("", "cross_validated_")
+                  ] + [f"{record['expected_low_percent']:+.0f} to "
+                       f"{record['expected_high_percent']:+.0f} %" +
+                       " OUT" * (not record["within_expected"])] if (
+            "error_percent" in record) else ["-"] * 3
+        published = record["published_rows_per_second"]
+        body.append([record["name"], record["machine"], record["use"],
+                     count(published) if published else "-",
+                     count(record["planned_rows_per_second"]), *errors,
+                     ("yes" if record["planned_fits"] else "no") + " WRONG" * (
+                         not record["right"])])
+    return "\n".join([
         f"Published runs (efficiencies: {efficiencies.source})",
-        table(["run", "IPU", "use", "published rows/s", "planned rows/s", "error",
-               "cross-validated", "expected within", "fits"], body),
-        *(_summary(machine, [row for row in measured
-                             if machine in ("both", row.run.job.machine.name)])
-          for machine in ("Mk2", "Bow", "both")),
+        table(["run", "IPU", "use", "published\nrows/s", "planned\nrows/s", "error",
+               "cross-\nvalidated", "expected\nwithin", "fits"], body),
+        table(["", "runs", "rms", "at most", "cross-\nvalidated\nrms", "at most", "within"],
+              [_summary(machine, [row for row in rows if row.blind and machine in (
+                  "both", row.run.job.machine.name)]) for machine in ("Mk2", "Bow", "both")]),
         f"verdicts: {sum(row.right for row in rows)} of {len(rows)} right",
         "measured: the efficiencies are fitted to it. cross-validated: the error if no run of the "
-        "same publisher takes part in the fit; the",
-        f"range is the one that such a plan expects in {100 * CONFIDENCE:.0f} % of all cases. at "
-        "least: the published time holds compilation and evaluation, so that the",
-        "true throughput is higher. fits, does not fit: so published, without a throughput. "
-        "Sources: planner/published_runs.json."]
-    return "\n".join(lines)
+        "same publisher takes part in the fit;",
+        f"the range is the one that such a plan expects in {percent(CONFIDENCE)} of all cases. at "
+        "least: the published time holds compilation",
+        "and evaluation. fits, does not fit: published without a throughput. Sources: "
+        "planner/published_runs.json."])
 
 
-def _errors(row: Comparison) -> List[str]:
-    """Return the cells of an error, of the cross-validated error and of its expected range."""
-    if row.run.use == "at least":
-        return ["bound met" if row.error(row.plan) >= 0 else "BOUND MISSED", "-", "-"]
-    if row.blind is None:
-        return ["-", "-", "-"]
-    low, high = expected_error(row.blind)
-    return [f"{100 * row.error(row.plan):+.1f} %",
-            f"{100 * row.error(row.blind):+.1f} %" + ("" if row.within else " OUT"),
-            f"{100 * low:+.0f} to {100 * high:+.0f} %"]
-
-
-def _summary(name: str, rows: Sequence[Comparison]) -> str:
-    """Return one line on the errors of some measured runs."""
-    (rms, worst), (blind, blind_worst) = (
-        (100 * math.sqrt(sum(e * e for e in errors) / len(errors)), 100 * max(map(abs, errors)))
-        for errors in ([row.error(row.plan) for row in rows],
-                       [row.error(row.blind) for row in rows]))
-    return (f"{name}, {len(rows)} runs: {rms:.1f} % rms, {worst:.1f} % at most; cross-validated "
-            f"{blind:.1f} % rms, {blind_worst:.1f} % at most, "
-            f"{sum(row.within for row in rows)} of {len(rows)} within the expected range")
+def _summary(name: str, rows: Sequence[Comparison]) -> List[str]:
+    """Return the cells of the errors of some measured runs."""
+    cells = []
+    for errors in ([row.error(row.plan) for row in rows], [row.error(row.blind) for row in rows]):
+        cells += [percent(math.sqrt(sum(e * e for e in errors) / len(errors)), 1),
+                  percent(max(map(abs, errors)), 1)]
+    return [name, str(len(rows)), *cells, str(sum(row.within for row in rows))]

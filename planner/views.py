@@ -4,7 +4,9 @@ Every view is made from sides (a plan alone is one side), and text, pictures and
 """
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from planner.bound import ROOFLINE, WORK
@@ -18,50 +20,10 @@ from planner.sides import Side
 PROFILED = "profiled, other than code"
 PLANNED = "planned for IPUs"
 MIDDLE = "steps like these"  # those between the first and the last ones of a timeline
-# Colour and hatching of each part of a bar. Lightness falls from forward to update and each
-# hatching is different: pictures can be read in black and white.
-STYLES = {
-    "forward": ("#cfe8fa", ""), "recompute": ("#f3cf7a", "////"), "backward": ("#d9735b", "...."),
-    MIDDLE: ("#f7f7f7", ""),
-    "waiting for the slowest IPU": ("#ffffff", ""), "pipeline ramp": ("#ffffff", "\\\\\\\\"),
-    "copies between IPUs": ("#b8860b", "xxxx"), "gradient reduction": ("#5b9bd5", "||||"),
-    "gradient reduction between hosts": ("#cfe8fa", "||||"), "weight update": ("#333333", ""),
-    "host": ("#bbbbbb", "++++"),
-    "weights": ("#1f4e79", ""), "gradients": ("#5b9bd5", "////"),
-    "optimizer_state": ("#bdd7ee", "...."), "stash": ("#b8860b", "xxxx"), "code": ("#7f7f7f", ""),
-    "activations": ("#f3cf7a", "||||"), "matmul_temporaries": ("#ffffff", "\\\\\\\\"),
-    "embedding_gradient": ("#d9735b", "++++"), "update_temporaries": ("#eeeeee", "oo"),
-    PROFILED: ("#fafafa", ""), PLANNED: ("#cfe8fa", ""),
-    "compute": ("#cfe8fa", ""), "exchange": ("#f3cf7a", "////"), "IPU-Links": ("#b8860b", "xxxx"),
-    "waiting": ("#ffffff", ""), "other": ("#eeeeee", "oo"),
-    "encoder layer": ("#eeeeee", ""), "block": ("#bbbbbb", "")}
-
-
-# What each column and bar means.
-LEGEND = {
-    "weights": "parameters of the blocks on the IPU, in the run's precision",
-    "gradients": "their gradients, accumulated over the micro-batches of an update",
-    "optimizer": "moments of the optimizer, where they are on chip",
-    "stash": "inputs of blocks, kept for the micro-batches that wait for their backward pass",
-    "code": "an allowance for code, control code and exchange code",
-    "activations": "what the backward pass of one micro-batch needs, recomputed",
-    "matmul": "temporaries of the largest multiplication, up to the available memory proportion",
-    "emb. grad": "gradient of the word embedding, or of one part of it if it is serialised",
-    "update": "what the weight update needs beyond the memory that a step has freed",
-    "forward, backward": "the two passes of one micro-batch through a stage",
-    "recompute": "forward work repeated before the backward pass, in place of saved activations",
-    "multiplications": "their FLOPs at the fitted share of the peak rate",
-    "fixed cost": "exchange and synchronisation around each multiplication, whatever its size",
-    "element wise": "all other operations, by the elements that they compute",
-    "its load": "work of the IPU, relative to that of the slowest one",
-    "waiting, waits": "what an average IPU is idle in a step, while the slowest one works",
-    "pipeline ramp": "steps in which the pipeline fills and empties",
-    "copies between IPUs": "activations and gradients handed on at the end of each step",
-    "gradient reduction": "sum of the gradients over the replicas",
-    "weight update": "the optimizer's, with its state from streaming memory if it is off chip",
-    "host": "inputs that it prepares, and its share of a call",
-    "windows": "questions with a slice of their context: samples. Packed rows hold several",
-    "of the peak": "useful FLOPs, without recomputation, of the documented peak rate"}
+# Words and looks. Lightness of the styles falls from forward to update and each hatching is
+# different: pictures can be read in black and white.
+WORDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
+STYLES, LEGEND = WORDS["styles"], WORDS["legend"]
 
 
 class Segment(NamedTuple):
@@ -146,11 +108,11 @@ def stages(sides: Sequence[Side]) -> View:
             seconds = [(kind, 1e3 * stage[f"{kind}_seconds"]) for kind in TRAINING.kinds]
             total = f"{sum(length for _, length in seconds):.2f}"
             terms = {term.replace("_", " "): f"{1e3 * stage[f'{term}_seconds']:.2f}"
-                     for term in WORK if f"{term}_seconds" in stage}
+                     for term in WORK}
             rows.append(Row(f"stage {stage['stage']}", side.name, _stacked(seconds), {
                 "sum": total, **terms, "IPU": str(stage["ipu"]),
                 "its load": percent(load[stage["ipu"]] / max(load.values()))}, total))
-        fixed = side.plan.get("step_fixed_seconds")
+        fixed = side.plan["step_fixed_seconds"]
         step = side.plan["step_seconds"]
         note = (f"A step takes {1e3 * step:.2f} ms, as long as the slowest IPU and the copies" + (
                 f"; {1e3 * fixed:.2f} ms of it do not depend on the micro-batch size"
@@ -178,16 +140,15 @@ def profiled(sides: Sequence[Side]) -> View:
     """What the IPUs of profiles did in the profiled call."""
     rows = []
     for side in sides:
-        work = [side.profile.work_cycles(ipu) for ipu in range(len(side.profile.cycles))
-                ] if side.profile else []
+        profile = side.profile
         load = [ipu["busy_seconds"] for ipu in side.plan["ipus"]] if side.plan else []
-        for ipu, cycles in enumerate(side.profile.cycles if side.profile else ()):
-            milliseconds = [(name, 1e3 * cycles[name] / side.profile.clock_hz)
-                            for name in ACTIVITIES]
-            cells = {"load": percent(work[ipu] / (max(work) or 1))}
+        for ipu, cycles in enumerate(profile.cycles if profile else ()):
+            most = max(map(profile.work_cycles, range(len(profile.cycles)))) or 1
+            cells = {"load": percent(profile.work_cycles(ipu) / most)}
             if ipu < len(load):
                 cells["load planned"] = percent(load[ipu] / max(load))
-            rows.append(Row(f"IPU {ipu}", side.name, _stacked(milliseconds), cells))
+            rows.append(Row(f"IPU {ipu}", side.name, _stacked(
+                (name, 1e3 * cycles[name] / profile.clock_hz) for name in ACTIVITIES), cells))
     return View("profiled", "Time in ms of the profiled call, by what an IPU does", "ms",
                 _by_group(rows))
 
@@ -196,30 +157,23 @@ def throughput(sides: Sequence[Side]) -> View:
     """Windows/s, planned with their range and measured on IPUs; what a host measured is text."""
     rows, first = [], sides[0].plan and sides[0].plan["windows_per_second"]
     for side in sides:
-        on_ipus, on_host = side.measured_on("IPU"), side.measured_on("host")
-        remarks, cells = [], _figures(side, first, sides[0].name)
-        if side.plan:
-            remarks += [f"{count(side.plan['windows_per_second'])} planned",
-                        f"{percent(side.plan['bubble_fraction'], 1)} bubbles"]
-            remarks += [] if side.plan["fits"] else ["DOES NOT FIT"]
-        if on_ipus is not None:
-            remarks.append(f"{count(on_ipus)} measured on IPUs (diamond)")
-        if on_host is not None:
-            remarks.append(f"{on_host:,.1f} measured on a host without IPUs")
+        plan, on_ipus, on_host = side.plan, side.measured_on("IPU"), side.measured_on("host")
+        remarks = [] if not plan else [
+            f"{count(plan['windows_per_second'])} planned" + ", DOES NOT FIT" * (not plan["fits"])]
+        remarks += [f"{count(on_ipus)} measured on IPUs (diamond)"] if on_ipus else []
+        remarks += [f"{on_host:,.1f} measured on a host without IPUs"] if on_host else []
         rows.append(Row(
-            "", side.name, [Segment(PLANNED, 0.0, side.plan["windows_per_second"])]
-            if side.plan else [], cells, "; ".join(remarks),
-            (side.plan["windows_per_second_low"], side.plan["windows_per_second_high"])
-            if side.plan else None, on_ipus))
+            "", side.name, _stacked([(PLANNED, plan["windows_per_second"])] if plan else []),
+            _figures(side, first, sides[0].name), "; ".join(remarks), plan and (
+                plan["windows_per_second_low"], plan["windows_per_second_high"]), on_ipus))
     return View("throughput", "Throughput", "windows/s (line: the range that the plan expects)",
                 rows, digits=0)
 
 
 def _figures(side: Side, first: Optional[float], name: str) -> Dict[str, str]:
-    """Return {figure: text} of a side, without those that it lacks.
+    """Return {figure: text} of a side; what a host measured is never in a row of IPUs.
 
-    first, name: the planned windows/s and the name of the first side. Figures measured on a host
-    that stands in for IPUs are never in a row of IPUs.
+    first, name: the planned windows/s and the name of the first side.
     """
     plan, run = side.plan or {}, side.measured
     speed, on_ipus = plan.get("windows_per_second"), side.measured_on("IPU")
@@ -287,13 +241,11 @@ def roofline(sides: Sequence[Side]) -> View:
     rows = []
     for name in ROOFLINE:
         for side in planned(sides):
-            best = side.plan.get("roofline_windows_per_second", {}).get(name)
-            if best:
-                share = best / side.plan["windows_per_second"]
-                rows.append(Row(name, side.name, [Segment(PLANNED, 0.0, best)], {
-                    "TFLOP/s an IPU":
-                        f"{1e-12 * share * side.plan['flops_per_second_per_ipu']:.1f}",
-                    "of the peak": percent(share * side.plan["peak_share"])}, count(best)))
+            best = side.plan["roofline_windows_per_second"][name]
+            share = best / side.plan["windows_per_second"]
+            rows.append(Row(name, side.name, [Segment(PLANNED, 0.0, best)], {
+                "TFLOP/s an IPU": f"{1e-12 * share * side.plan['flops_per_second_per_ipu']:.1f}",
+                "of the peak": percent(share * side.plan["peak_share"])}, count(best)))
     return View("roofline", "How far from the best", "windows/s", rows, digits=0)
 
 
