@@ -10,7 +10,6 @@ import json
 import sys
 from contextlib import suppress
 
-from ipu_options.config import inference_pipeline
 from ipu_options.popvision import PhaseTimer, profiling_environment
 from qa.settings import parse_infer
 from runtime import processes
@@ -23,50 +22,25 @@ def main(argv=None):
     settings, ipu_config = parse_infer(argv)
     processes.join(settings, ipu_config)
     profiling_environment(settings, ipu_config, "inference")
-    from qa.data.windows import one_question
+    from ipu_options.options import describe_poptorch
+    from qa.answers.answerer import Answerer
     from runtime.signals import StopSignals
     with StopSignals(), PhaseTimer("infer", settings) as timer:
-        answer = load_answerer(settings, ipu_config, timer)
+        print(describe_poptorch(settings), file=sys.stderr)
+        answerer = Answerer(settings, ipu_config, timer)
         if settings.input_file:
-            answer_file(settings, answer)
+            answer_file(settings, answerer)
         elif settings.question is not None:
-            print_answers(settings, answer(one_question(settings.question, settings.context)))
+            print_answers(settings, [answerer.ask(settings.question, settings.context)])
         elif settings.web:
             from qa.web.ask import serve_answers
-            serve_answers(settings, answer)
+            serve_answers(answerer)
         else:
-            converse(settings, answer)
+            converse(settings, answerer)
     return 0
 
 
-def load_answerer(settings, ipu_config, timer):
-    """The checkpoint on the IPUs, as a function: a data set of questions -> their answers."""
-    from ipu_options.options import describe_poptorch
-    from qa.answers.inference import InferencePipeline
-    from qa.answers.printing import printed_answer
-    from qa.data.windows import windows_for_answers
-    from qa.model.pretrained import load_config, load_model, load_tokenizer
-
-    print(describe_poptorch(settings), file=sys.stderr)
-    model_config = load_config(settings)
-    pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers, settings.pod_type,
-                                  single_rows=not settings.input_file)
-    tokenizer = load_tokenizer(settings, model_config)
-    answering = InferencePipeline(load_model(settings, model_config), pipeline, settings)
-
-    def answer(examples):
-        """Give an answer as it is printed for each example, in order."""
-        with timer("windows"):
-            windows = windows_for_answers(settings, tokenizer, examples)
-        with timer("answer"):  # and what the caller does between two answers
-            found = answering.answers(windows, examples, progress=settings.input_file is not None)
-            for question, each in zip(examples["question"], found):
-                yield printed_answer(question, each, settings.n_best)
-
-    return answer
-
-
-def answer_file(settings, answer):
+def answer_file(settings, answerer):
     """Answer the questions of --input_file, and evaluate the answers if it has the true ones."""
     from qa.answers.evaluation import as_text, metrics_of, prediction_of
     from qa.data.dataset import load_examples
@@ -77,9 +51,9 @@ def answer_file(settings, answer):
         on_bad_row=settings.on_bad_row, version_2_with_negative=version_2))
 
     def noting_predictions():
-        for printed in answer(examples):
-            predictions.append(prediction_of({**printed, "text": printed["answer"]}))
-            yield printed
+        for answer in answerer.answers(examples, progress=True):
+            predictions.append(prediction_of({**answer, "text": answer["answer"]}))
+            yield answer
 
     print_answers(settings, noting_predictions())
     metrics = processes.on_first(metrics_of, examples, predictions, version_2)
@@ -103,10 +77,9 @@ def print_answers(settings, answers):
         print(json.dumps(answer) if settings.json else heading + as_text(answer), flush=True)
 
 
-def converse(settings, answer):
+def converse(settings, answerer):
     """Ask for a text, ended by an empty line, then for questions; none asks for another text."""
     from qa.answers.printing import Console
-    from qa.data.windows import one_question
     if sys.stdin is None:
         raise UsageError("standard input is closed: give --question, or --input_file")
     console, context = Console(), settings.context
@@ -116,7 +89,7 @@ def converse(settings, answer):
                 context = console.paragraph("text, ended by an empty line> ")
             question = console.line("question> ")
             if question:
-                print_answers(settings, answer(one_question(question, context)))
+                print_answers(settings, [answerer.ask(question, context)])
             else:
                 context = None
     print(file=sys.stderr)

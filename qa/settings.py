@@ -353,6 +353,12 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
     without = ("model_name_or_path", "compile_only", "synthetic_data")
     flags = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig,
                    without=without)
+    return infer_settings(flags)
+
+
+def infer_settings(flags: Dict[str, Any]) -> Tuple[InferSettings, IPUConfig]:
+    """Return what `parse_infer` does, for {name: value} of the flags."""
+    flags = dict(flags)
     for f in fields(IPUConfig):  # a flag overrides the checkpoint's inference pipeline as well
         if f.name in flags and getattr(IPUConfig, f"inference_{f.name}", 0) is None:
             flags.setdefault(f"inference_{f.name}", flags[f.name])

@@ -6,23 +6,10 @@ from contextlib import suppress
 from typing import Any, Dict
 
 
-def printed_answer(question: str, answer: Dict[str, Any], n_best: int) -> Dict[str, Any]:
-    """Return an answer as the dictionary that infer.py prints or writes to a file.
-
-    answer: one of `InferencePipeline.answers`. n_best: the maximum length of the n-best list in the
-    result. In the result, start and end are characters of the context, end not included.
-    """
-    keys = ("text", "probability", "start", "end")
-    nbest = [{key: entry[key] for key in keys} for entry in answer["nbest"][:n_best]]
-    return {"id": answer["id"], "question": question, "answer": answer["text"],
-            "score": answer["score"], "start": answer["start"], "end": answer["end"],
-            "nbest": nbest, **{key: answer[key] for key in ("null_odds",) if key in answer}}
-
-
 def as_text(answer: Dict[str, Any]) -> str:
     """Return an answer as text for people to read.
 
-    answer: the result of `printed_answer`. The first line is the answer; if the n-best list has
+    answer: of `Answerer.ask`. The first line is the answer; if the n-best list has
     more than one entry, it follows with one entry per line.
     """
     def line(text, score, start, end):

@@ -269,11 +269,6 @@ class FewQuestions:
         return self
 
 
-def one_question(question: str, context: str) -> FewQuestions:
-    """Return a data set of one question."""
-    return FewQuestions({"id": ["0"], "question": [question], "context": [context]})
-
-
 def windows_for_answers(settings: InferSettings, tokenizer,
                         examples: Union[datasets.Dataset, FewQuestions]) -> Windows:
     """Return the windows, with character offsets, of the questions that infer.py answers.

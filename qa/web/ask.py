@@ -4,91 +4,110 @@ from __future__ import annotations
 import base64
 import queue
 from concurrent.futures import Future
-from typing import Any, Callable, Dict, Iterable, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import flask
-from dash import Input, Output, State, dcc, html
+from dash import Input, Output, State, ctx, dcc, html, no_update
 
-from qa.data.windows import FewQuestions, one_question
-from qa.settings import InferSettings
+from qa.answers.answerer import Answerer, questions_about
 from qa.web.server import new_page, serve
 from runtime.errors import RunError, UsageError
 
 NBEST = 5  # answers shown, unless --n_best says otherwise
-_WIDE = {"width": "100%", "boxSizing": "border-box", "font": "inherit"}
+EXAMPLE = ("Ada was born in Oslo in 1888. She was afraid of geese. Her sister moved to Lisbon, "
+           "where she played the tuba.", "What frightened Ada?")
+SEND = ('send JSON by POST: {"question": a text or a list of texts, "context": a text}, and '
+        '"n_best" for the number of answers in each list')
+_STYLE = """
+main { max-width: 50em; margin: auto; padding: 0 1em; font-family: sans-serif; line-height: 1.4 }
+textarea, input { width: 100%; box-sizing: border-box; font: inherit }
+label { display: block; margin-top: 1em }
+button { margin: 0.5em 0.5em 0.5em 0 }
+#marked { white-space: pre-wrap; overflow-wrap: anywhere }
+mark { font-weight: bold; outline: 2px solid }
+table { margin-top: 1em; border-spacing: 0; text-align: left }
+caption { text-align: left; font-weight: bold }
+td, th { padding: 0.2em 1.5em 0.2em 0; vertical-align: top; overflow-wrap: anywhere }
+"""
 
 
-def serve_answers(settings: InferSettings,
-                  answer: Callable[[FewQuestions], Iterable[Dict[str, Any]]]) -> None:
+def serve_answers(answerer: Answerer) -> None:
     """Serve the page, and /api/answer for programs, until a signal ends the process.
 
-    answer: of infer.py, a data set of questions -> their answers, as printed_answer gives them. It
-    is called here, in the main thread, for all browsers, one question after the other: there is one
-    device, and the loader's worker can be started from no other thread. The first question, which
-    compiles the model, is asked before the page is there.
+    The answerer is called here, in the main thread, for all browsers, one request after the other:
+    there is one device, and the loader's worker can be started from no other thread. The first
+    question, which compiles the model, is asked before the page is there.
     """
-    if "n_best" not in settings.sources:
-        settings.n_best = NBEST
-    questions: queue.Queue = queue.Queue()  # of (the data set of one, the Future of its answer)
+    settings, requests = answerer.settings, queue.Queue()
 
-    def ask(question: Any, context: Any) -> Dict[str, Any]:
-        """Return the answer. Raises UsageError for a question or a text that is none."""
-        for name, value in (("question", question), ("context", context)):
-            if not isinstance(value, str) or not value.strip():
-                raise UsageError(f"{name} is missing: give its text")
-        # What a browser sends may hold half a character (a surrogate), which no tokenizer takes.
-        texts = (value.encode("utf-8", "replace").decode("utf-8") for value in (question, context))
-        future: Future = Future()
-        questions.put((one_question(*texts), future))
-        return future.result()
+    def ask(question: Any, context: Any, n_best: Any = None) -> List[Dict[str, Any]]:
+        """Return the answers to one question or a list. Raises UsageError for what is none."""
+        if n_best is None:
+            n_best = settings.n_best if "n_best" in settings.sources else NBEST
+        answers: Future = Future()
+        requests.put((questions_about(question, context), n_best, answers))
+        return answers.result()
 
-    list(answer(one_question("Ready?", "Ready.")))
-    serve(_app(settings, ask), settings.host, settings.port)
+    answerer.ask("Ready?", "Ready.")
+    serve(_app(settings.checkpoint, settings.context or "", ask), settings.host, settings.port)
     while True:
-        asked, future = questions.get()
+        questions, n_best, answers = requests.get()
         try:
-            future.set_result(list(answer(asked))[0])
+            answers.set_result(list(answerer.answers(questions, n_best)))
         except Exception as error:
-            future.set_exception(error)
+            answers.set_exception(error)
 
 
-def _app(settings: InferSettings, ask: Callable[[Any, Any], Dict[str, Any]]) -> Any:
+def _app(checkpoint: str, context: str, ask: Callable[..., List[Dict[str, Any]]]) -> Any:
     """Return the page and the interface for programs as one app."""
     app = new_page("Ask", html.Main([
         html.H1("Ask a text"),
-        html.P(f"Model: {settings.checkpoint}"),
+        html.P(f"Model: {checkpoint}"),
         html.Label("Text", htmlFor="context"),
-        dcc.Textarea(id="context", value=settings.context or "", rows=5, style=_WIDE),
+        dcc.Textarea(id="context", value=context, rows=5),
         dcc.Upload(html.Button("Open a text file"), id="file", accept="text/*"),
-        html.Label("Question", htmlFor="question", style={"display": "block", "marginTop": "1em"}),
-        dcc.Input(id="question", type="text", style=_WIDE, autoComplete="off"),
-        html.Button("Ask", id="ask", style={"margin": "0.5em 0"}),
-        dcc.Loading(html.Div(id="answer", role="status", **{"aria-live": "polite"}))],
-        style={"maxWidth": "50em", "margin": "auto", "fontFamily": "sans-serif"}))
+        html.Label("Question", htmlFor="question"),
+        dcc.Input(id="question", type="text", autoComplete="off"),
+        html.Button("Ask", id="ask"), html.Button("Fill in an example", id="example"),
+        html.Span(id="working", role="status"),
+        html.Div(id="answer", role="status", **{"aria-live": "polite"})]), _STYLE)
 
-    @app.callback(Output("context", "value"), Input("file", "contents"), prevent_initial_call=True)
-    def open_file(contents: str) -> str:
-        return base64.b64decode(contents.partition(",")[2]).decode("utf-8", "replace")
+    @app.callback(Output("context", "value"), Output("question", "value"),
+                  Input("file", "contents"), Input("example", "n_clicks"),
+                  prevent_initial_call=True)
+    def fill_in(contents: Optional[str], clicks: Optional[int]) -> Any:
+        if ctx.triggered_id == "example":
+            return EXAMPLE
+        return base64.b64decode(contents.partition(",")[2]).decode("utf-8", "replace"), no_update
 
     @app.callback(Output("answer", "children"), Input("ask", "n_clicks"),
                   Input("question", "n_submit"), State("question", "value"),
-                  State("context", "value"), prevent_initial_call=True)
+                  State("context", "value"), prevent_initial_call=True,
+                  running=[(Output("ask", "disabled"), True, False),
+                           (Output("working", "children"), "Looking for the answer ...", "")])
     def show_answer(clicks: Optional[int], submits: Optional[int], question: str,
                     context: str) -> List[Any]:
         try:
-            return marked(ask(question, context), context)
+            (answer,) = ask(question, context)
+            return marked(answer, context)
         except (UsageError, RunError) as error:
             return [html.P(f"Error: {error}")]
 
-    @app.server.route("/api/answer", methods=["POST"])
+    @app.server.route("/api/answer", methods=["POST", "GET", "PUT", "PATCH", "DELETE"])
     def answer_program() -> Any:
-        given = flask.request.get_json(silent=True)
-        if not isinstance(given, dict):
-            return {"error": 'send JSON: {"question": "...", "context": "..."}'}, 400
+        if flask.request.method != "POST":
+            return {"error": SEND}, 405, {"Allow": "POST"}
         try:
-            return ask(given.get("question"), given.get("context"))
+            body = flask.request.get_json(silent=True)
+        except RecursionError:  # lists in lists in lists
+            body = None
+        if not isinstance(body, dict):
+            return {"error": SEND}, 400
+        try:
+            answers = ask(body.get("question"), body.get("context"), body.get("n_best"))
         except (UsageError, RunError) as error:
             return {"error": str(error)}, 400
+        return flask.jsonify(answers if isinstance(body["question"], list) else answers[0])
 
     return app
 
@@ -96,7 +115,7 @@ def _app(settings: InferSettings, ask: Callable[[Any, Any], Dict[str, Any]]) -> 
 def marked(answer: Dict[str, Any], context: str) -> List[Any]:
     """Return the elements that show an answer: itself, where it stands in the text, the n-best.
 
-    answer: of `qa.answers.printing.printed_answer`.
+    answer: of `Answerer.ask`.
     """
     start, end = (answer["start"], answer["end"]) if answer["answer"] else (0, 0)
     rows = [html.Tr([html.Td(entry["text"] or "(no answer)"),
@@ -105,11 +124,9 @@ def marked(answer: Dict[str, Any], context: str) -> List[Any]:
             for entry in answer["nbest"]]
     return [
         html.H2(answer["answer"] or "(no answer)", id="best"),
-        html.P(f"probability {answer['score']:.3f}"),
-        html.Div([context[:start], *([html.Mark(context[start:end], style={
-            "fontWeight": "bold", "outline": "2px solid"})] if end else []), context[end:]],
-            id="marked", style={"whiteSpace": "pre-wrap"}),
+        html.P(f"score {answer['score']:.3f}"),
+        html.Div([context[:start], *([html.Mark(context[start:end])] if end else []),
+                  context[end:]], id="marked"),
         html.Table([html.Caption("The best answers"),
                     html.Thead(html.Tr([html.Th(name, scope="col") for name in (
-                        "answer", "probability", "characters")])), html.Tbody(rows)],
-                   id="nbest", style={"marginTop": "1em", "textAlign": "left"})]
+                        "answer", "score", "characters")])), html.Tbody(rows)], id="nbest")]

@@ -13,7 +13,6 @@ import pytest
 import infer
 import train
 from ipu_options.config import inference_pipeline, training_pipeline
-from ipu_options.popvision import PhaseTimer
 from planner.flags import TrainPlanSettings
 from qa.settings import named_configs, parse_infer, parse_train
 from runtime.errors import run_script
@@ -372,6 +371,7 @@ def test_a_single_question_runs_as_one_row_and_a_file_fills_the_pipeline(folder,
     from transformers import RobertaConfig, RobertaForQuestionAnswering
 
     from qa.answers import inference
+    from qa.answers.answerer import Answerer
     shutil.copytree(folder / "model", tmp_path / "model")
     RobertaForQuestionAnswering(RobertaConfig.from_pretrained(folder / "model")).save_pretrained(
         tmp_path / "model")
@@ -384,7 +384,7 @@ def test_a_single_question_runs_as_one_row_and_a_file_fills_the_pipeline(folder,
     for more in (["--question", "Where?", "--context", "Here."],
                  ["--input_file", str(folder / "train.json")]):
         settings, ipu_config = parse_infer([*flags, *more])
-        infer.load_answerer(settings, ipu_config, PhaseTimer("infer", settings))
+        Answerer(settings, ipu_config)
     single, of_file = (options.toDict() for options in made)
     names = ("execution_mode", "device_iterations", "replication_factor")
     assert [single[name] for name in names] == [1, 1, 1]  # sharded: one stage after the other

@@ -15,11 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from qa.answers.answerer import Answerer
 from qa.data.demo import write_demo
 from qa.settings import parse_infer
 from runtime.errors import UsageError
 from tests.end_to_end.test_train import fit
 from tests.tools.kill_and_resume import ROOT
+
+pytest.importorskip("dash")
+from qa.web.ask import EXAMPLE  # noqa: E402  (needs dash)
 
 pytestmark = pytest.mark.slow
 TEXT = "Ada was born in Oslo in 1888. \U0001f9a2 She was afraid of geese."
@@ -37,7 +41,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(checkpoint):
     """The address of a running server, which ends as it does when its terminal is closed."""
-    pytest.importorskip("dash")
     server = subprocess.Popen(
         [sys.executable, "infer.py", "--checkpoint", str(checkpoint), "--web", "--port", "0"],
         cwd=ROOT, stdout=subprocess.PIPE, universal_newlines=True,
@@ -71,10 +74,11 @@ def browser():
     browser.quit()
 
 
-def ask(page, body, **headers):
-    """Post to the interface for programs; returns (status, the JSON of the response)."""
-    request = urllib.request.Request(page + "api/answer", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json", **headers})
+def ask(page, body, method="POST", **headers):
+    """Send to the interface for programs; returns (status, the JSON of the response)."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(page + "api/answer", body, {
+        "Content-Type": "application/json", **headers}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
@@ -95,6 +99,18 @@ def test_a_program_gets_what_the_command_line_prints(page, checkpoint, tmp_path)
     for context in (TEXT, TEXT * 300):
         assert ask(page, {"question": "What did she fear?", "context": context}) == command_line(
             context)
+    questions = ["What did she fear?", "Who?"]
+    status, answers = ask(page, {"question": questions, "context": TEXT, "n_best": 2})
+    assert status == 200 and [answer["question"] for answer in answers] == questions
+    assert all(len(answer["nbest"]) == 2 for answer in answers)
+    _, alone = ask(page, {"question": "Who?", "context": TEXT, "n_best": 2})
+    assert answers[1] == {**alone, "id": "1"}
+
+    # What another program in Python gets is the same.
+    answerer = Answerer.load(checkpoint)
+    assert answerer.ask(questions, TEXT, n_best=2) == answers
+    with pytest.raises(UsageError, match="n_bset: infer.py has no such setting .did you mean n_b"):
+        Answerer.load(checkpoint, n_bset=3)
 
 
 def test_programs_that_ask_at_once_get_each_their_own_answer(page):
@@ -107,9 +123,19 @@ def test_programs_that_ask_at_once_get_each_their_own_answer(page):
 def test_what_is_no_question_is_refused_and_the_server_goes_on(page):
     for body, why in (([], "send JSON"), ({"context": TEXT}, "question is missing"),
                       ({"question": "Who?", "context": " "}, "context is missing"),
-                      ({"question": 7, "context": TEXT}, "question is missing")):
+                      ({"question": 7, "context": TEXT}, "question is a number: give its text"),
+                      ({"question": [], "context": TEXT}, "question is an empty list"),
+                      ({"question": ["Who?", ["Who?"]], "context": TEXT}, "a list in a list"),
+                      ({"question": "Who?", "context": {"a": TEXT}}, "context is an object"),
+                      ({"question": "Who?", "context": TEXT, "n_best": "two"}, "n_best 'two'"),
+                      ({"question": "Who?", "context": TEXT, "n_best": 0}, "at least 1"),
+                      (b"[" * 100_000 + b"]" * 100_000, "send JSON"), (b"\xff", "send JSON"),
+                      (b'{"question": ' + b"[" * 900 + b"]" * 900 + b', "context": "x"}', "")):
         status, answer = ask(page, body)
         assert status == 400 and why in answer["error"]
+    for method in ("GET", "PUT", "DELETE"):
+        status, answer = ask(page, b"", method)
+        assert status == 405 and answer["error"].startswith("send JSON by POST")
     assert ask(page, {"question": "\ud800?", "context": "half \udc00 " + TEXT})[0] == 200
     # A site whose name leads to 127.0.0.1 is refused, see qa.web.server.serve.
     assert ask(page, {"question": "Who?", "context": TEXT}, Host="elsewhere.example")[0] == 400
@@ -132,6 +158,12 @@ def test_a_browser_shows_the_answer_in_its_text_and_asks_no_other_machine(page, 
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get(page)
+    browser.find_element(By.ID, "example").click()
+    WebDriverWait(browser, 60).until(lambda _: browser.find_element(
+        By.ID, "question").get_attribute("value") == EXAMPLE[1])
+    assert browser.find_element(By.ID, "context").get_attribute("value") == EXAMPLE[0]
+    for field in ("context", "question"):
+        browser.find_element(By.ID, field).send_keys(Keys.CONTROL, "a", Keys.DELETE)
     browser.find_element(By.ID, "context").click()
     browser.execute_cdp_cmd("Input.insertText", {"text": TEXT})
     question = browser.find_element(By.ID, "question")
