@@ -27,15 +27,14 @@ from runtime.files import write_json, writing, written_whole
 class Evaluation:
     """The inference pipeline of a training run, which answers its validation and test questions.
 
-    It has a second model, into which weights are loaded. model_config: transformers' configuration
-    of the model. pipeline: its layout on the IPUs. questions: the validation and the test
-    questions, None where there are none. log: gets the metrics.
+    questions: the validation and the test questions, None where there are none. log: gets the
+    metrics.
     """
 
     def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline,
                  questions: Sequence[Optional[Questions]], timer: PhaseTimer, log: RunLog):
         self.settings, self.questions, self.timer, self.log = settings, questions, timer, log
-        model = model_class(model_config)(model_config)
+        model = model_class(model_config)(model_config)  # a second one, which weights are put into
         self.answerer = InferencePipeline(model, pipeline, settings)
 
     def compile(self, windows: Windows) -> None:

@@ -24,10 +24,8 @@ _ROWS_WORTH_A_WORKER = 10_000
 class InferencePipeline:
     """A model that is compiled once for inference and answers the questions of any data sets.
 
-    model: is modified (annotated with its placement on IPUs, converted to the precision of the
-    settings, set to evaluation mode) and must not be used elsewhere. pipeline: its layout on the
-    IPUs and its ipu_config. settings: any object with the fields of qa.settings.ModelSettings and
-    RunSettings, and eval_micro_batch_size.
+    model: is modified (annotated, converted to settings.precision) and must not be used elsewhere.
+    settings: with the fields of ModelSettings and RunSettings, and eval_micro_batch_size.
     """
 
     def __init__(self, model: ForSpans, pipeline: Pipeline, settings):
@@ -45,10 +43,7 @@ class InferencePipeline:
         self.inference_model = poptorch.inferenceModel(model, self.options)
 
     def compile(self, windows) -> None:
-        """Compile the model without running it.
-
-        windows: any qa.data.windows.Windows, since all rows have the same shape.
-        """
+        """Compile the model without running it. windows: any, since all rows have one shape."""
         self.inference_model.compile(**first_batch(self.options, self._rows(windows),
                                                    self.micro_batch_size))
 
@@ -84,12 +79,9 @@ def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
             micro_batch_size: int, progress: bool = True) -> Iterator[dict]:
     """Run `rows` through the model and yield the answers of `finder` in the order of the examples.
 
-    inference_model: a poptorch.inferenceModel made with `options`, whose output mode is All, so
-    that each call returns start and end logits [rows of the combined batch, tokens] in the order of
-    the rows. micro_batch_size: rows of a micro-batch. progress: whether to show a progress bar.
-    `AnswerFinder.add` lists the keys of an answer.
-
-    Each process runs its share of every combined batch; the first one finds the answers.
+    inference_model: made with `options`, whose output mode is All: a call returns start and end
+    logits [rows of the combined batch, tokens] in the order of the rows. progress: whether to show
+    a bar. Each process runs its share of every combined batch; the first one finds the answers.
     """
     loader = open_loader(options, rows, micro_batch_size,
                          asynchronous=len(rows) > _ROWS_WORTH_A_WORKER)

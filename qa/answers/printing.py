@@ -7,11 +7,7 @@ from typing import Any, Dict
 
 
 def as_text(answer: Dict[str, Any]) -> str:
-    """Return an answer as text for people to read.
-
-    answer: of `Answerer.ask`. The first line is the answer; if the n-best list has
-    more than one entry, it follows with one entry per line.
-    """
+    """Return an answer of `Answerer.ask` as a line, with the n-best list below it if it is one."""
     def line(text, score, start, end):
         where = f", characters {start}-{end}" if text else ""
         return f"{text or '(no answer)'}   ({score:.3f}{where})"

@@ -84,21 +84,19 @@ class Best:
     def resumed(cls, metric: Optional[str], checkpoint: Checkpoint) -> "Best":
         """Return the best evaluation of the run that saved `checkpoint`, if by the same metric."""
         best = checkpoint.best
-        if metric is None or best is None or best.get("by") != metric:
-            return cls(metric)
-        folder = checkpoint.folder.parent / f"checkpoint-{best['step']}"
-        fault = processes.on_first(find_fault, folder)
-        if fault is None:
-            return cls(metric, best["step"], best["metric"], folder)
-        log.warning("%s, the best checkpoint so far, is left out of the comparison: %s", folder,
-                    fault)
+        if metric is not None and best is not None and best.get("by") == metric:
+            folder = checkpoint.folder.parent / f"checkpoint-{best['step']}"
+            fault = processes.on_first(find_fault, folder)
+            if fault is None:
+                return cls(metric, best["step"], best["metric"], folder)
+            log.warning("%s, the best checkpoint so far, is left out of the comparison: %s",
+                        folder, fault)
         return cls(metric)
 
     def to_json(self) -> Optional[Dict[str, Any]]:
         """Return what trainer_state.json holds of it."""
-        if self.step is None:
-            return None
-        return {"step": self.step, "metric": self.value, "by": self.metric}
+        return None if self.step is None else {
+            "step": self.step, "metric": self.value, "by": self.metric}
 
 
 class Checkpoints:
@@ -129,10 +127,7 @@ class Checkpoints:
     def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
                write_model: Callable[..., Any], timer: PhaseTimer,
                run_log: RunLog) -> "Checkpoints":
-        """Return the checkpoints of a run with these settings and these training rows.
-
-        ipu_config: the training pipeline's.
-        """
+        """Return the checkpoints of a run. ipu_config: the training pipeline's."""
         must_match = {
             **rows.arguments, "data": rows.windows.fingerprint,
             **{name: getattr(settings, name) for name in MUST_MATCH}}
@@ -206,23 +201,16 @@ class Checkpoints:
         return folder
 
     def save_or_warn(self, state: TrainingState) -> bool:
-        """Save a checkpoint like `save`, but only print a warning if that fails.
-
-        A full disk may have room again when the next checkpoint is saved. Returns whether it was
-        saved.
-        """
+        """Return whether `save` succeeds; if not, print a warning."""
         try:
             self.save(state)
             return True
-        except RunError as error:
+        except RunError as error:  # a full disk may have room again when the next one is saved
             tqdm.write(f"warning: {error}; the run goes on")
             return False
 
     def save_stopped(self, state: TrainingState, number: signal.Signals) -> None:
-        """Save the state of a run that a signal ends, and print how to go on.
-
-        Raises RunError as `save` does.
-        """
+        """Save the state of a run that a signal ends, and print how to go on. Raises RunError."""
         try:
             self.save(state)
         except RunError as error:
@@ -261,11 +249,7 @@ class Checkpoints:
         return self.best.step
 
     def save_final(self, state: TrainingState) -> None:
-        """Write the trained model into OUTPUT_DIR itself.
-
-        Each file is replaced by its complete new version or left unchanged. Raises RunError as
-        `save` does.
-        """
+        """Write the model into OUTPUT_DIR itself, each file whole. Raises RunError."""
         with self._timed():
             processes.on_first(self._write_final, state.model, state.saved())
 
@@ -298,10 +282,7 @@ class Checkpoints:
             self._log.add(event, step, **values)
 
     def newest_of_run(self) -> Checkpoint:
-        """Return the newest complete checkpoint that this run has written or has started from.
-
-        Raises RunError if there is none.
-        """
+        """Return the newest complete checkpoint of this run. Raises RunError if there is none."""
         return load_checkpoint(processes.on_first(self._newest_complete))
 
     def _newest_complete(self) -> str:
@@ -314,11 +295,7 @@ class Checkpoints:
 
 
 def check_output_folder(settings: TrainSettings) -> None:
-    """Raise UsageError where a run would replace an earlier run's work.
-
-    That is: checkpoints or a finished model, or where nothing is trained the metrics, predictions
-    and log beside them, unless --overwrite_output_dir is set.
-    """
+    """Raise UsageError where a run would replace a model or what stands beside one."""
     folder, resume = Path(settings.output_dir), settings.resume_from_checkpoint
     if settings.overwrite_output_dir or settings.dry_run:
         return
@@ -359,10 +336,7 @@ def find_checkpoint(output_dir: Union[str, Path], which: str) -> Optional[Path]:
 
 
 def load_checkpoint(folder: Union[str, Path]) -> Checkpoint:
-    """Read everything but the weights of a complete checkpoint (see `find_checkpoint`).
-
-    Raises UsageError if it cannot be read.
-    """
+    """Read a complete checkpoint but for the weights. Raises UsageError if it cannot be read."""
     folder = Path(folder)
     try:
         values = json.loads((folder / TRAINER_STATE).read_text("utf-8"))
@@ -387,10 +361,7 @@ def list_checkpoints(output_dir: Union[str, Path]) -> List[Path]:
 
 
 def find_fault(folder: Path) -> Optional[str]:
-    """Return why `folder` is not a complete checkpoint, or None if it is one.
-
-    The size and the SHA-256 of every file are compared with the manifest.
-    """
+    """Return in what `folder` differs from its manifest, or None if it is a whole checkpoint."""
     try:
         if folder.is_symlink():
             return "it is a symbolic link"
@@ -437,10 +408,7 @@ def _as_text(value: Any) -> str:
 
 
 def _what_is_left(output_dir: Union[str, Path]) -> str:
-    """Return which checkpoint is the newest, as the end of an error message.
-
-    The checkpoint is not verified: hashing its files can take long, and a resume does it anyway.
-    """
+    """Return which checkpoint is the newest, complete or not, as the end of an error message."""
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
         return f"there is no checkpoint in {output_dir}"
@@ -467,10 +435,7 @@ def _clear_leftovers(output_dir: Path) -> None:
 
 @contextmanager
 def _written(target: Path) -> Iterator[Path]:
-    """Give the temporary folder of `folder_written_aside`, but turn system errors into RunError.
-
-    The message of the RunError names the newest checkpoint that is left.
-    """
+    """Give the folder of `folder_written_aside`, but turn system errors into RunError."""
     try:
         with folder_written_aside(target) as aside:
             yield aside

@@ -35,9 +35,8 @@ _CLI = (("huggingface-cli login", "huggingface-cli upload")
 def check_push(settings: TrainSettings) -> None:
     """Find out at the start of a run with --push_to_hub whether its end can upload the model.
 
-    The token is settings.hub_token, else the one that huggingface_hub has stored. Raises UsageError
-    if the token is missing or refused, or if a run that does not train has no model of train.py to
-    share; RunError if the hub cannot be reached.
+    Raises UsageError if the access token is missing or refused, or if a run that does not train has
+    no model of train.py to share; RunError if the hub cannot be reached.
     """
     if not settings.push_to_hub or not processes.is_first():
         return

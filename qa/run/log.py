@@ -227,9 +227,8 @@ def _versions() -> Dict[str, str]:
 def _draw_curves(lines: List[Dict[str, Any]], path: Path) -> None:
     """Draw loss, learning rate, throughput and evaluations over the steps, to the PNG file `path`.
 
-    lines: of `read_log`. A dotted vertical line marks each step after which the run was
-    resumed. Nothing is drawn without log points, or where matplotlib is not installed. Raises
-    OSError.
+    A dotted vertical line marks each step after which the run was resumed. Nothing is drawn without
+    log points, or where matplotlib is not installed. Raises OSError.
     """
     try:
         from matplotlib.figure import Figure

@@ -42,15 +42,14 @@ class NonfiniteGuard:
         number is not finite and --on_nonfinite is skip, weights and optimizer are reset to the last
         checkpoint, and the run goes on from them.
 
-        With synthetic data it returns False and reads nothing: the loss is memory that PopTorch has
-        never written (PoplarExecutable.cpp, run), and PopART crashes where weights or states are
-        read, because their host buffers do not exist (popart, devicex.cpp, getD2hWeightData).
-
         Raises RunError if --on_nonfinite is stop, if there is no checkpoint, or if the cause is not
         just one bad batch: the previous step was skipped as well, or the run would go back to the
         same checkpoint a second time.
         """
         settings, state = self.settings, self.state
+        # With synthetic data the loss is memory that PopTorch has never written
+        # (PoplarExecutable.cpp, run), and PopART crashes where weights or states are read, because
+        # their host buffers do not exist (popart, devicex.cpp, getD2hWeightData).
         if settings.synthetic_data:
             return False
         tensors = watched_gradient(self.options, state.executor)
@@ -78,10 +77,7 @@ class NonfiniteGuard:
 
 
 def find_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]:
-    """Return the name of the first tensor with an infinity or a NaN, or None.
-
-    tensors: (name, tensor) pairs; tensors that are not floating-point are ignored.
-    """
+    """Return the name of the first of (name, tensor) pairs with an infinity or a NaN, or None."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not all_finite(tensor):
             return name

@@ -66,11 +66,7 @@ def progress_bar(total: int, desc: str, unit: str, initial: int = 0, seconds: fl
 
 def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
                   ipu_config: IPUConfig) -> str:
-    """Return three lines of text on how the questions become windows, rows, updates and steps.
-
-    questions: their number. ipu_config: the training pipeline's. The size of an update is given in
-    windows, since a packed row holds a varying number of them.
-    """
+    """Return three lines of text on how so many questions become windows, rows and updates."""
     micro_batch_size, replicas = settings.micro_batch_size, ipu_config.replication_factor
     accumulation, updates = ipu_config.gradient_accumulation_steps, ipu_config.device_iterations
     return (
@@ -110,10 +106,9 @@ class Progress:
         self._clocks: Dict[str, float] = {}
 
     def evaluation_is_due(self) -> bool:
-        """Return whether the model is to be evaluated now, before the end of the run.
+        """Return whether the model is to be evaluated now, before the end, which evaluates it too.
 
-        The end evaluates in any case; but the best model can only be chosen once the last one's
-        metrics are known.
+        The best model can only be chosen once the last one's metrics are known.
         """
         settings, step = self.settings, self.state.step
         due = (settings.eval_steps and step % settings.eval_steps == 0
@@ -153,10 +148,9 @@ class Progress:
                 **{phase: self.timer.seconds[phase] for phase in ("data", "step")}}
 
     def write_summary(self) -> None:
-        """Print the summary of the training and write it to train_results.json.
+        """Print the summary, and write it to train_results.json. Raises RunError.
 
-        Of a resumed run, loss, seconds and windows per second are those since then. Raises RunError
-        if the file cannot be written.
+        Of a resumed run, loss, seconds and windows per second are those since then.
         """
         state, seconds = self.state, self.timer.seconds
         training = sum(seconds[phase] for phase in ("data", "step", "schedule"))

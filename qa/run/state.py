@@ -115,10 +115,10 @@ class TrainingState:
 def rng_of_process(checkpoint: Checkpoint, replicas: int) -> List[int]:
     """Return this process's part of the checkpoint's rng_state.
 
-    How long a replica's state is, only the device knows, and before its first run PopTorch does not
-    ask it (_poplar_executor.py, rng_state). replicas: of all processes of this run. Raises
-    UsageError for a checkpoint of another number of replicas.
+    replicas: of all processes of this run. Raises UsageError if the checkpoint has another number.
     """
+    # How long a replica's state is, only the device knows, and before its first run PopTorch does
+    # not ask it (_poplar_executor.py, rng_state).
     seed, *states = checkpoint.rng_state
     if checkpoint.replicas not in (None, replicas):
         raise UsageError(
