@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import combinations
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 from planner.flags import flags_text
@@ -12,10 +13,12 @@ from runtime.errors import UsageError
 
 # Settings of the pipeline by their names in training, and what else to say of the change.
 Candidate = Tuple[Dict[str, Any], str]
+SPLIT = "the best split that fits"
+LARGER_BATCH = "shorter ramps, but twice the batch size"
 
 
 class Change(NamedTuple):
-    """A change of settings, by flag, and the plan that it leads to."""
+    """A change of settings, by their names in training, and the plan that it leads to."""
 
     settings: Dict[str, Any]
     remark: str
@@ -24,22 +27,69 @@ class Change(NamedTuple):
     @property
     def text(self) -> str:
         """The change as flags of train.py, with the remark."""
-        return flags_text(self.settings) + (f" ({self.remark})" if self.remark else "")
+        return flags_text(self.flags) + (f" ({self.remark})" if self.remark else "")
+
+    @property
+    def flags(self) -> Dict[str, Any]:
+        """The change by flag of train.py."""
+        return self.plan.job.phase.flags(self.settings)
+
+    def fits_above(self, windows_per_second: float) -> bool:
+        """Whether the changed plan fits and is faster than that."""
+        return self.plan.fits and self.plan.windows_per_second > windows_per_second
 
 
 def changes(plan: Plan) -> List[Change]:
-    """Return the single changes that are worth making, the fastest first.
+    """Return the changes that are worth making, the fastest first.
 
-    Each of them fits and, if `plan` itself fits, is more than 0.5 % faster than it.
+    Each of them fits and, if `plan` itself fits, is more than 0.5 % faster than it. Two changes
+    together are among them where they beat any one. The best split is among the first four, which
+    are what is shown.
     """
-    job, better = plan.job, []
-    for settings, remark in (_training_changes if job.training else _inference_changes)(plan):
-        with suppress(UsageError):  # an embedding of few rows has no more parts
-            changed = make_plan(job.changed(**settings), plan.efficiencies)
-            if changed.fits and (not plan.fits or
-                                 changed.windows_per_second > 1.005 * plan.windows_per_second):
-                better.append(Change(job.phase.flags(settings), remark, changed))
-    return sorted(better, key=lambda change: -change.plan.windows_per_second)
+    planned = planned_changes(plan)
+    floor = 1.005 * plan.windows_per_second if plan.fits else 0
+    better = sorted((change for change in planned if change.fits_above(floor)),
+                    key=lambda change: -change.plan.windows_per_second)
+    most = max([floor, *(1.005 * change.plan.windows_per_second for change in better)])
+    pairs = [pair for pair in _pairs(plan, planned) if pair.fits_above(most)]
+    shown = [max(pairs, key=lambda pair: pair.plan.windows_per_second)] if pairs else []
+    split = [change for change in better if change.remark == SPLIT]
+    rest = [change for change in better if change.remark != SPLIT]
+    shown = sorted([*shown, *split, *rest[:4 - len(shown) - len(split)]],
+                   key=lambda change: -change.plan.windows_per_second)
+    return shown + [change for change in rest if change not in shown]
+
+
+def planned_changes(plan: Plan) -> List[Change]:
+    """Return each change that is possible, with the plan that it leads to."""
+    candidates = (_training_changes if plan.job.training else _inference_changes)(plan)
+    return [change for settings, remark in candidates for change in _planned(
+        plan, settings, remark)]
+
+
+def _planned(plan: Plan, settings: Dict[str, Any], remark: str) -> List[Change]:
+    """Return one change with its plan; none if it is not possible."""
+    with suppress(UsageError):  # an embedding of few rows has no more parts
+        return [Change(settings, remark, make_plan(plan.job.changed(**settings),
+                                                   plan.efficiencies))]
+    return []
+
+
+def _pairs(plan: Plan, planned: Sequence[Change]) -> Iterator[Change]:
+    """Yield any two changes that keep the batch, and each change with the best split for it."""
+    planned = [change for change in planned if change.remark not in (SPLIT, LARGER_BATCH)]
+    for one, other in combinations(planned, 2):
+        if not set(one.settings) & set(other.settings):
+            yield from _planned(plan, {**one.settings, **other.settings},
+                                "; ".join(filter(None, [one.remark, other.remark])))
+    for change in planned:
+        job = change.plan.job
+        cut = best_split(job, plan.efficiencies)
+        split = {} if cut is None else split_settings(job, cut)
+        if split.get("layers_per_ipu") not in (
+                None, job.layout.layers_per_ipu(job.config.num_ipus())):
+            yield from _planned(plan, {**change.settings, **split},
+                                "; ".join(filter(None, [change.remark, SPLIT])))
 
 
 def suggestion(plan: Plan, better: Sequence[Change]) -> str:
@@ -83,8 +133,7 @@ def _training_changes(plan: Plan) -> Iterator[Candidate]:
         yield {"replicated_tensor_sharding": True}, ""
     yield ({"device_iterations": 2 * config.device_iterations},
            "fewer calls; the learning rate changes half as often")
-    yield ({"gradient_accumulation_steps": 2 * accumulation},
-           "shorter ramps, but twice the batch size")
+    yield {"gradient_accumulation_steps": 2 * accumulation}, LARGER_BATCH
 
 
 def _inference_changes(plan: Plan) -> Iterator[Candidate]:
@@ -108,4 +157,4 @@ def _balance(plan: Plan) -> Iterator[Candidate]:
     """Yield the best split of the blocks over as many IPUs, if one fits."""
     cut = best_split(plan.job, plan.efficiencies)
     if cut is not None:
-        yield split_settings(plan.job, cut), "the best balance"
+        yield split_settings(plan.job, cut), SPLIT

@@ -29,6 +29,7 @@ class Job:
     max_seq_length: int                  # in tokens of a row
     precision: str = "float16"           # or "float32"
     phase: Phase = TRAINING
+    clips: bool = False                  # the gradient's norm, of all parameters (max_grad_norm)
     windows_per_row: float = 1.0         # mean of the real ones; more than 1 with packing
     packed_windows_per_row: Optional[float] = None   # the same with packing, None if not known
     windows: Optional[int] = None        # of an epoch, or to answer; None if not known

@@ -74,8 +74,7 @@ def stage_memory(job: Job, totals: Totals, matmul_proportion: float, index: int,
         "activations": live + 2 * totals.output_bytes + totals.result_bytes,
         "matmul_temporaries": _matmul_temporaries(job, totals, matmul_proportion),
         "embedding_gradient": totals.embedding_parameter * size}
-    memory["update_temporaries"] = _beyond_step(
-        memory, totals.largest_parameter * _update_bytes_per_parameter(job))
+    memory["update_temporaries"] = _beyond_step(memory, _update_bytes(job, totals))
     return memory
 
 
@@ -99,18 +98,23 @@ def _matmul_temporaries(job: Job, totals: Totals, matmul_proportion: float) -> A
                       MATMUL_COPIES * totals.matmul_bytes)
 
 
-def _update_bytes_per_parameter(job: Job) -> float:
-    """Return the temporary bytes of the weight update for each element of a parameter tensor.
+def _update_bytes(job: Job, totals: Totals) -> Any:
+    """Return the temporary bytes of the weight update of a stage.
 
     PopART updates one tensor after the other. It casts the accumulated gradient to float32 if both
     moments are float32, and unscales it into another tensor (popart,
     willow/src/patterns/adamdecompose.cpp); the moments join them if they are streamed in. All this
     is done on a replica's shard. With sharding, the new weights are then gathered whole.
+
+    With clipping, the float32 gradients of all parameters wait for their norm (popart,
+    willow/src/transforms/clipweightgradientsbynorm.cpp).
     """
     config, size = job.config, job.element_bytes
     gradient = size if config.enable_half_first_order_momentum else 4
     streamed = job.state_bytes_per_parameter() if config.optimizer_state_offchip else 0
-    return 2 * gradient / job.shards + streamed + (size if job.shards > 1 else 0)
+    gradients = (4 * totals.parameters if job.clips else
+                 2 * gradient * totals.largest_parameter) / job.shards
+    return gradients + totals.largest_parameter * (streamed + (size if job.shards > 1 else 0))
 
 
 def join(one: Dict[str, Any], other: Dict[str, Any]) -> Dict[str, Any]:

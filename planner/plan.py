@@ -81,17 +81,16 @@ class Plan:
     def run_seconds(self) -> Optional[float]:
         """Time of the whole run without compilation; None if its windows are not known.
 
-        For training this is without evaluation. An inference run is a whole number of calls.
+        For training this is without evaluation. The last update, or call, counts as a whole one.
         """
         job = self.job
         if job.updates is not None:
             return job.updates * self.update_seconds
         if job.windows is None:
             return None
-        if job.training:
-            return job.epochs * job.windows / self.windows_per_second
+        passes = job.epochs if job.training else 1
         return self.update_seconds * math.ceil(
-            job.windows / (job.rows_per_update * job.windows_per_row))
+            passes * job.windows / (job.rows_per_update * job.windows_per_row))
 
     def parts(self) -> Dict[str, float]:
         """Return {part: seconds} of the time of a weight update; the sum is update_seconds.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List
 
-from planner.advice import changes, suggestion
+from planner.advice import changes, describe, planned_changes, suggestion
 from planner.plan import Plan, make_plan
 from runtime.errors import RunError, UsageError
 
@@ -104,7 +104,7 @@ def read_profile(report: Any) -> Profile:
 
 
 def advice(profile: Profile, plan: Plan) -> str:
-    """Return the change to make next, in one line.
+    """Return the change to make next, in one line; what it names has been planned.
 
     A tile out of memory comes first, then imbalance between the IPUs, then time that goes to the
     host; if the profile shows none of these, it is the plan's suggestion.
@@ -113,23 +113,26 @@ def advice(profile: Profile, plan: Plan) -> str:
     full = max(ipus, key=lambda ipu: profile.largest_tile_bytes[ipu])
     over = profile.largest_tile_bytes[full] - profile.tile_limit_bytes
     if over > 0:
-        return (
-            f"IPU {full}'s fullest tile is over by {over / 1024:.0f} KiB: move a layer away from "
-            "it, lower its --matmul_proportion, or use a smaller --micro_batch_size")
-    slowest, idlest = max(ipus, key=profile.work_cycles), min(ipus, key=profile.work_cycles)
-    most, least = profile.work_cycles(slowest), profile.work_cycles(idlest)
+        lighter = [change for change in planned_changes(plan) if change.plan.fits and
+                   sum(change.plan.memory[full].values()) < sum(plan.memory[full].values())]
+        best = max(lighter, key=lambda change: change.plan.windows_per_second, default=None)
+        return (f"IPU {full}'s fullest tile is over by {over / 1024:.0f} KiB: " + (
+            describe(plan, best) if best else f"no single change leaves IPU {full} more room"))
     layers = plan.job.layout.layers_per_ipu(len(ipus))
-    if layers[slowest] > 1:
-        one = most / layers[slowest]
-        work = {**{ipu: profile.work_cycles(ipu) for ipu in ipus},
-                slowest: most - one, idlest: least + one}
-        layers[slowest], layers[idlest] = layers[slowest] - 1, layers[idlest] + 1
-        # Only if the longest work falls, as profiled: another IPU may have as much.
-        if max(work.values()) < 0.99 * most and make_plan(
-                plan.job.changed(layers_per_ipu=layers), plan.efficiencies).fits:
-            mean = sum(work.values()) / len(ipus)
-            return (f"IPU {slowest} works {most / mean:.2f} times the mean, IPU {idlest} least: "
-                    f"move a layer, --layers_per_ipu {' '.join(map(str, layers))}; it fits")
+    work = {ipu: profile.work_cycles(ipu) for ipu in ipus}
+    slowest = max(ipus, key=lambda ipu: work[ipu])
+    layer = work[slowest] / max(1, layers[slowest])
+    # The step is as long as the slowest IPU's work, after a layer of it has moved to another.
+    after = {ipu: max({**work, slowest: work[slowest] - layer, ipu: work[ipu] + layer}.values())
+             for ipu in ipus if ipu != slowest}
+    for ipu in sorted(after, key=lambda ipu: (after[ipu], work[ipu])):
+        moved = list(layers)
+        moved[slowest], moved[ipu] = moved[slowest] - 1, moved[ipu] + 1
+        if moved[slowest] > 0 and after[ipu] < 0.98 * work[slowest] and make_plan(
+                plan.job.changed(layers_per_ipu=moved), plan.efficiencies).fits:
+            return (f"IPU {slowest} works {work[slowest] * len(ipus) / sum(work.values()):.2f} "
+                    f"times the mean: --layers_per_ipu {' '.join(map(str, moved))}, which fits, "
+                    f"shortens its work by {100 - 100 * after[ipu] / work[slowest]:.0f} %")
     busy = sum(sum(parts.values()) for parts in profile.cycles) or 1
     host = sum(parts["host"] for parts in profile.cycles) / busy
     if host > 0.1:

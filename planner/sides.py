@@ -234,7 +234,7 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         "one_question_seconds": None if job.training else latency_seconds(plan),
         "suggestion": suggestion(plan, better),
         "suggestions": [{
-            "flags": change.text, "settings": change.settings, "fits": change.plan.fits,
+            "flags": change.text, "settings": change.flags, "fits": change.plan.fits,
             "windows_per_second": change.plan.windows_per_second,
             "text": describe(plan, change)} for change in better],
         "why_not": reasons(job, plan.memory), **bound_record(plan, better),

@@ -161,7 +161,7 @@ def test_the_best_and_what_would_help_are_entered_into_the_fields(explore, capsy
     plan = printed(capsys, "plan", *BASE)
     for offer, change in zip(plan["suggestions"], changes(base.plan)):
         assert change.text == offer["flags"]
-        assert after(change.settings).plan.windows_per_second == pytest.approx(
+        assert after(change.flags).plan.windows_per_second == pytest.approx(
             offer["windows_per_second"])
     best, *_ = printed(capsys, "search", *BASE, "--keep", "1")
     found = after(explore.flags_to(base, explore.best(base)))

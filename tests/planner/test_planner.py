@@ -29,7 +29,7 @@ from planner.confidence import (
     unexplained_error,
 )
 from planner.count import make_counter
-from planner.flags import JobSettings
+from planner.flags import JobSettings, flag_words
 from planner.from_settings import MODELS, published
 from planner.machine import FITTED, MACHINES, Efficiencies
 from planner.memory import ipu_memory
@@ -187,6 +187,15 @@ def test_the_update_of_the_embedding_is_counted_on_ipu_0(runs):
 
 
 @pytest.mark.slow
+def test_clipping_keeps_the_gradients_of_all_parameters_in_float32(runs):
+    job = job_named(runs, "roberta-base SQuAD v1, notebook, 4 Bow")
+    steps = ("activations", "matmul_temporaries", "embedding_gradient", "update_temporaries")
+    plain, clipped = (ipu_memory(replace(job, clips=clips), code_bytes=0)[1] for clips in (0, 1))
+    assert sum(clipped[name] for name in steps) == 4 * 4 * (12 * 768 ** 2 + 13 * 768)
+    assert sum(plain[name] for name in steps) < sum(clipped[name] for name in steps)
+
+
+@pytest.mark.slow
 def test_the_last_layer_is_not_recomputed(runs):
     """What is recomputed is the forward pass of all layers but the last, and not the head."""
     job = job_named(runs, "roberta-base SQuAD v1, 16 Mk2")
@@ -313,6 +322,34 @@ def test_every_family_is_planned_from_its_config_json(tmp_path, capsys, kind, si
         model = AutoModelForQuestionAnswering.from_config(config)
     assert sum(block["parameters"] for block in plan["blocks"]) == sum(
         parameter.numel() for parameter in model.parameters())
+
+
+def test_advice_has_the_best_split_and_two_changes_that_beat_any_one(capsys):
+    """Each as `plan` plans it: six layers on each IPU fit with the embedding in two parts."""
+    large = ["--config", "squad_large_384", "--pod_type", "pod16", "--json"]
+
+    def planned(*flags):
+        assert main(["plan", *large, *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    for flags in ([], ["--embedding_serialization_factor", "1"]):
+        pair, *single = planned(*flags)["suggestions"]
+        speeds = [change["windows_per_second"] for change in single]
+        assert len(pair["settings"]) == 2 and pair["windows_per_second"] > max(speeds)
+        again = planned(*flags, *flag_words(pair["settings"]))
+        assert again["fits"] and again["windows_per_second"] == pair["windows_per_second"]
+    split = next(change for change in planned()["suggestions"][:4]
+                 if "layers_per_ipu" in change["settings"])
+    assert split["settings"] == {"layers_per_ipu": [6, 6, 6, 6]}
+
+
+@pytest.mark.parametrize("windows, updates", [(1, 1), (32, 1), (33, 2), (96, 3)])
+def test_a_part_filled_update_takes_as_long_as_a_full_one(windows, updates, capsys):
+    assert main(["plan", *SMALL, "--train_windows", str(windows), "--num_train_epochs", "1",
+                 "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["rows_per_update"] == 32
+    assert plan["run_seconds"] == pytest.approx(updates * plan["update_seconds"])
 
 
 def test_shape_flags_change_the_configurations_own_model(capsys):
@@ -625,12 +662,25 @@ def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, mo
     for phase in ("training", "inference"):
         (tmp_path / phase).mkdir()
         (tmp_path / phase / "profile.pop").write_bytes(b"")
+    # On one replica IPU 0, which waits longest, has no room for a layer.
     assert main(["report", str(tmp_path), "--config", "squad_base_384"]) == 0
-    assert "--layers_per_ipu 1 4 3 4" in capsys.readouterr().out
+    assert "--layers_per_ipu 0 5 3 4, which fits" in capsys.readouterr().out
+    assert main(["report", str(tmp_path), "--config", "squad_base_384", "--pod_type", "pod16"]) == 0
+    assert "--layers_per_ipu 1 4 3 4, which fits" in capsys.readouterr().out
+    # Of two slowest IPUs one remains, so no layer moves.
+    tie = recorded_profile(slow_ipu=2)
+    tie.execution.steps[0].ipus[3].cycles = 4000
+    monkeypatch.setattr(pva, "openReport", lambda path: tie)
+    assert main(["report", str(tmp_path), "--config", "squad_base_384"]) == 0
+    said = capsys.readouterr().out
+    assert "times the mean" not in said and "--pack" in said
+    monkeypatch.setattr(pva, "openReport",
+                        lambda path: opened.append(Path(path)) or recorded_profile(slow_ipu=2))
+    opened.clear()
     assert main(["calibrate", "--measured", "windows_per_second=250", "--profile", str(tmp_path),
                  "--calibration", str(tmp_path / "mine.json"), "--config", "squad_base_384"]) == 0
     assert json.loads((tmp_path / "mine.json").read_text())["code_bytes"] == 400
-    assert opened == [tmp_path / "training" / "profile.pop"] * 2
+    assert opened == [tmp_path / "training" / "profile.pop"]
 
 
 @pytest.mark.slow
