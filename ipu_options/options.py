@@ -21,12 +21,13 @@ _WATCHED = "watched gradient"  # the name of our anchor, free to choose
 
 
 def describe_poptorch(run: DeviceSettings) -> str:
-    """Return one line that says which PopTorch runs, and what cannot be concluded from a host."""
+    """Return which PopTorch runs, and on a line of its own that this host stands in for IPUs."""
     text = f"PopTorch: {poptorch.__name__} {poptorch.__version__}, torch {torch.__version__}"
     asked = [f"--{name}" for name in ("compile_only", "ipu_model", "synthetic_data", "profile_dir")
              if getattr(run, name)]
-    if device == "host" and asked:
-        text += f" (no IPU: what {', '.join(asked)} shows is this host's)"
+    if device == "host":
+        text += "\nno IPU: this host's CPU stands in for the IPUs"
+        text += f"; what {', '.join(asked)} shows is its" if asked else ""
     return text
 
 

@@ -266,6 +266,7 @@ def _write_model(folder, paragraphs, seed):
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaConfig, RobertaForQuestionAnswering, RobertaTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
     texts = [
         text for paragraph in paragraphs
@@ -282,4 +283,5 @@ def _write_model(folder, paragraphs, seed):
                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        disable_progress_bar()  # of four files
         RobertaForQuestionAnswering(config).save_pretrained(str(folder), safe_serialization=True)

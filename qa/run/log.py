@@ -57,7 +57,7 @@ _GROUPS = {"validation": "eval", "test": "test"}
 _NO_METRICS = ("event", "step", "epoch", "time", "questions")
 # The panels of training.png: the event of the lines, and {key: (its name, how it is drawn)}.
 _PANELS = (
-    ("log", {"loss": ("loss", ".-")}), ("log", {"learning_rate": ("learning rate", "-")}),
+    ("log", {"loss": ("loss", ".-")}), ("log", {"learning_rate": ("learning rate", ".-")}),
     ("log", {"windows_per_second": ("windows/s", ".-")}),
     ("evaluation", {"f1": ("F1 (%)", "o-"), "exact_match": ("exact match (%)", "s--")}))
 
@@ -195,7 +195,7 @@ def _run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRo
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": {"host": socket.gethostname(), "platform": platform.platform(),
-                    "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+                    "device": device, "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
                     "processes": processes.count(), "launcher": processes.place().launcher},
     }
 
@@ -249,11 +249,17 @@ def _draw_curves(lines: List[Dict[str, Any]], path: Path) -> None:
         for line in lines:
             if line["event"] == "resumed":
                 axes.axvline(line["step"], linestyle=":", color="grey")
+        if event == "evaluation" and axes.lines:
+            axes.set_ylim(0, 101)  # percent; the highest mark is not cut
+        elif "windows_per_second" in curves:
+            axes.set_ylim(bottom=0)
         axes.set_title(" and ".join(name for name, _ in curves.values()))
         axes.grid(alpha=0.3)
         axes.tick_params(labelbottom=True)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel("step")
+    figure.suptitle(path.parent.name)
+    resumed = any(line["event"] == "resumed" for line in lines)
+    figure.supxlabel("step (dotted: resumed)" if resumed else "step")
     figure.savefig(path, dpi=100)
 
 

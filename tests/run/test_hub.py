@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qa.answers.answerer import Answerer
 from qa.run.hub import model_card
 from qa.settings import TrainSettings
 from tests.reference.loopback import Handler, serving
+from tests.reference.small_demo import write_small_demo
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -228,8 +231,9 @@ def test_the_card_says_what_was_done(trained):
         metric["type"]: metric["value"] for result in entry["results"]
         for metric in result["metrics"]}
     assert results == {"exact_match": 85.266, "f1": 91.747}
+    assert "CPU host" not in card
     for words in ("| exact_match | 85.27 |", "| layers_per_ipu | [0, 4, 4, 4] |",
-                  "| learning_rate | 2e-05 |", "`ab12cd`", 'model="ada/my-model"',
+                  "| learning_rate | 2e-05 |", "`ab12cd`", 'name = "ada/my-model"',
                   "| torch | 2.0.1 |"):
         assert words in card
     assert "secret-host" not in card and "hub_token" not in card
@@ -247,3 +251,18 @@ def test_the_card_says_what_was_done(trained):
     assert ("base_model" not in head and "datasets" not in head and "/home" not in card
             and str(trained) not in card)
     assert "on train.json, evaluated on dev.json" in card and "SQuAD v2" in card
+
+
+def test_the_cards_code_runs_and_answers_as_infer_does(trained, tmp_path, capsys):
+    """Of a model with random weights, on the transformers that is installed."""
+    write_small_demo(tmp_path / "demo", train=4, validation=1)
+    shutil.copytree(tmp_path / "demo" / "model", trained, dirs_exist_ok=True)
+    run = {**RUN, "machine": {"device": "host"}}
+    (trained / "run.json").write_text(json.dumps(run))
+    card = card_of(trained)
+    assert "as a pipeline over Graphcore IPUs, for which a CPU host stood in.\n" in card
+    code = re.search("```python\n(.*?)```", card, re.DOTALL).group(1)
+    exec(code.replace('"ada/my-model"', repr(str(trained))), {})
+    answerer = Answerer.load(trained, precision="float32", max_answer_length=100, n_best_size=100)
+    answer = answerer.ask("Where do I live?", "My name is Wolfgang and I live in Berlin.")
+    assert capsys.readouterr().out == answer["answer"] + "\n"
