@@ -107,7 +107,7 @@ def inference(file=None, model=None, questions=10_000, width=256, layers=4, runs
     model: questions and a checkpoint; by default made-up questions as long as SQuAD's, and an
     untrained model.
     """
-    from transformers import AutoModelForQuestionAnswering
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
     from ipu_options.config import inference_pipeline
     from qa.answers.inference import InferencePipeline
@@ -128,10 +128,10 @@ def inference(file=None, model=None, questions=10_000, width=256, layers=4, runs
                 "--checkpoint", model or folder, "--pack", "--precision",
                 precision, *map(str, ONE_IPU), "--eval_micro_batch_size", "4"])
             model_config = load_config(settings)
-            tokenizer = load_tokenizer(settings, model_config)
+            tokenizer = AutoTokenizer.from_pretrained(model or folder)
             windows = Windows(make_windows(
-                examples, tokenizer, max_seq_length=LENGTH, doc_stride=128, labels=False,
-                offsets=True))
+                examples, load_tokenizer(settings, model_config), max_seq_length=LENGTH,
+                doc_stride=128, labels=False, offsets=True))
             theirs = AutoModelForQuestionAnswering.from_pretrained(model or folder).eval()
             if precision == "float16":
                 theirs.to(torch.bfloat16)

@@ -20,6 +20,7 @@ from qa.data.dataset import load_examples
 from qa.data.loader import collate
 from qa.data.packing import pack
 from qa.data.rows import TrainingRows
+from qa.data.tokenizer import QATokenizer
 from qa.data.windows import Windows, make_windows
 from tests.reference.windows import plain_windows
 
@@ -48,8 +49,8 @@ def features(examples=10_000, questions_per_context=5, runs=5, run_qa=False) -> 
 
         slow = {"run_qa's way": lambda: plain_windows(questions, tokenizer, **WINDOWS)}
         run({**(slow if run_qa else {}), "the Rust tokenizer alone": rust,
-             "make_windows": lambda: make_windows(questions, tokenizer, labels=True, offsets=False,
-                                                  overwrite_cache=True, **WINDOWS)},
+             "make_windows": lambda: make_windows(questions, QATokenizer.of(tokenizer), labels=True,
+                                                  offsets=False, overwrite_cache=True, **WINDOWS)},
             {"the Rust tokenizer alone": 1 / 1.3}, runs=runs, amount=examples, unit="examples")
 
 
@@ -62,8 +63,9 @@ def packing(file=None, tokenizer=None, runs=3) -> None:
     lengths = squad_lengths(numpy.random.default_rng(0), 100_000)
     if file:
         examples = load_examples(split="train", file=file, version_2_with_negative=True)
-        lengths = Windows(make_windows(examples, AutoTokenizer.from_pretrained(tokenizer),
-                                       labels=True, offsets=False, **WINDOWS)).lengths
+        lengths = Windows(make_windows(
+            examples, QATokenizer.of(AutoTokenizer.from_pretrained(tokenizer)), labels=True,
+            offsets=False, **WINDOWS)).lengths
     for most in (1, 8):
         rows = len(pack(lengths, 384, most).row_slots) - 1
         print(f"  {len(lengths):,} windows of {lengths.mean():.0f} tokens, up to {most} in a row: "
@@ -174,8 +176,8 @@ def time_and_memory(folder: str) -> Tuple[float, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begin = time.perf_counter()
-    make_windows(examples, AutoTokenizer.from_pretrained(folder + "/bpe"), labels=True,
-                 offsets=False, overwrite_cache=True, **WINDOWS)
+    make_windows(examples, QATokenizer.of(AutoTokenizer.from_pretrained(folder + "/bpe")),
+                 labels=True, offsets=False, overwrite_cache=True, **WINDOWS)
     seconds = time.perf_counter() - begin
     done.set()
     watcher.join()

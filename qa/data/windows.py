@@ -36,8 +36,8 @@ from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tu
 import numpy
 import pyarrow as pa
 import pyarrow.compute as pc
-from tokenizers import Tokenizer
 
+from qa.data.tokenizer import QATokenizer
 from qa.settings import InferSettings, TrainSettings
 from runtime import processes
 from runtime.errors import RunError, UsageError
@@ -51,43 +51,37 @@ _log = logging.getLogger(__name__)
 
 # Part of the cache key. Increase it when the same settings would give different windows.
 _VERSION = 1
+_LONGEST = numpy.iinfo(numpy.int16).max  # tokens of a window, whose columns are int16
 
 
 class _Recipe(NamedTuple):
-    """Everything that the windows of given examples depend on.
+    """Everything that the windows of given examples depend on."""
 
-    before, between, after: the ids of the special tokens around the two texts. labels, offsets:
-    whether the windows get these columns. cut_long_questions: whether a question that is too long
-    is shortened; otherwise it is an error. token_types: whether the two texts have different ones.
-    """
-
-    tokenizer: Tokenizer
-    before: list
-    between: list
-    after: list
-    cls_token_id: int
-    context_first: bool
+    tokenizer: QATokenizer
     max_seq_length: int
     doc_stride: int
-    labels: bool
+    labels: bool  # whether the windows get these columns
     offsets: bool
-    cut_long_questions: bool
-    token_types: bool
+    cut_long_questions: bool  # or refuse them
 
     @property
     def key(self):
         """What the windows depend on besides the tokenizer's definition and the examples."""
-        return self[1:] if self.token_types else self[1:-1]  # older windows stay as they are
+        tokenizer = self.tokenizer
+        return (tokenizer.before, tokenizer.between, tokenizer.after, tokenizer.cls_token_id,
+                tokenizer.context_first, *self[1:],
+                *([True] if tokenizer.token_types else [False, True] if tokenizer.trims else []))
 
     @property
     def room(self):
         """The number of tokens in a window that are available for the two texts."""
-        return self.max_seq_length - len(self.before) - len(self.between) - len(self.after)
+        special = self.tokenizer.before + self.tokenizer.between + self.tokenizer.after
+        return self.max_seq_length - len(special)
 
     @property
     def token_type(self):
         """The smallest of uint16 and int32 that holds every token id."""
-        return numpy.dtype(numpy.uint16 if self.tokenizer.get_vocab_size(
+        return numpy.dtype(numpy.uint16 if self.tokenizer.backend.get_vocab_size(
             with_added_tokens=True) <= 1 << 16 else numpy.int32)
 
     def schema(self):
@@ -95,7 +89,7 @@ class _Recipe(NamedTuple):
         columns = {
             "input_ids": pa.list_(pa.from_numpy_dtype(self.token_type)), "example": pa.int32(),
             "cls_position": pa.int16(), "context_start": pa.int16()}
-        if self.token_types:
+        if self.tokenizer.token_types:
             columns["second_text"] = pa.int16()
         if self.labels:
             columns.update(start_position=pa.int16(), end_position=pa.int16())
@@ -115,7 +109,7 @@ class Questions(NamedTuple):
     prefix: str = ""
 
 
-def load_questions(settings: TrainSettings, tokenizer,
+def load_questions(settings: TrainSettings, tokenizer: QATokenizer,
                    ) -> Tuple[Optional[Questions], Optional[Questions], Optional[Questions]]:
     """Load the questions that `settings` name: (training, validation, test).
 
@@ -132,7 +126,7 @@ def load_questions(settings: TrainSettings, tokenizer,
     return found
 
 
-def _load_questions(settings: TrainSettings, tokenizer):
+def _load_questions(settings: TrainSettings, tokenizer: QATokenizer):
     from qa.data.dataset import load_examples, random_examples
 
     def load(split, file, max_samples=None, need_answers=True, **kind):
@@ -173,13 +167,13 @@ def stop_tokenizer_threads() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, doc_stride: int,
-                 labels: bool, offsets: bool, num_proc: Optional[int] = None,
+def make_windows(examples: datasets.Dataset, tokenizer: QATokenizer, *, max_seq_length: int,
+                 doc_stride: int, labels: bool, offsets: bool, num_proc: Optional[int] = None,
                  on_bad_row: str = "refuse", overwrite_cache: bool = False) -> datasets.Dataset:
     """Cut every example into windows of at most `max_seq_length` tokens.
 
     examples: a data set with the columns id, question, context and, for labels, answers. tokenizer:
-    a fast tokenizer of transformers. num_proc: how many processes share the work.
+    a QATokenizer. num_proc: how many processes share the work.
 
     Returns a data set with one entry per window; the windows of an example follow each other in
     order. Its columns are
@@ -202,14 +196,16 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
     A question may be so long that its context cannot be cut into windows that overlap by
     `doc_stride`. With on_bad_row="refuse" it raises UsageError with its id; with "skip" its end is
     cut off, so that every example has windows. Also raises UsageError if `max_seq_length` and
-    `doc_stride` are out of range, or if the tokenizer has no Rust backend or no CLS token.
+    `doc_stride` are out of range.
     """
     import datasets
 
     recipe = _recipe(tokenizer, max_seq_length=max_seq_length, doc_stride=doc_stride, labels=labels,
                      offsets=offsets, on_bad_row=on_bad_row)
+    if processes.is_first():
+        _check_read_back(examples, recipe)
     fingerprint = datasets.fingerprint.Hasher.hash(
-        (_VERSION, examples._fingerprint, recipe.tokenizer.to_str(), recipe.key))
+        (_VERSION, examples._fingerprint, tokenizer.backend.to_str(), recipe.key))
     make = partial(
         examples.with_format("arrow").map, partial(_windows_of_batch, recipe=recipe),
         with_indices=True, batched=True, remove_columns=examples.column_names, num_proc=num_proc,
@@ -223,6 +219,37 @@ def make_windows(examples: datasets.Dataset, tokenizer, *, max_seq_length: int, 
     shards = [datasets.table.MemoryMappedTable.from_file(str(file))
               for file in sorted(folder.iterdir())]
     return datasets.Dataset(datasets.table.concat_tables(shards), fingerprint=fingerprint)
+
+
+def _check_read_back(examples: datasets.Dataset, recipe: _Recipe) -> None:
+    """Warn if labels, read back as text, are often not the answers: with figures and an example.
+
+    A tokenizer's character offsets may lie, see `QATokenizer`. Some difference is usual: an answer
+    may be a part of a word, and so of a token.
+    """
+    rows = numpy.linspace(0, len(examples) - 1, min(len(examples), 200)).astype(int).tolist()
+    sample = examples.with_format("arrow")[rows]
+    if "answers" not in sample.column_names:
+        return
+    answers, contexts = sample["answers"].to_pylist(), sample["context"].to_pylist()
+    windows = Windows(_windows_of_batch(sample, rows, recipe._replace(
+        max_seq_length=_LONGEST, doc_stride=0, labels=True, offsets=True)))
+    others, count = [], 0
+    for window, row in enumerate(windows.example.tolist()):
+        start, end = windows.start_position[window], windows.end_position[window]
+        if start == windows.cls_position[window]:
+            continue
+        place, context_start = rows.index(row), windows.context_start[window]
+        begin, after = windows.offsets(window)[[start - context_start, end - context_start], [0, 1]]
+        read, answer = contexts[place][begin:after], answers[place]["text"][0]
+        count += 1
+        if read.strip() != answer.strip():
+            others.append((read, answer))
+    if len(others) > 0.1 * count:
+        _log.warning(
+            "warning: the labels of %d of %d answers read back as other text, for example %.60r "
+            "for %.60r: the character offsets of %s are not those of its tokens", len(others),
+            count, *others[0], recipe.tokenizer.name)
 
 
 def _fill_cache(folder: Path, make: Callable) -> None:
@@ -269,7 +296,7 @@ class FewQuestions:
         return self
 
 
-def windows_for_answers(settings: InferSettings, tokenizer,
+def windows_for_answers(settings: InferSettings, tokenizer: QATokenizer,
                         examples: Union[datasets.Dataset, FewQuestions]) -> Windows:
     """Return the windows, with character offsets, of the questions that infer.py answers.
 
@@ -293,61 +320,12 @@ def windows_for_answers(settings: InferSettings, tokenizer,
     return Windows(windows)
 
 
-def check_tokenizer(tokenizer, name: str) -> None:
-    """Raise UsageError, which calls it `name`, for a tokenizer that windows cannot be made with."""
-    _frame(tokenizer, name)
-
-
-def _frame(tokenizer, name: str) -> Tuple[Tokenizer, List[int], List[int], List[int]]:
-    """Return (Rust tokenizer, special tokens before, between and after the two texts of a pair)."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(f"{name}: its tokenizer is a slow one, without the character offsets that "
-                         "answers need; name one with a tokenizer.json with --tokenizer_name")
-    if tokenizer.cls_token_id is None:
-        raise UsageError(f"{name}: its tokenizer has no CLS token, which stands for `no answer`; "
-                         "name a model of RoBERTa's family")
-    backend = tokenizer.backend_tokenizer
-    # Each text has to be encoded as a whole. Truncation and padding are turned off in a copy,
-    # because the caller's tokenizer has to keep its settings.
-    if backend.truncation or backend.padding:
-        backend = Tokenizer.from_str(backend.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-    pair = backend.encode("a", "b")
-    first, second = ([place for place, text in enumerate(pair.sequence_ids) if text == number]
-                     for number in (0, 1))
-    if not first or not second:
-        raise UsageError(f"{name}: its tokenizer makes no token of an ordinary text; its "
-                         "tokenizer.json is incomplete")
-    ids = pair.ids
-    special = ids[:first[0]], ids[first[-1] + 1:second[0]], ids[second[-1] + 1:]
-    if tokenizer.cls_token_id not in sum(special, []):
-        raise UsageError(f"{name}: its tokenizer puts no CLS token around a pair of texts (a "
-                         "post_processor in tokenizer.json does), which stands for `no answer`")
-    return (backend, *special)
-
-
-def _token_types(tokenizer, backend: Tokenizer) -> bool:
-    """Return whether a model gets the token types 0 and 1 for the two texts of a pair.
-
-    backend: its Rust tokenizer without padding. If so, the special tokens before the second text
-    have type 0 and those after it type 1, as in BERT's template. A tokenizer may make them for a
-    model that has only one type.
-    """
-    return ("token_type_ids" in tokenizer.model_input_names
-            and 1 in backend.encode("a", "b").type_ids)
-
-
 def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_row):
     """Return the _Recipe for these settings. Raises UsageError as `make_windows` does."""
-    frame = _frame(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__)
-    recipe = _Recipe(*frame, tokenizer.cls_token_id, tokenizer.padding_side == "left",
-                     max_seq_length, doc_stride, labels, offsets, on_bad_row == "skip",
-                     _token_types(tokenizer, frame[0]))
-    if max_seq_length > numpy.iinfo(numpy.int16).max:
+    recipe = _Recipe(tokenizer, max_seq_length, doc_stride, labels, offsets, on_bad_row == "skip")
+    if max_seq_length > _LONGEST:
         raise UsageError(
-            f"--max_seq_length {max_seq_length} is too long: "
-            f"at most {numpy.iinfo(numpy.int16).max} tokens")
+            f"--max_seq_length {max_seq_length} is too long: at most {_LONGEST} tokens")
     if not 0 <= doc_stride < recipe.room - 1:
         special = max_seq_length - recipe.room
         raise UsageError(
@@ -366,7 +344,7 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
     # Contexts that occur several times are tokenized once.
     contexts = examples["context"].combine_chunks().dictionary_encode()
     which = _numbers(contexts.indices).astype(numpy.int64)
-    encodings = recipe.tokenizer.encode_batch(questions + contexts.dictionary.to_pylist(),
+    encodings = recipe.tokenizer.backend.encode_batch(questions + contexts.dictionary.to_pylist(),
                                               add_special_tokens=False)
     length = numpy.array([len(encoding) for encoding in encodings])
     first = numpy.cumsum(length) - length  # the index in ids of each text's first token
@@ -389,7 +367,7 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
 
     texts = (first[example], question_length[example]), (begin, end - begin)
     input_ids, lists, context_start, second_text = _assemble(ids, texts, recipe)
-    cls_position = _first_of_each_list(input_ids == recipe.cls_token_id, lists)
+    cls_position = _first_of_each_list(input_ids == recipe.tokenizer.cls_token_id, lists)
     columns = {
         "input_ids": pa.ListArray.from_arrays(_arrow(lists), _arrow(input_ids)),
         "example": numpy.array(indices)[example],
@@ -397,6 +375,8 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
         "context_start": context_start, "second_text": second_text}
     if recipe.labels or recipe.offsets:
         characters = _context_characters(encodings[len(questions):])
+        if recipe.tokenizer.trims:
+            _trim(characters, length[len(questions):], contexts.dictionary)
         context_tokens = begin - length[:len(questions)].sum(), end - length[:len(questions)].sum()
     if recipe.labels:
         start, last = _labels(characters, length[len(questions):], which, context_tokens, example,
@@ -483,12 +463,12 @@ def _assemble(ids, texts, recipe):
     Returns the tokens of all windows, where each window begins in them [windows + 1], and the
     indices in each window of the first token of the context and of the second text [windows].
     """
-    pool = numpy.concatenate([
-        ids, numpy.array(recipe.before + recipe.between + recipe.after, ids.dtype)])
+    tokenizer = recipe.tokenizer
+    specials = tokenizer.before, tokenizer.between, tokenizer.after
+    pool = numpy.concatenate([ids, numpy.array(sum(specials, []), ids.dtype)])
     windows = len(texts[0][0])
     segments, place = [], len(ids)
-    for special, text in zip((recipe.before, recipe.between, recipe.after),
-                             (*texts[::-1 if recipe.context_first else 1], None)):
+    for special, text in zip(specials, (*texts[::-1 if tokenizer.context_first else 1], None)):
         segments.append((numpy.full(windows, place), numpy.full(windows, len(special))))
         place += len(special)
         if text is not None:
@@ -496,7 +476,7 @@ def _assemble(ids, texts, recipe):
     first, length = (numpy.stack(parts, axis=1) for parts in zip(*segments))
     taken, begins = _ranges(first.ravel(), length.ravel())
     first_text, second_text = length[:, :1].sum(axis=1), length[:, :3].sum(axis=1)
-    context_start = first_text if recipe.context_first else second_text
+    context_start = first_text if tokenizer.context_first else second_text
     return pool[taken], begins[::len(segments)], context_start, second_text
 
 
@@ -521,6 +501,24 @@ def _context_characters(encodings):
     spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
     characters[:-1] = numpy.fromiter(spans, numpy.int32, 2 * tokens).reshape(tokens, 2)
     return characters
+
+
+def _trim(characters, length, contexts):
+    """Leave out the spaces at both ends of the tokens' `characters`, in place.
+
+    length: int [contexts], in tokens. contexts: an Arrow array of texts.
+    """
+    texts = contexts.to_pylist()
+    is_space = numpy.frombuffer("".join(texts).encode("utf-32-le"), numpy.uint32) == ord(" ")
+    sizes = numpy.array([len(text) for text in texts])
+    origin = numpy.repeat(numpy.cumsum(sizes) - sizes, length)
+    begin, end = characters[:-1].T
+    for edge, step, shift in ((begin, 1, 0), (end, -1, -1)):
+        more = numpy.flatnonzero(begin < end)
+        while len(more):
+            more = more[is_space[origin[more] + edge[more] + shift]]
+            edge[more] += step
+            more = more[begin[more] < end[more]]
 
 
 def _labels(characters, length, which, context_tokens, example, answers):

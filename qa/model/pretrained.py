@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_
 from transformers.utils import logging as transformers_logging
 
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig
-from qa.data.windows import check_tokenizer
+from qa.data.tokenizer import QATokenizer
 from qa.families import check_checkpoint, family_of
 from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
@@ -43,23 +43,31 @@ def load_config(settings: Settings, weights: bool = True):
     return config
 
 
-def load_tokenizer(settings: Settings, model_config):
+def load_tokenizer(settings: Settings, model_config) -> QATokenizer:
     """Return the tokenizer that settings.tokenizer_name names, or else the checkpoint's own.
 
     Raises UsageError unless it is a fast one that joins two texts with special tokens and knows
     fewer tokens than the model has embeddings; RunError if it cannot be fetched.
     """
     kind = "tokenizer_name" if settings.tokenizer_name else "model_name_or_path"
-    name, source = getattr(settings, kind), settings.source(kind)
-    _check_tokenizer_files(_folder(settings, name, False, kind), f"{source} {name}")
-    tokenizer = _fetch(AutoTokenizer, settings, name, weights=False, kind=kind, use_fast=True)
-    check_tokenizer(tokenizer, f"{source} {name}")
-    largest = max(tokenizer.get_vocab().values())
+    folder = _folder(settings, getattr(settings, kind), False, kind)
+    name = f"{settings.source(kind)} {getattr(settings, kind)}"
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = QATokenizer.read(folder, name)
+    else:
+        _check_tokenizer_files(folder, name)
+        tokenizer = QATokenizer.of(_fetch(AutoTokenizer, settings, getattr(settings, kind),
+                                          weights=False, kind=kind, use_fast=True), name)
+    largest = max(tokenizer.file.get_vocab().values())
     if largest >= model_config.vocab_size:
         raise UsageError(
-            f"{source} {name}: its tokenizer has ids up to {largest}, and the model embeddings for "
+            f"{name}: its tokenizer has ids up to {largest}, and the model embeddings for "
             f"{model_config.vocab_size} tokens; name the tokenizer that the model was trained "
             "with, by --tokenizer_name")
+    if tokenizer.pad_token_id not in (None, model_config.pad_token_id):
+        print(f"note: {name}: its tokenizer's padding token has the id {tokenizer.pad_token_id}, "
+              f"config.json says {model_config.pad_token_id}, which rows are filled up with",
+              file=sys.stderr)
     return tokenizer
 
 
@@ -107,7 +115,8 @@ def save_model(model: ForSpans, folder: Union[str, Path],
                               safe_serialization=True)
     # save_pretrained has written the type in which the model computes, and the name of this
     # program's class, unknown to transformers; older releases also the folder that it came from.
-    model.config.torch_dtype, model.config._name_or_path = torch.float32, ""
+    model.config.dtype = model.config.torch_dtype = "float32"  # of transformers 5 and 4
+    model.config._name_or_path = ""
     model.config.architectures = [
         MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES[model.config.model_type]]
     model.config.save_pretrained(folder)
@@ -130,14 +139,14 @@ def _float32_weights(model: ForSpans, optimizer_state: Dict[str, Any]) -> Dict[s
 
 
 def write_checkpoint_files(model: ForSpans, folder: Union[str, Path],
-                           optimizer_state: Dict[str, Any], tokenizer, ipu_config: IPUConfig,
-                           settings: TrainSettings) -> None:
+                           optimizer_state: Dict[str, Any], tokenizer: QATokenizer,
+                           ipu_config: IPUConfig, settings: TrainSettings) -> None:
     """Write all that infer.py needs to `folder`: model, tokenizer, ipu_config.json, settings.
 
     Raises OSError, or what safetensors and tokenizers raise in its place.
     """
     save_model(model, folder, optimizer_state)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save(folder)
     ipu_config.write(Path(folder) / IPU_CONFIG_NAME)
     write_qa_settings(settings, folder)
 
@@ -188,12 +197,10 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _check_tokenizer_files(folder: Path, name: str) -> None:
-    """Raise RunError if `folder` has no tokenizer, or only one whose package is not installed.
+    """Raise RunError if `folder` has no tokenizer, or one whose package is not installed.
 
     transformers would name another package, or make a tokenizer that knows nothing.
     """
-    if (folder / "tokenizer.json").is_file():
-        return
     pieces = sorted(path.name for path in folder.glob("*.model"))
     if pieces and find_spec("sentencepiece") is None:
         raise RunError(f"{name}: has its tokenizer only in {pieces[0]}, which needs the package "

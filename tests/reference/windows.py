@@ -12,9 +12,14 @@ from tokenizers import (
 )
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast, RobertaTokenizerFast
 
+# Tokenizers whose tokens begin at the space before a word.
+WITH_SPACES = ("xlm-roberta", "xlnet")
 
-def plain_windows(examples, tokenizer, max_seq_length, doc_stride):
+
+def plain_windows(examples, tokenizer, max_seq_length, doc_stride, with_spaces=False):
     """The windows of run_qa's prepare_train_features and prepare_validation_features.
+
+    with_spaces: whether the tokenizer counts spaces to the tokens, of which they are stripped here.
 
     Returns a list of dictionaries, one for each window, without padding. start_position and
     end_position are as run_qa's two loops find them, counted from the first token that is not
@@ -36,6 +41,15 @@ def plain_windows(examples, tokenizer, max_seq_length, doc_stride):
         context = [
             k for k, text in enumerate(encoded.sequence_ids(i)) if text == (1 if right else 0)]
         answers = examples["answers"][example]
+        if with_spaces:
+            text = examples["context"][example]
+            for k in context:
+                begin, after = offsets[k]
+                while begin < after and text[begin] == " ":
+                    begin += 1
+                while begin < after and text[after - 1] == " ":
+                    after -= 1
+                offsets[k] = (begin, after)
         start = end = cls
         if answers["text"]:
             first, after = answers["answer_start"][0], answers["answer_start"][0] + len(
