@@ -46,18 +46,12 @@ PUBLISHED = Path(__file__).with_name("published_runs.json")
 
 
 class PublishedRun(NamedTuple):
-    """A public run.
-
-    use: "measured" (the efficiencies are fitted to it), "at least" (its throughput is a lower
-    bound), "fits" or "does not fit" (only known to do so). rows_per_second: the published
-    throughput, None if there is none. source: where it is published; what stands before its first
-    colon is the publisher.
-    """
+    """A public run; its throughput, if published, is "measured" or known to be "at least" that."""
 
     name: str
-    use: str
+    use: str                            # measured, at least, fits, does not fit
     rows_per_second: Optional[float]
-    source: str
+    source: str                         # where it is published: before the first colon, by whom
     job: Job
 
     @property
@@ -94,12 +88,9 @@ def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, freedom: Sequenc
         error: Callable[[Plan], float], source: str) -> Efficiencies:
     """Return the efficiencies that best explain `runs`, with a prior centred on `start`.
 
-    runs: (job, measured rows/s) of each. freedom: standard deviation of the prior of each number's
-    logarithm. error(plan): relative error to expect of a run, as a standard deviation. source: the
-    description of the runs that is kept in the result.
-
-    The method is Gauss-Newton on the logarithms of the five numbers; a few steps are plenty. See
-    the top of this file for what is minimised.
+    runs: (job, measured rows/s). freedom: standard deviation of the prior of each number's
+    logarithm. error(plan): relative error to expect of a run, as a standard deviation. source: what
+    to call the runs. Gauss-Newton on the logarithms minimises what the top of this file says.
     """
     x, prior = np.zeros(len(FITTED)), np.diag(1 / np.asarray(freedom))
     for _ in range(8):

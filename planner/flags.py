@@ -116,10 +116,7 @@ class TrainPlanSettings(PlanSettings):
     plan: bool = flag(False, "print the planned memory and time on IPUs, and do nothing else")
 
     def refuse_without_plan(self, settings: TrainSettings) -> None:
-        """Raise UsageError for what can only be planned. Called where --plan was not given.
-
-        This is a planner's flag, or a pod of several hosts. settings: those of the run.
-        """
+        """Raise UsageError for what can only be planned: planner's flags, a pod of many hosts."""
         for field in fields(PlanSettings):
             if field.name in self.sources:
                 raise UsageError(f"--{field.name} does nothing without --plan: add it")

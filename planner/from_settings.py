@@ -1,11 +1,9 @@
 """Makes the planner's Job from the settings of train.py: model, counts, pipeline and data."""
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from dataclasses import fields
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
@@ -87,10 +85,7 @@ def planned(request: Request) -> Plan:
 
 
 def run_command(plan: Plan, request: Request, file: Optional[str] = None) -> str:
-    """Return the command line that runs a plan; with `file`, its pipeline is read from there.
-
-    plan: of the same model and data as the request's.
-    """
+    """Return the command line that runs a plan; with `file`, its pipeline is read from there."""
     settings, ipu_config, planning, _, flags = request
     if planning.shape() or planning.config_json:
         return "(a model of given sizes has no checkpoint to train)"
@@ -108,8 +103,8 @@ def run_command(plan: Plan, request: Request, file: Optional[str] = None) -> str
 def write_pipeline(plan: Plan, request: Request, file: str, ipus: Optional[int] = None) -> str:
     """Write the pipeline of a plan to `file`, and return how to train with it.
 
-    ipus: of the pod, for which the pipeline of the other phase is made to fit, too; by default the
-    plan's. Raises RunError if the file cannot be written.
+    ipus: which evaluation must fit on, too; by default the plan's. Raises RunError if the file
+    cannot be written.
     """
     with writing(f"--write {file}"):
         settings_of(plan, request.ipu_config, ipus or plan.job.ipus).write(file)
@@ -152,9 +147,8 @@ def hosts_text(job: Job) -> str:
 def planned_pod(request: Request) -> str:
     """Return the pod to plan on: --pod_type if given, else one that is large enough.
 
-    A plan books nothing. It takes the smallest pod, from the one that a run would take, with whose
-    by-pod values the training or inference pipeline has enough IPUs. If there is none, because the
-    replicas grow with the pod, it takes the smallest pod with the IPUs of one replica.
+    A plan books nothing. It takes the smallest pod, from a run's on, with whose by-pod values the
+    pipeline fits; if the replicas grow with the pod, the smallest one with the IPUs of one replica.
     """
     settings, ipu_config = request.settings, request.ipu_config
     pods = [pod for pod in POD_IPUS if POD_IPUS[pod] >= POD_IPUS[settings.pod_type]]
@@ -172,37 +166,23 @@ def planned_pod(request: Request) -> str:
 def published(path: Path = calibrate.PUBLISHED) -> List[calibrate.PublishedRun]:
     """Return the published runs of a file with their blocks counted.
 
-    A model that several runs have at the same length is counted once.
+    A run's model is a name in MODELS, or sizes with or without one. Attention dropout is 0 in
+    graphcore/examples' pretraining (nlp/bert, "no_attn_dropout", attention_probs_dropout_prob).
     """
     from planner.count import make_counter
 
-    @lru_cache(maxsize=None)
-    def counter(sizes: str, max_seq_length: int, training: bool):
-        return make_counter(_configuration(json.loads(sizes)), max_seq_length=max_seq_length,
-                            training=training)
-
     def count(run):
-        config = run["ipu_config"]
-        sizes = _published_model(run["model"], pretraining=config.get("head_ipu") == 0)
-        of = counter(json.dumps(sizes, sort_keys=True), run["max_seq_length"],
-                     run.get("phase") != "inference")
-        return of(run["micro_batch_size"], config.get("embedding_serialization_factor", 1),
-                  "att_ffn_placement" in run)
+        config, model = run["ipu_config"], run["model"]
+        sizes = {"base": model} if isinstance(model, str) else dict(model)
+        dropout = {"attention_probs_dropout_prob": 0.0} if config.get("head_ipu") == 0 else {}
+        sizes = {"model_type": "roberta", **dropout, **MODELS.get(sizes.pop("base", None), {}),
+                 **sizes}
+        counter = make_counter(_configuration(sizes), max_seq_length=run["max_seq_length"],
+                               training=run.get("phase") != "inference")
+        return counter(run["micro_batch_size"], config.get("embedding_serialization_factor", 1),
+                       "att_ffn_placement" in run)
 
     return calibrate.published_runs(count, path)
-
-
-def _published_model(model: Any, pretraining: bool) -> dict:
-    """Return the sizes of a published run's model: a name in MODELS, or sizes with or without one.
-
-    Attention dropout is 0 in graphcore/examples' pretraining (nlp/bert, "no_attn_dropout" and
-    attention_probs_dropout_prob).
-    """
-    sizes = {"base": model} if isinstance(model, str) else dict(model)
-    sizes = {**MODELS.get(sizes.pop("base", None), {}), **sizes}
-    if pretraining:
-        sizes.setdefault("attention_probs_dropout_prob", 0.0)
-    return {"model_type": "roberta", **sizes}
 
 
 def planned_model(request: Request) -> Any:

@@ -61,30 +61,22 @@ class Efficiencies:
     takes F / (peak x peak_utilisation) + M x matmul_cycles / clock +
     E x element_cycles / (tiles x clock) seconds.
 
-    peak_utilisation: the share of the peak rate that large multiplications reach. matmul_cycles:
-    what does not grow with the work, for each multiplication: exchange, synchronisation, vertices
-    that start. element_cycles: of a tile, for each float16 element that an operation other than a
-    multiplication computes, with the exchange that it needs. call_seconds: of the host for each
-    training call: streams, scheduling, the loop in Python. token_seconds: of the host for each
-    token of a call's rows, whose inputs it collects, converts and copies (poptorch,
-    poptorch/source/PoplarExecutable.cpp, run).
-
-    covariance: of the logarithms of these five numbers (FITTED), from the fit. `confidence.py`
-    makes the expected range of a prediction from it.
-
-    `code_bytes` is an allowance for code, control code and exchange code of one IPU that trains
-    BERT layers. It is not fitted to speed, but chosen small enough that every configuration in
-    published_runs.json that is known to fit does fit in the plan. The size in a profile replaces
-    it. `source` names the runs that the numbers were fitted to.
+    `code_bytes` is not fitted, but chosen small enough that every published configuration that is
+    known to fit does fit in the plan; the size in a profile replaces it.
     """
 
-    peak_utilisation: float = 0.7942
+    peak_utilisation: float = 0.7942   # share of the peak rate that large multiplications reach
+    # What each multiplication takes besides: exchange, synchronisation, vertices that start.
     matmul_cycles: float = 31.37e3
+    # Of a tile, for each float16 element of another operation, with its exchange.
     element_cycles: float = 2.126
-    call_seconds: float = 0.05346
+    call_seconds: float = 0.05346      # of the host a training call: streams, scheduling, Python
+    # Of the host for each token of a call's rows, which it collects, converts and copies
+    # (poptorch/source/PoplarExecutable.cpp, run).
     token_seconds: float = 96.10e-9
-    code_bytes: int = 110 * MIB
-    source: str = "published runs"
+    code_bytes: int = 110 * MIB        # code, control code and exchange code of an IPU
+    source: str = "published runs"     # that the numbers were fitted to
+    # Of the logarithms of the five numbers (FITTED): the expected range follows from it.
     covariance: Tuple[Tuple[float, ...], ...] = (
         (0.01824, 0.00872, 0.01724, -0.00408, 0.01072),
         (0.00872, 0.01636, -0.01082, -0.00676, 0.00375),

@@ -21,20 +21,15 @@ from planner.throughput import (
 
 @dataclass(frozen=True)
 class Plan:
-    """The predicted memory and time of a job, in bytes and seconds.
-
-    memory: {IPU of a replica: {category: bytes}}. reduction_seconds: of the gradients' reduction
-    over the replicas. host_seconds: time that the host adds to each weight update, or to each call
-    in inference.
-    """
+    """The predicted memory and time of a job, in bytes and seconds."""
 
     job: Job
     efficiencies: Efficiencies
-    memory: Dict[int, Dict[str, int]]
+    memory: Dict[int, Dict[str, int]]   # {IPU of a replica: {category: bytes}}
     schedule: Schedule
-    reduction_seconds: float
+    reduction_seconds: float            # of the gradients over the replicas
     weight_update_seconds: float
-    host_seconds: float
+    host_seconds: float                 # that the host adds to each weight update or call
 
     @property
     def work(self) -> Sequence[StageWork]:

@@ -27,31 +27,25 @@ class StageWork(NamedTuple):
 
 
 class Events(NamedTuple):
-    """One kind of work of one stage, for all N micro-batches.
-
-    kind: one of Phase.kinds. start: [N], the time in seconds at which the work on each micro-batch
-    begins. seconds: its duration, the same for each.
-    """
+    """One kind of work of one stage, for all N micro-batches."""
 
     ipu: int
     stage: int
-    kind: str
-    start: np.ndarray
-    seconds: float
+    kind: str           # of Phase.kinds
+    start: np.ndarray   # [N], the seconds at which the work on each micro-batch begins
+    seconds: float      # that it takes on each
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The pipeline of one weight update or inference call, without the update of the weights.
 
-    stages: in forward order. Several may be on one IPU, which then does their work one after the
-    other. micro_batches: their number N. copy_seconds: of the copies between IPUs that end each
-    step. Inference has no backward stages, and N micro-batches take N + S - 1 steps.
+    Inference has no backward stages, and N micro-batches take N + S - 1 steps.
     """
 
-    stages: Sequence[StageWork]
-    micro_batches: int
-    copy_seconds: float = 0.0
+    stages: Sequence[StageWork]   # in forward order; those on one IPU work one after the other
+    micro_batches: int            # N
+    copy_seconds: float = 0.0     # of the copies between IPUs that end each step
     phase: Phase = TRAINING
 
     @property
@@ -113,7 +107,6 @@ class Schedule:
 def stash_depth(stage: int, stages: int) -> int:
     """Return how many micro-batches' activations a forward stage keeps for the backward pass.
 
-    stage: its index among the `stages` forward stages. The number holds outside of ramp-up and
-    ramp-down.
+    stage: its index among the `stages` forward stages, outside of ramp-up and ramp-down.
     """
     return 2 * (stages - 1 - stage) + 1

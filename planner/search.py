@@ -1,9 +1,6 @@
 """Searches the best split of the blocks over IPUs and the best settings, within the memory limit.
 
-What is found is checked as train.py checks it, for training and for the evaluation that follows.
-
-For given settings the blocks are cut into contiguous stages, one per IPU; embedding and head may
-have an IPU of their own or share one with layers. A weight update takes
+The blocks are cut into contiguous stages, one per IPU. A weight update takes
 
     steps x (slowest stage + copies) + update(most parameters on an IPU) + constants
 
@@ -39,29 +36,24 @@ MATMUL_PROPORTION = 0.25  # used if the job gives a proportion per IPU, for anot
 
 
 class Cut(NamedTuple):
-    """A split of the blocks into stages.
+    """A split of the blocks into stages."""
 
-    ends: for each stage, the index of the block after its last one. slowest_seconds: the time of
-    the slowest stage for one micro-batch, without copies.
-    """
-
-    ends: Tuple[int, ...]
-    slowest_seconds: float
+    ends: Tuple[int, ...]     # of each stage: the index of the block after its last one
+    slowest_seconds: float    # of the slowest stage for one micro-batch, without copies
 
 
 def search(job: Job, ipus: int, whole: IPUConfig, efficiencies: Efficiencies = Efficiencies(),
            keep: int = 5) -> Tuple[List[Plan], int]:
     """Return the `keep` best plans that fit on `ipus` IPUs, and the number of settings tried.
 
-    job: gives all that is not searched: model, length, machine, the batch size (which the learning
-    rate was chosen for), replicated tensor sharding and precision. Its `count` must be set, and for
-    inference its `windows`. whole: the configuration of the run, for training and inference.
+    job: gives all that is not searched: model, length, machine, precision, sharding, and the batch
+    size, which the learning rate was chosen for. Its `count` must be set, and for inference its
+    `windows`. whole: the configuration of the run, with which train.py must take what is found.
 
-    Searched are the IPUs of a replica (powers of two) and the number of replicas, the split and the
-    micro-batch size. For training there are also recomputation checkpoints, embedding
-    serialisation, and optimizer state on or off chip; the plans are sorted, the fastest first. For
-    inference there is the number of micro-batches in a call; the plans are sorted by the time for
-    all windows in steps of 2 %, then by the rows of a call. Raises UsageError if nothing fits.
+    Searched are IPUs and number of the replicas, the split and the micro-batch size; for training
+    also recomputation checkpoints, embedding serialisation and the place of the optimizer state
+    (the fastest plans come first), for inference the micro-batches of a call (sorted by the time
+    for all windows in steps of 2 %, then by the rows of a call). Raises UsageError if nothing fits.
     """
     plans, tried = [], 0
     for candidate in (_candidates if job.training else _inference_candidates)(job, ipus):
@@ -88,37 +80,35 @@ def search(job: Job, ipus: int, whole: IPUConfig, efficiencies: Efficiencies = E
 
 
 def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
-    """Return the configuration of the whole run with which `plan` is carried out on `ipus` IPUs.
+    """Return the configuration of the run with which `plan` is carried out on `ipus` IPUs.
 
     whole: the configuration before the search. A plan of inference changes the inference pipeline
     only. A plan of training changes the inference pipeline as little as is needed to run it too: it
     may inherit the training's stages, which need as many iterations, or have too many replicas.
     """
-    found = plan.job.config
+    config = plan.job.config
     if not plan.job.training:
         whole = replace(
-            whole, inference_layers_per_ipu=found.layers_per_ipu,
-            inference_ipus_per_replica=found.num_ipus(),
-            inference_replication_factor=found.replication_factor,
-            inference_device_iterations=found.device_iterations)
+            whole, inference_layers_per_ipu=config.layers_per_ipu,
+            inference_ipus_per_replica=config.num_ipus(),
+            inference_replication_factor=config.replication_factor,
+            inference_device_iterations=config.device_iterations)
         inherited = whole.for_pod(pod_of(ipus)).inference().values()
         return replace(whole, **{
-            f"inference_{name}": getattr(found, name)
+            f"inference_{name}": getattr(config, name)
             for name in ("matmul_proportion", "embedding_serialization_factor")
-            if getattr(found, name) != inherited[name]})
-    if reserved_ipus(found.inference().num_ipus()) > ipus:
-        found = replace(found, inference_layers_per_ipu=found.layers_per_ipu,
-                        inference_ipus_per_replica=found.num_ipus())
-    inference = found.inference()
+            if getattr(config, name) != inherited[name]})
+    if reserved_ipus(config.inference().num_ipus()) > ipus:
+        config = replace(config, inference_layers_per_ipu=config.layers_per_ipu,
+                         inference_ipus_per_replica=config.num_ipus())
+    inference, changes = config.inference(), {}
     stages = len(inference.layers_per_ipu)
     if len(inference.matmul_shares()) != stages:
-        found = replace(found, inference_matmul_proportion=MATMUL_PROPORTION)
-    if inference.device_iterations < stages:
-        found = replace(found, inference_device_iterations=stages)
-    most = ipus // reserved_ipus(stages)
-    if inference.replication_factor > most:
-        found = replace(found, inference_replication_factor=most)
-    return found
+        changes["matmul_proportion"] = MATMUL_PROPORTION
+    changes["device_iterations"] = max(stages, inference.device_iterations)
+    if inference.replication_factor > ipus // reserved_ipus(stages):
+        changes["replication_factor"] = ipus // reserved_ipus(stages)
+    return replace(config, **INFERENCE.flags(changes))
 
 
 def settings_in(plan: Plan, whole: IPUConfig, ipus: int,
@@ -202,10 +192,7 @@ def _runs(plan: Plan, whole: IPUConfig, ipus: int) -> bool:
 
 
 def _candidates(job: Job, ipus: int) -> Iterator[Job]:
-    """Yield a training job for each combination of all that is searched besides the split.
-
-    Gradient accumulation follows from the batch size, which stays as it is.
-    """
+    """Yield a training job for each combination of all that is searched besides the split."""
     for stages in _powers_of_two(min(ipus, len(job.blocks))):
         replicas = ipus // stages
         for micro_batch in MICRO_BATCHES:
@@ -248,10 +235,7 @@ def _powers_of_two(most: int) -> List[int]:
 
 def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
                  stages: int) -> np.ndarray:
-    """Return the seconds of a step for every run of blocks as stage `index` of `stages`.
-
-    The entry [i, j] is for blocks[i:j]; it is infinite if they do not fit or there are none.
-    """
+    """Return [i, j]: the seconds of blocks[i:j] as stage `index`; infinite if they do not fit."""
     memory = stage_memory(job, totals,
                           job.config.matmul_shares()[index], index, stages, efficiencies.code_bytes)
     seconds = sum(stage_seconds(job, efficiencies, totals, index, stages))
@@ -260,10 +244,7 @@ def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: in
 
 
 def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
-    """Return the split into stages s that minimises the maximum of tables[s][start, end].
-
-    Returns None if this maximum is infinite for every split.
-    """
+    """Return the split into stages s that minimises the largest tables[s][start, end], if any."""
     blocks = tables[0].shape[0]
     # The slowest stage so far, by the index of the block with which the next stage begins.
     reached = np.full(blocks + 1, np.inf)
@@ -287,10 +268,8 @@ def _distinct(plans: Sequence[Plan]) -> List[Plan]:
     plans: sorted, the best first. The plans that are left out differ from the one that is kept only
     in embedding serialisation or recomputation checkpoints, and are not faster.
     """
-    seen, kept = set(), []
+    kept: Dict[Any, Plan] = {}
     for plan in plans:
-        key = (plan.job.layout, plan.job.micro_batch_size, plan.job.config.optimizer_state_offchip)
-        if key not in seen:
-            seen.add(key)
-            kept.append(plan)
-    return kept
+        kept.setdefault((plan.job.layout, plan.job.micro_batch_size,
+                         plan.job.config.optimizer_state_offchip), plan)
+    return list(kept.values())
