@@ -63,8 +63,7 @@ def _seconds(work: StageWork) -> float:
 def _lever(plan: Plan, name: str, better: Sequence[Change]) -> Optional[Tuple[Change, float]]:
     """Return the change that lowers a group's seconds most, and to which share; None if none does.
 
-    They are counted for each row, or if no change lowers these, for each window: packing helps all
-    groups alike, whatever the bound.
+    They are a row's, or if no change lowers these, a window's: packing helps all groups alike.
     """
     for windows in (False, True):
         def seconds(one: Plan) -> float:

@@ -57,7 +57,8 @@ VIEWS = ("timeline", "memory", "stages", "parts", "throughput", "split")
 COUNTED_AHEAD = (1, 2, 4, 8, 16)  # parts of the embedding; others take a moment once
 # On a wide screen the fields stay in sight.
 _STYLE = ("@media (min-width: 60em) {#controls {position: sticky; top: 0; align-self: flex-start;"
-          " max-height: 100vh; overflow-y: auto}}")
+          " max-height: 100vh; overflow-y: auto}} #heading {white-space: pre-wrap} "
+          "#verdict {font-size: 1.4em; margin: 0} .no {background: #b00020; color: white}")
 _WRAPPED = {"whiteSpace": "pre-wrap", "overflowWrap": "anywhere", "userSelect": "all"}
 
 
@@ -174,7 +175,7 @@ def make_app(base: Planned, file: str) -> Any:
 
     @app.callback(
         output={**{name: Output(name, "children") for name in (
-            "verdict", "error", "advice", "command", "text")},
+            "verdict", "heading", "error", "advice", "command", "text")},
             **{name: Output(name, "figure") for name in VIEWS},
             **{f"{name}-style": Output(name, "style") for name in VIEWS},
             "flags": Output("flags", "data")},
@@ -249,14 +250,15 @@ def moved(layers_per_ipu: str, start: int, end: int) -> str:
 def shown(now: Planned, pinned: Optional[str] = None) -> Dict[str, Any]:
     """Return what the page shows of a plan, by the id of its element. pinned: flags as JSON."""
     sides = [*([pinned_side(pinned, now.request.phase)] if pinned else []), _side("now", now)]
-    plan = sides[-1].plan
+    plan, (fits, bound) = sides[-1].plan, verdict(sides[-1:])
     figures = {view.name: figure(view) for view in views_of(sides)}
     offers = [html.Li([change["text"], " ", html.Button(
         "Try", id={"flags": json.dumps(change["settings"])},
         **{"aria-label": f"Try {flags_text(change['settings'])}"})])
         for change in plan["suggestions"][:4]]
     return {
-        "verdict": "\n".join([*verdict(sides[-1:]), heading(plan)]),
+        "verdict": html.Span(fits, className="no" * (not plan["fits"])),
+        "heading": "\n".join([bound, *(verdict(sides) if pinned else []), heading(plan)]),
         "text": comparison_text(sides), "command": run_command(now.plan, now.request),
         "advice": offers or [html.Li(plan["suggestion"])],
         **{name: figures[name] for name in VIEWS}}
@@ -322,21 +324,22 @@ def _layout(base: Planned) -> Any:
             ("pin", "Pin this plan"), ("unpin", "Unpin"), ("search", "Search the best"),
             ("save", "Save"))], style=block),
         html.P(id="said", role="status", style=_WRAPPED),
-        html.P(id="error", role="alert", style={"fontWeight": "bold"}),
-        html.P(id="verdict", role="status", style={"whiteSpace": "pre-wrap"})]
+        html.P(id="error", role="alert", style={"fontWeight": "bold"})]
     return html.Main([
         dcc.Store(id="flags"), dcc.Store(id="pinned"),
         html.H1("Explore a plan"),
         html.Div([
-            html.Div(controls, id="controls", style={"flex": "1 1 20em", "maxWidth": "28em"}),
+            html.Div(controls, id="controls", style={"flex": "1 1 17em", "maxWidth": "28em"}),
             html.Div([
+                html.P(id="verdict", role="status"), html.P(id="heading"),
                 html.H2("What would help most"), html.Ul(id="advice"),
-                html.H2("Run it"), html.Pre(id="command", style=_WRAPPED),
+                html.H2(["Run it ", dcc.Clipboard(target_id="command", title="Copy")]),
+                html.Pre(id="command", style=_WRAPPED),
                 *(dcc.Graph(id=name, config={**PLOT_CONFIG, "displayModeBar": False},
                             style={"display": "none"})
                   for name in VIEWS),
                 html.H2("In words and numbers"),
                 html.Pre(id="text", tabIndex=0, style={"overflowX": "auto"})],
-                style={"flex": "3 1 40em", "minWidth": 0})],
+                style={"flex": "3 1 30em", "minWidth": 0})],
             style={"display": "flex", "flexWrap": "wrap", "gap": "2em"})],
         style={"fontFamily": "sans-serif", "margin": "1em"})

@@ -1,13 +1,15 @@
-"""Writes views as one page with Plotly, to zoom and to hover for numbers.
+"""Writes views as one page with Plotly, which opens without a network (page.html).
 
-The page holds plotly.js and opens without a network. Below the views is the same as text, for
-screen readers too; patterns tell the parts of a bar apart without colour.
+Patterns tell the parts of a bar apart without colour, and the text below serves screen readers too.
 """
 from __future__ import annotations
 
 import html
+import textwrap
 from importlib.util import find_spec
-from typing import Any, Dict, List, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from planner.sides import Side
 from planner.views import STYLES, View, views_of
@@ -18,7 +20,8 @@ from runtime.files import user_file, writing
 _PATTERNS = {"////": "/", "....": ".", "xxxx": "x", "||||": "|", "\\\\\\\\": "\\", "++++": "+",
              "oo": "-", "": ""}
 # Plotly's toolbar without the button that uploads a plot.
-PLOT_CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False}
+PLOT_CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False,
+               "modeBarButtonsToRemove": ["pan2d", "select2d", "lasso2d", "autoScale2d"]}
 
 
 def check_page(path: str) -> None:
@@ -30,25 +33,28 @@ def check_page(path: str) -> None:
         raise UsageError(f"--html {path}: name an .html file")
 
 
-def write_page(path: str, title: str, sides: Sequence[Side], text: str) -> None:
-    """Write the page to `path`: the views of `sides`, and `text` below.
-
-    Raises UsageError as `check_page` does, RunError if the file cannot be written.
-    """
+def write_page(path: str, title: str, sides: Sequence[Side], lines: Sequence[str], text: str,
+               ranking: Optional[Tuple[List[str], List[List[str]]]] = None) -> None:
+    """Write the page to `path`: the verdict's `lines`, the ranking, the views, and `text` below."""
     check_page(path)
     from plotly.io import to_html
-    views = "\n".join(
-        to_html(figure(view), full_html=False, include_plotlyjs=not place, config=PLOT_CONFIG,
-                validate=False, div_id=view.name) for place, view in enumerate(views_of(sides)))
-    title = html.escape(title)
-    names = "".join(f"<li>{html.escape(side.label)}</li>" for side in sides)
+    views = [to_html(figure(view), full_html=False, include_plotlyjs=not place, config=PLOT_CONFIG,
+                     validate=False, div_id=view.name)
+             for place, view in enumerate(views_of(sides))]
+    head, rows = ranking or ([], [])
+    cells = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+             for row in rows]
+    buttons = "".join(f"<th><button>{html.escape(cell)}</button></th>" for cell in head)
+    page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     with writing(f"--html {path}"), user_file(path) as file:
-        file.write(
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f"<title>{title}</title></head>\n<body style=\"font-family: sans-serif\"><main>"
-            f"<h1>{title}</h1><ul>{names}</ul>\n{views}\n<h2>In words and numbers</h2>"
-            f'<pre tabindex="0" style="overflow-x: auto">{html.escape(text)}</pre>'
-            "</main></body></html>\n")
+        file.write(page.substitute(
+            title=html.escape(title), text=html.escape(text), views="\n".join(views),
+            verdict="\n".join(
+                f'<p class="{"no" * ("oes not fit" in line)} {"" if place else "headline"}">'
+                f'{html.escape(line)}</p>' for place, line in enumerate(lines)),
+            ranking=ranking and f'<div class="scroll"><table><thead><tr>{buttons}</tr></thead>'
+                                f'<tbody>{"".join(cells)}</tbody></table></div>' or "",
+            names="".join(f"<li>{html.escape(side.label)}</li>" for side in sides if side.name)))
 
 
 def figure(view: View) -> Dict[str, Any]:
@@ -58,32 +64,51 @@ def figure(view: View) -> Dict[str, Any]:
                          for row in view.rows]
     data = [_bars(view, part, places) for part in view.parts()]
     data += [{"type": "scatter", "mode": "markers", "name": "measured on IPUs",
-              "y": [place for place, row in zip(places, view.rows) if row.measured is not None],
+              "y": _levels([place for place, row in zip(places, view.rows)
+                            if row.measured is not None]),
               "x": [row.measured for row in view.rows if row.measured is not None],
               "marker": {"symbol": "diamond", "size": 12, "color": "black"},
               "hovertemplate": "%{x:,.0f} windows/s measured on IPUs<extra></extra>"}
              ] * any(row.measured is not None for row in view.rows)
+    ends = [max([piece.start + piece.length for piece in row.segments] +
+                [row.expected[1] if row.expected else 0.0, row.measured or 0.0])
+            for row in view.rows]
+    remarks = [f" {row.remark}" for row in view.rows]
+    data += [{"type": "scatter", "mode": "text", "textposition": "middle right", "name": "totals",
+              "x": ends, "y": _levels(places), "cliponaxis": False, "showlegend": False,
+              "hoverinfo": "skip", "text": remarks}] * any(row.remark for row in view.rows)
+    most = max([*ends, view.limit or 0.0]) * (1 + 0.03 * min(20, max(map(len, remarks), default=1)))
     line = {"x0": view.limit, "x1": view.limit, "yref": "paper", "y0": 0, "y1": 1,
             "line": {"width": 3}}
+    height = 30 * len(view.rows) + 40
     return {"data": data, "layout": {
-        "title": {"text": view.title}, "barmode": "overlay", "showlegend": True,
-        "height": 190 + 30 * len(view.rows), "margin": {"t": 60, "b": 60},
-        "xaxis": {"title": {"text": view.unit}, "gridcolor": "#dddddd"},
+        "title": {"text": "<br>".join(textwrap.wrap(view.title, 44)), "x": 0, "font": {"size": 15}},
+        "barmode": "overlay", "showlegend": True, "height": height + 180,
+        "margin": {"t": 70, "b": 110, "l": 10, "r": 45}, "modebar": {"orientation": "v"},
+        "xaxis": {"title": {"text": view.unit}, "gridcolor": "#dddddd",
+                  "range": [0, most]},
         "yaxis": {"autorange": "reversed", "automargin": True,
                   "type": "multicategory" if two else "category"},
-        "shapes": [line] * bool(view.limit), "legend": {"traceorder": "normal"}}}
+        "shapes": [line] * bool(view.limit),
+        "legend": {"orientation": "h", "traceorder": "normal", "y": -65 / height,
+                   "yanchor": "top"}}}
+
+
+def _levels(places: Sequence[Any]) -> List[Any]:
+    """Return places as Plotly takes them: of two levels, a list of each."""
+    return [list(level) for level in zip(*places)] if isinstance(
+        next(iter(places), ""), tuple) else list(places)
 
 
 def _bars(view: View, part: str, places: Sequence[Any]) -> Dict[str, Any]:
     """Return the bars of one part of a view."""
     pieces = [(place, row, piece) for place, row in zip(places, view.rows)
               for piece in row.segments if piece.part == part]
-    y: Any = [place for place, _, _ in pieces]
     color, hatch = STYLES[part]
     name = part.replace("_", " ")
     bars = {
         "type": "bar", "orientation": "h", "name": name,
-        "y": [list(level) for level in zip(*y)] if isinstance(y[0], tuple) else y,
+        "y": _levels([place for place, _, _ in pieces]),
         "x": [piece.length for _, _, piece in pieces],
         "base": [piece.start for _, _, piece in pieces],
         "customdata": [piece.hint or row.remark for _, row, piece in pieces],
@@ -93,7 +118,7 @@ def _bars(view: View, part: str, places: Sequence[Any]) -> Dict[str, Any]:
         "hovertemplate": f"{name}: %{{x:,.2f}} {view.unit.partition(' (')[0]}<br>%{{customdata}}"
                          "<extra></extra>"}
     if view.hints:
-        bars.update(text=bars["customdata"], textposition="inside")
+        bars.update(text=bars["customdata"], textposition="inside", insidetextanchor="middle")
     if any(row.expected for _, row, _ in pieces):
         bars["error_x"] = {
             "type": "data", "symmetric": False,

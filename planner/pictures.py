@@ -27,10 +27,7 @@ def check_picture(path: str) -> None:
 
 
 def draw(sides: Sequence[Side], path: str, title: str) -> None:
-    """Draw views of `sides` below each other to the file `path` (.png, .svg or .pdf).
-
-    Raises what `check_picture` raises, and RunError if the file cannot be written.
-    """
+    """Draw views of `sides` below each other to the file `path` (.png, .svg or .pdf)."""
     check_picture(path)
     from matplotlib import pyplot
 
@@ -92,10 +89,7 @@ def _style(part: str) -> Dict[str, Any]:
 
 
 def write_timeline(plan: Dict[str, Any], path: str) -> None:
-    """Write the planned timeline of one weight update or call to `path`, as a Chrome trace.
-
-    Each IPU is one lane; ui.perfetto.dev opens the file. Raises RunError if it cannot be written.
-    """
+    """Write the timeline of a weight update or call to `path` as a Chrome trace, a lane an IPU."""
     schedule = schedule_of(plan)
     events = [
         trace_event(f"{event.kind} {batch}", 1e6 * start, 1e6 * event.seconds, event.ipu,

@@ -7,7 +7,7 @@ from typing import Any, Optional, Sequence
 from planner.page import check_page, write_page
 from planner.pictures import check_picture, draw
 from planner.sides import Side
-from planner.text import Ranking, comparison_text, legend, table
+from planner.text import Ranking, comparison_text, legend, table, verdict
 from runtime.flags import Settings
 
 
@@ -24,9 +24,8 @@ def present(sides: Sequence[Side], output: Settings, title: str, record: Any = N
             notes: Sequence[str] = ()) -> None:
     """Print `sides`, and draw or write what the flags `output` of a command ask for.
 
-    title: of the picture and the page. record: what --json prints. text, ranking, notes: what is
-    printed in place of the comparison. Raises UsageError or RunError for a file that cannot be
-    written.
+    record: what --json prints. text, ranking, notes: what is printed in place of the comparison.
+    Raises RunError for a file that cannot be written.
     """
     printed = "\n".join([text, "", table(*ranking), *notes]) if ranking else comparison_text(sides)
     if getattr(output, "json", False):
@@ -38,4 +37,5 @@ def present(sides: Sequence[Side], output: Settings, title: str, record: Any = N
     if getattr(output, "plot", None):
         draw(sides, output.plot, title)
     if getattr(output, "html", None):
-        write_page(output.html, title, sides, printed)
+        lines = text.splitlines() if text else verdict(sides)
+        write_page(output.html, title, sides, lines, f"{printed}\n\n{legend(sides)}", ranking)

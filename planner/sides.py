@@ -31,7 +31,7 @@ USAGE = (
 RUN_RECORD, PROFILE_NOTE = "run.json", "framework.json"
 _NAMES_ONLY = ("config", "output_dir")  # settings that name a run rather than how it works
 THIS_HOST = "this host"  # where a sweep measured, if not on IPUs
-# What a saved plan must have; one of an earlier version lacks the last of them.
+# What a saved plan must have.
 SAVED = ("phase", "title", "ipus", "stages", "blocks", "model", "update_parts_seconds",
          "efficiencies", "group_seconds")
 _DEVICES = {"IPU": "IPUs", "host": "a host without IPUs"}
@@ -161,10 +161,7 @@ class Side:
 
 def parse_around(argv: Sequence[str], group: type, command: str, description: str
                  ) -> Tuple[List[str], Any, List[str]]:
-    """Return (further words, the flags `group` of a command, the words after "--") of `argv`.
-
-    The words after "--" are flags of train.py and of the planner for all that is planned.
-    """
+    """Return (further words, the flags `group` of a command, the words after "--") of `argv`."""
     words = list(argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = Parser(f"python -m planner {command}", description)
@@ -185,8 +182,8 @@ def comparison_record(sides: Sequence[Side]) -> Dict[str, Any]:
 def differences(sides: Sequence[Side]) -> Dict[str, Dict[str, Any]]:
     """Return {setting: {name of a side: its value}} of the settings that differ.
 
-    A side that does not know a setting (a saved plan does not hold the learning rate) is left out
-    of the inner dictionary, and makes no difference by itself.
+    A side that does not know a setting (a saved plan: the learning rate) is left out, and differs
+    from none.
     """
     different = {}
     for name in dict.fromkeys(name for side in sides for name in side.settings):

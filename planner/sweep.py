@@ -35,10 +35,9 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 def run_sweep(argv: Sequence[str]) -> int:
     """Run the sweep that `argv` asks for (see USAGE), print its table and return the exit status.
 
-    It is 1 if every combination was refused or its run failed. Rows are written as soon as they are
-    known. A combination that the --output file holds for the same job (all settings, IPU generation
-    and calibration) is skipped, unless it was refused or its run failed. What does not fit is not
-    run. Raises UsageError for a wrong command line, RunError if the file cannot be written.
+    It is 1 if every combination was refused or its run failed. A combination that the --output file
+    holds for the same job (all settings, IPU generation and calibration) as measured is skipped.
+    Raises UsageError for a wrong command line, RunError if the file cannot be written.
     """
     swept, sweeping, common = parse(argv)
     check_output(sweeping)  # before a measurement of hours
@@ -73,11 +72,9 @@ def run_sweep(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, List[str]]:
-    """Split the command line and return (swept, sweeping, common).
+    """Return ({flag: values to try}, sweep's own flags, the words after "--").
 
-    swept: {flag: values to try}. sweeping: the flags of sweep itself. common: the words after "--",
-    which are flags of all combinations. Raises UsageError for a value without a flag, a flag that
-    is swept twice, or nothing to sweep.
+    Raises UsageError for a value without a flag, a flag that is swept twice, or nothing to sweep.
     """
     further, sweeping, common = parse_around(
         argv, SweepSettings, "sweep", "Plan, and with --run measure, every combination of some "
@@ -131,10 +128,9 @@ def _key(row: Dict[str, str]) -> Tuple[str, str]:
 
 
 def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
-    """Run train.py for `steps` steps on synthetic data, in a separate process.
+    """Run train.py on synthetic data, for at most `timeout` seconds; return the columns to update.
 
-    Returns the columns to update: the status and, if the run succeeded, the windows/s of the last
-    log point in its log. timeout: in seconds.
+    These are the status and, if the run succeeded, the windows/s of the last log point.
     """
     from qa.run.log import SYNTHETIC_LOG, read_log
 
@@ -160,10 +156,7 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
 
 
 def read_rows(path: Path, flag: str = "--output") -> List[Dict[str, str]]:
-    """Return the rows of an earlier sweep, [] if there is no such file.
-
-    flag: the one that named the file. Raises UsageError if the file was not written by a sweep.
-    """
+    """Return the rows of an earlier sweep, [] without the file. Raises UsageError if it is none."""
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -177,8 +170,7 @@ def read_rows(path: Path, flag: str = "--output") -> List[Dict[str, str]]:
 def measured_runs(path: str) -> List[Tuple[List[str], float]]:
     """Return (the flags that were swept, windows/s) of each run that a sweep measured on IPUs.
 
-    path: the table that `sweep --run --output` wrote. Raises UsageError if there is none, or if
-    it has no such run.
+    path: its --output. Raises UsageError if there is none, or if it has no such run.
     """
     if not Path(path).is_file():
         raise UsageError(f"--measured {path}: no such file; `python -m planner sweep --run "
@@ -194,10 +186,7 @@ def measured_runs(path: str) -> List[Tuple[List[str], float]]:
 
 
 def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
-    """Write all rows to `path` atomically, so that an interrupted sweep leaves a complete file.
-
-    Raises RunError if the file cannot be written.
-    """
+    """Write all rows to `path` atomically: an interrupted sweep leaves a complete file."""
     with writing(f"--output {path}"), written_whole(path) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

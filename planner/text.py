@@ -97,11 +97,7 @@ def profile_text(side: Side) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Return a text table with the headings `head` and a line of dashes below them.
-
-    A heading may have several lines. left: indices of the columns that are aligned to the left;
-    the others are aligned to the right.
-    """
+    """Return a text table; headings may have several lines. left: columns aligned to the left."""
     titles = [cell.split("\n") for cell in head]
     height = max(map(len, titles))
     heads = zip(*([""] * (height - len(title)) + title for title in titles))
@@ -287,10 +283,9 @@ def _differences(sides: Sequence[Side]) -> str:
 
 
 def ranking(entries: Sequence[Tuple[str, Dict[str, Any], Dict[str, str]]]) -> Ranking:
-    """Return head and rows of a table with one line for each entry.
+    """Return head and rows of a table with one line for each entry: its figures, then its settings.
 
-    entries: (name, {setting: value}, {figure: text}) of each. The figures come first, then the
-    settings that differ; one that an entry lacks is empty.
+    entries: (name, {setting: value}, {figure: text}). Settings that all share have no column.
     """
     figures = list(dict.fromkeys(name for _, _, cells in entries for name in cells))
     names = [name for name in dict.fromkeys(name for _, values, _ in entries for name in values)
@@ -315,8 +310,8 @@ def search_text(sides: Sequence[Side], flags: Sequence[Dict[str, Any]], tried: i
                 job: Job) -> Tuple[str, Ranking]:
     """Return the answer of a search as text, and its ranking.
 
-    sides: the settings as they are, and the plans from the best one on. flags: the settings of
-    each. tried, seconds: the number of settings searched and the time it took. job: of the best.
+    sides: the settings as they are, then the plans from the best one on. flags: settings of each.
+    tried, seconds: the number of settings searched and the time it took. job: of the best.
     """
     now, best = sides[0].plan, sides[1].plan
     # An inference run is a whole number of calls: its duration is what counts.

@@ -1,7 +1,4 @@
-"""What is shown of plans, runs and profiles, as data: views, each of them rows of bars.
-
-Every view is made from sides (a plan alone is one side), and text, pictures and page draw any view.
-"""
+"""What is shown of sides, as data: views, each of them rows of bars. Three renderers draw any."""
 from __future__ import annotations
 
 import json
@@ -284,7 +281,6 @@ def _stacked(lengths: Iterable[Tuple[str, float]]) -> List[Segment]:
 
 
 def _by_group(rows: Sequence[Row]) -> List[Row]:
-    """Return the rows of each IPU or stage together; within one, the sides stay in order."""
     return sorted(rows, key=lambda row: int(row.group.split()[-1]))
 
 

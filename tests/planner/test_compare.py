@@ -187,3 +187,20 @@ def test_plans_runs_and_profiles_are_drawn(tmp_path, monkeypatch):
                   [str(tmp_path / "gone"), str(tmp_path / "profile.pop")]):
         assert main(["compare", *sides, "--plot", str(tmp_path / "sides.png")]) == 0
         assert (tmp_path / "sides.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_line_says_which_wins_by_how_much_through_what_at_what_price(capsys):
+    words = ["compare", "", "--layers_per_ipu 6 6 6 6", "--json", "--", "--config",
+             "squad_large_384", "--pod_type", "pod16"]
+    assert main(words) == 0
+    a, b = (side["plan"] for side in json.loads(capsys.readouterr().out)["sides"])
+    assert main([word for word in words if word != "--json"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    slowest = [max(ipu["busy_seconds"] for ipu in plan["ipus"]) / plan["micro_batches"] * 1e3
+               for plan in (b, a)]
+    more = (b["ipus"][0]["total_bytes"] - a["ipus"][0]["total_bytes"]) / 2**20
+    assert line == (
+        f"B is {100 * (b['windows_per_second'] / a['windows_per_second'] - 1):.0f} % faster than "
+        f"A: its slowest IPU takes {slowest[0]:.2f} against {slowest[1]:.2f} ms a micro-batch; it "
+        f"costs {more:.0f} MiB on IPU 0, and leaves {b['free_bytes'] / 2**20:.0f} MiB free on the "
+        "fullest.")

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 def bars(browser, view):  # noqa: F811
     """Return the traces of the page's view of that name, as Plotly holds them."""
     return browser.execute_script(
-        "return document.getElementById(arguments[0]).data.map("
+        "return document.getElementById(arguments[0]).data"
+        ".filter(trace => trace.type == 'bar').map("
         "trace => ({name: trace.name, x: Array.from(trace.x)}))", view)
 
 

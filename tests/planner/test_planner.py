@@ -721,3 +721,53 @@ def test_every_configuration_fits_as_it_is(config, capsys):
     for phase in ([], ["--inference"]):
         assert main(["plan", "--config", config, *phase]) == 0
         assert "Fits, with a margin of" in capsys.readouterr().out
+
+
+def test_a_plan_fits_a_screen_and_begins_with_the_answer(capsys):
+    """The terms of a stage's time and the groups of an update's add up; the fixed part is exact."""
+    flags, kinds = ["--config", "squad_large_384", "--pod_type", "pod16"], (
+        "forward", "recompute", "backward")
+    assert main(["plan", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45 and "windows/s" in lines[0] and "Fits, with a margin" in lines[0]
+    assert lines[1].startswith("Bound by") and "Encoder 3-9" in "\n".join(lines)
+    steps = {}
+    for size in (1, 2, 4):
+        assert main(["plan", *flags, "--micro_batch_size", str(size), "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        work = [sum(stage[f"{kind}_seconds"] for kind in kinds) for stage in plan["stages"]]
+        terms = [sum(stage[f"{term}_seconds"] for term in (
+            "multiplications", "fixed_cost", "element_wise")) for stage in plan["stages"]]
+        assert terms == pytest.approx(work)
+        assert sum(plan["group_seconds"].values()) == pytest.approx(plan["update_seconds"])
+        flops = sum(block["forward_flops"] + block["backward_flops"] for block in plan["blocks"])
+        assert plan["flops_per_second_per_ipu"] == pytest.approx(
+            flops / size * plan["rows_per_second"] / 16)
+        steps[size], fixed = max(work), plan["step_fixed_seconds"]
+    # The line through two sizes meets the axis at the part that depends on neither.
+    assert fixed == pytest.approx(2 * steps[1] - steps[2]) == pytest.approx(
+        2 * steps[2] - steps[4])
+
+
+def test_a_plan_that_does_not_fit_and_a_sweep_of_nothing_have_a_status(
+        tmp_path, capsys, monkeypatch):
+    tight = ["--config", "squad_large_384", "--layers_per_ipu", "6", "6", "6", "6",
+             "--embedding_serialization_factor", "1"]
+    assert main(["plan", *tight]) == DOES_NOT_FIT == 3
+    assert capsys.readouterr().out.startswith("Does not fit: IPU 0 is over by")
+    monkeypatch.setattr("planner.sweep.measure_run", None)  # what does not fit is not run
+    table = ["--output", str(tmp_path / "sweep.csv"), "--"]
+    assert main(["sweep", "--embedding_serialization_factor", "1", "--run", *table,
+                 *tight[:-2]]) == 0
+    assert main(["sweep", "--layers_per_ipu", "1 1 1 2", "9 9", *table, *SMALL[:6]]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    refusals = [line for line in lines if re.match(r"\d+: refused", line)]
+    assert len(refusals) == 2 and max(len(line) for line in set(lines) - set(refusals)) <= 100
+
+
+def test_plot_without_matplotlib_is_refused_before_anything_is_planned(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("planner.from_settings.planned", None)
+    for command in (["plan"], ["search"], ["compare", "", ""]):
+        with pytest.raises(UsageError, match="pip install matplotlib"):
+            main([*command, "--plot", "p.png"])
