@@ -147,6 +147,11 @@ class IPUConfig(Settings):
             # The default is meant for replicas of 4 IPUs.
             values["replication_factor"] = min(values["replication_factor"],
                                                _replicas_of(pod, self.num_ipus()))
+        # A file's shares are for the IPUs of its own layout, which the flag replaces.
+        if (self.sources.get("layers_per_ipu") == "--layers_per_ipu"
+                and self.sources.get("matmul_proportion") != "--matmul_proportion"
+                and len(self.matmul_shares()) != self.num_ipus()):
+            values["matmul_proportion"] = IPUConfig().matmul_proportion
         return replace(self, **values)
 
     def inference(self) -> "IPUConfig":

@@ -79,6 +79,8 @@ def search(argv: List[str]) -> int:
     """Find the best split and settings for a number of IPUs, at the same batch size."""
     request, searching = _parse(argv, search, SearchSettings)
     ipus = searching.ipus or POD_IPUS[request.settings.pod_type]
+    # The settings as they are may take a larger pod than the one that is searched for.
+    request.settings.sources.pop("pod_type", None)
     from planner.from_settings import planned, write_pipeline
     from planner.present import check_output, present
     from planner.search import search as best_plans

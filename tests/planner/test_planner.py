@@ -354,7 +354,7 @@ def test_a_part_filled_update_takes_as_long_as_a_full_one(windows, updates, caps
 
 def test_shape_flags_change_the_configurations_own_model(capsys):
     flags = ["--config", "squad_large_384", "--num_hidden_layers", "6", "--layers_per_ipu", "3",
-             "3", "--matmul_proportion", "0.2"]
+             "3"]
     assert main(["plan", "--json", *flags]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["title"] == "squad_large_384, roberta-large with 6 layers 1024 wide"
@@ -552,6 +552,13 @@ def test_search_for_one_ipu_brings_an_evaluation_that_was_on_two_along(tmp_path)
         [*SMALL[:6], *SMALL[11:], "--ipu_config", str(path), "--pod_type", "pod1"], JobSettings)
     assert training_pipeline(config, 4, "pod1").layout.stages()
     assert inference_pipeline(config, 4, "pod1").config.num_ipus() == 1
+
+
+def test_search_begins_with_settings_that_the_pod_has_too_few_ipus_for(capsys):
+    assert main(["search", *SMALL, "--gradient_accumulation_steps", "64", "--pod_type", "pod1",
+                 "--keep", "1", "--json"]) == 0
+    best, = json.loads(capsys.readouterr().out)
+    assert best["layers_per_ipu"] == [4] and best["pod_type"] == "pod1"
 
 
 @pytest.mark.slow
