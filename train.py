@@ -45,8 +45,8 @@ def fine_tune(settings, ipu_config, stop, timer, log):
     # 0. Imports: here, because a process of the data loader imports this file and needs none.
     from transformers import set_seed
 
-    from ipu_options import poptorch
-    from ipu_options.options import describe_poptorch, training_options
+    from ipu_options import device, poptorch
+    from ipu_options.options import attach, compile_model, describe_poptorch, training_options
     from qa.answers.evaluation import Evaluation
     from qa.data.demo import use_demo_data
     from qa.data.loader import first_batch, open_loader
@@ -108,12 +108,13 @@ def fine_tune(settings, ipu_config, stop, timer, log):
     options = training_options(pipeline.config, settings, seed=settings.seed,
                                watched=parameter_to_watch(model), watch=settings.watch_gradients)
     training_model = poptorch.trainingModel(model, options, optimizer)
-    with stop.killable(), timer("compile"):
-        training_model.compile(**first_batch(options, rows, settings.micro_batch_size))
-        if settings.compile_only:
+    with timer("compile"):
+        if settings.evaluates and not settings.synthetic_data:  # what does not fit is found early
             evaluation.compile(questions.windows)
-            print(describe_compiled(timer.total(), pipeline.config, settings))
-            return 0
+        compile_model(training_model, first_batch(options, rows, settings.micro_batch_size))
+    if settings.compile_only:
+        print(describe_compiled(timer.total(), pipeline.config, settings))
+        return 0
     state = TrainingState(model, optimizer, training_model)
     state.restore(saved)  # load_model has loaded the weights
 
@@ -130,12 +131,15 @@ def fine_tune(settings, ipu_config, stop, timer, log):
             with timer("data"):
                 batch = next(batches)  # the arguments of the model, which returns the loss
             with timer("step"):
+                attach(training_model)  # again, after an evaluation
                 losses = training_model(**batch)
                 loss = mean_loss(losses, batch["loss_weights"], pipeline.config)
             state.step += 1
             last = stop.poll() or state.step == rows.total_steps  # all processes know of a signal
-            saving = settings.save_steps and state.step % settings.save_steps == 0
             evaluating = progress.evaluation_is_due() and not stop.requested
+            # While an IPU's evaluation runs, others may take the IPUs that the training gives up.
+            saving = evaluating and device == "IPU" or (
+                settings.save_steps and state.step % settings.save_steps == 0)
             # If a number is not finite, the guard puts the last checkpoint's weights back.
             if guard.check_or_go_back(loss, learning_rate,
                                       look_at_weights=saving or evaluating or last):

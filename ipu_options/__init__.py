@@ -6,7 +6,9 @@ Graphcore's PopTorch, the kernels use only operations from PopTorch's list of su
 with poptorch_host, they are the host's own. The names are resolved on first use (PEP 562), so that
 `--help` and the checks of the command line do not import torch.
 """
+import faulthandler
 import os
+import signal
 
 # These are read when torch is loaded. A thread that waits for work looks for it this number of
 # times, then sleeps. With libgomp's default, 300,000 (OMP_WAIT_POLICY not set), each of thousands
@@ -21,6 +23,9 @@ def __getattr__(name):
     if name not in ("poptorch", "kernels", "device"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     device = "IPU"
+    # IPUs that an evaluation gives up may be taken by others. PopTorch waits for them only if it is
+    # told to (popart_compiler, CompilerImpl.cpp, createDevice), and otherwise ends the run.
+    os.environ.setdefault("POPTORCH_WAIT_FOR_IPU", "1")
     try:
         import poptorch
 
@@ -32,5 +37,7 @@ def __getattr__(name):
         import poptorch_host as poptorch
         from ipu_options.host_kernels import HOST_KERNELS as kernels
         device = "host"
+    # PopTorch has SIGTERM print the stacks of all threads before our handler runs (_logging.py).
+    faulthandler.unregister(signal.SIGTERM)
     globals().update(poptorch=poptorch, kernels=kernels, device=device)
     return globals()[name]

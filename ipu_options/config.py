@@ -397,6 +397,8 @@ def _check_ipus(config: IPUConfig, pod: str) -> None:
 def check_offline(run: DeviceSettings, config: IPUConfig, pod: str) -> None:
     """Raise UsageError if --compile_only could not compile, or if nothing could use the result.
 
+    popdist's options name the IPUs of a process (PopTorch, popdist_test.py), which an offline
+    target refuses (popart_compiler, CompilerImpl.cpp, createDevice).
     An offline target has as many IPUs as the model needs, whereas a run reserves a power of two
     (CompilerImpl.cpp, createDevice). The key of a cached executable contains that number (popart,
     devicemanager.cpp, std::hash<DeviceInfo>), and the run would compile again.
@@ -404,6 +406,9 @@ def check_offline(run: DeviceSettings, config: IPUConfig, pod: str) -> None:
     if not run.compile_only:
         return
     offline = run.source("compile_only")
+    if processes.place().launcher == "poprun":
+        raise UsageError(f"{offline}: under poprun nothing can be compiled ahead; leave out one of "
+                         "the two")
     if config.executable_cache_dir in NO_CACHE and not run.profile_dir:
         raise UsageError(
             f"{offline} keeps nothing without a cache: name a folder with "

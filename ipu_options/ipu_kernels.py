@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any, Callable, NamedTuple
 
 import torch
-from torch.nn.functional import dropout
+from torch.nn import functional
 
 # Added to the score of a masked position. It is finite in float16, and its exponential is 0 in
 # float16, bfloat16 and float32.
@@ -45,6 +45,15 @@ class Kernels(NamedTuple):
     attention: Callable[..., torch.Tensor]
     dropout: Callable[..., torch.Tensor]
     window_mask: Callable[[torch.Tensor, torch.dtype, int], Any] = window_mask
+
+
+def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """Dropout that costs nothing with p = 0.
+
+    PopTorch lowers torch's whatever p is (popart_canonicalization/DropoutOps.cpp), to random
+    numbers, a mask and a copy of `x` (poplibs, poprand/RandomGen.cpp).
+    """
+    return functional.dropout(x, p, training) if p else x
 
 
 def attention(qkv: torch.Tensor, heads: int, mask: torch.Tensor, dropout_p: float = 0.0,

@@ -14,6 +14,8 @@ import torch
 from ipu_options import device, poptorch
 from ipu_options.config import NO_CACHE, DeviceSettings, IPUConfig, Pipeline, reserved_ipus
 from runtime import processes
+from runtime.errors import UsageError
+from runtime.signals import killable
 
 OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized
 JUST_IN_TIME = 1              # popart.SubgraphCopyingStrategy.JustInTime
@@ -21,7 +23,14 @@ _WATCHED = "watched gradient"  # the name of our anchor, free to choose
 
 
 def describe_poptorch(run: DeviceSettings) -> str:
-    """Return which PopTorch runs, and on a line of its own that this host stands in for IPUs."""
+    """Return which PopTorch runs, and on a line of its own that this host stands in for IPUs.
+
+    Raises UsageError under torchrun with Graphcore's PopTorch. The IPUs' collectives need popdist
+    and a V-IPU partition made for the processes, which poprun brings (popart, devicex.cpp).
+    """
+    here = processes.place()
+    if device == "IPU" and here.launcher == "torchrun" and here.count > 1:
+        raise UsageError("torchrun is for hosts without IPUs: start the processes with poprun")
     text = f"PopTorch: {poptorch.__name__} {poptorch.__version__}, torch {torch.__version__}"
     asked = [f"--{name}" for name in ("compile_only", "ipu_model", "synthetic_data", "profile_dir")
              if getattr(run, name)]
@@ -49,13 +58,18 @@ def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
     not possible to try this pipeline on an IPU, and a refusal by the compiler wastes a booked
     machine: hence the default of `watch`.
     """
-    options = _common_options(config, run, "training", {
-        # Without it a float16 number beyond 65,504 becomes 65,504, and no overflow is ever seen
-        # (Poplar API reference, FloatingPointBehaviour::nanoo). PopTorch and PopART hand engine
-        # options on to Poplar (popart_compiler/source/SessionOptions.cpp; popart,
-        # engineoptionscreator.cpp). Stochastic rounding is another bit of the same register, which
-        # PopART sets by itself (irlowering.cpp, setStochasticRoundingBehaviour).
-        "debug.nanOverflowMode": "true"})
+    # Without it a float16 number beyond 65,504 becomes 65,504, and no overflow is ever seen (Poplar
+    # API reference, FloatingPointBehaviour::nanoo). PopTorch and PopART hand engine options on to
+    # Poplar (popart_compiler/source/SessionOptions.cpp; popart, engineoptionscreator.cpp).
+    # Stochastic rounding is another bit of the same register, which PopART sets by itself
+    # (irlowering.cpp, setStochasticRoundingBehaviour). Automatic loss scaling needs the saturation:
+    # it doubles its factor until elements come close to 65,504, and skips no update (popart,
+    # automaticlossscaling.hpp and popx/op/lossscaleupdatex.cpp).
+    saturates = config.auto_loss_scaling
+    options = _common_options(config, run, "training",
+                              {} if saturates else {"debug.nanOverflowMode": "true"})
+    options._Popart.setPatterns({
+        "TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True})
     options.Training.gradientAccumulation(config.gradient_accumulation_steps)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
     if config.auto_loss_scaling:
@@ -96,6 +110,38 @@ def watched_gradient(options: "poptorch.Options",
         for name, *_ in options.anchored_tensors.values()}
 
 
+def scales_loss_itself(options: "poptorch.Options") -> bool:
+    """Return whether the device adjusts the loss scaling."""
+    return bool(options._Popart.options.get("automaticLossScalingSettings.enabled"))
+
+
+def compile_model(executor: "poptorch.PoplarExecutor", batch: Dict[str, torch.Tensor]) -> None:
+    """Compile `executor` for the shapes of a combined batch, and take IPUs unless it is offline.
+
+    This takes minutes in C++, where no signal handler in Python runs: signals end the process.
+    """
+    try:
+        with killable():
+            executor.compile(**batch)
+    except poptorch.Error as error:
+        # Compiling ends with one attempt to attach, which fails if others have the IPUs (popart,
+        # devicex.cpp, loadEngineAndConnectStreams). What is compiled stays.
+        if "Failed to attach to device" not in str(error):
+            raise
+    if executor.options.connection_type != poptorch.ConnectionType.Never:
+        attach(executor)
+
+
+def attach(executor: "poptorch.PoplarExecutor") -> None:
+    """Take IPUs for a compiled model that has none, waiting as long as others have them.
+
+    PopTorch waits in C++, too, since ipu_options/__init__.py sets POPTORCH_WAIT_FOR_IPU.
+    """
+    if not executor.isAttachedToDevice():
+        with killable():
+            executor.attachToDevice()
+
+
 def inference_options(pipeline: Pipeline, run: DeviceSettings) -> "poptorch.Options":
     """Return the poptorch.Options of an inference pipeline; all logits are returned, in order."""
     options = _common_options(pipeline.config, run, "inference", {})
@@ -120,7 +166,10 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str,
     options.setAvailableMemoryProportion(memory_proportions(config))
     if config.enable_half_partials:
         options.Precision.setPartialsType(torch.float16)
-    options.enableExecutableCaching(executable_cache(config, run))
+    cache = executable_cache(config, run)
+    options.enableExecutableCaching(cache)
+    if cache is None:  # or POPTORCH_CACHE_DIR would have processes wait for each other's compiling
+        options._Popart.set("cachePath", "")
     if run.synthetic_data:
         options.enableSyntheticData(True)
     if run.ipu_model:
@@ -130,8 +179,6 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str,
     else:  # leave the IPUs to others while compiling
         options.connectionType(poptorch.ConnectionType.OnDemand)
     options._Popart.set("subgraphCopyingStrategy", JUST_IN_TIME)
-    options._Popart.setPatterns({
-        "TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True})
     options._Popart.setEngineOptions({
         "opt.useAutoloader": "true", "target.syncReplicasIndependently": "true", **engine_options})
     if run.profile_dir:

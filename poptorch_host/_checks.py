@@ -107,6 +107,15 @@ def options(opts) -> None:
                     f"poptorch.Options().deviceIterations ({opts.device_iterations})")
 
 
+def loss_scaling(opts, parameters) -> None:
+    """Raise Error for automatic loss scaling of a model without trained float16 `parameters`."""
+    if opts._Popart.options.get("automaticLossScalingSettings.enabled") and not any(
+            parameter.requires_grad and parameter.dtype == torch.float16
+            for parameter in parameters):
+        raise Error("[AutomaticLossScale transform] No tracked gradient tensors of type fp16 were "
+                    "found.")
+
+
 def pipeline(recorder: Recorder, opts, training: bool) -> None:
     """Raise Error if the blocks need too many micro-batches or a number of IPUs that is refused.
 

@@ -201,6 +201,7 @@ class PoplarExecutor:
         _checks.pipeline(device.trace.recorder, self._options, self._training)
         self._device, self._compiled_arguments = device, arguments.compiled()
         if self._training:
+            _checks.loss_scaling(self._options, self._model.parameters())
             self._constants = _hyperparameters.constants(self._optimizer, self._settings)
         if self._options.connection_type != enums.ConnectionType.Never:
             self._attach()

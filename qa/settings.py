@@ -195,7 +195,8 @@ class FineTuningSettings(Settings):
         None, "clip the gradient of an update to this norm (default: it is not clipped; 1 is "
         "run_qa's default)", type=float, above=0)
     loss_scaling: float = flag(
-        64.0, "factor on the loss that prevents underflow of float16 gradients", above=0)
+        64.0, "factor on the loss that prevents underflow of float16 gradients; less so with "
+        "enable_half_first_order_momentum, with which they are divided by it in float16", above=0)
     on_nonfinite: str = flag(
         "stop", "if a loss or gradient is not finite: stop, or go back to the last checkpoint and "
         "skip the step", choices=("stop", "skip"))
@@ -332,6 +333,7 @@ def train_settings(flags: Dict[str, Any], *more: type) -> Tuple[Any, ...]:
     _check_values(settings)
     _check_training(settings)
     check_clipping(settings, ipu_config)
+    check_loss_scaling(settings, ipu_config)
     if settings.synthetic_data:  # such a run is only timed
         settings.save_steps, settings.evaluate_every_epoch, settings.eval_steps = None, False, None
     check_offline(settings, ipu_config, settings.pod_type)
@@ -633,6 +635,16 @@ def check_clipping(settings: TrainSettings, ipu_config: IPUConfig) -> None:
             f"{clips}: with {ipu_config.source('enable_half_first_order_momentum')} an IPU would "
             "compute the norm in float16, where it overflows; add "
             "--enable_half_first_order_momentum false")
+
+
+def check_loss_scaling(settings: TrainSettings, ipu_config: IPUConfig) -> None:
+    """Raise UsageError for automatic loss scaling without float16 gradients.
+
+    PopART finds nothing to track then (popart, automaticlossscaling.cpp, getToTrackTensorsAuto).
+    """
+    if ipu_config.auto_loss_scaling and settings.precision != "float16":
+        raise UsageError(f"{ipu_config.source('auto_loss_scaling')} needs float16 gradients: "
+                         f"leave it out, or add --precision float16")
 
 
 def _check_output(settings: Settings, source: str, path: Path) -> None:

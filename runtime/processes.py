@@ -190,7 +190,8 @@ def _address() -> str:
 
 def _last_word(error: BaseException) -> BaseException:
     """Return what to raise for `error`: silence, if another process has failed before."""
-    speaks = _fails_first(error)
+    in_all = getattr(error, "in_all", False)
+    speaks = is_first() if in_all else _fails_first(error)
     status = error.code if isinstance(error, Stopped) else 2 if isinstance(error, UsageError) else 1
     # A lost connection leaves threads of gloo behind, at which Python's own way out may abort
     # (torch 2.13) or wait for ever (2.0). What is registered last is called first.
@@ -201,7 +202,7 @@ def _last_word(error: BaseException) -> BaseException:
     if isinstance(error, ConnectionError):
         error = RunError("another process has ended, or has not answered for --process_timeout; "
                          f"its launcher says more ({one_line(error)})")
-    return _named(error, place().index)
+    return error if in_all else _named(error, place().index)
 
 
 def _leave(status: int) -> None:
@@ -319,8 +320,15 @@ def _raise_in_all(error: Optional[Exception]) -> None:
                                                     one_line(error)])):
         if shared:
             is_usage, text = shared
-            raise error if index == place().index else _named(
-                (UsageError if is_usage else RunError)(text), index)
+            if index != place().index:
+                error = _named((UsageError if is_usage else RunError)(text), index)
+            raise _in_all(error)
+
+
+def _in_all(error: Exception) -> Exception:
+    """Mark an error that all processes raise, for the first one to print."""
+    error.in_all = True
+    return error
 
 
 def agree(facts: Dict[str, Any]) -> None:
@@ -334,6 +342,6 @@ def agree(facts: Dict[str, Any]) -> None:
     for index, theirs in enumerate(others, 1):
         for name, value in first.items():
             if theirs.get(name) != value:
-                raise UsageError(
+                raise _in_all(UsageError(
                     f"process {index} differs from the first: {name} is {theirs.get(name)!r} "
-                    f"there, {value!r} on the first; start all with the same")
+                    f"there, {value!r} on the first; start all with the same"))

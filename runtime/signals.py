@@ -9,7 +9,7 @@ import socket
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Dict, Iterator, List, Optional, Union
 
 from runtime import processes
 from runtime.errors import Stopped, UsageError
@@ -77,26 +77,18 @@ class StopSignals:
             _immediate, self._deferring = None, True
         self.poll()
 
-    @contextmanager
-    def killable(self) -> Iterator[None]:
-        """In this block signals have the system's default action.
-
-        PopTorch compiles for minutes in C++, where no handler in Python can run.
-        """
-        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in self._handlers}
-        try:
-            yield
-        finally:
-            _restore(handlers)
-
     def __enter__(self) -> "StopSignals":
         numbers = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it on purpose
             numbers.append(signal.SIGHUP)
         self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        global _handled
+        _handled = numbers
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        global _handled
+        _handled = []
         _restore(self._handlers)
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -122,6 +114,17 @@ class StopSignals:
 
 
 _immediate: Optional[StopSignals] = None  # the one in whose `immediate` block the run is
+_handled: List[int] = []  # the signals of the StopSignals in whose block the run is
+
+
+@contextmanager
+def killable() -> Iterator[None]:
+    """In this block the signals of StopSignals have the system's default action."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _handled}
+    try:
+        yield
+    finally:
+        _restore(handlers)
 
 
 def raise_stopped() -> None:

@@ -40,6 +40,7 @@ class Evaluation:
     def compile(self, windows: Windows) -> None:
         """Compile the inference pipeline without running it. windows: any, for their shapes."""
         self.answerer.compile(windows)
+        self.answerer.detach()
 
     def finish(self, weights: Dict[str, torch.Tensor], step: Optional[int] = None,
                epoch: Optional[float] = None) -> None:

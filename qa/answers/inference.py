@@ -6,7 +6,7 @@ from typing import Iterator
 
 from ipu_options import poptorch
 from ipu_options.config import Pipeline
-from ipu_options.options import inference_options
+from ipu_options.options import attach, compile_model, inference_options
 from qa.answers.spans import AnswerFinder
 from qa.data.loader import first_batch, open_loader
 from qa.data.rows import InferenceRows
@@ -43,9 +43,9 @@ class InferencePipeline:
         self.inference_model = poptorch.inferenceModel(model, self.options)
 
     def compile(self, windows) -> None:
-        """Compile the model without running it. windows: any, since all rows have one shape."""
-        self.inference_model.compile(**first_batch(self.options, self._rows(windows),
-                                                   self.micro_batch_size))
+        """Compile the model, and take IPUs for it. windows: any, since all rows have one shape."""
+        compile_model(self.inference_model, first_batch(self.options, self._rows(windows),
+                                                        self.micro_batch_size))
 
     def answers(self, windows, examples, progress: bool = True) -> Iterator[dict]:
         """Yield the answer to each question in the order of `examples`.
@@ -56,6 +56,9 @@ class InferencePipeline:
         windows: qa.data.windows.Windows with offsets, made from `examples`. progress: whether to
         show a progress bar. `AnswerFinder.add` lists the keys of an answer.
         """
+        if not self.inference_model.isCompiled():
+            self.compile(windows)
+        attach(self.inference_model)
         settings, rows = self.settings, self._rows(windows)
         finder = AnswerFinder(windows, examples, n_best_size=settings.n_best_size,
                               max_answer_length=settings.max_answer_length,

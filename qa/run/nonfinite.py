@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from ipu_options import poptorch
-from ipu_options.options import watched_gradient
+from ipu_options.options import scales_loss_itself, watched_gradient
 from qa.model.parallelize import weights_of
 from qa.model.pretrained import all_finite
 from qa.run.checkpoint import Checkpoints
@@ -60,7 +60,9 @@ class NonfiniteGuard:
         if bad_tensor is None and math.isfinite(loss):
             return True
         why = explain_nonfinite(step=state.step, loss=loss, earlier_losses=state.losses,
-                                learning_rate=learning_rate, loss_scaling=settings.loss_scaling,
+                                learning_rate=learning_rate,
+                                loss_scaling=None if scales_loss_itself(self.options)
+                                else settings.loss_scaling,
                                 precision=settings.precision, bad_tensor=bad_tensor)
         self.checkpoints.note("nonfinite", state.step, why=why)
         if settings.on_nonfinite == "stop" or self._skipped_step == state.step - 1:
@@ -85,7 +87,8 @@ def find_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]
 
 
 def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], learning_rate: float,
-                      loss_scaling: float, precision: str, bad_tensor: Optional[str] = None) -> str:
+                      loss_scaling: Optional[float], precision: str,
+                      bad_tensor: Optional[str] = None) -> str:
     """Return a line on a loss, gradient or weight that is not finite: overflow, or divergence?
 
     The device has updated the weights before the host sees the loss. A loss that is not finite has
@@ -95,7 +98,8 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
     trained with is the cause in either case. float16 ends at 65,504; beyond, a number becomes NaN
     on an IPU, because options.py sets the engine option debug.nanOverflowMode.
 
-    earlier_losses: the finite losses before `step`, in order. bad_tensor: of `find_nonfinite`, a
+    earlier_losses: the finite losses before `step`, in order. loss_scaling: None if the device
+    adjusts it. bad_tensor: of `find_nonfinite`, a
     gradient ("Gradient___" and the name of a parameter) or a weight. It is required if the loss is
     finite: then the forward pass was correct, but the gradients or the update were not.
     """
@@ -107,8 +111,10 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
                 f"(the loss was {loss:.4g})")
     elif sound_forward:
         what = f"{bad_tensor} is not finite after the update (the loss was {loss:.4g})"
+    automatic = loss_scaling is None
     facts = (f"step {step}: {what}, with learning rate {learning_rate:.3g}, "
-             f"loss scaling {loss_scaling:g}, {precision}")
+             f"{'automatic ' * automatic}loss scaling{'' if automatic else f' {loss_scaling:g}'}, "
+             f"{precision}")
     if learning_rate > LARGEST_RATE:
         return (f"{facts}: such a learning rate destroys the model; fine-tuning takes 1e-05 to "
                 "0.0001, try --learning_rate 3e-05")
@@ -118,10 +124,12 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
         return (f"{facts}: the run diverged, its loss had risen from {lowest:.3g} to {last:.3g}; "
                 f"{smaller_rate}")
     # Loss scaling can make the gradients overflow in any precision.
-    if precision != "float16" and not (bad_gradient and loss_scaling > 1):
+    if precision != "float16" and not (bad_gradient and not automatic and loss_scaling > 1):
         return (f"{facts}: one update was too large, the losses before it were steady; "
                 f"{smaller_rate}, and look at this step's data")
     overflow = f"{facts}: {precision} overflowed, the losses before it were steady; try "
+    if automatic:
+        return overflow + "--auto_loss_scaling false, or --precision float32"
     if loss_scaling <= 1:
         return overflow + "--precision float32"
     overflow += f"--loss_scaling {max(1.0, min(loss_scaling / 8, _LARGEST_SCALING)):g}"

@@ -71,6 +71,7 @@ TRAIN = [
     ("--max_grad_norm 0", "--max_grad_norm 0", "more than 0"),
     ("--max_grad_norm 1 --optimizer lamb", "--max_grad_norm 1.0: PopTorch's LAMB",
      "--optimizer adamw"),
+    ("--auto_loss_scaling --precision float32", "--auto_loss_scaling", "add --precision float16"),
     ("--max_grad_norm 1 --enable_half_first_order_momentum", "--max_grad_norm 1.0",
      "--enable_half_first_order_momentum false"),
     ("--logging_steps 0", "--logging_steps 0", "at least 1"),

@@ -4,6 +4,7 @@ import json
 import operator
 import re
 import shutil
+import signal
 import sys
 
 import datasets
@@ -15,6 +16,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 import infer
 import train
+from ipu_options import poptorch
 from qa.run.log import read_log
 from runtime.errors import run_script
 from tests.reference.small_demo import write_small_demo
@@ -281,6 +283,36 @@ def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(demo, tmp_path, c
                "false") == 1
     assert re.search(r"error: step 3: roberta\.\S+ is not finite after the update",
                      capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_models_are_compiled_before_the_training_and_signals_end_that(demo, tmp_path, monkeypatch):
+    compiled, compile_ = [], poptorch.PoplarExecutor.compile
+
+    def compile_noting(self, *args, **kwargs):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # PopTorch runs no handler then
+        compiled.append("training" if self._training else "inference")
+        compile_(self, *args, **kwargs)
+
+    monkeypatch.setattr(poptorch.PoplarExecutor, "compile", compile_noting)
+    out = tmp_path / "out"
+    assert fit(demo / "v1", out, "--max_steps", "2") == 0
+    assert compiled == ["inference", "training"]  # what does not fit is found before the training
+    del compiled[:]
+    assert run(infer, "--checkpoint", out, "--question", "Who?", "--context", "Ada.") == 0
+    assert fit(demo / "v1", tmp_path / "scores", "--do_eval", "--model_name_or_path", out) == 0
+    assert compiled == ["inference", "inference"]
+
+
+@pytest.mark.slow
+def test_an_ipus_run_saves_before_it_gives_the_ipus_up(demo, tmp_path, monkeypatch):
+    """For an evaluation; others may take the IPUs meanwhile."""
+    monkeypatch.setattr("ipu_options.device", "IPU")
+    flags = ("--max_steps", "3", "--eval_steps", "2")
+    assert fit(demo / "v1", tmp_path / "out", *flags) == 0
+    events = [(line["event"], line["step"]) for line in read_log(tmp_path / "out" / "log.jsonl")]
+    assert [event for event in events if event[0] in ("saved", "evaluation")] == [
+        ("saved", 2), ("evaluation", 2), ("evaluation", 3)]
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@ import itertools
 import json
 
 import pytest
+import torch
 
+from ipu_options import poptorch
 from ipu_options.config import (
     IPUConfig,
     available_pod,
@@ -56,9 +58,37 @@ def test_a_layout_that_does_not_add_up_is_refused(given, layers, ipus, message):
         make_layout(given, layers, ipus)
 
 
+@pytest.mark.parametrize("ipus", [(0, 1, 2, 3), (0, 1, 0), (1, 0, 1), (1, 0), (3, 2, 1, 0)])
+def test_stages_are_counted_as_poptorch_counts_them(ipus):
+    class Blocks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            for index, ipu in enumerate(ipus):
+                with poptorch.Block(f"block {index}", ipu_id=ipu):
+                    x = x * self.weight
+                    if index == len(ipus) - 1:
+                        return poptorch.identity_loss(x.sum(), reduction="none")
+
+    def compile_with(accumulation):
+        options = poptorch.Options()
+        options.Training.gradientAccumulation(accumulation)
+        poptorch.trainingModel(Blocks(), options).compile(torch.ones(accumulation, 2))
+
+    least = Layout.from_blocks(ipus).min_gradient_accumulation()
+    compile_with(least)
+    with pytest.raises(poptorch.Error, match=rf"number of pipeline stages \({least}\)"):
+        compile_with(least - 1)
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(gradient_accumulation_steps=6), "needs at least 7"),
     (dict(inference_device_iterations=3), "use at least 4"),
+    (dict(layers_per_ipu=[6, 6], embedding_ipu=1, gradient_accumulation_steps=6),
+     "over 4 pipeline stages needs at least 7"),
+    (dict(layers_per_ipu=[6, 6], embedding_ipu=1, inference_device_iterations=3), "use at least 4"),
     (dict(replication_factor=2), "use at most 1"),
     (dict(layers_per_ipu=[2, 2, 2, 2, 4]), "name no more than that, as in -1 -1 -1 -1"),
     (dict(embedding_ipu=4), "--embedding_ipu 4"),

@@ -3,12 +3,29 @@
 The names are those of PopTorch's Options.toDict() (python/options.py) and of PopART's
 SessionOptions.
 """
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import ipu_options
+from ipu_options import options as options_module
 from ipu_options import poptorch
 from ipu_options.config import DeviceSettings, IPUConfig, inference_pipeline
-from ipu_options.options import inference_options, training_options, watched_gradient
+from ipu_options.options import (
+    attach,
+    compile_model,
+    describe_poptorch,
+    inference_options,
+    training_options,
+    watched_gradient,
+)
+from runtime import processes
+from runtime.errors import UsageError
+from runtime.signals import StopSignals
 
 CONFIG = IPUConfig(layers_per_ipu=[0, 4, 4, 4], replication_factor=4)
 
@@ -33,8 +50,6 @@ def test_what_both_pipelines_set():
         assert options["partialsTypeMatMuls"] == "half"
         assert options["convolutionOptions"] == {"partialsType": "half"}
         assert options["subgraphCopyingStrategy"] == 1  # just in time
-        assert options["patterns"] == {"TiedGather": True, "TiedGatherAccumulate": True,
-                                       "UpdateInplacePrioritiesForIpu": True}
         assert options["engineOptions"]["opt.useAutoloader"] == "true"
         assert options["engineOptions"]["target.syncReplicasIndependently"] == "true"
         # Other processes can use the IPUs until this one has compiled.
@@ -50,6 +65,8 @@ def test_what_training_sets():
     assert options["enableStochasticRounding"] is True
     assert options["location_optimizer"] == {"onChip": 1, "useReplicatedTensorSharding": 1}
     assert options["disableGradAccumulationTensorStreams"] is True
+    assert options["patterns"] == {"TiedGather": True, "TiedGatherAccumulate": True,
+                                   "UpdateInplacePrioritiesForIpu": True}
     assert options["accumulateOuterFragmentSettings.schedule"] == 3  # overlap, memory optimised
     assert options["accumulateOuterFragmentSettings.excludedVirtualGraphs"] == ["0"]
     assert options["scheduleNonWeightUpdateGradientConsumersEarly"] is True
@@ -63,7 +80,7 @@ def test_what_inference_sets():
     assert options["gradient_accumulation"] == 1 and options["device_iterations"] == 16
     assert options["output_mode"] == poptorch.OutputMode.All.value
     assert options["enableStochasticRounding"] is False
-    assert "location_optimizer" not in options and "random_seed" not in options
+    assert not {"location_optimizer", "random_seed", "patterns"} & set(options)
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -77,7 +94,10 @@ def test_what_inference_sets():
     (dict(optimizer_state_offchip=True),
      {"location_optimizer": {"onChip": 0, "useReplicatedTensorSharding": 1}}),
     (dict(stochastic_rounding=False), {"enableStochasticRounding": False}),
-    (dict(auto_loss_scaling=True), {"automaticLossScalingSettings.enabled": True}),
+    # It needs an overflow to become 65,504, and looks for numbers near it.
+    (dict(auto_loss_scaling=True), {
+        "automaticLossScalingSettings.enabled": True, "engineOptions": {
+            "opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"}}),
     (dict(output_mode="final"), {"output_mode": poptorch.OutputMode.Final.value}),
     (dict(output_mode="sum"), {"output_mode": poptorch.OutputMode.Sum.value}),
     (dict(matmul_proportion=[0.1, 0.2, 0.3, 0.4]),
@@ -187,3 +207,86 @@ def test_a_watched_gradient_is_read_after_a_call():
     training_model(inputs)
     (gradient,) = watched_gradient(options, training_model).values()
     assert torch.equal(gradient.reshape(2, 2), inputs)  # one row for each micro-batch
+
+
+def test_a_profiled_run_has_no_cache_that_an_environment_variable_names(monkeypatch, tmp_path):
+    """PopTorch's processes wait for each other's compiling where there is a path (_impl.py)."""
+    monkeypatch.setenv("POPTORCH_CACHE_DIR", str(tmp_path))
+    assert training()["cachePath"] == str(tmp_path)
+    profiled = training(DeviceSettings(profile_dir=str(tmp_path / "profile")))
+    assert profiled["cachePath"] == "" and profiled["enableEngineCaching"] is False
+
+
+def test_torchrun_is_refused_where_there_are_ipus(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.place.cache_clear()
+    try:
+        assert "poptorch_host" in describe_poptorch(DeviceSettings())
+        monkeypatch.setattr(options_module, "device", "IPU")
+        with pytest.raises(UsageError, match="start the processes with poprun"):
+            describe_poptorch(DeviceSettings())
+    finally:
+        monkeypatch.undo()
+        processes.place.cache_clear()
+
+
+def test_poptorch_waits_for_ipus_that_others_have_and_prints_no_stacks_at_sigterm():
+    """In a process of its own: PopTorch registers the stacks when it is imported."""
+    script = """if True:
+        import os, signal
+        signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
+        from ipu_options import poptorch
+        signal.raise_signal(signal.SIGTERM)
+        print(os.environ["POPTORCH_WAIT_FOR_IPU"])
+    """
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, cwd=Path(ipu_options.__file__).parents[1],
+                          universal_newlines=True, timeout=120)
+    assert done.stdout == "handled\n1\n"
+
+
+class Executor:
+    """A model that is compiled while others have the IPUs, until `attachToDevice` gets them."""
+
+    compiled = attached = False
+
+    def __init__(self, options):
+        self.options = options
+
+    def compile(self, **batch):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # no handler could run meanwhile
+        self.compiled = True
+        if self.options.connection_type != poptorch.ConnectionType.Never:
+            raise poptorch.Error("'popart_runtime_error': Failed to attach to device")
+
+    def attachToDevice(self):
+        assert self.compiled and not self.attached
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        self.attached = True
+
+    def isAttachedToDevice(self):
+        return self.attached
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_model_is_attached_as_soon_as_others_free_their_ipus(offline):
+    options = poptorch.Options().connectionType(poptorch.ConnectionType.OnDemand)
+    executor = Executor(options.useOfflineIpuTarget() if offline else options)
+    with StopSignals():
+        compile_model(executor, {})
+        assert executor.compiled and executor.attached != offline
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    if not offline:
+        attach(executor)  # nothing to do
+
+
+def test_another_error_of_the_compiler_is_no_lack_of_ipus():
+    executor = Executor(poptorch.Options())
+    executor.compile = lambda: poptorch_host_error("out of memory")
+    with pytest.raises(poptorch.Error, match="out of memory"):
+        compile_model(executor, {})
+
+
+def poptorch_host_error(message):
+    raise poptorch.Error(message)

@@ -113,6 +113,14 @@ def test_only_supported_operations_and_types_and_no_dependence_on_data(windows, 
     assert not surprising
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_dropout_of_nothing_is_no_operation(p):
+    x, operations = torch.ones(2, device="meta"), Operations()
+    with operations:
+        IPU_KERNELS.dropout(x, p, True)
+    assert bool(operations.types) == bool(p)
+
+
 def test_what_poptorch_cannot_do_is_noticed():
     def strange(qkv, heads, mask, dropout_p=0.0, training=False, stage=0):
         # PopTorch has no handler for sinc, and PyTorch does not decompose it.

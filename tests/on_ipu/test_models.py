@@ -2,12 +2,17 @@
 import copy
 import gc
 import math
+import subprocess
+import sys
+import threading
+import time
 from functools import lru_cache
 
 import pytest
 import torch
 
 from ipu_options.config import OUTPUT_MODES
+from ipu_options.options import attach, compile_model
 from planner.profile import open_profile
 from qa.model.parallelize import set_weights, weights_of
 from qa.model.pretrained import save_model
@@ -126,6 +131,46 @@ def test_every_option(seen):
     assert not any(missing.values()), {name: left for name, left in missing.items() if left}
     seen(f"{len(choices)} settings in {len(compiled)} variants, "
          f"{len(set().union(*(result.compiled_with for result in compiled)))} options of PopTorch")
+
+
+def test_automatic_loss_scaling(seen):
+    """Hundreds of updates with automatic loss scaling stay finite."""
+    made = make_training(auto_loss_scaling=True, device_iterations=10, num_train_epochs=50,
+                         learning_rate=1e-3, **HALF)
+    losses = [made.training_model(**made.rows.starting_at(step).first_batch()).float().mean()
+              for step in range(20)]
+    made.training_model.detachFromDevice()
+    seen(f"after 200 updates the loss is {losses[-1]:.4f}")
+    assert all(tensor.isfinite().all() for tensor in [*losses, *weights_of(made.model).values()])
+
+
+HOLD_IPUS = """
+import sys
+from tests.on_ipu.variants import make_training
+made = make_training(replication_factor=2)
+made.training_model.compile(**made.rows.first_batch())
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_waiting_for_ipus(seen, only_on_ipu):
+    """A model waits for IPUs that another process has, and then runs."""
+    made = make_training(replication_factor=2)
+    batch = made.rows.first_batch()
+    compile_model(made.training_model, batch)
+    made.training_model.detachFromDevice()
+    with subprocess.Popen([sys.executable, "-c", HOLD_IPUS], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, universal_newlines=True) as other:
+        assert other.stdout.readline() == "held\n"
+        threading.Timer(20, other.stdin.close).start()
+        begin = time.monotonic()
+        attach(made.training_model)
+        seconds = time.monotonic() - begin
+    made.training_model(**batch)
+    made.training_model.detachFromDevice()
+    only_on_ipu("nothing is attached")
+    seen(f"attached after {seconds:.0f} s; with more than 4 IPUs there is nothing to wait for")
 
 
 def test_ipu_model(seen):

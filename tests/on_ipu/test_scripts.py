@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,26 @@ def test_signals(demo, tmp_path, seen):
     (step,) = stopped.groups()
     seen(stopped[0])
     assert (tmp_path / "out" / f"checkpoint-{step}" / "manifest.json").is_file()
+
+
+def test_a_signal_while_compiling(runs, tmp_path, seen, only_on_ipu):
+    """SIGTERM ends a compilation at once, and prints no stacks."""
+    succeeded(runs, "whole")
+    only_on_ipu("nothing is compiled")
+    command = [sys.executable, "-u", str(ROOT / "infer.py"), "--checkpoint", runs[0] / "whole",
+               "--question", "Who?", "--context", "Ada.", "--executable_cache_dir", tmp_path]
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:
+        said = b""
+        while b"Graph compilation" not in said:  # its progress bar has no ends of lines
+            part = process.stdout.read(1)
+            assert part, said
+            said += part
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        said += process.stdout.read()
+    seen(f"status {process.returncode} after {time.monotonic() - begin:.0f} s")
+    assert process.returncode == -signal.SIGTERM and b"Current thread" not in said, said[-500:]
 
 
 def test_calibration(demo, tmp_path, seen, only_on_ipu, capsys):

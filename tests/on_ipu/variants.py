@@ -49,6 +49,8 @@ VARIANTS = {
         device_iterations=2, output_mode="sum", enable_half_partials=False),
     "float16, LAMB, automatic loss scaling, last losses": dict(
         HALF, optimizer="lamb", auto_loss_scaling=True, output_mode="final", learning_rate=0.01),
+    "float32, embedding on IPU 1": dict(
+        embedding_ipu=1, gradient_accumulation_steps=7, inference_device_iterations=4),
     "float16, other betas, default losses": dict(
         HALF, output_mode="default", adam_beta1=0.8, adam_beta2=0.99, weight_decay=0.0),
 }

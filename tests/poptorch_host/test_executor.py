@@ -342,18 +342,26 @@ def test_every_loss_scaling_gives_the_same_weights(half):
 
 @pytest.mark.parametrize("automatic", [False, True])
 def test_a_loss_scaling_not_given_is_constant_unless_it_is_automatic(automatic):
-    model = Net()
+    model = Net().half() if automatic else Net()
     opts = options()
     opts.Training.setAutomaticLossScaling(automatic)
     optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.1)
     executor = poptorch.trainingModel(model, opts, optimizer)
-    executor.compile(*data(2))
+    x, y = data(2)
+    executor.compile(x.half() if automatic else x, y)
     optimizer.loss_scaling = 8.0
     if automatic:
         executor.setOptimizer(optimizer)
     else:
         with pytest.raises(poptorch.Error, match="loss_scaling was compiled as a constant"):
             executor.setOptimizer(optimizer)
+
+
+def test_automatic_loss_scaling_without_a_float16_gradient_is_refused():
+    opts = options()
+    opts.Training.setAutomaticLossScaling(True)
+    with pytest.raises(poptorch.Error, match="No tracked gradient tensors of type fp16 were found"):
+        poptorch.trainingModel(Net(), opts).compile(*data(2))
 
 
 @pytest.mark.parametrize("replicas, half", [(1, False), (1, True), (2, False)])

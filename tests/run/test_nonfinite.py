@@ -95,6 +95,11 @@ def test_the_first_step_and_weights_found_bad_before_a_save_are_explained_too():
         message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad,
                                     **{**unscaled, "precision": precision})
         assert remedy in message and "--loss_scaling" not in message
+    adjusted = dict(known, loss_scaling=None)  # by the device, which no flag's factor changes
+    message = explain_nonfinite(step=8, loss=1.5, earlier_losses=[1.5] * 8, bad_tensor=bad,
+                                **adjusted)
+    assert "automatic loss scaling, float16: " in message
+    assert message.endswith("try --auto_loss_scaling false, or --precision float32")
     del tensors["half"]
     assert find_nonfinite(tensors.items()) is None
 
