@@ -42,12 +42,11 @@ Ranking = Tuple[List[str], List[List[str]]]  # head and rows of a table
 def comparison_text(sides: Sequence[Side]) -> str:
     """Return all that is known of `sides` as text. A plan alone is a comparison of one side."""
     alone = len(sides) == 1 and sides[0].plan
-    sections = ["\n".join([*verdict(sides), *(advice(alone) if alone else [])]),
-                heading(alone) if alone else _titles(sides),
-                _blocks(alone) if alone else _differences(sides)]
+    sections = ["\n".join([*verdict(sides), *advice(alone), heading(alone)]), _blocks(alone)
+                ] if alone else ["\n".join(verdict(sides)), _titles(sides), _differences(sides)]
     views = [memory(sides), stages(sides), parts(sides), profiled(sides), roofline(sides),
              *([] if alone else [throughput(sides)])]
-    return "\n\n".join(sections + [render(view) for view in views if view.rows])
+    return "\n\n".join(filter(None, [*sections, *(render(view) for view in views if view.rows)]))
 
 
 def render(view: View) -> str:
@@ -165,7 +164,7 @@ def bound_line(plan: Dict[str, Any]) -> str:
 
 def advice(plan: Dict[str, Any]) -> List[str]:
     """Return the changes that would help most, a line each."""
-    texts = [change["text"] for change in plan["suggestions"]][:3] or [plan["suggestion"]]
+    texts = [change["text"] for change in plan["suggestions"]][:4] or [plan["suggestion"]]
     return [("What would help most: " if not place else "          or, instead: ") + text
             for place, text in enumerate(texts)]
 
