@@ -19,7 +19,7 @@ from planner.commands import DOES_NOT_FIT, main
 from planner.flags import JobSettings, flag_words, flags_text
 from planner.from_settings import run_command, write_pipeline
 from planner.machine import MIB
-from planner.phase import TRAINING
+from planner.phase import INFERENCE, TRAINING
 from qa.settings import parse_train, train_flags
 from runtime.errors import UsageError
 from tests.planner.test_html import requests
@@ -115,6 +115,21 @@ def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, fl
 
 
 @pytest.mark.slow
+def test_inference_has_fields_of_its_own_and_is_planned_as_plan_does(explore, capsys):
+    flags = train_flags(SMALL, JobSettings, program="", description="")
+    base = explore.plan_of(flags, INFERENCE)
+    texts = {"further": "--eval_windows 500", **explore.texts_of(base), "pack": [],
+             "inference_layers_per_ipu": "2 2", "eval_micro_batch_size": 3}
+    now = explore.plan_of(explore.with_fields(base, texts), INFERENCE)
+    plan = printed(capsys, "plan", "--inference", *SMALL, "--eval_windows", "500",
+                   "--inference_layers_per_ipu", "2", "2", "--eval_micro_batch_size", "3")
+    assert now.plan.windows_per_second == plan["windows_per_second"]
+    best = explore.filled(texts, explore.flags_to(now, explore.best(now)), INFERENCE)
+    now = explore.plan_of(explore.with_fields(base, best), INFERENCE)
+    assert now.plan.run_seconds <= plan["run_seconds"]
+    assert explore._layout(now) and explore.shown(now)
+
+
 def test_a_change_waits_for_no_count_of_the_model(explore, monkeypatch):
     base = plan_of(explore, [*SMALL, "--intermediate_size", "96"])  # counted by no other test
     explore.count_ahead(base)
