@@ -14,14 +14,7 @@ DRAWN = (("timeline", "memory", "split"), ("memory", "stages", "throughput"))
 
 
 def check_picture(path: str) -> None:
-    """Raise UsageError if matplotlib is missing or `path` is no picture's."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-    except ImportError:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed: pip install matplotlib "
-            "(it is in requirements-dev.txt)")
+    """Raise UsageError if `path` is no picture's."""
     if not path.lower().endswith((".png", ".svg", ".pdf")):
         raise UsageError(f"--plot {path}: name a .png, .svg or .pdf file")
 
@@ -29,6 +22,8 @@ def check_picture(path: str) -> None:
 def draw(sides: Sequence[Side], path: str, title: str) -> None:
     """Draw views of `sides` below each other to the file `path` (.png, .svg or .pdf)."""
     check_picture(path)
+    import matplotlib
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     views = [view for view in views_of(sides) if view.name in DRAWN[len(sides) > 1]]

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"planner", "qa", "ipu_options", "runtime", "poptorch_host", "train", "infer"}
 # These come with the Poplar SDK, or an error message asks for them where they are needed.
-OPTIONAL = {"popdist", "poptorch", "libpvti", "pva", "matplotlib", "wandb", "dash", "plotly",
+OPTIONAL = {"popdist", "poptorch", "libpvti", "pva", "wandb", "dash", "plotly",
             "flask", "werkzeug"}
 PACKAGES = {"yaml": "pyyaml"}  # {imported name: name of its package}, where the two differ
 # Most lines of Python in a folder, blank ones and comments too; CONTRIBUTING says how one rises.

@@ -228,12 +228,10 @@ def _draw_curves(lines: List[Dict[str, Any]], path: Path) -> None:
     """Draw loss, learning rate, throughput and evaluations over the steps, to the PNG file `path`.
 
     A dotted vertical line marks each step after which the run was resumed. Nothing is drawn without
-    log points, or where matplotlib is not installed. Raises OSError.
+    log points. Raises OSError.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    from matplotlib.figure import Figure
+
     if not any(line["event"] == "log" for line in lines):
         return
     figure = Figure(figsize=(9, 6), layout="constrained")

@@ -161,8 +161,6 @@ def test_what_cannot_be_compared_is_refused_in_one_line(words, message, tmp_path
     (tmp_path / "part.json").write_text('{"update_parts_seconds": {"host": 1}, "ipus": 3}')
     if "inference" in words[0]:
         (tmp_path / "inference.json").write_text(json.dumps(planned(capsys, "--inference")))
-    if "x.txt" in words:
-        pytest.importorskip("matplotlib")
     with pytest.raises(UsageError, match=message) as refused:
         main(["compare", *(word.format(folder=tmp_path) for word in words)])
     assert "\n" not in str(refused.value)
@@ -177,7 +175,6 @@ def test_inference_is_compared_by_its_calls(capsys):
 
 @pytest.mark.slow
 def test_plans_runs_and_profiles_are_drawn(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, "pva", SimpleNamespace(
         openReport=lambda path: recorded_profile(slow_ipu=2)))
     write_run(tmp_path / "run", "host")

@@ -577,7 +577,6 @@ def test_search_writes_a_configuration_that_plans_as_found(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_pictures_and_trace_are_written(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
         assert main(["plan", *SMALL, "--plot", str(tmp_path / ("plan" + kind)),
                      "--trace", str(tmp_path / "plan.json")]) == 0
