@@ -62,18 +62,17 @@ def training_options(config: IPUConfig, run: DeviceSettings, *, seed: int,
     # API reference, FloatingPointBehaviour::nanoo). PopTorch and PopART hand engine options on to
     # Poplar (popart_compiler/source/SessionOptions.cpp; popart, engineoptionscreator.cpp).
     # Stochastic rounding is another bit of the same register, which PopART sets by itself
-    # (irlowering.cpp, setStochasticRoundingBehaviour). Automatic loss scaling needs the saturation:
-    # it doubles its factor until elements come close to 65,504, and skips no update (popart,
-    # automaticlossscaling.hpp and popx/op/lossscaleupdatex.cpp).
-    saturates = config.auto_loss_scaling
-    options = _common_options(config, run, "training",
-                              {} if saturates else {"debug.nanOverflowMode": "true"})
+    # (irlowering.cpp, setStochasticRoundingBehaviour). Automatic loss scaling needs 65,504: it
+    # doubles its factor until elements come close to that, and skips no update (popart,
+    # automaticlossscaling.hpp, popx/op/lossscaleupdatex.cpp).
+    options = _common_options(config, run, "training", {} if config.auto_loss_scaling else {
+        "debug.nanOverflowMode": "true"})
+    if config.auto_loss_scaling:
+        options.Training.setAutomaticLossScaling(True)
     options._Popart.setPatterns({
         "TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True})
     options.Training.gradientAccumulation(config.gradient_accumulation_steps)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
-    if config.auto_loss_scaling:
-        options.Training.setAutomaticLossScaling(True)
     options.outputMode(getattr(poptorch.OutputMode, config.output_mode.capitalize()))
     options.randomSeed(seed)
     options.Precision.enableStochasticRounding(config.stochastic_rounding)

@@ -27,59 +27,49 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 from ipu_options.config import DeviceSettings, IPUConfig
 from runtime import processes
-from runtime.errors import RunError, UsageError
+from runtime.errors import UsageError
 from runtime.files import user_file, writing
 
 
 def profiling_environment(settings: DeviceSettings, ipu_config: IPUConfig, *phases: str) -> None:
     """Set up System Analyser's trace and write the configuration, both below settings.profile_dir.
 
-    phases: those of "training" and "inference" that will run; for each of them the configuration is
-    written to profile_dir/PHASE/framework.json. Nothing happens if settings.profile_dir is None.
+    phases: the ones of "training" and "inference" that will run. Without --profile_dir nothing
+    happens. options.py switches Graph Analyser's report on.
 
     This must be called before PopTorch is imported, which reads PVTI_OPTIONS once
-    (poptorch/profiling.py). Keys that the user has set in this variable are kept; missing ones are
-    added. Raises RunError if the folder cannot be written, UsageError if the variable is not JSON.
-
-    Graph Analyser's report is switched on in options.py (`options.enableProfiling`): PopTorch names
-    the engines "training" and "inference", and Poplar keeps the report of each in a folder of that
-    name.
+    (poptorch/profiling.py). What the user has set in this variable stays. Raises RunError if the
+    folder cannot be written, UsageError if the variable is not JSON.
     """
     if settings.profile_dir is None:
         return
     folder = Path(processes.process_path(settings.profile_dir)).absolute()
-    given = os.environ.get("PVTI_OPTIONS") or "{}"
+    text = os.environ.get("PVTI_OPTIONS") or "{}"
     try:
         os.environ["PVTI_OPTIONS"] = json.dumps({
-            "enable": "true", "directory": str(folder / "host"), **json.loads(given)})
+            "enable": "true", "directory": str(folder / "host"), **json.loads(text)})
     except (ValueError, TypeError):
         raise UsageError(
-            f"PVTI_OPTIONS={given}: it should be a JSON object; correct or unset it") from None
+            f"PVTI_OPTIONS={text}: it should be a JSON object; correct or unset it") from None
     note = json.dumps({**settings.values(), **ipu_config.values()}, indent=2, sort_keys=True,
                       default=str)
-    try:
+    with writing(f"--profile_dir {settings.profile_dir}"):
         (folder / "host").mkdir(parents=True, exist_ok=True)
         for phase in phases:
             (folder / phase).mkdir(exist_ok=True)
             (folder / phase / "framework.json").write_text(note + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"--profile_dir {settings.profile_dir}: cannot write there ({error})") from error
 
 
 class PhaseTimer:
     """Measures the phases of a loop, for the log, for System Analyser and for a Chrome trace.
 
-    `with timer("step"): ...` names a phase. `seconds` is {phase: seconds spent in it}. With
-    settings.profile_dir the phases are also marked in PopVision's own trace, through
-    poptorch.profiling.Channel; with settings.trace they are written to that file, in Chrome trace
-    format (https://ui.perfetto.dev opens it), however the `with PhaseTimer(...)` block ends.
-
-    channel: the name of the group of phases.
+    `with timer("step"): ...` names a phase. With settings.profile_dir phases are also marked in
+    PopVision's own trace. With settings.trace they are written to that file (https://ui.perfetto.dev
+    opens it), however the `with PhaseTimer(...)` block ends. channel: the name of all phases.
     """
 
     def __init__(self, channel: str, settings: DeviceSettings) -> None:
-        self.seconds: Dict[str, float] = defaultdict(float)
+        self.seconds: Dict[str, float] = defaultdict(float)  # of each phase so far
         self._begin = time.perf_counter()
         self._trace = settings.trace and processes.process_path(settings.trace)
         self._name = channel
@@ -111,29 +101,23 @@ class PhaseTimer:
 
     def __exit__(self, *exc: Any) -> None:
         if self._trace:
-            events = [
-                trace_event(name, start / 1000, length / 1000, lane=0)
-                for name, start, length in self._events]
+            events = [trace_event(name, start / 1000, length / 1000, lane=0)
+                      for name, start, length in self._events]
             write_trace(self._trace, events, process=self._name, lanes=["host"])
 
 
 def trace_event(name: str, start_us: float, duration_us: float, lane: int,
                 **args: Any) -> Dict[str, Any]:
-    """Return a complete event ("X") of the Trace Event Format.
-
-    Times are in microseconds. lane: the thread id, which gives the event its row in the viewer.
-    args: shown when the event is clicked.
-    """
-    return {
-        "name": name, "ph": "X", "ts": start_us, "dur": duration_us, "pid": 0, "tid": lane,
-        "args": args}
+    """Return a complete event ("X") of the Trace Event Format. args: shown when it is clicked."""
+    return {"name": name, "ph": "X", "ts": start_us, "dur": duration_us, "pid": 0, "tid": lane,
+            "args": args}
 
 
 def write_trace(path: str, events: List[Dict[str, Any]], process: str, lanes: List[str]) -> None:
-    """Write `events` to `path` as a Chrome trace. Raises RunError if the file cannot be written.
+    """Write `events` to `path` as a Chrome trace (Trace Event Format, JSON Object Format).
 
     process: the name shown for all lanes together. lanes: the name of each lane, from lane 0 on.
-    The format is the JSON Object Format of the Trace Event Format document.
+    Raises RunError if the file cannot be written.
     """
     names = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": process}}]
     names += [{"name": "thread_name", "ph": "M", "pid": 0, "tid": i, "args": {"name": lane}}

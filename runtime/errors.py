@@ -19,17 +19,11 @@ _BROKEN_PIPE = 141  # what a shell reports for a process that was killed by SIGP
 
 
 class UsageError(ValueError):
-    """A flag, a value or an input file is wrong.
-
-    The message is one line that says what is wrong and what would be right.
-    """
+    """A flag, a value or an input file is wrong; the message says what would be right."""
 
 
 class RunError(RuntimeError):
-    """A run failed after it started.
-
-    Examples: a file cannot be written, the hub cannot be reached, the loss is not finite.
-    """
+    """A run failed after it started: a full disk, a hub that does not answer, a loss of nan."""
 
 
 class Stopped(SystemExit):
@@ -37,10 +31,9 @@ class Stopped(SystemExit):
 
 
 def one_line(error: BaseException) -> str:
-    """Return a message of one line.
+    """Return the text of an error of ours, the file and reason of one of the operating system's.
 
-    An error of ours gives its whole text, one of the operating system the file and the reason, any
-    other one its type and the first line of its text.
+    Any other one gives its type and the first line of its text.
     """
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

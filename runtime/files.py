@@ -142,20 +142,14 @@ def rename_folder(aside: Path, target: Path) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete `folder`, which is first renamed to .NAME.removed. Raises OSError.
-
-    Because of the rename, a folder under its own name is always complete.
-    """
+    """Delete `folder`, first renamed to .NAME.removed: under its name it is always complete."""
     removed = folder.with_name(f".{folder.name}.removed")
     folder.rename(removed)
     delete(removed)
 
 
 def delete(path: Path) -> None:
-    """Delete the file or folder at `path`, if there is one. Raises OSError.
-
-    If `path` is a symbolic link, the link is deleted and not what it points to.
-    """
+    """Delete the file or folder at `path`, if there is one; of a symbolic link, the link alone."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -48,10 +48,9 @@ class Source(NamedTuple):
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """Return a dataclass field that is also a command-line flag.
 
-    metadata: `min` and `max` (inclusive bounds), `above` and `below` (exclusive bounds), `choices`,
-    `type` (needed where the default does not show it), `nargs` ("+" for a list), `positional`,
-    `by_pod` (a dictionary by pod type may stand for the value), `aliases` (other names of the flag,
-    which --help does not show).
+    metadata: `min` and `max` (inclusive bounds), `above` and `below` (exclusive ones), `choices`,
+    `type` (where the default does not show it), `nargs` ("+" for a list), `positional`, `by_pod` (a
+    dictionary by pod type may stand for the value), `aliases` (names that --help does not show).
     """
     metadata["help"] = help
     if isinstance(default, (list, dict)):
@@ -130,8 +129,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[st
 def make_settings(group: Callable[..., S], sources: Iterable[Source]) -> S:
     """Return an instance of the dataclass `group` with the values of `sources`; later ones win.
 
-    Values that are not fields of `group` are ignored. Raises UsageError, which names the source,
-    for a value that its field does not allow.
+    Other values are ignored. Raises UsageError, which names the source, as `check_field` does.
     """
     values, source_of = {}, {}
     known = {f.name for f in fields(group)} - {"sources"}

@@ -64,9 +64,9 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
                       cache_dir: Optional[str] = None, weights: bool = True) -> Path:
     """Return the folder with the files of a checkpoint: `name` itself, or the hub's in the cache.
 
-    name: a folder, or a name on the hub, where it has that `revision`. source: what named it, for
-    messages. weights: whether they are needed, too. Must run before the Hugging Face libraries are
-    imported if `offline_unless_reachable` has not.
+    name: a folder, or a name on the hub. source: what messages call it. weights: whether they are
+    needed, too. Must run before the Hugging Face libraries are imported, as
+    `offline_unless_reachable` must.
 
     Raises UsageError if the weights are in another format than safetensors, or if `name` is neither
     a folder nor of a form that the hub knows; RunError if the hub does not give it.

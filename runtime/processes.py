@@ -4,9 +4,8 @@
 command line in each of them. The first process prints, and writes all files; the others compute.
 
 Messages travel over gloo (torch.distributed) as JSON: nothing is pickled. IPUs exchange gradients
-among themselves; poptorch_host does it in _reduction.py. All functions that say "collective" must
-be called by every process, in the same order. With one process they do nothing. This module does
-not import torch before `join`.
+among themselves; poptorch_host does it in _reduction.py. A "collective" function must be called by
+every process, in the same order; with one process it does nothing. torch is imported by `join`.
 
 A process that fails prints one line and ends. The others' next collective raises ConnectionError,
 and they end in silence. torchrun, or poprun by mpirun, ends those that compute meanwhile, and

@@ -21,13 +21,6 @@ class StopSignals:
     Outside of `deferred` blocks a signal raises Stopped at once: nothing has to be saved, and each
     phase cleans up after itself. In a `deferred` block, which is the training loop, it takes effect
     at the next `poll`, which is collective: all processes stop after the same step and save.
-
-        with StopSignals() as stop:
-            ...
-            with stop.deferred():
-                while not stop.requested:
-                    ...
-                    stop.poll()
     """
 
     def __init__(self) -> None:
@@ -39,7 +32,7 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as a shell reports it; 0 without a signal."""
+        """128 + the signal's number; 0 without a signal."""
         number = self.requested or self._received
         return 128 + number if number else 0
 
@@ -197,8 +190,8 @@ os.register_at_fork(after_in_child=_after_fork)
 def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
     """Create `output_dir` if necessary, and hold a lock on it while the block runs.
 
-    Collective: the first process holds it, for all. Raises UsageError as `_lock` does, and if
-    another process does not see the same folder.
+    Collective: the first process holds it. Raises UsageError as `_lock` does, and if another one
+    does not see the same folder.
     """
     with ExitStack() as stack:
         holder = processes.on_first(lambda: stack.enter_context(_lock(output_dir)))
