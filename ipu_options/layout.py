@@ -74,24 +74,24 @@ def make_layout(layers_per_ipu: Sequence[int], num_layers: int,
     left without a block.
     """
     counts = list(layers_per_ipu)
-    given = f"{source('layers_per_ipu')} {' '.join(map(str, counts))}"
+    setting = f"{source('layers_per_ipu')} {' '.join(map(str, counts))}"
     if not counts or any(count < -1 for count in counts):
         raise UsageError(
-            f"{given}: give the number of encoder layers on each IPU (0 or more), or -1 for an "
+            f"{setting}: give the number of encoder layers on each IPU (0 or more), or -1 for an "
             "equal share")
     if len(counts) == 1 and ipus_per_replica:
         counts = counts * ipus_per_replica if counts[0] == -1 else counts
     ipus = len(counts)
     if ipus_per_replica and ipus != ipus_per_replica:
         raise UsageError(
-            f"{given} names {in_ipus(ipus)}, but {source('ipus_per_replica')} is "
+            f"{setting} names {in_ipus(ipus)}, but {source('ipus_per_replica')} is "
             f"{ipus_per_replica}: the two must agree")
     wildcards = [i for i, count in enumerate(counts) if count == -1]
     left = num_layers - sum(count for count in counts if count >= 0)
     if left < 0 or (left and not wildcards):
         total = num_layers - left
         raise UsageError(
-            f"{given} adds up to {total} layers, but the model has {num_layers}: "
+            f"{setting} adds up to {total} layers, but the model has {num_layers}: "
             f"the sum must be {num_layers} "
             f"(for example {' '.join(map(str, even_split(num_layers, ipus)))})")
     for i, share in zip(wildcards, even_split(left, len(wildcards)) if wildcards else []):
@@ -106,7 +106,7 @@ def make_layout(layers_per_ipu: Sequence[int], num_layers: int,
     empty = sorted(set(range(ipus)) - {ipu for _, ipu in layout.blocks()})
     if empty:
         raise UsageError(
-            f"{given} leaves IPU {', '.join(map(str, empty))} without any block: "
+            f"{setting} leaves IPU {', '.join(map(str, empty))} without any block: "
             "give it a layer, or use fewer IPUs")
     return layout
 
