@@ -4,7 +4,7 @@
 
     answerer = Answerer.load("output/demo")
     answer = answerer.ask("What frightened Ada?", "Ada was born in Oslo. She was afraid of geese.")
-    print(answer["answer"], answer["start"], answer["end"], answer["confidence"])
+    print(answer["answer"], answer["start"], answer["end"], answer["score"])
 """
 from __future__ import annotations
 

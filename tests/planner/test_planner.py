@@ -769,11 +769,3 @@ def test_a_plan_that_does_not_fit_and_a_sweep_of_nothing_have_a_status(
     lines = capsys.readouterr().out.splitlines()
     refusals = [line for line in lines if re.match(r"\d+: refused", line)]
     assert len(refusals) == 2 and max(len(line) for line in set(lines) - set(refusals)) <= 100
-
-
-def test_plot_without_matplotlib_is_refused_before_anything_is_planned(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("planner.from_settings.planned", None)
-    for command in (["plan"], ["search"], ["compare", "", ""]):
-        with pytest.raises(UsageError, match="pip install matplotlib"):
-            main([*command, "--plot", "p.png"])
