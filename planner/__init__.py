@@ -9,14 +9,14 @@ their imports, from the bottom:
     count                   what each block of the model needs: parameters, FLOPs, saved bytes
     machine                 documented figures of Mk2 and Bow, and the fitted efficiencies
     job from_settings       Job: counted blocks, layout, IPU configuration; from flags
-    totals memory           bytes on each IPU, from sums over the blocks of a stage
-    schedule throughput     the steps of the pipeline, seconds of a stage and of a weight update
+    totals memory           bytes on each IPU (weights, stash ...), from sums over a stage
+    schedule throughput     steps of the pipeline, depth of the stash; seconds of a stage
     plan                    Plan: all of the above for one job
     search advice bound     the best split; the change that would help most; what bounds a plan
     calibrate confidence    efficiencies fitted to published runs, or to your own; their error
     sides sweep profile     what is compared: plans, runs of train.py, PopVision profiles
     views present           what there is to see of a plan, as data; shown by the three renderers
-    text pictures page      what is printed, drawn, and put on a page
+    text pictures page      what is printed (words.json), drawn, and put on a page
     explore                 a page on which a plan changes while one edits its settings
     commands flags          the commands above, and their flags
 """

@@ -131,6 +131,14 @@ def test_each_path_and_link_in_a_document_exists(name):
     assert not missing
 
 
+def test_each_name_in_how_to_add_is_defined():
+    code = "\n".join(read(path) for folder in ("qa", "planner", "ipu_options", "tests")
+                     for path in modules(folder))
+    how = read("CONTRIBUTING.md").partition("## How to add")[2]
+    names = set(re.findall(r"`([A-Za-z_]\w*)(?:\(\))?`", how))
+    assert {name for name in names if not re.search(rf"\b{name}\b", code)} <= {"poptorch_host"}
+
+
 def all_flags():
     """All flags of the project's programs, with the names of a dataclass's fields or arguments."""
     import planner.commands  # noqa: F401
