@@ -39,6 +39,7 @@ from planner.sweep import read_rows, run_sweep, write_rows
 from planner.throughput import stage_work
 from qa.settings import parse_train
 from runtime.errors import RunError, UsageError
+from tests.tools import planner_walk
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -769,3 +770,11 @@ def test_a_plan_that_does_not_fit_and_a_sweep_of_nothing_have_a_status(
     lines = capsys.readouterr().out.splitlines()
     refusals = [line for line in lines if re.match(r"\d+: refused", line)]
     assert len(refusals) == 2 and max(len(line) for line in set(lines) - set(refusals)) <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the page is written on the host stack")
+def test_the_page_on_the_planner_shows_what_its_commands_print():
+    page = planner_walk.PAGE.read_text(encoding="utf-8")
+    timed = re.compile(r"\(\d+\.\d s\)")
+    assert timed.sub("", planner_walk.written(page)) == timed.sub("", page)
