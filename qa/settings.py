@@ -33,7 +33,7 @@ from ipu_options.config import (
 from qa.families import check_config, most_tokens
 from runtime import processes
 from runtime.errors import UsageError
-from runtime.files import read_json_object, write_json
+from runtime.files import encoding_of, read_json_object, write_json
 from runtime.flags import Parser, Settings, Source, add_flags, did_you_mean, flag, make_settings
 from runtime.hub import checkpoint_folder
 
@@ -699,7 +699,8 @@ def listen(host: str, port: int) -> socket.socket:
 def read_text(path: str) -> str:
     """Return the content of --context_file. Raises UsageError if it is not text, or empty."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        data = Path(path).read_bytes()
+        text = data.decode(encoding_of(data))  # line ends stay: an answer's place counts them
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--context_file {path}: not readable as UTF-8 text ({error})") from error
     if not text.strip():
@@ -712,6 +713,6 @@ def _utf8(source: str, text: str) -> str:
     if not text.strip():
         raise UsageError(f"{source} is empty: give its text")
     try:  # Python represents the bytes that its locale has no name for by surrogates (PEP 383)
-        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+        return text.encode("utf-8", "surrogateescape").decode("utf-8-sig")
     except UnicodeError:
         raise UsageError(f"{source} is not valid UTF-8: give its text in that encoding") from None

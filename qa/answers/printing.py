@@ -1,6 +1,7 @@
 """Format answers as infer.py prints them."""
 from __future__ import annotations
 
+import codecs
 import sys
 from contextlib import suppress
 from typing import Any, Dict
@@ -29,25 +30,31 @@ class Console:
 
     def __init__(self) -> None:
         with suppress(AttributeError):
-            sys.stdin.reconfigure(errors="replace")
+            # The C locale knows ASCII alone; text is UTF-8 there, too. Line ends stay as they are.
+            ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
+            sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="replace",
+                                  newline="")
         if sys.stdin.isatty():
             with suppress(ImportError):
                 import readline  # noqa: F401  (input() uses it from now on)
 
     def line(self, prompt: str) -> str:
         """Return the next line without the white space around it."""
+        return self._read(prompt).strip()
+
+    def paragraph(self, prompt: str) -> str:
+        """Return the lines up to an empty one, or to the end of the input, as one text."""
+        lines = [self._read(prompt)]
+        with suppress(EOFError):
+            while lines[-1].strip():
+                lines.append(self._read(""))
+        return "".join(lines).rstrip()
+
+    def _read(self, prompt: str) -> str:
         if sys.stdin.isatty():
-            return input(prompt).strip()
+            return input(prompt) + "\n"
         print(prompt, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.strip()
-
-    def paragraph(self, prompt: str) -> str:
-        """Return the lines up to an empty one, or to the end of the input, as one text."""
-        lines = [self.line(prompt)]
-        with suppress(EOFError):
-            while lines[-1]:
-                lines.append(self.line(""))
-        return "\n".join(lines).strip()
+        return line.lstrip("\ufeff")  # a byte order mark is no part of a text

@@ -272,9 +272,9 @@ def _answers(row, context, need_answers, version_2_with_negative):
     names = next((names for names in ANSWER_COLUMNS if names[0] in row), None)
     impossible = str(row.get("is_impossible")).lower() in ("true", "1", "1.0")
     answers = _pairs(row, *names) if names else []
-    if answers and (impossible or version_2_with_negative) and all(
-            _is_nothing(text) or impossible and isinstance(start, int) and start < 0
-            for text, start in answers):
+    lenient = impossible or version_2_with_negative
+    if all(_is_nothing(text) and (lenient or start in (None, -1)) or impossible and start == -1
+           for text, start in answers):
         answers = []
     if answers and impossible:
         raise BadRow("is_impossible, and has an answer: one of the two is wrong")

@@ -4,7 +4,9 @@ Packed and unpacked rows have the same format. A row of S tokens with slots for 
 dictionary of
     input_ids        int32 [S]    the tokens of the windows, one window after another, then padding
     position_ids     int32 [S]    padding_idx + 1, padding_idx + 2, ... in each window, as in
-                                  RoBERTa, or 0, 1, ..., as in BERT; padding_idx or 0 on padding
+                                  RoBERTa, or 0, 1, ..., as in BERT; padding_idx or 0 on padding,
+                                  in RoBERTa also on a padding token within a text (transformers,
+                                  create_position_ids_from_input_ids)
     window_ids       int32 [S]    the slot, 1..K, of the window a token belongs to; 0 on padding
 for models that tell the two texts of a window apart by more than one token type,
     token_type_ids   int32 [S]    1 from the window's second text on; 0 before it and on padding
@@ -47,6 +49,8 @@ class _RowWriter:
         self.windows = windows
         first = pad_token_id + 1 if first_position is None else first_position
         self.positions = numpy.arange(first, first + row_length, dtype=numpy.int32)
+        # The token that takes no position, if the positions count from it.
+        self.uncounted = pad_token_id if first_position is None else -1
         self.input_ids = numpy.full((rows, row_length), pad_token_id, numpy.int32)
         self.position_ids = numpy.full((rows, row_length), max(first - 1, 0), numpy.int32)
         self.window_ids = numpy.zeros((rows, row_length), numpy.int32)
@@ -65,6 +69,9 @@ class _RowWriter:
             end = start + len(tokens)
             input_ids[start:end] = tokens
             position_ids[start:end] = self.positions[:len(tokens)]
+            counted = tokens != self.uncounted
+            if not counted.all():  # the text has the padding token's name
+                position_ids[start:end] = numpy.cumsum(counted) * counted + self.uncounted
             window_ids[start:end] = number
             if self.token_type_ids is not None:
                 self.token_type_ids[row, start + self.windows.second_text[window]:end] = 1

@@ -12,6 +12,7 @@ from dash import Input, Output, State, ctx, dcc, html, no_update
 from qa.answers.answerer import Answerer, questions_about
 from qa.web.server import new_page, serve
 from runtime.errors import RunError, UsageError
+from runtime.files import encoding_of
 
 NBEST = 5  # answers shown, unless --n_best says otherwise
 EXAMPLE = ("Ada was born in Oslo in 1888. She was afraid of geese. Her sister moved to Lisbon, "
@@ -78,7 +79,8 @@ def _app(checkpoint: str, context: str, ask: Callable[..., List[Dict[str, Any]]]
     def fill_in(contents: Optional[str], clicks: Optional[int]) -> Any:
         if ctx.triggered_id == "example":
             return EXAMPLE
-        return base64.b64decode(contents.partition(",")[2]).decode("utf-8", "replace"), no_update
+        data = base64.b64decode(contents.partition(",")[2])
+        return data.decode(encoding_of(data), "replace"), no_update
 
     @app.callback(Output("answer", "children"), Input("ask", "n_clicks"),
                   Input("question", "n_submit"), State("question", "value"),

@@ -139,6 +139,84 @@ def test_folders_and_missing_files(tmp_path):
             load_examples(split="train", file=tmp_path / name, cache_dir=tmp_path)
 
 
+def load(path, content, **options):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(load_examples(split="train", file=path, cache_dir=path.parent, **options))
+
+
+TABLES = {  # what a program's export begins with, and the answer in it
+    "id,question,context,answers": "\"{'text': ['Oslo'], 'answer_start': [np.int64(14)]}\"",
+    "question,context,answer": "Oslo", "question,context,answer_text,answer_start": "Oslo,14",
+    "Question,Context,Answer": "Oslo", "question,context,answer,answer_start": "Oslo,14.0",
+    "question,context,answers.text,answers.answer_start": "['Oslo'],[14]",
+    "id,question,context,answers.text,answers.answer_start,title":
+        "\"array(['Oslo'], dtype=object)\",\"array([14])\",x"}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("header", TABLES)
+def test_tables_as_programs_write_them(tmp_path, header, separator):
+    """Answers in columns of their own, or without a place; no ids; other separators."""
+    cells = [*(["7"] if header.startswith("id") else []), "Where?", CONTEXT]
+    rows = [header.split(","), [*cells, *next(csv.reader([TABLES[header]]))]]
+    file = tmp_path / "rows.csv"
+    with open(file, "w", newline="", encoding="utf-16" if separator == "\t" else None) as opened:
+        csv.writer(opened, delimiter=separator).writerows(rows)
+    (row,) = load_examples(split="train", file=file, cache_dir=tmp_path)
+    assert row["id"] == ("7" if header.startswith("id") else "1")
+    start = row["answers"]["answer_start"][0]
+    assert row["answers"]["text"] == ["Oslo"] and row["context"][start:start + 4] == "Oslo"
+
+
+def test_answers_without_a_place_must_stand_in_the_context_once(tmp_path):
+    for text, what in (("Oslo", "stands 2 times in the context: give its answer_start"),
+                       ("Rome", "does not stand in the context")):
+        with pytest.raises(UsageError, match=f"row 1 .*has an answer that {what}"):
+            load(tmp_path / "rows.csv", f"question,context,answer\nWho?,Oslo and Oslo,{text}\n")
+
+
+def test_other_layouts_of_json_are_read(tmp_path):
+    """Columns as pandas and datasets write them, paragraphs without articles, no ids."""
+    by_column = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    by_index = {name: dict(enumerate(column)) for name, column in by_column.items()}
+    paragraph = {**NESTED["data"][0]["paragraphs"][0]}
+    paragraph["qas"] = [{key: value for key, value in qa.items() if key != "id"}
+                        for qa in paragraph["qas"]]
+    for content in (by_column, by_index):
+        assert load(tmp_path / "rows.json", json.dumps(content)) == ROWS
+    numbered = [{**row, "id": str(number)} for number, row in enumerate(ROWS, 1)]
+    assert load(tmp_path / "rows.json", json.dumps({"data": [paragraph]})) == numbered
+
+
+NO_ANSWERS = [
+    {"is_impossible": True}, {"is_impossible": True, "answers": []}, {"answers": None},
+    {"answers": ""}, {"answers": {"text": [], "answer_start": []}},
+    {"is_impossible": True, "answers": [{"text": "", "answer_start": -1}]},
+    {"is_impossible": True, "answers": [{"text": "Who", "answer_start": -1}]},
+    {"is_impossible": "True", "answers": "[{'text': '', 'answer_start': 0}]"},
+    {"answers": {"text": [""], "answer_start": [-1]}}, {"answer": ""}, {"answer": None}]
+
+
+@pytest.mark.parametrize("no_answer", NO_ANSWERS, ids=str)
+def test_unanswerable_questions_as_exporters_write_them(tmp_path, no_answer):
+    """Skipping them would drop exactly the unanswerable ones: a refusal does not advise it."""
+    row = {"id": "9", "question": "Who?", "context": CONTEXT, **no_answer}
+    file = tmp_path / "rows.jsonl"
+    unanswerable = {"id": "9", "question": "Who?", "context": CONTEXT,
+                    "answers": {"text": [], "answer_start": []}}
+    assert load(file, lines([ROWS[0], row]), version_2_with_negative=True) == [
+        ROWS[0], unanswerable]
+    with pytest.raises(UsageError, match="row 2 .*--version_2_with_negative") as refusal:
+        load(file, lines([ROWS[0], row]))
+    assert "skip" not in str(refusal.value)
+
+
+def test_a_question_that_is_impossible_and_has_an_answer_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="row 1 .*is_impossible, and has an answer"):
+        load(tmp_path / "rows.jsonl", lines([{**ROWS[0], "is_impossible": True}]),
+             version_2_with_negative=True)
+
+
 def test_questions_without_answers(tmp_path):
     file = tmp_path / "rows.jsonl"
     bare = [{key: row[key] for key in ("id", "context", "question")} for row in ROWS]

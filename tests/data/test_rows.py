@@ -223,3 +223,25 @@ def test_packed_accumulation_keeps_the_windows_of_an_update():
     factor = windows_per_row(lengths, 384, 8)
     assert factor == 4 and packed_accumulation(32, factor) == 8 and packed_accumulation(
         32, factor, minimum=9) == 9
+
+
+def test_a_padding_token_in_a_text_takes_no_position_as_in_transformers():
+    from transformers.models.roberta import modeling_roberta
+
+    windows = SyntheticWindows([9, 7])
+    tokens = [numpy.array(ids, windows.input_ids(0).dtype) for ids in (
+        [0, 7, PAD, PAD, 8, 2, 9, PAD, 2], [0, PAD, 5, 2, 2, 6, 2])]
+    windows.input_ids = tokens.__getitem__
+    rows = InferenceRows(windows, row_length=20, max_windows_per_row=2, pad_token_id=PAD,
+                         rows_per_step=1)
+    row = rows[0]
+    # transformers 5 has it as a static method, with the same first two arguments
+    count = getattr(modeling_roberta, "create_position_ids_from_input_ids", None) or getattr(
+        modeling_roberta.RobertaEmbeddings, "create_position_ids_from_input_ids")
+    for number in (1, 2):
+        of_window = row["window_ids"] == number
+        ids = row["input_ids"][of_window][None]
+        assert row["position_ids"][of_window].tolist() == count(ids, PAD)[0].tolist()
+    bert = InferenceRows(windows, row_length=20, max_windows_per_row=2, pad_token_id=PAD,
+                         rows_per_step=1, first_position=0)[0]
+    assert bert["position_ids"][bert["window_ids"] == 1].tolist() in ([*range(9)], [*range(7)])

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -395,6 +396,49 @@ def test_a_name_on_the_hub_is_refused_in_seconds_where_there_is_no_hub(tmp_path)
     assert ("model_name_or_path roberta-base: no such folder, and the hub did not give it ("
             in said[-1])
     assert "note: http://127.0.0.1:1 does not answer" in said[0] and len(said) <= 4
+
+
+def pipe(path, data):
+    """A named pipe at `path`, which gives `data` to its first reader."""
+    os.mkfifo(path)
+    threading.Thread(target=path.write_bytes, args=[data], daemon=True).start()
+    return path
+
+
+@pytest.mark.parametrize("encoding, as_pipe", [("utf-8", False), ("utf-8-sig", True),
+                                               ("utf-16", False)])
+def test_an_answers_place_counts_the_texts_own_characters(trained, tmp_path, capsys, encoding,
+                                                          as_pipe):
+    """Line ends count as they are, and a byte order mark is no part of the text."""
+    text = "Zoë was born in Oslo in 1888.\r\nShe was afraid of geese.\r\n"
+    data = text.encode(encoding)
+    path = pipe(tmp_path / "text", data) if as_pipe else tmp_path / "text"
+    if not as_pipe:
+        path.write_bytes(data)
+    assert run(infer, "--checkpoint", trained, "--context_file", path, "--question", "What?",
+               "--n_best", "20", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert all(text[entry["start"]:entry["end"]] == entry["text"] for entry in answer["nbest"])
+    assert any(entry["start"] > text.index("\n") for entry in answer["nbest"])
+
+
+def test_questions_may_come_through_a_pipe(demo, trained, tmp_path, capsys):
+    file = demo / "validation.json"
+    for path in (file, pipe(tmp_path / "questions", file.read_bytes())):
+        assert run(infer, "--checkpoint", trained, "--input_file", path, "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and lines[:len(lines) // 2] == lines[len(lines) // 2:]
+
+
+def test_standard_input_is_utf_8_in_the_c_locale_too(trained):
+    text = "\ufeffZoë was born in Malmö.\n\nWho was Zoë?\n"
+    done = subprocess.run(
+        [sys.executable, "infer.py", "--checkpoint", str(trained), "--json"], cwd=ROOT,
+        env={**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        input=text.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    answer = json.loads(done.stdout)
+    assert answer["question"] == "Who was Zoë?"
+    assert answer["answer"] == text[1:][answer["start"]:answer["end"]]
 
 
 def test_what_is_typed_is_taken_whole(trained):
