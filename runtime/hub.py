@@ -86,14 +86,16 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
                 ignore_patterns="*/*", **options))
             files = os.listdir(folder)
             if weights and not fnmatch.filter(files, _WEIGHTS):
+                _refuse_other_weights(name, source, files)
                 files += huggingface_hub.HfApi(token=token).list_repo_files(name, revision=revision)
         # Offline, no such name or revision, no access, another server: errors of several libraries.
         except Exception as error:
             demo = "" if source == "--checkpoint" else (
                 ", or run --config demo, which needs no download")
             raise RunError(f"{source} {name}: no such folder, and the hub did not give it "
-                           f"({hub_cause(error, revision)}); name a local folder with config.json, "
-                           f"model.safetensors and tokenizer.json{demo}") from error
+                           f"({hub_cause(error, revision, _cached(name, revision, cache_dir))}); "
+                           "name a local folder with config.json, model.safetensors and "
+                           f"tokenizer.json{demo}") from error
     if weights and not fnmatch.filter(files, _WEIGHTS):
         _refuse_other_weights(name, source, files)
     return Path(name) if Path(name).is_dir() else folder
@@ -113,8 +115,24 @@ def _refuse_other_weights(name: str, source: str, files: list) -> None:
         + ("" if folder == name else f", and name {folder}"))
 
 
-def hub_cause(error: BaseException, revision: str = "main") -> str:
-    """Return in a few words why the hub did not give something. error: of any of its libraries."""
+def _cached(name: str, revision: str, cache_dir: Optional[str]) -> str:
+    """Return what the cache has of a model that could not be fetched."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    refs = Path(cache_dir or HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs")
+    revisions = [path.relative_to(refs).as_posix() for path in refs.rglob("*") if path.is_file()]
+    if not revisions:
+        return "the model is not in the cache"
+    if revision in revisions:
+        return "the cache has it without weights in safetensors"
+    return f"the cache has only its --model_revision {' and '.join(sorted(revisions))}"
+
+
+def hub_cause(error: BaseException, revision: str = "main",
+              cached: str = "the model is not in the cache") -> str:
+    """Return in a few words why the hub did not give something.
+
+    error: of any of its libraries. cached: what the cache has of it.
+    """
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "RevisionNotFoundError" in kinds:
         return f"it has no revision {revision}"
@@ -126,7 +144,7 @@ def hub_cause(error: BaseException, revision: str = "main") -> str:
     if status is not None:
         return f"it answers with status {status}{_MEANING.get(min(status, 500), '')}"
     if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
-        return "it does not answer, and the model is not in the cache"
+        return f"it does not answer, and {cached}"
     return f"its answer cannot be read: {one_line(error)[:80]}"
 
 

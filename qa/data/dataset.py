@@ -39,7 +39,14 @@ from typing import Optional
 import datasets
 import pyarrow as pa
 
-from qa.data.readers import ANSWER_COLUMNS, BadRow, missing_columns, open_rows, read_rows
+from qa.data.readers import (
+    ANSWER_COLUMNS,
+    FORMATS,
+    BadRow,
+    missing_columns,
+    open_rows,
+    read_rows,
+)
 from runtime.errors import RunError, UsageError, one_line
 from runtime.files import written_whole
 
@@ -59,7 +66,8 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
                   on_bad_row: str = "refuse", cache_dir: Optional[str] = None) -> datasets.Dataset:
     """Return the checked examples of `file`, or of a hub data set's `split` if no file is given.
 
-    file: a path; qa.data.readers lists the formats. max_samples: return only this many well-formed
+    file: a path; qa.data.readers lists the formats. dataset_name: on the hub, or a folder, whose
+    file of the split's name is read like `file`. max_samples: return only this many well-formed
     examples, the first ones (default: all). need_answers: if false, `answers` is neither required
     nor read; if None, it is read where an example has it. on_bad_row: "refuse" or "skip", see
     the top of this file. cache_dir: where the Arrow file is written (default: the cache folder of
@@ -76,6 +84,8 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
         datasets.disable_progress_bars()
     checks = dict(need_answers=need_answers, version_2_with_negative=version_2_with_negative,
                   on_bad_row=on_bad_row)
+    if not file and not dataset_config_name and Path(dataset_name).is_dir():
+        file = _file_of(dataset_name, split)
     if file:
         with open_rows(file) as opened:
             return _cached(str(file), _hash(file, opened), read_rows(file, opened, need_answers),
@@ -139,21 +149,43 @@ def _hash(path, opened):
     return digest.hexdigest()
 
 
+def _file_of(folder, split):
+    """Return the file of a data set's local folder that holds `split`, if there is one such file.
+
+    Read as a file, each of its rows is checked, and named in messages.
+    """
+    files = [path for place in (Path(folder), Path(folder, "data"))
+             for path in place.glob(f"{split}.*") if path.suffix in FORMATS]
+    return files[0] if len(files) == 1 else None
+
+
 def _load_from_hub(name, config_name, split):
     """Return one split of a hub data set.
 
-    Raises RunError if the data set cannot be fetched, UsageError if it has no such split.
+    Raises RunError if the data set cannot be fetched, UsageError if its files cannot be read or it
+    has no such split.
     """
+    remedy = "give local files with --train_file and --validation_file"
     try:
         # Never run code from the hub. `datasets` 4 removed both the option and that feature.
         trust = {} if int(datasets.__version__.split(".")[0]) >= 4 else {"trust_remote_code": False}
         splits = datasets.load_dataset(name, config_name, **trust)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"cannot fetch the data set {name!r} from the hub ({one_line(error)}); "
-            "give local files with --train_file and --validation_file, or run the demo, "
-            "which needs no network, with --config demo"
-        ) from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause: BaseException = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and (
+                cause.__cause__ or cause.__context__):
+            cause = cause.__cause__ or cause.__context__
+        why = one_line(cause)
+        if isinstance(cause, datasets.table.CastError):
+            odd = set(cause.table_column_names) ^ set(cause.requested_column_names)
+            why = f"not all have the columns {', '.join(sorted(odd))}" if odd else why
+        raise UsageError(f"--dataset_name {name}: its files cannot be read ({why[:300]}); correct "
+                         f"them, or {remedy}, whose rows are checked one by one") from error
+    # Offline, no such name, no access: errors of several libraries.
+    except Exception as error:
+        raise RunError(f"cannot fetch the data set {name!r} from the hub ({one_line(error)}); "
+                       f"{remedy}, or run the demo, which needs no network, with --config demo"
+                       ) from error
     if split not in splits:
         raise UsageError(
             f"--dataset_name {name} has no split {split!r}, it has {', '.join(splits)}")

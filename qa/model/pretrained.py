@@ -1,14 +1,16 @@
 """Loads and saves checkpoints in Hugging Face's layout: configuration, tokenizer and model."""
 from __future__ import annotations
 
+import json
 import re
 import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
@@ -24,6 +26,9 @@ from runtime.errors import RunError, UsageError
 from runtime.flags import Settings
 from runtime.hub import checkpoint_folder
 
+# Run no code of a checkpoint, and ask no hub: its files are in a folder already.
+_LOCAL = {"trust_remote_code": False, "local_files_only": True}
+
 
 def load_config(settings: Settings, weights: bool = True):
     """Return transformers' configuration of the checkpoint settings.model_name_or_path.
@@ -33,12 +38,13 @@ def load_config(settings: Settings, weights: bool = True):
     RunError if the checkpoint cannot be read.
     """
     check_checkpoint(settings, weights)
-    name, source = settings.model_name_or_path, settings.source("model_name_or_path")
-    config = _fetch(AutoConfig, settings, name, weights)
+    folder, name = _folder_and_name(settings, "model_name_or_path", weights)
+    with _explained(name, "config.json"):
+        config = AutoConfig.from_pretrained(str(folder), **_LOCAL)
     activation = getattr(config, family_of(config).own_names.get("hidden_act", "hidden_act"))
     if activation not in ACT2FN:
-        raise UsageError(f"{source} {name}: its config.json has the activation {activation!r}; "
-                         f"it should be one of {', '.join(sorted(ACT2FN))}")
+        raise UsageError(f"{name}: its config.json has the activation {activation!r}; it should be "
+                         f"one of {', '.join(sorted(ACT2FN))}")
     config.num_labels = 2  # start and end, also if the encoder has been trained to classify
     return config
 
@@ -49,15 +55,15 @@ def load_tokenizer(settings: Settings, model_config) -> QATokenizer:
     Raises UsageError unless it is a fast one that joins two texts with special tokens and knows
     fewer tokens than the model has embeddings; RunError if it cannot be fetched.
     """
-    kind = "tokenizer_name" if settings.tokenizer_name else "model_name_or_path"
-    folder = _folder(settings, getattr(settings, kind), False, kind)
-    name = f"{settings.source(kind)} {getattr(settings, kind)}"
+    folder, name = _folder_and_name(
+        settings, "tokenizer_name" if settings.tokenizer_name else "model_name_or_path", False)
     if (folder / "tokenizer.json").is_file():
         tokenizer = QATokenizer.read(folder, name)
     else:
         _check_tokenizer_files(folder, name)
-        tokenizer = QATokenizer.of(_fetch(AutoTokenizer, settings, getattr(settings, kind),
-                                          weights=False, kind=kind, use_fast=True), name)
+        with _explained(name, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, **_LOCAL)
+        tokenizer = QATokenizer.of(tokenizer, name)
     largest = max(tokenizer.file.get_vocab().values())
     if largest >= model_config.vocab_size:
         raise UsageError(
@@ -78,19 +84,36 @@ def load_model(settings: Settings, model_config, folder: Optional[Path] = None) 
     initialised at random, which is said in one line. Raises RunError if the checkpoint cannot be
     had or read, if its weights are not those of its config.json, or if one is not finite.
     """
-    name, source = str(folder or settings.model_name_or_path), settings.source("model_name_or_path")
-    # The attention is that of qa/model/roberta.py, whatever config.json asks of transformers.
-    model, found = _fetch(model_class(model_config), settings, name, config=model_config,
-                          attn_implementation="eager", ignore_mismatched_sizes=True,
-                          torch_dtype=torch.float32, output_loading_info=True)
-    _check_loaded(model, found, f"{source} {name}")
+    if folder is None:
+        folder, name = _folder_and_name(settings, "model_name_or_path", True)
+    else:
+        name = f"--resume_from_checkpoint {folder}"
+    with _explained(name, "model"):
+        # Read here, because older transformers refuse files of other programs, without metadata.
+        # The attention is that of qa/model/roberta.py, whatever config.json asks of transformers.
+        model, info = model_class(model_config).from_pretrained(
+            None, config=model_config, state_dict=_read_weights(folder), torch_dtype=torch.float32,
+            attn_implementation="eager", ignore_mismatched_sizes=True, output_loading_info=True,
+            **_LOCAL)
+    _check_loaded(model, info, name)
     for parameter, weight in model.named_parameters():
         if not all_finite(weight):
-            raise RunError(f"{source} {name}: {parameter} is not finite; the checkpoint is damaged")
-    if any(key.startswith("qa_outputs") for key in found["missing_keys"]):
+            raise RunError(f"{name}: {parameter} is not finite; the checkpoint is damaged")
+    if any(key.startswith("qa_outputs") for key in info["missing_keys"]):
         print(f"note: {name} has no trained head for question answering; a random one takes its "
               "place", file=sys.stderr)
     return model
+
+
+def _read_weights(folder: Path) -> Dict[str, torch.Tensor]:
+    """Return the tensors of model.safetensors, or of all parts that its index names."""
+    files, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    weights: Dict[str, torch.Tensor] = {}
+    for file in sorted(files):
+        weights.update(load_file(folder / file))
+    return weights
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -151,37 +174,36 @@ def write_checkpoint_files(model: ForSpans, folder: Union[str, Path],
     write_qa_settings(settings, folder)
 
 
-def _fetch(loader, settings: Settings, name: str, weights: bool = True,
-           kind: str = "model_name_or_path", **options):
-    """Return loader.from_pretrained(name) without running code of the checkpoint.
+def _folder_and_name(settings: Settings, kind: str, weights: bool) -> Tuple[Path, str]:
+    """Return the folder of the checkpoint that the setting `kind` names, and what to call it.
 
-    weights: whether the checkpoint has to have some. kind: the setting that the name came from.
-    Raises UsageError for weights in other formats than safetensors; RunError, which begins with the
-    cause.
+    weights: whether they are needed, too. Raises what `checkpoint_folder` raises.
     """
-    folder = _folder(settings, name, weights, kind)
+    name, source = getattr(settings, kind), settings.source(kind)
+    revision = settings.model_revision if kind == "model_name_or_path" else "main"
+    return checkpoint_folder(name, source, revision, settings.hub_token,
+                             getattr(settings, "cache_dir", None), weights), f"{source} {name}"
+
+
+@contextmanager
+def _explained(name: str, part: str) -> Iterator[None]:
+    """Silence transformers in the block, and turn its errors into a RunError of one line.
+
+    name: what to call the checkpoint. part: what of it is loaded. transformers, tokenizers and
+    safetensors raise errors of their own, and a damaged file may cause any other.
+    """
     try:
         with _quiet_transformers():
-            return loader.from_pretrained(str(folder), trust_remote_code=False,
-                                          local_files_only=True, **options)
-    # transformers, tokenizers and safetensors raise errors of their own, and a damaged file may
-    # cause any other.
+            yield
     except Exception as error:
-        raise RunError(f"{settings.source(kind)} {name}: {_cause(error, loader)}") from error
-
-
-def _folder(settings: Settings, name: str, weights: bool, kind: str) -> Path:
-    """Return the folder of a checkpoint. The arguments and exceptions are those of `_fetch`."""
-    revision = settings.model_revision if kind == "model_name_or_path" else "main"
-    return checkpoint_folder(name, settings.source(kind), revision, settings.hub_token,
-                             getattr(settings, "cache_dir", None), weights)
+        raise RunError(f"{name}: {_cause(error, part)}") from error
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """In this block transformers prints nothing: what it has to say is said here, in one line.
+    """Silence transformers in the block; callers report what matters in one line of their own.
 
-    Its progress bars would otherwise add a line to the output for every checkpoint.
+    Its progress bars would add a line to the output for every checkpoint.
     """
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -209,13 +231,13 @@ def _check_tokenizer_files(folder: Path, name: str) -> None:
         raise RunError(f"{name}: has no tokenizer.json; name a tokenizer by --tokenizer_name")
 
 
-def _check_loaded(model: ForSpans, found: Dict[str, Any], name: str) -> None:
+def _check_loaded(model: ForSpans, info: Dict[str, Any], name: str) -> None:
     """Raise RunError unless the weights were those that config.json describes.
 
     A head may be missing. Layers that config.json does not count are left out with a note, as
-    transformers leaves them out without one. found: transformers' loading info.
+    transformers leaves them out without one. info: transformers' loading info.
     """
-    for key, stored, wanted in sorted(found["mismatched_keys"]):
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
         sizes = " and ".join(" x ".join(map(str, shape)) for shape in (stored, wanted))
         if key.startswith("qa_outputs"):
             raise RunError(f"{name}: its head {key} has not 2 outputs, start and end ({sizes}): it "
@@ -223,32 +245,25 @@ def _check_loaded(model: ForSpans, found: Dict[str, Any], name: str) -> None:
                            "without a head or with such a one")
         raise RunError(f"{name}: {key} has another size than config.json says ({sizes}): the files "
                        "do not belong together")
-    missing = sorted(key for key in found["missing_keys"] if not key.startswith("qa_outputs"))
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("qa_outputs"))
     if missing:
         raise RunError(f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more of what "
                        "its config.json describes: the files do not belong together")
     layers = f"{model.base_model_prefix}.{model.family.layers}."
-    if any(key.startswith(layers) for key in found["unexpected_keys"]):
+    if any(key.startswith(layers) for key in info["unexpected_keys"]):
         print(f"note: {name} has weights of more layers than the {len(model.layers)} of its "
               "config.json; they are left out", file=sys.stderr)
 
 
-def _cause(error: Exception, loader: Any) -> str:
-    """Return why a checkpoint could not be loaded, and what to do about it, in one line.
-
-    loader: the class that was to load it.
-    """
+def _cause(error: Exception, part: str) -> str:
+    """Return why a part of a checkpoint could not be loaded, and what to do about it."""
     text = " ".join(str(error).split())
     package = re.search(r"requires the (\S+) library|No module named '?([\w.]+)|"
                         r"`pip install (\w[\w-]*)", text)
-    if package or isinstance(error, ImportError):
-        missing = next((group for group in package.groups() if group), None) if package \
-            else getattr(error, "name", None)
-        if missing:
-            return f"it needs {missing}, which is not installed: pip install {missing}"
+    if package:
+        missing = next(group for group in package.groups() if group)
+        return f"it needs {missing}, which is not installed: pip install {missing}"
     if isinstance(error, OSError):
         return (f"{text[:200]}; its folder should hold config.json, model.safetensors and "
                 "tokenizer.json")
-    part = {"AutoConfig": "config.json", "AutoTokenizer": "tokenizer"}.get(loader.__name__,
-                                                                           "model")
     return f"its {part} cannot be loaded ({type(error).__name__}: {text[:200]})"

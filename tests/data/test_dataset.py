@@ -237,6 +237,28 @@ def test_long_values_are_read_in_pieces(tmp_path):
         row]
 
 
+def test_a_data_sets_folder_is_read_row_by_row_and_what_is_wrong_in_it_is_named(tmp_path):
+    """A bad row, a column that not all files have, and more than one file of a split."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    options = dict(dataset_name=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    (folder / "train.jsonl").write_text(lines(ROWS))
+    (folder / "validation.jsonl").write_text(lines({**row, "title": "x"} for row in ROWS))
+    for split in ("train", "validation"):
+        assert list(load_examples(split=split, **options)) == ROWS
+    (folder / "train.jsonl").write_text(lines(ROWS) + "\n{broken\n")
+    with pytest.raises(UsageError, match="data/train.jsonl: row 4 is not valid JSON"):
+        load_examples(split="train", **options)
+    (folder / "train.jsonl").rename(folder / "train-1.jsonl")
+    with pytest.raises(UsageError, match=f"--dataset_name {tmp_path}: its files cannot be read "
+                                         r"\(.*JSON parse error.*\); .*--train_file"):
+        load_examples(split="train", **options)
+    (folder / "train-1.jsonl").write_text(lines(ROWS))
+    with pytest.raises(UsageError, match=r"not all have the columns title\)") as refusal:
+        load_examples(split="train", **options)
+    assert "\n" not in str(refusal.value)
+
+
 def test_hub_out_of_reach():
     with pytest.raises(RunError, match="--config demo") as failure:
         load_examples(split="train", dataset_name="squad")

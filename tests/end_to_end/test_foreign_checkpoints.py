@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from qa.model.pretrained import load_config, load_model, load_tokenizer, save_model
 from qa.settings import TrainSettings
 from runtime.errors import RunError, UsageError
+from runtime.hub import checkpoint_folder
 from tests.reference.loopback import Handler, serving
 from tests.reference.windows import tokenizer_of
 
@@ -161,6 +162,23 @@ def test_a_name_on_the_hub_answers_like_its_folder_and_from_the_cache(folders, r
     assert run(*command, HF_HUB_OFFLINE="1")[:2] == (0, out) and len(hub.asked) == asked
 
 
+@pytest.mark.parametrize("files, revision, message", [
+    ([], "main", "it does not answer, and the model is not in the cache"),
+    (["config.json"], "main", "and the cache has it without weights in safetensors"),
+    (["config.json", "pytorch_model.bin"], "main", "its weights only in pytorch_model.bin"),
+    (["config.json", "model.safetensors"], "v9", "the cache has only its --model_revision main")])
+def test_what_is_cached_and_cannot_be_used_is_said(tmp_path, monkeypatch, files, revision, message):
+    commit = tmp_path / "models--ada--m" / "snapshots" / COMMIT
+    for name in files:
+        commit.mkdir(parents=True, exist_ok=True)
+        (commit / name).write_text("{}")
+        (tmp_path / "models--ada--m" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--ada--m" / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises((RunError, UsageError), match=f"^--checkpoint ada/m: .*{message}"):
+        checkpoint_folder("ada/m", "--checkpoint", revision, cache_dir=str(tmp_path))
+
+
 @pytest.mark.slow
 def test_training_takes_the_name_too_and_says_that_the_head_is_random(folders, run, hub, tmp_path):
     hub.models = {"ada/headless": folders / "headless"}
@@ -174,7 +192,7 @@ def test_training_takes_the_name_too_and_says_that_the_head_is_random(folders, r
         "--doc_stride", "16", "--layers_per_ipu", "2", "1", "--gradient_accumulation_steps", "3",
         "--num_train_epochs", "1")
     assert status == 0, err
-    assert "note: ada/headless has no trained head for question answering" in err
+    assert "note: --model_name_or_path ada/headless has no trained head for question" in err
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -274,6 +292,16 @@ def test_the_precision_is_the_flags_and_the_saved_files_type_is_float32(folders,
     assert config.get("dtype", config.get("torch_dtype")) == "float32"
     for name, weight in load_file(tmp_path / "again" / "model.safetensors").items():
         assert torch.equal(weight, stored[name].half().float())
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "np"}])
+def test_weights_of_other_programs_have_no_metadata_and_load(folders, tmp_path, metadata):
+    settings = changed(folders / "whole", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    stored = {name: weight.clone() for name, weight in load_file(path).items()}
+    save_file(stored, path, metadata)
+    weights = load_model(settings, load_config(settings)).state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in stored.items())
 
 
 def test_a_head_of_another_kind_is_refused(folders, tmp_path):
