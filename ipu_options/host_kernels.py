@@ -10,6 +10,7 @@ import numpy
 import torch
 
 from ipu_options.ipu_kernels import MASKED, Kernels
+from poptorch_host.ops import for_the_host
 
 # One more group of windows takes about as long as this number of attention scores of each head
 # (measured, 1 thread, 4 and 12 heads).
@@ -31,6 +32,7 @@ class Group(NamedTuple):
     padding: Optional[torch.Tensor]
 
 
+@for_the_host
 def window_mask(window_ids: torch.Tensor, dtype: torch.dtype, stage: int = 0) -> List[Group]:
     """Return the windows that attention is restricted to, grouped by their length.
 
@@ -53,6 +55,7 @@ def window_mask(window_ids: torch.Tensor, dtype: torch.dtype, stage: int = 0) ->
     return groups
 
 
+@for_the_host
 def attention(qkv: torch.Tensor, heads: int, groups: List[Group], dropout_p: float = 0.0,
               training: bool = False, stage: int = 0) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) within each window of a row.
@@ -63,6 +66,7 @@ def attention(qkv: torch.Tensor, heads: int, groups: List[Group], dropout_p: flo
     return _ByGroup.apply(qkv, heads, groups, dropout_p if training else 0.0)
 
 
+@for_the_host
 def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True) -> torch.Tensor:
     """torch.nn.functional.dropout with a cheaper mask (see keep_mask), for any shape."""
     return input * keep_mask(input, p).mul_(1 / (1 - p)) if training and p else input

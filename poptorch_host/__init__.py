@@ -9,7 +9,7 @@ import torch
 
 from . import enums, ops, optim, options, profiling  # noqa: F401
 from ._dataloader import DataLoader
-from ._errors import Error, NotOffered, RecoverableError, UnrecoverableError
+from ._errors import Error, NotOffered
 from ._memory import keep_freed_memory
 from ._not_offered import NOT_OFFERED, refuse
 from ._poplar_executor import PoplarExecutor

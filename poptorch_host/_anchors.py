@@ -19,26 +19,24 @@ PREFIX = "Gradient___"
 class Anchors:
     """The anchors that Options.anchorTensor() requested for one compiled model."""
 
-    def __init__(self, options: Any, weights: List[Any], training: bool):
-        """Find the gradients to keep; `weights` is the device's list of Weight.
+    def __init__(self, options: Any, weights: List[Any]):
+        """Find the gradients to keep; weights: those on the device that the loss depends on.
 
-        Raises Error for a gradient that this model does not have, and NotOffered for any other
-        tensor of PopART's graph.
+        Raises Error for the gradient of anything else, and NotOffered for any other tensor of
+        PopART's graph.
         """
-        trained = {PREFIX + w.name: w for w in weights if training and w.working.requires_grad}
+        names = {PREFIX + weight.name: weight for weight in weights}
         self.weights: Dict[str, Any] = {}  # by the anchor's short name
         for short, (name, *_) in options.anchored_tensors.items():
-            if name in trained:
-                self.weights[short] = trained[name]
-                continue
             if not name.startswith(PREFIX):
                 raise NotOffered(
                     "Options.anchorTensor",
                     f"'{short}' names '{name}', a tensor of PopART's graph. A host has no such "
                     f"graph, only the gradients of parameters: '{PREFIX}' and the parameter's name")
-            raise Error(f"Cannot anchor '{name}' as '{short}': " + (
-                "it is not a trained parameter of the model" if training else
-                "an inference model has no gradients"))
+            if name not in names:
+                raise Error(f"Anchor tensor `{name}' not in Ir Tensors. It is not the gradient of "
+                            "a parameter that the loss depends on")
+            self.weights[short] = names[name]
         self._latest: Dict[str, torch.Tensor] = {}  # of the current micro-batch
 
     @contextlib.contextmanager
@@ -49,7 +47,6 @@ class Anchors:
             return lambda gradient: self._latest.__setitem__(short,
                                                              gradient.to_dense().float() * factor)
 
-        self._latest = {}
         hooks = [weight.working.register_hook(keep(short))
                  for short, weight in self.weights.items()]
         try:
@@ -59,13 +56,5 @@ class Anchors:
                 hook.remove()
 
     def take(self) -> List[torch.Tensor]:
-        """Return the gradients of the micro-batch whose backward pass has just ended.
-
-        Raises Error if an anchored parameter received no gradient.
-        """
-        latest, self._latest = self._latest, {}
-        for short, weight in self.weights.items():
-            if short not in latest:
-                raise Error(f"Cannot anchor '{PREFIX}{weight.name}': the loss does not depend on "
-                            "this parameter")
-        return [latest[short] for short in self.weights]
+        """Return the gradients of the micro-batch whose backward pass has just ended."""
+        return [self._latest[short] for short in self.weights]

@@ -18,22 +18,14 @@ MISMATCH = (
 
 
 class Arguments:
-    """The positional and keyword arguments of one call.
-
-    `named` maps the names of forward()'s parameters to their values, `call` is (args, kwargs), and
-    `tensors` lists every tensor in `call`, depth first.
-    """
+    """The positional and keyword arguments of one call."""
 
     def __init__(self, named: Dict[str, Any], call: Tuple[tuple, dict]):
-        self.named, self.call = named, call
+        self.named, self.call = named, call  # by forward()'s parameters, and as (args, kwargs)
         self.tensors: List[torch.Tensor] = _structure.flatten(call)
 
     def check_batch(self, options, parts: int) -> None:
-        """Raise AssertionError unless every tensor can be cut into `parts` micro-batches.
-
-        A tensor is cut along dimension 0, the batch dimension, whose size must be a multiple of
-        `parts`.
-        """
+        """Raise AssertionError unless every tensor can be cut into `parts` along dimension 0."""
         for tensor in self.tensors:
             size = tensor.shape[0] if tensor.dim() else 1
             assert size % parts == 0, (
@@ -48,10 +40,9 @@ class Arguments:
                 "semantics page of the documentation.")
 
     def micro_batches(self, convert: Callable, count: int) -> Callable[[int], Tuple[tuple, dict]]:
-        """Return a function from the number of a micro-batch, from 0, to its (args, kwargs).
+        """Return a function from the number of a micro-batch, below `count`, to its (args, kwargs).
 
-        `convert` is applied to every tensor first; `count` is the number of micro-batches. The
-        tensors of a micro-batch are views of the converted ones. A scalar or empty tensor is passed
+        Its tensors are views of those that `convert` returns. A scalar or empty tensor is passed
         whole to every micro-batch.
         """
         parts = [
@@ -61,10 +52,7 @@ class Arguments:
         return lambda number: _structure.rebuild(self.call, iter([part[number] for part in parts]))
 
     def compiled(self) -> "Arguments":
-        """Return a copy whose tensors have dtypes and shapes but no data.
-
-        The executor keeps it to compare the arguments of later calls with it.
-        """
+        """Return a copy without data, to compare the arguments of later calls with."""
         empty = _structure.map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"),
                                        (self.named, self.call))
         return Arguments(*empty)
@@ -117,6 +105,8 @@ class Parser:
     """Binds the arguments of calls to the parameters of a model's forward()."""
 
     def __init__(self, model: torch.nn.Module):
+        if not callable(model):
+            raise TypeError("Expected a torch.nn.Module or a callable")
         try:
             self.signature = inspect.signature(
                 model.forward if isinstance(model, torch.nn.Module) else model)
@@ -127,8 +117,8 @@ class Parser:
     def __call__(self, args: tuple, kwargs: dict) -> Arguments:
         """Return the arguments of a call, completed with the defaults of forward().
 
-        Raises Error for a missing argument, and AssertionError for one too many, an unknown one or
-        one given twice. Warns, once, of tensors that are not contiguous.
+        Raises Error or AssertionError, as PopTorch does, for those that do not fit. Warns, once, of
+        tensors that are not contiguous.
         """
         parameters = self.signature.parameters
         kinds = {p.kind for p in parameters.values()}

@@ -1,6 +1,11 @@
 """Checks that refuse what PopTorch's front end or its compiler refuses, in PopTorch's words."""
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+from typing import Any, Dict, Iterable
+
 import torch
 
 from . import enums
@@ -8,48 +13,38 @@ from ._errors import Error, NotOffered
 from .blocks import Recorder, ShardedExecution
 
 MAX_IPUS = 64
-
-# Options that PopTorch 3.4 passes to PopART (popart_compiler/source/SessionOptions.cpp). Options
-# whose names contain a dot belong to the groups listed in POPART_SETTINGS.
-POPART_OPTIONS = set("""
-accumulationAndReplicationReductionType accumulationFactor aliasZeroCopy autoRecomputation cachePath
-compilationProgressTotal compileEngine constantWeights convolutionOptions customCodeletCompileFlags
-customCodelets decomposeGradSum defaultBufferingDepth defaultPrefetchBufferingDepth delayVarUpdates
-disableGradAccumulationTensorStreams disableOptimizerStateTensorStreams dotChecks dotOpNames
-enableDistributedReplicatedGraphs enableEngineCaching enableExplicitIR enableExplicitMainLoops
-enableFloatingPointChecks enableFullyConnectedPass enableGradientAccumulation
-enableInplaceAmbiguityChecking enableLoadAndOffloadRNGState enableMergeExchange
-enableNonStableSoftmax enableOutlining enableOutliningCopyCostPruning enablePipelining
-enablePrefetchDatastreams enableReplicatedGraphs enableSerializedMatmuls enableStableNorm
-enableStochasticRounding enableSupportedDataTypeCasting engineOptions ensureFp32LossScaleTensor
-explicitRecomputation exportPoplarComputationGraph exportPoplarVertexGraph finalDotOp firstDotOp
-gclOptions globalReplicaOffset globalReplicationFactor groupHostSync groupNormStridedChannelGrouping
-hardwareInstrumentations instrumentWithHardwareCycleCounter kahnTieBreaker logDir
-looseThresholdAtPeak lstmOptions matmulOptions meanAccumulationAndReplicationReductionStrategy
-mergeVarUpdate mergeVarUpdateMemThreshold numIOTiles opxAliasChecking opxModifyChecking
-outlineSequenceBreakCost outlineThreshold partialsTypeMatMuls patterns patterns_level
-rearrangeAnchorsOnHost rearrangeStreamsOnHost reportOptions saveInitializersToFile
-scheduleNonWeightUpdateGradientConsumersEarly separateCallOpPdfs serializedPoprithmsShiftGraphsDir
-strictOpVersions subgraphCopyingStrategy swapLimitScheduler syntheticDataMode timeLimitScheduler
-transitiveClosureOptimizationThreshold updatableNamedBuffers useHostCopyOps virtualGraphMode
-""".split())
-POPART_SETTINGS = ("accumulateOuterFragmentSettings.", "autodiffSettings.",
-                   "automaticLossScalingSettings.", "batchSerializationSettings.",
-                   "executionPhaseSettings.", "replicatedCollectivesSettings.")
+PATTERN_LEVELS = 3
+UNSUPPORTED_TYPES = {torch.bfloat16: "BFloat16", torch.complex64: "ComplexFloat",
+                     torch.complex128: "ComplexDouble"}
+# What PopTorch's compiler takes (tests/tools/poptorch_compiler.py)
+COMPILER = json.loads(Path(__file__).with_name("compiler.json").read_text(encoding="utf-8"))
+# (type of a value, the compiler's list of options with it, its word for it); a bool is an int
+ENUMERATIONS = {**COMPILER["enumerations"], "accumulateOuterFragmentSettings.schedule": (
+    "popart::AccumulateOuterFragmentSchedule", 4)}
+KINDS = ((bool, "bool", "bool"), (int, "uint64", "uint64"), (float, "double", "floating point"),
+         (str, "string", "string"), ((list, tuple, set), "container", "set / vector"),
+         (dict, "container", "map"))
 
 
 def popart_options(values: dict) -> None:
-    """Raise Error for an option that PopART does not have or a value of an unsupported type.
-
-    `values` maps names to values, which must be numbers, strings or collections.
-    """
+    """Raise Error for an option that PopART does not have or a value that it does not take."""
     for name, value in values.items():
-        if name not in POPART_OPTIONS and not name.startswith(POPART_SETTINGS):
-            raise Error(
-                f"Unknown PopART option {name}: poptorch.Options._Popart.set() takes the names of "
-                "popart.SessionOptions")
-        if not isinstance(value, (bool, int, float, str, list, tuple, set, dict)):
+        kind, word = next(((kind, word) for types, kind, word in KINDS if isinstance(value, types)),
+                          (None, None))
+        if kind is None:
             raise Error(f"Unknown value type {type(value)} for option {name}")
+        if name == "patterns":
+            for pattern in value:
+                if pattern not in COMPILER["patterns"]:
+                    raise Error(f"Unknown pattern {pattern}.")
+        elif name == "patterns_level":
+            if value > PATTERN_LEVELS:
+                raise Error("level > static_cast<std::uint64_t>(popart::PatternsLevel::All)")
+        elif name not in COMPILER["options"][kind]:
+            raise Error(f"Unknown {word} option {name}")
+        enumeration, members = ENUMERATIONS.get(name, (None, math.inf))
+        if enumeration and value >= members:
+            raise Error(f"Value for {enumeration} out of range")
 
 
 def inference_options(options) -> None:
@@ -65,10 +60,7 @@ def inference_options(options) -> None:
 
 
 def accumulation_type(optimizer, options, compiled: bool) -> None:
-    """Choose the running mean if the optimizer accumulates gradients in float16, as PopTorch does.
-
-    Raises ValueError if the model is already compiled with another strategy.
-    """
+    """Choose the running mean for an optimizer that accumulates gradients in float16."""
     running = enums.MeanReductionStrategy.Running
     half = getattr(optimizer, "accum_type", None) == torch.float16
     if half and not compiled:
@@ -82,12 +74,28 @@ def accumulation_type(optimizer, options, compiled: bool) -> None:
             "poptorch.MeanReductionStrategy.Running but the executable is already compiled.")
 
 
-def options(opts) -> None:
-    """Raise Error for options that cannot be obeyed, whatever the model.
+def types(tensors: Iterable[torch.Tensor]) -> None:
+    """Raise Error for a type that PopTorch's compiler lacks (toCompilerType, Tensor.cpp)."""
+    for tensor in tensors:
+        if tensor.dtype in UNSUPPORTED_TYPES:
+            raise Error(f"Unsupported tensor input type from pytorch: "
+                        f"{UNSUPPORTED_TYPES[tensor.dtype]}")
 
-    Several processes (Options.Distributed) are refused with NotOffered, unless they have joined
-    torch.distributed's default group.
+
+def loss_scaling(settings: Dict[str, Any], opts, has_half: bool) -> None:
+    """Raise Error for a loss scaling of 0 and an automatic one without float16 gradients.
+
+    settings: the optimizer's (see optim.snapshot). has_half: whether a trained weight is float16.
     """
+    if not settings["loss_scaling"]:
+        raise Error("Loss scaling cannot be 0")
+    if opts._Popart.options.get("automaticLossScalingSettings.enabled") and not has_half:
+        raise Error("[AutomaticLossScale transform] No tracked gradient tensors of type fp16 were "
+                    "found.")
+
+
+def options(opts) -> None:
+    """Raise Error for options that cannot be obeyed, whatever the model."""
     processes = opts.Distributed.numProcesses
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     if processes > 1 and not (joined and processes == torch.distributed.get_world_size()):
@@ -96,33 +104,31 @@ def options(opts) -> None:
             f"{processes} processes must first join torch.distributed's default group, by "
             "init_process_group; replicationFactor() gives the same result in one process")
     popart_options(opts._Popart.options)
-    if (opts.connection_type == enums.ConnectionType.Never and opts.exists("use_model")
-            and opts.use_model):
+    if opts.connection_type == enums.ConnectionType.Never and opts.toDict().get("use_model"):
         raise Error(
             "ConnectionType.Never / poptorch.Options.useOfflineIpuTarget not supported for the IPU "
             "model")
     if (opts.output_mode == enums.OutputMode.EveryN and
             opts.device_iterations % opts.output_return_period):
-        raise Error(f"The output return period ({opts.output_return_period}) must be a divisor of "
-                    f"poptorch.Options().deviceIterations ({opts.device_iterations})")
-
-
-def loss_scaling(opts, parameters) -> None:
-    """Raise Error for automatic loss scaling of a model without trained float16 `parameters`."""
-    if opts._Popart.options.get("automaticLossScalingSettings.enabled") and not any(
-            parameter.requires_grad and parameter.dtype == torch.float16
-            for parameter in parameters):
-        raise Error("[AutomaticLossScale transform] No tracked gradient tensors of type fp16 were "
-                    "found.")
+        raise Error("Return period must be a factor of the number of batches per step")
 
 
 def pipeline(recorder: Recorder, opts, training: bool) -> None:
-    """Raise Error if the blocks need too many micro-batches or a number of IPUs that is refused.
+    """Raise Error for blocks or IPUs that are refused, and if a pipeline has too few micro-batches.
 
-    A pipeline needs at least as many micro-batches per weight update (in inference: per call) as it
-    has stages. IPUs are reserved in powers of two, MAX_IPUS at most.
+    It needs at least as many per weight update (in inference: per call) as it has stages.
     """
     _check_ipus(recorder, opts)
+    ipu_of: Dict[int, int] = {}
+    for _, stage, ipu in recorder.blocks:
+        if ipu_of.setdefault(stage, ipu) != ipu:
+            raise Error(
+                f"Ops have the same pipeline stage {stage}, but different virtual graph ids "
+                f"[{ipu_of[stage]} {ipu}]. All ops with the same pipeline stage must also have the "
+                "same virtual graph id")
+    for ipu in set(recorder.ipus()):
+        if not 0 < opts.available_memory_proportion.get(ipu, 1) <= 1:
+            raise Error("availableMemoryProportion must be in (0,1]")
     if isinstance(opts._execution_strategy, ShardedExecution):
         return
     order = recorder.ipus()
@@ -145,8 +151,9 @@ def _check_ipus(recorder: Recorder, opts) -> None:
     used = set(recorder.ipus())
     count = max(len(used), max(used) + 1) * opts.replication_factor
     rounded = 1 << (count - 1).bit_length()
-    simulated = opts.exists("use_model") and opts.use_model
-    reserved = count if simulated or opts.connection_type == enums.ConnectionType.Never else rounded
+    any_number = (opts.toDict().get("use_model") or
+                  opts.connection_type == enums.ConnectionType.Never)
+    reserved = count if any_number else rounded
     if count > MAX_IPUS or reserved > MAX_IPUS:
         raise Error(
             f"Too many IPUs requested ({count}). Experiments that need more than {MAX_IPUS} IPUs "

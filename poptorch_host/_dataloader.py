@@ -30,8 +30,7 @@ class DataLoader(torch.utils.data.DataLoader):
     """torch's DataLoader for combined batches.
 
     A combined batch has batch_size x device iterations x gradient accumulation x replicas rows.
-    With mode Sync, this process (or torch's workers) reads the data set. With Async, an additional
-    process reads it ahead of time.
+    With mode Async, an additional process reads the data set ahead of time.
     """
 
     def __init__(
@@ -68,15 +67,9 @@ class DataLoader(torch.utils.data.DataLoader):
             persistent_workers, **kwargs)
         self._reader = _Reader(self) if mode == DataLoaderMode.Async else None
 
-    @property
-    def combinedBatchSize(self) -> Optional[int]:
-        """The number of rows that one call of the model takes, or None if batch_size is None."""
-        return self._combined
-
-    @property
-    def options(self) -> Options:
-        """The options of this loader, which are frozen."""
-        return self._options
+    # the number of rows that one call of the model takes, or None if batch_size is None
+    combinedBatchSize = property(lambda self: self._combined)
+    options = property(lambda self: self._options)  # which are frozen
 
     def terminate(self) -> None:
         """End the worker process, if this loader has one."""

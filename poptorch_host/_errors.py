@@ -13,14 +13,6 @@ class Error(RuntimeError):
         self.type, self.message, self.location = kind, message, ""
 
 
-class RecoverableError(Error):
-    """A failure after which the device can be reset. It is never raised on the host."""
-
-
-class UnrecoverableError(Error):
-    """A failure of the hardware. It is never raised on the host."""
-
-
 class NotOffered(Error, AttributeError):
     """The error for the use of a part of PopTorch that poptorch_host leaves out.
 

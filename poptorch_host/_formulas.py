@@ -40,8 +40,7 @@ def apply(settings: Dict[str, Any], hyper: Dict[str, Any], weights: List[torch.T
           gradients: List[torch.Tensor], states: List[Dict[str, torch.Tensor]]) -> None:
     """Update `weights` (float32) and `states` in place.
 
-    settings: the optimizer's settings (see optim.snapshot).
-    hyper: the hyperparameters of the parameter group that all these weights belong to.
+    settings: see optim.snapshot. hyper: the hyperparameters of these weights' parameter group.
     """
     if not weights:
         return

@@ -1,7 +1,4 @@
-"""The hyperparameters of an optimizer on their way to the device.
-
-This module knows which of them are compiled in as constants, and PopART's names for them.
-"""
+"""An optimizer's hyperparameters on the device: constants, and PopART's names for them."""
 from __future__ import annotations
 
 from typing import Any, Dict
@@ -20,12 +17,7 @@ POPART_NAMES = {
 
 
 def warn(optimizer: torch.optim.Optimizer) -> None:
-    """Warn of what PopTorch ignores: `maximize`, and the step() of a class derived by the user.
-
-    PopTorch itself says nothing about `maximize`, which _optimizer_attributes.py does not read.
-    """
-    if any(group.get("maximize") for group in optimizer.param_groups):
-        logger.warning("maximize=True is ignored: PopTorch's optimizers minimise the loss")
+    """Warn that PopTorch ignores the step() of a class that the user has derived."""
     if not {torch.optim.Optimizer, optim.Optimizer} & set(
             type(optimizer).__bases__) and not type(optimizer).__module__.startswith("torch."):
         logger.warning(
@@ -71,10 +63,9 @@ def _real(numbers):
 
 def parameters(settings: Dict[str, Any],
                hyper: Dict[str, Dict[str, Any]]) -> Dict[str, torch.Tensor]:
-    """Return the hyperparameters of every weight as float32 tensors, by PopART's names.
+    """Return {"learningRate___specific___NAME": float32 tensor, ...}, by PopART's names.
 
-    `hyper` maps the name of a weight to its hyperparameters. A name in the result is, for example,
-    learningRate___specific___NAME, where NAME is the weight's.
+    hyper: {NAME of a weight: its hyperparameters}.
     """
     out = {"lossScaling_FLOAT": torch.tensor(float(settings["loss_scaling"]))}
     for weight, numbers in hyper.items():
@@ -88,7 +79,7 @@ def set_parameters(settings: Dict[str, Any], hyper: Dict[str, Dict[str, Any]],
                    tensors: Dict[str, torch.Tensor]) -> Dict[str, Any]:
     """Restore in `hyper` what parameters() returned, and return the settings with its loss scaling.
 
-    A value in `hyper` is kept if it has the same float32 value as its tensor.
+    What has the float32 value of its tensor already is kept.
     """
     for weight, numbers in hyper.items():
         for name, value in _real(numbers):

@@ -10,10 +10,9 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3), as in malloc.h
 def keep_freed_memory() -> None:
     """Have freed memory kept for the next tensor, where the C library is glibc.
 
-    By default glibc returns a large block to the system at once. Each step of a training then gets
-    the memory of its activations anew, page by page and filled with zeros, which took 10 % of its
-    time (measured, two layers of roberta-base). The process stays as large as it has once been. The
-    user's own settings of glibc's allocator take precedence.
+    By default glibc returns a large block at once, and each step gets the memory of its activations
+    anew, page by page and filled with zeros: 10 % of its time (measured, two layers of
+    roberta-base). The user's own settings of the allocator take precedence.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

@@ -3,12 +3,6 @@ from __future__ import annotations
 
 from ._errors import NotOffered
 
-_EXECUTABLE = ("a host has no executable to keep, and a model is pickled code; save "
-               "model.state_dict() and optimizer.state_dict()")
-_REPLICAS = "all replicas have the same weights and buffers, each with its own input"
-_WITHOUT_EFFECT = "it would have no effect on a host"
-_DEPRECATED = "it is deprecated in PopTorch"
-
 # Names below Options, optim and PoplarExecutor are written with a dot, as a user writes them.
 _LEFT_OUT = {
     "a model is put on IPUs by BeginBlock, a strategy and an AutoStage":
@@ -30,6 +24,7 @@ _LEFT_OUT = {
         "registerPreCompileHook registerPostCompileHook PoplarExecutor.compilationTime "
         "Options.showCompilationProgressBar Options.updatableNamedBuffers "
         "PoplarExecutor.copyNamedBuffersToDevice",
+    "only an IPU fails in these ways": "RecoverableError UnrecoverableError",
     "it counts or times what an IPU does":
         "Options.logCycleCount PoplarExecutor.cycleCount PoplarExecutor.getPerfCounters "
         "PoplarExecutor.getHostIpuLatency PoplarExecutor.getComputeLatency "
@@ -39,15 +34,16 @@ _LEFT_OUT = {
     "the device updates the weights": "optim.LAMB.step",
     "the options are called where they are needed": "Options.from_json",
     "POPTORCH_LOG_LEVEL sets it": "setLogLevel",
-    _EXECUTABLE:
+    "a host has no executable to keep, and a model is pickled code; save model.state_dict() and "
+    "optimizer.state_dict()":
         "load PoplarExecutor.save PoplarExecutor.compileAndExport PoplarExecutor.loadExecutable",
-    _REPLICAS:
+    "all replicas have the same weights and buffers, each with its own input":
         "CommGroupType VariableRetrievalMode Parameter.replicaGrouping Options.broadcastBuffers "
         "Options.inputReplicaGrouping",
-    _DEPRECATED:
+    "it is deprecated in PopTorch":
         "Options.Jit HalfFloatCastingBehavior Options.Precision.halfFloatCasting "
         "Options.Precision.runningStatisticsAlwaysFloat",
-    _WITHOUT_EFFECT:
+    "it would have no effect on a host":
         "OverlapMode set_overlap_for_input set_overlap_for_output set_available_memory "
         "SyncPattern Options.syncPattern Options.useIpuId Options.logDir Options.maxRepeatLogs "
         "Options.enableStableNorm Options.disableModuleNamescope Options.sourceLocationExcludes "

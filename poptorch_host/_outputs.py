@@ -39,11 +39,7 @@ class Outputs:
         self.kept: Dict[Tuple[int, int], List[torch.Tensor]] = {}
 
     def add(self, step: int, replica: int, tensors: List[torch.Tensor]) -> None:
-        """Take the output tensors of a micro-batch, and keep them if the mode says so.
-
-        step: its number among those of its replica in this call; the steps of a replica come in
-        order.
-        """
+        """Take a micro-batch's tensors, and keep them if the mode says so; step: of its replica."""
         if self.mode == enums.OutputMode.Final:
             self.kept[0, replica] = tensors
         elif self.mode == enums.OutputMode.Sum:

@@ -6,6 +6,7 @@ _user_model.py), by copyWeightsToHost(), and when the model is detached or destr
 """
 from __future__ import annotations
 
+import weakref
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -18,9 +19,6 @@ from ._logging import logger
 from ._not_offered import refuse
 from ._threads import choose_threads
 from .options import Options
-
-NOT_COMPILED = "Model has not been compiled or has been destroyed."
-OFFLINE = "Trying to {} an offline device (ConnectionType.Never)"
 
 
 class PoplarExecutor:
@@ -63,15 +61,8 @@ class PoplarExecutor:
 
     # ---- the user's model ----
 
-    @property
-    def model(self) -> torch.nn.Module:
-        """The user's model."""
-        return self._user_model
-
-    @property
-    def options(self) -> Options:
-        """The executor's own copy of the options, which is frozen."""
-        return self._options
+    model = property(lambda self: self._user_model)
+    options = property(lambda self: self._options)  # the executor's own copy, which is frozen
 
     def __getattr__(self, name):
         if name.startswith("__") or "_user_model" not in self.__dict__:
@@ -83,10 +74,7 @@ class PoplarExecutor:
         return repr(self._user_model)
 
     def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
-        """Call load_state_dict() of the user's model, and copy the new weights to the device.
-
-        Returns what PyTorch's method returns.
-        """
+        """Call load_state_dict() of the user's model, and copy the new weights to the device."""
         out = self._user_model.load_state_dict(state_dict, strict)
         if self.isAttachedToDevice():
             self.copyWeightsToDevice()
@@ -101,10 +89,7 @@ class PoplarExecutor:
         return False
 
     def copyWeightsToHost(self) -> None:
-        """Copy all parameters and buffers from the device to the host.
-
-        Raises Error with synthetic data, as does all that reads weights or optimizer state.
-        """
+        """Copy parameters and buffers from the device to the host; Error with synthetic data."""
         self._require_compiled()
         self._device.download()
         self._dirty_host_weights = False
@@ -149,9 +134,9 @@ class PoplarExecutor:
         _hyperparameters.warn(optimizer)
         if isinstance(self._optimizer, optim.Optimizer):
             self._read_optimizer_state()
-            self._optimizer._used_by(None)
+            self._optimizer._executor = None
         if isinstance(optimizer, optim.Optimizer):
-            optimizer._used_by(self)
+            optimizer._executor = weakref.ref(self)
             optimizer.ipu_state_is_dirty = optimizer.has_state()
         self._optimizer = optimizer
 
@@ -197,11 +182,14 @@ class PoplarExecutor:
         seed = self._options.random_seed if self._options.exists(
             "random_seed") else torch.initial_seed()
         device = Device(self._model, self._options, self._training, seed)
+        _checks.types([*arguments.tensors, *(w.host for w in device.weights.values())])
         device.compile(arguments)
+        if self._training:
+            _checks.loss_scaling(self._settings, self._options, any(
+                w.is_half and w.working.requires_grad for w in device.weights.values()))
         _checks.pipeline(device.trace.recorder, self._options, self._training)
         self._device, self._compiled_arguments = device, arguments.compiled()
         if self._training:
-            _checks.loss_scaling(self._options, self._model.parameters())
             self._constants = _hyperparameters.constants(self._optimizer, self._settings)
         if self._options.connection_type != enums.ConnectionType.Never:
             self._attach()
@@ -219,31 +207,22 @@ class PoplarExecutor:
             self._device.set_rng(self._rng_state)
 
     def isCompiled(self) -> bool:
-        """Return whether the model is compiled, which it is until destroy()."""
         return self._device is not None
 
     def isAttachedToDevice(self) -> bool:
-        """Return whether the model is compiled and attached to its device."""
         return self.isCompiled() and self._device.attached
 
     def attachToDevice(self) -> None:
-        """Attach to the device again, after detachFromDevice().
-
-        Raises Error if the model is not compiled or already attached, and AssertionError with
-        ConnectionType.Never.
-        """
+        """Attach to the device again; AssertionError with ConnectionType.Never."""
         self._require_compiled()
-        assert self._options.connection_type != enums.ConnectionType.Never, OFFLINE.format(
-            "attach to")
+        assert self._options.connection_type != enums.ConnectionType.Never, (
+            "Trying to attach to an offline device (ConnectionType.Never)")
         if self._device.attached:
             raise Error("Device is already attached")
         self._attach()
 
     def detachFromDevice(self) -> None:
-        """Copy weights, optimizer state and random state to the host, and release the device.
-
-        Raises Error if the model is not attached.
-        """
+        """Copy weights, optimizer state and random state to the host, and release the device."""
         self._require_compiled()
         if not self._device.attached:
             raise Error("Device is not attached")
@@ -254,10 +233,7 @@ class PoplarExecutor:
         self._device.attached = False
 
     def destroy(self) -> None:
-        """Copy weights and optimizer state to the host, and discard the compiled model.
-
-        Afterwards the user's model is a plain PyTorch module again.
-        """
+        """Copy weights and optimizer state to the host, and discard the compiled model."""
         if not self.isCompiled():
             return
         if self._training:
@@ -302,11 +278,8 @@ class PoplarExecutor:
     def getAnchoredTensor(self, short_name: str) -> torch.Tensor:
         """Return the gradient that Options.anchorTensor() named `short_name`, of the last call.
 
-        Each micro-batch contributes its own gradient, multiplied by the loss scaling. Dimension 0
-        runs over the micro-batches that the anchor's output mode selects. The type is the
-        parameter's; what exceeds float16 saturates, or is NaN with Poplar's engine option
-        debug.nanOverflowMode, although the update is made with float32 gradients.
-        Raises AssertionError before the first call, and if no anchor has this name.
+        It is each micro-batch's own, times the loss scaling, in the parameter's type, and the
+        outputs' mode joins the micro-batches along dimension 0. AssertionError if there is none.
         """
         assert short_name in self._anchored, f"No tensor with name {short_name} found."
         return self._anchored[short_name]
@@ -342,7 +315,7 @@ class PoplarExecutor:
 
     def _require_compiled(self) -> None:
         if not self.isCompiled():
-            raise Error(NOT_COMPILED)
+            raise Error("Model has not been compiled or has been destroyed.")
 
 
 def _refuse_backward():

@@ -1,8 +1,7 @@
 """How many threads the host computes with.
 
-torch takes one for each processor that it sees. This is too many where a container's quota gives
-less time than it shows processors, and for small operations: a parallel region ends when the last
-thread has ended, so that one busy neighbour delays each of thousands of regions.
+torch takes one for each processor that it sees: too many where a container's quota gives less time,
+and for small operations, because a busy neighbour delays each of thousands of parallel regions.
 """
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 def choose_threads(model: torch.nn.Module, rows: int) -> None:
     """Set torch's number of threads for a model whose linear layers get `rows` rows at most.
 
-    A change is printed to standard error. OMP_NUM_THREADS and MKL_NUM_THREADS take precedence: then
-    nothing is changed.
+    A change is printed. OMP_NUM_THREADS and MKL_NUM_THREADS take precedence.
     """
     if os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS"):
         return
@@ -45,10 +43,10 @@ def processors() -> int:
 
 
 def _quota() -> float:
-    """Return the processors that this process's cgroups leave it, or infinity.
+    """Return the processors that this process's cgroup and all above it leave it, or infinity.
 
-    That is cpu.max (v2) or cpu.cfs_quota_us / cpu.cfs_period_us (v1) of its cgroup and of all above
-    it (cgroups(7)). A container often sees its own cgroup at the top of the file system.
+    That is cpu.max (v2) or cpu.cfs_quota_us / cpu.cfs_period_us (v1; cgroups(7)). A container often
+    sees its own cgroup at the top of the file system.
     """
     folders = {_CGROUPS, _CGROUPS / "cpu"}
     with suppress(OSError):

@@ -57,7 +57,7 @@ class WatchedBuffer(_Watched, torch.Tensor):
 def watch(model: torch.nn.Module, executor: Any) -> None:
     """Make `executor` copy newer weights to the host whenever a weight of `model` is used.
 
-    The class of the model is replaced by a subclass with PopTorch's methods and name.
+    The model gets a subclass of its class, with PopTorch's methods and name.
     """
     parent = weakref.ref(executor)
 

@@ -29,7 +29,6 @@ class PipelinedExecution:
         self._stages: Dict[str, int] = {}  # stage of each block met so far
 
     def backendOptions(self) -> Dict[str, int]:
-        """Return the strategy as one of the options that PopTorch passes to its compiler."""
         return {"execution_mode": self.execution_mode}
 
     def stage_of(self, block_id: str, ipu: Optional[int]) -> int:
@@ -45,9 +44,6 @@ class PipelinedExecution:
                 f"{block_id}")
             self._stages[block_id] = ipu if same else len(self._stages) + 1
         return self._stages[block_id]
-
-    def __repr__(self):
-        return f"{type(self).__name__}({self._auto_stage.name})"
 
 
 class ShardedExecution(PipelinedExecution):
@@ -68,22 +64,18 @@ class Recorder:
         self.next_auto_id = 0
 
     def auto_id(self) -> str:
-        """Return an id for a block that has none of its own."""
         self.next_auto_id += 1
         return str(self.next_auto_id - 1)
 
     def begin(self, user_id: Optional[str], ipu_id: Optional[int]) -> None:
-        """Record the beginning of a block; without an IPU, it runs on the one of its stage."""
+        """Record a block that begins; without an IPU it runs on its stage's."""
         user_id = user_id or self.auto_id()
         stage = self.strategy.stage_of(user_id, ipu_id)
         self.ipu = stage if ipu_id is None else ipu_id
         self.blocks.append((user_id, stage, self.ipu))
 
     def ipus(self) -> List[int]:
-        """Return the IPUs in order of execution, without immediate repetitions.
-
-        Each entry is one pipeline stage.
-        """
+        """Return the IPU of each pipeline stage, in order of execution."""
         order = [ipu for _, _, ipu in self.blocks] or [0]
         return [ipu for i, ipu in enumerate(order) if i == 0 or ipu != order[i - 1]]
 
@@ -124,10 +116,7 @@ class Block(torch.nn.Module):
 
 
 class _BlockHook:
-    """A forward pre-hook that begins a block.
-
-    An automatic id is kept: a module that is called several times is always the same block.
-    """
+    """A forward pre-hook that begins a block. A module keeps an id that it gets automatically."""
 
     def __init__(self, user_id, ipu_id):
         self._user_id = user_id

@@ -19,20 +19,17 @@ class DataLoaderMode(enum.IntEnum):
 
 
 class OutputMode(enum.IntEnum):
-    """Which micro-batches' outputs a call returns.
-
-    Default means Final in training and All in inference.
-    """
+    """Which micro-batches' outputs a call returns."""
 
     Final = 0
     EveryN = 1
     All = 2
     Sum = 3
-    Default = 4
+    Default = 4  # Final in training, All in inference
 
 
 class ConnectionType(enum.IntEnum):
-    """When an executor attaches to its device. Never means offline compilation."""
+    """When an executor attaches to its device; Never: offline compilation."""
 
     Always = 0
     OnDemand = 1

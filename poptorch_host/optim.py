@@ -5,7 +5,6 @@ copy of the device's state. The formulas that the device applies are in _formula
 """
 from __future__ import annotations
 
-import weakref
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
@@ -22,26 +21,20 @@ GLOBAL = ("loss_scaling", "bias_correction", "max_grad_norm")
 
 
 class VariableAttributes:
-    """Which attributes of an optimizer may change after compilation.
-
-    Initially these are the ones that were given to the optimizer's constructor.
-    """
+    """Which attributes may change after compilation: at first, those given to the constructor."""
 
     def __init__(self, variable_attributes: List[str], allowed_attributes: List[str]) -> None:
         self._variable_attributes = variable_attributes
         self._allowed_attributes = allowed_attributes
 
     def isConstant(self, attr: str) -> bool:
-        """Return whether `attr` is compiled in as a constant."""
         return attr not in self._variable_attributes
 
     def markAsConstant(self, attr: str) -> None:
-        """Compile `attr` in as a constant."""
         self._check(attr)
         self._variable_attributes = [a for a in self._variable_attributes if a != attr]
 
     def markAsVariable(self, attr: str) -> None:
-        """Allow `attr` to change between calls."""
         self._check(attr)
         self._variable_attributes.append(attr)
 
@@ -51,10 +44,7 @@ class VariableAttributes:
 
 
 class Optimizer:
-    """The base class of all optimizers here.
-
-    It holds the copy of the device's state, which is part of state_dict().
-    """
+    """The base class of all optimizers here, with the copy of the device's state."""
 
     _own: Tuple[str, ...] = ()  # constructor arguments that PyTorch's optimizer lacks
 
@@ -77,10 +67,7 @@ class Optimizer:
         self.variable_attrs = VariableAttributes(given, list(self.defaults) + ["loss_scaling"])
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return PyTorch's state_dict() extended by "ipu_state" and "ipu_param".
-
-        The two are first read from the device if it has run since they were last read.
-        """
+        """Return PyTorch's state_dict() extended by the device's "ipu_state" and "ipu_param"."""
         executor = self._executor() if self._executor is not None else None
         if executor is not None:
             executor._read_optimizer_state()
@@ -99,10 +86,7 @@ class Optimizer:
         return {**self._state_dict, **torch.optim.Optimizer.state_dict(self)}
 
     def set_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restore only the device's part of what state_dict() returned.
-
-        Raises RuntimeError if `state` has no "ipu_state" and "ipu_param".
-        """
+        """Restore only the device's part of what state_dict() returned."""
         if not state:
             raise RuntimeError("Cannot load optimizer state dictionary because it is empty.")
         if "ipu_state" not in state or "ipu_param" not in state:
@@ -112,12 +96,7 @@ class Optimizer:
         self.host_state_is_dirty = False
 
     def has_state(self) -> bool:
-        """Return whether there is a copy of the device's state."""
-        return self._state_dict["ipu_state"] is not None and self._state_dict[
-            "ipu_param"] is not None
-
-    def _used_by(self, executor) -> None:
-        self._executor = weakref.ref(executor) if executor is not None else None
+        return None not in (self._state_dict["ipu_state"], self._state_dict["ipu_param"])
 
     def __getstate__(self) -> Dict[str, Any]:
         return {
@@ -134,11 +113,10 @@ OWN_DEFAULTS = {
 
 
 class SGD(Optimizer, torch.optim.SGD):
-    """Stochastic gradient descent with momentum, by PyTorch's formula.
+    """Stochastic gradient descent with momentum.
 
-    As in PopART (popart/sgd.hpp; OptimizerDecompose::addStateTensor), the velocity starts from
-    zero, so `dampening` already applies to the first update; PyTorch's starts from the first
-    gradient. On the host the velocity is float32.
+    As in PopART (popart/sgd.hpp; OptimizerDecompose::addStateTensor), the velocity starts from zero
+    and `dampening` applies to the first update; PyTorch's starts from the first gradient.
     """
 
     _own = ("loss_scaling", "velocity_scaling", "use_combined_accum", "accum_type",
@@ -189,11 +167,7 @@ def _lamb_init(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay
 
 
 class LAMB(Optimizer, torch.optim.Optimizer):
-    """LAMB (You et al. 2020).
-
-    It multiplies the Adam update of each weight tensor by min(|weight|, max_weight_norm) /
-    |update|.
-    """
+    """LAMB (You et al. 2020): AdamW's update times min(|weight|, max_weight_norm) / |update|."""
 
     _own = ("bias_correction", "loss_scaling", "accum_type", "first_order_momentum_accum_type",
             "second_order_momentum_accum_type")
@@ -213,18 +187,14 @@ class LAMB(Optimizer, torch.optim.Optimizer):
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """Return the name of the optimizer's formula, one of the keys of HYPER.
-
-    Raises AssertionError for an optimizer that PopTorch does not support.
-    """
+    """Return the name of the optimizer's formula, a key of HYPER; AssertionError if it has none."""
     for kind, parent in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW), ("LAMB", LAMB)):
         if isinstance(optimizer, parent):
             return kind
     for parent in type(optimizer).__mro__:
         refuse("optim.", parent.__name__)
     raise AssertionError(
-        f"Unsupported optimizer type {type(optimizer).__name__}. Types supported "
-        f"{', '.join(HYPER)}")
+        f"Unsupported optimizer type. Types supported {', '.join(HYPER)}")
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:

@@ -1,8 +1,8 @@
 """poptorch.Options and its parts.
 
-They accept what PopTorch accepts and refuse what PopTorch refuses, in the same words. The executor
-and the data loader obey the options that change results: batching, reduction, output mode, seed,
-offline target. The others control the Poplar compiler, and only their values are checked and kept.
+They accept what PopTorch accepts and refuse what PopTorch refuses, in the same words. Options that
+change results are obeyed: batching, reduction, output mode, seed, offline target. The others
+control the Poplar compiler, and only their values are checked and kept.
 """
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from .blocks import PipelinedExecution
 
 
 class OptionsDict:
-    """A set of named values, accessible as attributes.
+    """A set of named values, accessible as attributes, that can be frozen.
 
-    It refuses unknown names and values of another type, and any change once it is frozen. Values
-    whose names start with an underscore are ordinary attributes and are not checked.
+    Names that start with an underscore are ordinary attributes, whose values are not checked.
     """
 
     _path = "Options."  # of the options' names in NOT_OFFERED
@@ -32,15 +31,10 @@ class OptionsDict:
         self.__dict__.update(private, _values=values, _is_frozen=False)
 
     def exists(self, option: str) -> bool:
-        """Return whether `option` has a value."""
         return option in self._values
 
     def set(self, **values: Any) -> "OptionsDict":
-        """Change existing values and return self.
-
-        Raises AssertionError for an unknown name or a value of another type, and AttributeError if
-        the options are frozen.
-        """
+        """Change existing values; AssertionError for another name or a value of another type."""
         self.checkIsFrozen()
         for name, value in values.items():
             assert self.exists(name), (
@@ -68,7 +62,6 @@ class OptionsDict:
         return self
 
     def toDict(self) -> Dict[str, Any]:
-        """Return the values by name."""
         return dict(self._values)
 
     def __setattr__(self, name, value):
@@ -104,8 +97,7 @@ def _setter(option: str, parameter: Optional[str] = None, default: Any = inspect
             popart: bool = False) -> Callable:
     """Return a method that keeps its one argument as the value of `option`, and returns self.
 
-    parameter, default: of the method; by default named as the option. popart: whether the option is
-    one of PopART's; else the type of its value is checked.
+    parameter, default: of the method, by default named as the option. popart: of PopART's options.
     """
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature([
@@ -129,22 +121,15 @@ class _PopartOptions(OptionsDict):
     def __init__(self) -> None:
         super().__init__(instrumentWithHardwareCycleCounter=False, rearrangeAnchorsOnHost=False)
 
-    @property
-    def options(self) -> Dict[str, Any]:
-        """The options by name."""
-        return self._values
+    options = property(lambda self: self._values)
 
     def set(self, key: str, value: Union[int, float, str, List[str], Set[str]]) -> "_PopartOptions":
-        """Keep an option of popart.SessionOptions and return self.
-
-        A name that PopART does not have is refused when a model is compiled.
-        """
+        """Keep an option of popart.SessionOptions, which is checked when a model is compiled."""
         self.checkIsFrozen()
         self._values[key] = value
         return self
 
     def setEngineOptions(self, engine_options: Dict[str, str]) -> "_PopartOptions":
-        """Keep options of the Poplar engine."""
         return self.set("engineOptions", engine_options)
 
     def setPatterns(self, patterns: Dict[str, bool], level: int = 2) -> "_PopartOptions":
@@ -166,10 +151,7 @@ class _PrecisionOptions(OptionsDict):
     enableStochasticRounding = _setter("enableStochasticRounding", "enabled", popart=True)
 
     def setPartialsType(self, dtype: torch.dtype) -> "_PrecisionOptions":
-        """Set the type of the partial sums of matrix multiplications (the host's are float32).
-
-        Raises ValueError for another type than float32 and float16.
-        """
+        """Set the type of the partial sums of multiplications (without effect: float32)."""
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(
                 "parameter to setPartialsType should be either torch.float or torch.half")
@@ -179,8 +161,6 @@ class _PrecisionOptions(OptionsDict):
 
 
 class _TrainingOptions(OptionsDict):
-    """Options of training, none of which apply to an inference model."""
-
     _path = "Options.Training."
 
     def __init__(self, popart_options: _PopartOptions) -> None:
@@ -202,10 +182,7 @@ class _TrainingOptions(OptionsDict):
 
     def accumulationAndReplicationReductionType(
             self, reduction_type: enums.ReductionType) -> "_TrainingOptions":
-        """Use the mean (default) or the sum of the gradients of all micro-batches of an update.
-
-        Raises ValueError for any other `reduction_type`.
-        """
+        """Use the mean (default) or the sum of the gradients of all micro-batches of an update."""
         if reduction_type not in (enums.ReductionType.Mean,
                                   enums.ReductionType.Sum) or not isinstance(
                                       reduction_type, enums.ReductionType):
@@ -218,8 +195,7 @@ class _TrainingOptions(OptionsDict):
 class _DistributedOptions(OptionsDict):
     """The number of processes, and which of them this one is.
 
-    The data loader obeys these options. The executor sums gradients over the processes if they have
-    joined torch.distributed's default group, and refuses more than one process otherwise.
+    The executor sums gradients over them. They must have joined torch.distributed's default group.
     """
 
     _path = "Options.Distributed."
@@ -230,21 +206,11 @@ class _DistributedOptions(OptionsDict):
                          distributed_process_id=int(os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
 
     def configureProcessId(self, process_id: int, num_processes: int) -> "_DistributedOptions":
-        """Set the number of this process, from 0, and the number of all processes.
-
-        The constructor reads them from OpenMPI's environment variables.
-        """
+        """Set the number of this process, from 0, and of all; by default those of OpenMPI."""
         return self.set(distributed_process_id=process_id, num_distributed_processes=num_processes)
 
-    @property
-    def processId(self) -> int:
-        """The number of this process, from 0."""
-        return self.distributed_process_id
-
-    @property
-    def numProcesses(self) -> int:
-        """The number of processes."""
-        return self.num_distributed_processes
+    processId = property(lambda self: self.distributed_process_id)
+    numProcesses = property(lambda self: self.num_distributed_processes)
 
 
 class TensorLocationSettings(OptionsDict):
@@ -261,7 +227,6 @@ class TensorLocationSettings(OptionsDict):
         return self.createOrSet(onChip=int(use))
 
     def useReplicatedTensorSharding(self, use: bool = True) -> "TensorLocationSettings":
-        """Shard the tensor over the replicas."""
         assert isinstance(use, bool)
         return self.createOrSet(useReplicatedTensorSharding=int(use))
 
@@ -272,16 +237,12 @@ class _TensorLocationOptions(OptionsDict):
     _path = "Options.TensorLocations."
 
     def setOptimizerLocation(self, location: TensorLocationSettings) -> "_TensorLocationOptions":
-        """Set where the optimizer's state is stored."""
         assert isinstance(location, TensorLocationSettings)
         return self.createOrSet(location_optimizer=location.toDict())
 
 
 class Options(OptionsDict):
-    """How a model is compiled and run.
-
-    The options are frozen once an executor or a data loader has been created with them.
-    """
+    """How a model is compiled and run; frozen once an executor or a data loader has them."""
 
     def __init__(self) -> None:
         popart = _PopartOptions()
@@ -335,7 +296,6 @@ class Options(OptionsDict):
         return self._for_popart("enableEngineCaching", path is not None)
 
     def connectionType(self, connection_type: enums.ConnectionType) -> "Options":
-        """Set when to attach to a device."""
         assert isinstance(connection_type, enums.ConnectionType)
         return self.set(connection_type=connection_type.value)
 
@@ -370,7 +330,6 @@ class Options(OptionsDict):
                         output_return_period=output_return_period or 1)
 
     def defaultOutputMode(self) -> bool:
-        """Return whether the output mode is still Default."""
         return self.output_mode == enums.OutputMode.Default
 
     def randomSeed(self, random_seed: int) -> "Options":
@@ -388,10 +347,7 @@ class Options(OptionsDict):
         return self._for_popart("syntheticDataMode", 2 if enabled else 0)
 
     def enableProfiling(self, profile_dir: Optional[str] = None) -> "Options":
-        """Write PopVision reports to `profile_dir`.
-
-        The Poplar compiler writes them; a run on the host produces none.
-        """
+        """Have the Poplar compiler write PopVision reports to `profile_dir`; a host has none."""
         engine = dict(self._popart.options.get("engineOptions", {}))
         engine.update({
             "debug.allowOutOfMemory": "true", "autoReport.directory": profile_dir or ".",

@@ -108,8 +108,8 @@ class ModelSettings(Settings):
     tokenizer_name: Optional[str] = flag(None, "tokenizer (default: the checkpoint's own)")
     precision: str = flag(
         "float16",
-        "type of weights and activations; a host without IPU computes float16 models in bfloat16 "
-        "if its processor supports it, else in float32", choices=("float16", "float32"))
+        "type of weights and activations; a host without IPU computes float16 models in float32",
+        choices=("float16", "float32"))
     max_seq_length: int = flag(384, "tokens of a row", min=16, max=4096)
     doc_stride: int = flag(128, "tokens by which the windows of a long context overlap", min=0)
     pack: bool = flag(False, "put several windows in one row")

@@ -3,15 +3,13 @@
 All its operations have handlers in PopTorch, their tensors have types that it supports, and no
 shape and no branch depends on data. The model runs on torch's meta device, whose tensors have a
 shape but no values: whatever reads a value, or needs one to determine a shape, raises an error.
-The names of PopTorch's handlers were read from its sources (tests/tools/poptorch_operations.py).
+The names of PopTorch's handlers were read from its sources (tests/tools/poptorch_compiler.py).
 The backward pass is made by PopART; PopTorch's dispatcher sees nothing of it
 (dispatch_tracer/README.md).
 """
 from __future__ import annotations
 
 import collections
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,28 +19,10 @@ from transformers import AutoConfig
 
 from ipu_options.ipu_kernels import IPU_KERNELS, Kernels
 from ipu_options.layout import make_layout
+from poptorch_host._checks import COMPILER
+from poptorch_host._trace import COMPOSITE, is_handled
 from qa.model.parallelize import parallelize
 from qa.model.roberta import model_class
-
-POPTORCH = json.loads(Path(__file__).with_name("poptorch_operations.json").read_text())
-HANDLED = {name for names in POPTORCH["handlers"].values() for name in names}
-# PopTorch treats these without a handler, for example aten::empty_strided.
-OWN = {name for name, function in POPTORCH["dispatcher"].items() if function != "fallback"}
-# In-place operations that it replaces by another one than that without the final underscore
-# (poptorch/source/include/poptorch/InplaceOpsPyTorch.hpp_nolint).
-REPLACED = {"aten::fill_": "aten::full_like"}
-COMPOSITE = "CompositeExplicitAutograd"  # PyTorch's key of operations that it can decompose
-
-
-def is_handled(name: str) -> bool:
-    """Whether PopTorch translates an operation, for example "aten::add.Tensor".
-
-    In-place operations are replaced by those without the final underscore (outplaceKind in
-    InplaceOps.cpp).
-    """
-    kind = name.split(".")[0]
-    kind = REPLACED.get(kind, kind)
-    return name in OWN or kind in HANDLED or kind.endswith("_") and kind[:-1] in HANDLED
 
 
 class Operations(TorchDispatchMode):
@@ -57,7 +37,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.name(), kwargs or {}
-        if name not in POPTORCH["dispatcher"] and torch._C._dispatch_has_kernel_for_dispatch_key(
+        if name not in COMPILER["dispatcher"] and torch._C._dispatch_has_kernel_for_dispatch_key(
                 name, COMPOSITE):
             with self:
                 return func._op_dk(getattr(torch._C.DispatchKey, COMPOSITE), *args, **kwargs)
@@ -101,7 +81,7 @@ def test_only_supported_operations_and_types_and_no_dependence_on_data(windows, 
     found = graph(windows, training, parts, family=family)
     assert "aten::bmm" in found and ("aten::nll_loss_forward" in found) == training
     unknown = sorted(name for name in found if not is_handled(name))
-    assert not unknown, f"no handler in PopTorch {POPTORCH['version']}: {unknown}"
+    assert not unknown, f"no handler in PopTorch {COMPILER['version']}: {unknown}"
     # PopTorch computes in these types. It turns int64 into int32 and float64 into float32 without
     # asking (coerceToSupportedType in Utils.cpp), and bfloat16 inputs into float16
     # (CastUnsupportedInputs.cpp). Only the labels are int64 here, because torch's nll_loss wants

@@ -10,7 +10,7 @@ tests in scope pass. The exit status is 1 if one fails without a reason.
 A test is out of scope if it uses a name of NOT_OFFERED, or looks at something that cannot exist on
 a host (OUT_OF_SCOPE). The command needs what PopTorch's tests need: Python 3.8, torch 2.0.1 and,
 for fine_tuning, torchvision (`pip install --no-deps torchvision==0.15.2 pillow`).
-POPTORCH_HOST_HALF stands for the kind of processor (see poptorch_host/README.md).
+
 """
 from __future__ import annotations
 
@@ -116,8 +116,7 @@ def install():
     ours = poptorch_host.Options().outputMode(poptorch_host.OutputMode.All).toDict()
     core = types.ModuleType("poptorch.poptorch_core")
     core.__dict__.update(
-        Error=poptorch_host.Error, RecoverableError=poptorch_host.RecoverableError,
-        UnrecoverableError=poptorch_host.UnrecoverableError,
+        Error=poptorch_host.Error,
         isCompilingWithDispatcher=lambda: blocks.recorder is not None,
         _validateOptions=lambda values: _checks.popart_options(
             {name: value for name, value in values.items() if name not in ours}))
