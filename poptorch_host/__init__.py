@@ -48,12 +48,10 @@ def inferenceModel(model: torch.nn.Module, options: Optional[Options] = None) ->
 
 
 def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:
-    """Return False: a host has no IPUs."""
     return False
 
 
 def ipuHardwareVersion() -> int:
-    """Raise AssertionError: a host has no IPUs, hence no version of them."""
     raise AssertionError("No IPU hardware available on this system")
 
 

@@ -156,8 +156,7 @@ class _Worker:
     def main(self, loader, pipe) -> None:
         """Run until "end" is received or the other end of the pipe is closed."""
         logger.debug("AsynchronousDataAccessor worker process: %d", os.getpid())
-        # torch's own workers are forked, as they are by default. They would otherwise inherit the
-        # start method of this process, which may be a slower one.
+        # torch's own workers are forked. They would otherwise inherit this process's start method.
         if sys.platform == "linux":
             torch.multiprocessing.set_start_method("fork", force=True)
         self.pipe, done = pipe, 0

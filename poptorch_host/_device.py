@@ -413,10 +413,7 @@ class Device:
 
 @contextlib.contextmanager
 def _multiplications(half: bool) -> Iterator[None]:
-    """Let a float16 model multiply in bfloat16, if POPTORCH_HOST_HALF says so.
-
-    Raises Error if that environment variable names another type than float32 and bfloat16.
-    """
+    """Let a float16 model multiply in bfloat16, if the environment's POPTORCH_HOST_HALF says so."""
     named = os.environ.get("POPTORCH_HOST_HALF", "float32")
     if named not in ("bfloat16", "float32"):
         raise Error(f"POPTORCH_HOST_HALF must be bfloat16 or float32, not {named!r}")

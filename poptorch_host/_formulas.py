@@ -1,7 +1,6 @@
 """The weight updates of PopTorch's optimizers, as formulas over lists of float32 tensors.
 
-Where PyTorch has a fused kernel for the CPU, that kernel computes the update. Otherwise the same
-formula is computed tensor by tensor.
+Where PyTorch has a fused kernel for the CPU, that kernel computes the update.
 """
 from __future__ import annotations
 

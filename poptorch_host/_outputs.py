@@ -53,9 +53,9 @@ class Outputs:
     def joined(self) -> List[torch.Tensor]:
         """Return one new tensor for each output, with the micro-batches joined along dimension 0.
 
-        Scalars are joined to a vector, except that a single scalar stays a scalar. With synthetic
-        data PopTorch returns memory that was never written (at::empty in PoplarExecutable.cpp;
-        PopART makes no streams to the host, irlowering.cpp): here NaN, or 0 in integers.
+        A single scalar stays a scalar. With synthetic data PopTorch returns memory that was never
+        written (at::empty in PoplarExecutable.cpp; PopART makes no streams to the host,
+        irlowering.cpp): here NaN, or 0 in integers.
         """
         kept = [self.kept[place] for place in sorted(self.kept)]
         joined = []
