@@ -7,6 +7,7 @@ module does not import torch, so that `--help` and error messages take a fractio
 from __future__ import annotations
 
 import fnmatch
+import json
 import logging
 import os
 import re
@@ -77,24 +78,8 @@ _OF_A_CHECKPOINT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 # Above this a learning rate is a mistake: fine-tuning takes 1e-5 to 1e-4 (Devlin et al. 2019,
 # appendix A.3; Liu et al. 2019, table 10), and even LAMB's largest batches less (You et al. 2020).
 LARGEST_RATE = 0.01
-# Flags of run_qa.py and Trainer that are no flags here: what does their work.
-HINTS = {
-    "lr": "the learning rate is --learning_rate here",
-    "epochs": "the number of epochs is --num_train_epochs here",
-    "batch_size": "rows of a micro-batch are --micro_batch_size here, and a weight update takes "
-                  "--gradient_accumulation_steps x --replication_factor times as many",
-    "fp16": "float16 is --precision float16 here, which is the default",
-    "bf16": "an IPU has no bfloat16; --precision is float16 or float32",
-    "do_predict": "--test_file is answered without further flags",
-    "pad_to_max_length": "every row has --max_seq_length tokens; --pack fills them with windows",
-    "evaluation_strategy": "evaluate with --eval_steps N or --evaluate_every_epoch",
-    "eval_strategy": "evaluate with --eval_steps N or --evaluate_every_epoch",
-    "save_strategy": "save with --save_steps N",
-    "logging_dir": "the log is log.jsonl in the output folder",
-    "use_fast_tokenizer": "the tokenizer is always a fast one",
-    "use_auth_token": "the hub's token is --hub_token here",
-    "lr_scheduler": "the schedule is --lr_scheduler_type here",
-}
+# {script: {what does the work here: flags of run_qa.py, Trainer and optimum-graphcore}}
+HINTS = json.loads(Path(__file__).with_name("hints.json").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -309,7 +294,7 @@ def parse_train(
 def train_flags(argv: Optional[Sequence[str]], *more: type, program: str,
                 description: str) -> Dict[str, Any]:
     """Return {name: value} of the flags in `argv`, as `train_settings` takes them."""
-    parser = Parser(program, description, HINTS)
+    parser = Parser(program, description, HINTS["train.py"])
     parser.add_argument(
         "--config", metavar="NAME",
         help=f"named configuration ({', '.join(named_configs())}) or a YAML file "
@@ -350,7 +335,8 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
     """
     parser = Parser(
         "infer.py",
-        "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.")
+        "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.",
+        HINTS["infer.py"])
     # What makes no sense without training is not offered.
     without = ("model_name_or_path", "compile_only", "synthetic_data")
     flags = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig,

@@ -62,10 +62,11 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError with a one-line message instead of exiting.
 
     It accepts no abbreviated flags, but dashes for underscores. Its result holds only flags of the
-    command line. hints: {flag of another program, without dashes: what to do here}.
+    command line. hints: {what does the work here: flags of other programs, without dashes}.
     """
 
-    def __init__(self, program: str, description: str, hints: Optional[Dict[str, str]] = None):
+    def __init__(self, program: str, description: str,
+                 hints: Optional[Dict[str, Sequence[str]]] = None):
         super().__init__(
             program, description=description, allow_abbrev=False,
             argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(
@@ -82,9 +83,10 @@ class Parser(argparse.ArgumentParser):
         args = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            hint = self._hints.get(unknown[0].partition("=")[0].lstrip("-"))
-            if hint:
-                raise UsageError(f"{unknown[0]}: {hint}")
+            name = unknown[0].partition("=")[0].lstrip("-")
+            for hint, names in self._hints.items():
+                if name in names:
+                    raise UsageError(f"{unknown[0]}: {hint}")
             flags = [option for action in self._actions for option in action.option_strings
                      if action.help != argparse.SUPPRESS]
             raise UsageError(

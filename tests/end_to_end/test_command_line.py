@@ -3,6 +3,7 @@
 The line names the flag and says what would be right.
 """
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import infer
 import train
 from ipu_options.config import inference_pipeline, training_pipeline
 from planner.flags import TrainPlanSettings
-from qa.settings import named_configs, parse_infer, parse_train
-from runtime.errors import run_script
+from qa.settings import HINTS, named_configs, parse_infer, parse_train
+from runtime.errors import UsageError, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = [
@@ -282,6 +283,21 @@ def test_odd_values_in_files_are_one_line(folder, tmp_path, monkeypatch, capsys,
     assert str(path) in message and says in message and len(message) < 1000
 
 
+def test_the_flags_that_people_come_with_say_what_does_their_work_here(monkeypatch, capsys):
+    """Every flag that a hint names exists, no hint is of a flag that exists."""
+    for script, parse in (("train.py", parse_train), ("infer.py", parse_infer)):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        flags = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+        for hint, names in HINTS[script].items():
+            assert not set(names) & flags and len(names) == len(set(names)), hint
+            if "planner" not in hint:
+                assert set(re.findall(r"--(\w+)", hint)) <= flags, hint
+            for name in names:
+                with pytest.raises(UsageError, match=f"^--{name}: {re.escape(hint)}$"):
+                    parse([f"--{name}", "1"])
+
+
 def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
     """YAML 1.1 reads 1e-5 as text, users of run_qa write its names, and others write dashes."""
     (tmp_path / "mine.yaml").write_text("learning_rate: 1e-5\nseed: 1_000\n")
@@ -300,7 +316,7 @@ def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_closed_output_hides_what_is_printed_and_no_more(closed):
-    code = "import os, sys; from runtime.errors import run_script; " \
+    code = "import os, sys; from runtime.errors import UsageError, run_script; " \
         "run_script(lambda: print('out') or print('err', file=sys.stderr)); " \
         "sys.exit(run_script(lambda: 3))"
     done = subprocess.run(f'"{sys.executable}" -c "{code}" {closed}', shell=True, cwd=ROOT,
