@@ -15,6 +15,7 @@ from ipu_options.config import (
 )
 from ipu_options.layout import Layout, make_layout
 from runtime.errors import UsageError
+from runtime.flags import Source, make_settings
 
 
 @pytest.mark.parametrize("given, layers, ipus, counts", [
@@ -110,6 +111,40 @@ def test_inference_twins_replace_training_values():
     assert len(training.layout.stages()) == 4 and len(inference.layout.stages()) == 1
     assert inference.config.matmul_proportion == 0.6 and inference.config.device_iterations == 8
     assert inference.config.gradient_accumulation_steps == 1
+
+
+def test_an_inference_layout_of_equal_shares_has_the_replicas_ipus(tmp_path):
+    """As optimum-graphcore counts inference_ipus_per_replica (ipu_configuration.py, __init__)."""
+    for layers, ipus, inference_layers, expected in (
+            ([-1], 4, [-1], [3, 3, 3, 3]), ([-1], 4, [12], [12]), ([3, 3, 3, 3], 4, [-1], [12]),
+            ([-1], 4, [-1, -1], [6, 6]), ([-1], 4, None, [3, 3, 3, 3])):
+        (tmp_path / "ipu_config.json").write_text(json.dumps({
+            "layers_per_ipu": layers, "ipus_per_replica": ipus,
+            "inference_layers_per_ipu": inference_layers, "replication_factor": 1}))
+        config = make_settings(IPUConfig, [read_ipu_config(str(tmp_path))])
+        layout = inference_pipeline(config, 12, "pod4").layout
+        assert layout.layers_per_ipu(len(expected)) == expected
+
+
+@pytest.mark.parametrize("values", [{"replication_factor": 2}, {"inference_replication_factor": 4}])
+@pytest.mark.parametrize("inference_layers", [[6, 6], None])
+def test_a_model_trained_on_a_larger_pod_answers_on_a_smaller_one(values, inference_layers):
+    """Replicas change speed alone: only a flag's number is refused."""
+    values = {**values, "layers_per_ipu": [0, 4, 4, 4], "inference_device_iterations": 4,
+              "inference_layers_per_ipu": inference_layers}
+    config = make_settings(IPUConfig, [Source(values, "ipu_config.json")])
+    of_file = inference_pipeline(config, 12, "pod4").config
+    assert of_file.replication_factor * of_file.num_ipus() == 4
+    flag = Source({"inference_replication_factor": 4})
+    with pytest.raises(UsageError, match="^--inference_replication_factor 4 takes .* pod4 has 4"):
+        inference_pipeline(make_settings(IPUConfig, [Source(values), flag]), 12, "pod4")
+
+
+@pytest.mark.parametrize("pod, replicas", [("pod8", 1), ("pod16", 2), ("pod64", 8)])
+def test_default_replicas_are_as_many_as_the_pod_has_room_for(pod, replicas):
+    config = make_settings(IPUConfig, [Source({"layers_per_ipu": [0, 2, 2, 2, 2, 2, 1, 1]})])
+    assert training_pipeline(config, 12, pod).config.replication_factor == replicas
+    assert inference_pipeline(config, 12, pod).config.replication_factor == replicas
 
 
 def test_the_published_ipu_config_is_read_and_written(tmp_path):
