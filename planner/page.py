@@ -6,37 +6,22 @@ from __future__ import annotations
 
 import html
 import textwrap
-from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from planner.sides import Side
 from planner.views import STYLES, View, views_of
-from runtime.errors import UsageError
 from runtime.files import user_file, writing
 
-# Plotly's patterns for matplotlib's hatches.
-_PATTERNS = {"////": "/", "....": ".", "xxxx": "x", "||||": "|", "\\\\\\\\": "\\", "++++": "+",
-             "oo": "-", "": ""}
 # Plotly's toolbar without the button that uploads a plot.
 PLOT_CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False,
                "modeBarButtonsToRemove": ["pan2d", "select2d", "lasso2d", "autoScale2d"]}
 
 
-def check_page(path: str) -> None:
-    """Raise UsageError if Plotly is missing or the name `path` of a page does not end in .html."""
-    if find_spec("plotly") is None:
-        raise UsageError("--html needs plotly, which is not installed: "
-                         "pip install -r requirements-pages.txt")
-    if not path.lower().endswith((".html", ".htm")):
-        raise UsageError(f"--html {path}: name an .html file")
-
-
 def write_page(path: str, title: str, sides: Sequence[Side], lines: Sequence[str], text: str,
                ranking: Optional[Tuple[List[str], List[List[str]]]] = None) -> None:
     """Write the page to `path`: the verdict's `lines`, the ranking, the views, and `text` below."""
-    check_page(path)
     from plotly.io import to_html
     views = [to_html(figure(view), full_html=False, include_plotlyjs=not place, config=PLOT_CONFIG,
                      validate=False, div_id=view.name)
@@ -85,8 +70,7 @@ def figure(view: View) -> Dict[str, Any]:
         "title": {"text": "<br>".join(textwrap.wrap(view.title, 44)), "x": 0, "font": {"size": 15}},
         "barmode": "overlay", "showlegend": True, "height": height + 180,
         "margin": {"t": 70, "b": 110, "l": 10, "r": 45}, "modebar": {"orientation": "v"},
-        "xaxis": {"title": {"text": view.unit}, "gridcolor": "#dddddd",
-                  "range": [0, most]},
+        "xaxis": {"title": {"text": view.unit}, "gridcolor": "#dddddd", "range": [0, most]},
         "yaxis": {"autorange": "reversed", "automargin": True,
                   "type": "multicategory" if two else "category"},
         "shapes": [line] * bool(view.limit),
@@ -95,13 +79,12 @@ def figure(view: View) -> Dict[str, Any]:
 
 
 def _levels(places: Sequence[Any]) -> List[Any]:
-    """Return places as Plotly takes them: of two levels, a list of each."""
+    # Plotly takes places of two levels as a list of each.
     return [list(level) for level in zip(*places)] if isinstance(
         next(iter(places), ""), tuple) else list(places)
 
 
 def _bars(view: View, part: str, places: Sequence[Any]) -> Dict[str, Any]:
-    """Return the bars of one part of a view."""
     pieces = [(place, row, piece) for place, row in zip(places, view.rows)
               for piece in row.segments if piece.part == part]
     color, hatch = STYLES[part]
@@ -113,7 +96,8 @@ def _bars(view: View, part: str, places: Sequence[Any]) -> Dict[str, Any]:
         "base": [piece.start for _, _, piece in pieces],
         "customdata": [piece.hint or row.remark for _, row, piece in pieces],
         "marker": {"color": color, "line": {"color": "black", "width": 0.5}, "pattern": {
-            "shape": _PATTERNS[hatch], "fgcolor": "black", "solidity": 0.2,
+            # Plotly's pattern for matplotlib's hatch
+            "shape": {"oo": "-"}.get(hatch, hatch[:1]), "fgcolor": "black", "solidity": 0.2,
             "fillmode": "overlay"}},
         "hovertemplate": f"{name}: %{{x:,.2f}} {view.unit.partition(' (')[0]}<br>%{{customdata}}"
                          "<extra></extra>"}

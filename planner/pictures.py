@@ -4,45 +4,31 @@ from __future__ import annotations
 from typing import Any, Dict, Sequence
 
 from ipu_options.popvision import trace_event, write_trace
+from planner.bound import UPDATE
 from planner.sides import Side
 from planner.views import STYLES, View, schedule_of, views_of
-from runtime.errors import UsageError
 from runtime.files import writing
 
 # Of one plan, and of several sides.
-DRAWN = (("timeline", "memory", "split"), ("memory", "stages", "throughput"))
-
-
-def check_picture(path: str) -> None:
-    """Raise UsageError if `path` is no picture's."""
-    if not path.lower().endswith((".png", ".svg", ".pdf")):
-        raise UsageError(f"--plot {path}: name a .png, .svg or .pdf file")
+DRAWN = (("timeline", "memory", "split"), ("throughput", "memory", "stages"))
 
 
 def draw(sides: Sequence[Side], path: str, title: str) -> None:
-    """Draw views of `sides` below each other to the file `path` (.png, .svg or .pdf)."""
-    check_picture(path)
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Draw views of `sides` below each other to the file `path`."""
+    from matplotlib.figure import Figure
 
-    views = [view for view in views_of(sides) if view.name in DRAWN[len(sides) > 1]]
+    views = views_of(sides, DRAWN[len(sides) > 1])
     heights = [1.6 + 0.45 * len(view.rows) for view in views]
-    figure, axes = pyplot.subplots(
-        len(views), 1, figsize=(12, 0.5 + 0.2 * len(sides) + sum(heights)), squeeze=False,
-        gridspec_kw={"height_ratios": heights}, layout="constrained")
+    figure = Figure(figsize=(12, 0.5 + 0.2 * len(sides) + sum(heights)), layout="constrained")
+    axes = figure.subplots(len(views), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     figure.suptitle(title, fontsize=10)
     for view, place in zip(views, axes[:, 0]):
-        draw_view(place, view)
-    try:
-        with writing(f"--plot {path}"):
-            figure.savefig(path, dpi=130)
-    finally:
-        pyplot.close(figure)
+        _draw_view(place, view)
+    with writing(f"--plot {path}"):
+        figure.savefig(path, dpi=130)
 
 
-def draw_view(axes: Any, view: View) -> None:
-    """Draw one view."""
+def _draw_view(axes: Any, view: View) -> None:
     from matplotlib.patches import Patch
 
     end = view.limit or 0.0
@@ -91,7 +77,7 @@ def write_timeline(plan: Dict[str, Any], path: str) -> None:
                     stage=event.stage, micro_batch=batch)
         for event in schedule.events() for batch, start in enumerate(event.start)]
     ipus, at = [ipu["ipu"] for ipu in plan["ipus"]], schedule.seconds
-    for name in ("gradient reduction", "gradient reduction between hosts", "weight update"):
+    for name in UPDATE:
         seconds = plan["update_parts_seconds"][name]
         events += [trace_event(name, 1e6 * at, 1e6 * seconds, ipu) for ipu in ipus if seconds]
         at += seconds
