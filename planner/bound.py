@@ -6,7 +6,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from planner.advice import Change
 from planner.plan import Plan
-from planner.schedule import StageWork
 from planner.throughput import stage_work
 
 # The terms of machine.Efficiencies' formula, by the numbers that leave the others out of it.
@@ -14,6 +13,7 @@ WORK = {
     "multiplications": {"matmul_cycles": 0.0, "element_cycles": 0.0},
     "fixed_cost": {"peak_utilisation": float("inf"), "element_cycles": 0.0},
     "element_wise": {"peak_utilisation": float("inf"), "matmul_cycles": 0.0}}
+UPDATE = ("gradient reduction", "gradient reduction between hosts", "weight update")
 ROOFLINE = ("as planned", "balanced, no ramp, no host", "multiplications alone at the peak")
 
 
@@ -41,7 +41,7 @@ def stage_composition(plan: Plan) -> List[Dict[str, float]]:
     """Return {part of WORK: seconds} of each stage's whole work on one micro-batch."""
     terms = {name: stage_work(plan.job, replace(plan.efficiencies, **without))
              for name, without in WORK.items()}
-    return [{name: _seconds(work[index]) for name, work in terms.items()}
+    return [{name: sum(work[index][1:]) for name, work in terms.items()}
             for index in range(len(plan.work))]
 
 
@@ -50,21 +50,15 @@ def groups(plan: Plan) -> Dict[str, float]:
     parts, batches, ipus = plan.parts(), plan.job.micro_batches, len(plan.memory)
     stages = stage_composition(plan)
     work = {name: batches * sum(stage[name] for stage in stages) / ipus for name in WORK}
-    update = ("gradient reduction", "gradient reduction between hosts", "weight update")
     return {**work, "imbalance": parts["waiting for the slowest IPU"],
             "ramp": parts["pipeline ramp"], "copies": parts["copies between IPUs"],
-            "update": sum(parts[name] for name in update), "host": parts["host"]}
-
-
-def _seconds(work: StageWork) -> float:
-    return work.forward + work.recompute + work.backward
+            "update": sum(parts[name] for name in UPDATE), "host": parts["host"]}
 
 
 def _lever(plan: Plan, name: str, better: Sequence[Change]) -> Optional[Tuple[Change, float]]:
     """Return the change that lowers a group's seconds most, and to which share; None if none does.
-
-    They are a row's, or if no change lowers these, a window's: packing helps all groups alike.
     """
+    # A row's seconds; if no change lowers these, a window's: packing helps all groups alike.
     for windows in (False, True):
         def seconds(one: Plan) -> float:
             return groups(one)[name] / one.job.rows_per_update / (
@@ -79,11 +73,9 @@ def _fixed_seconds(plan: Plan) -> Optional[float]:
     """Return the seconds of a step that do not depend on the micro-batch size."""
     if plan.job.count is None:
         return None
-    # The counts are linear in the rows.
     slowest = max(plan.schedule.load, key=plan.schedule.load.get)
-
-    def load(job: Any) -> float:
-        return sum(_seconds(work) for work in stage_work(job, plan.efficiencies)
-                   if work.ipu == slowest)
-    twice = plan.job.changed(micro_batch_size=2 * plan.job.micro_batch_size)
-    return 2 * load(plan.job) - load(twice)
+    # The counts are linear in the rows.
+    once, twice = (
+        sum(sum(work[1:]) for work in stage_work(job, plan.efficiencies) if work.ipu == slowest)
+        for job in (plan.job, plan.job.changed(micro_batch_size=2 * plan.job.micro_batch_size)))
+    return 2 * once - twice

@@ -1,10 +1,7 @@
 """Reads memory and cycles from a PopVision profile, and says what to change.
 
-profile.pop is read through pva, PopVision's analysis library (docs.graphcore.ai, "PopVision
-Analysis Library: Python API"), which comes with the Poplar SDK. Attributes used:
-compilation.target.{ipusPerReplica, tilesPerIpu, bytesPerTile, clockFrequency},
-compilation.tiles[].memory.{total.excludingGaps, category.NAME.total},
-execution.steps[].{program.type, ipus[].cycles}.
+profile.pop is read through pva, which comes with the Poplar SDK (docs.graphcore.ai, "PopVision
+Analysis Library: Python API").
 """
 from __future__ import annotations
 
@@ -18,13 +15,12 @@ from runtime.errors import RunError, UsageError
 
 CODE = ("vertexCode", "controlCode", "internalExchangeCode", "hostExchangeCode",
         "globalExchangeCode", "vertexInstanceState", "copyDescriptor", "vertexFieldData")
-# What an IPU does in a step, by the type of its program. The types that are not named ("other") are
-# control flow, which takes almost no time.
+# What an IPU does in a step, by the type of its program; "other" is control flow, almost no time.
 ACTIVITY = {
     "OnTileExecute": "compute", "DoExchange": "exchange", "GlobalExchange": "IPU-Links",
     "StreamCopy": "host", "StreamCopyBegin": "host", "StreamCopyMid": "host",
     "StreamCopyEnd": "host", "Sync": "waiting"}
-ACTIVITIES = ("compute", "exchange", "IPU-Links", "host", "waiting", "other")
+ACTIVITIES = (*dict.fromkeys(ACTIVITY.values()), "other")
 
 
 @dataclass(frozen=True)
@@ -40,19 +36,17 @@ class Profile:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of code, control code and exchange code on the IPU that has most of them."""
+        """Bytes of code on the IPU that has most of it."""
         return max(self.ipu_code_bytes)
 
     def work_cycles(self, ipu: int) -> int:
-        """Return the cycles in which the IPU computed or exchanged data."""
         return sum(self.cycles[ipu][name] for name in ("compute", "exchange", "IPU-Links"))
 
 
 def open_profile(path: str) -> Profile:
     """Return the Profile in a profile.pop file, or in the newest one below a folder.
 
-    In a folder, a training profile takes precedence over an inference profile. Raises UsageError if
-    pva or the profile is missing, RunError if pva cannot read the profile.
+    Raises UsageError if pva or the profile is missing, RunError if pva cannot read it.
     """
     try:
         import pva
@@ -68,23 +62,22 @@ def open_profile(path: str) -> Profile:
 
 
 def profile_file(path: str) -> Path:
-    """Return the profile.pop that `open_profile` reads. Raises UsageError if there is none."""
-    found = [Path(path)] if Path(path).is_file() else sorted(
-        Path(path).rglob("profile.pop"),
-        key=lambda file: ("training" in file.parts, file.stat().st_mtime))
-    if not found:
-        raise UsageError(
-            f"{path}: no profile.pop there; `python train.py --profile_dir {path}` on an IPU "
-            "writes one")
-    return found[-1]
+    """Return `path`, or the newest profile.pop below it, of training if there is one."""
+    files = [Path(path)] if Path(path).is_file() else Path(path).rglob("profile.pop")
+    newest = max(files, key=lambda file: ("training" in file.parts, file.stat().st_mtime),
+                 default=None)
+    if newest is None:
+        raise UsageError(f"{path}: no profile.pop there; `python train.py --profile_dir {path}` "
+                         "on an IPU writes one")
+    return newest
 
 
 def read_profile(report: Any) -> Profile:
-    """Return the Profile in a report of pva.openReport: that of the first replica's IPUs.
+    """Return the Profile in a report of pva.openReport, of the first replica's IPUs.
 
-    All replicas run the same program, and target.numIPUs counts the IPUs of all of them.
+    All replicas run the same program.
     """
-    target = report.compilation.target
+    target = report.compilation.target  # its numIPUs counts the IPUs of all replicas
     ipus, per_ipu = target.ipusPerReplica, target.tilesPerIpu
     total, code, largest = [0] * ipus, [0] * ipus, [0] * ipus
     for index, tile in zip(range(ipus * per_ipu), report.compilation.tiles):
@@ -92,9 +85,8 @@ def read_profile(report: Any) -> Profile:
         size = tile.memory.total.excludingGaps
         total[ipu] += size
         largest[ipu] = max(largest[ipu], size)
-        code[ipu] += sum(
-            getattr(tile.memory.category, name).total for name in CODE
-            if hasattr(tile.memory.category, name))
+        code[ipu] += sum(getattr(tile.memory.category, name).total for name in CODE
+                         if hasattr(tile.memory.category, name))
     cycles = [dict.fromkeys(ACTIVITIES, 0) for _ in range(ipus)]
     for step in report.execution.steps:
         activity = ACTIVITY.get(str(step.program.type).split(".")[-1], "other")
@@ -106,8 +98,7 @@ def read_profile(report: Any) -> Profile:
 def advice(profile: Profile, plan: Plan) -> str:
     """Return the change to make next, in one line; what it names has been planned.
 
-    A tile out of memory comes first, then imbalance between the IPUs, then time that goes to the
-    host; if the profile shows none of these, it is the plan's suggestion.
+    In order: a tile out of memory, imbalance between the IPUs, the host, the plan's suggestion.
     """
     ipus = list(plan.memory)
     full = max(ipus, key=lambda ipu: profile.largest_tile_bytes[ipu])
@@ -120,7 +111,7 @@ def advice(profile: Profile, plan: Plan) -> str:
             describe(plan, best) if best else f"no single change leaves IPU {full} more room"))
     layers = plan.job.layout.layers_per_ipu(len(ipus))
     work = {ipu: profile.work_cycles(ipu) for ipu in ipus}
-    slowest = max(ipus, key=lambda ipu: work[ipu])
+    slowest = max(work, key=work.get)
     layer = work[slowest] / max(1, layers[slowest])
     # The step is as long as the slowest IPU's work, after a layer of it has moved to another.
     after = {ipu: max({**work, slowest: work[slowest] - layer, ipu: work[ipu] + layer}.values())
@@ -136,8 +127,6 @@ def advice(profile: Profile, plan: Plan) -> str:
     busy = sum(sum(parts.values()) for parts in profile.cycles) or 1
     host = sum(parts["host"] for parts in profile.cycles) / busy
     if host > 0.1:
-        return (
-            f"{100 * host:.0f} % of the time goes to the host: "
-            f"--device_iterations {2 * plan.job.config.device_iterations}, "
-            "or more --dataloader_num_workers")
+        return (f"{100 * host:.0f} % of the time goes to the host: --device_iterations "
+                f"{2 * plan.job.config.device_iterations}, or more --dataloader_num_workers")
     return suggestion(plan, changes(plan))
