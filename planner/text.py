@@ -13,28 +13,12 @@ from planner.from_settings import hosts_text
 from planner.job import Job
 from planner.machine import MIB, Efficiencies
 from planner.phase import PHASES
-from planner.sides import Side, differences
-from planner.views import (
-    LEGEND,
-    WORDS,
-    View,
-    count,
-    duration,
-    memory,
-    mib,
-    parts,
-    percent,
-    planned,
-    profiled,
-    roofline,
-    stages,
-    throughput,
-)
+from planner.sides import DEVICES, Side, differences
+from planner.views import LEGEND, WORDS, View, count, duration, mib, percent, planned, views_of
 from runtime.errors import UsageError
 
 SHORT, HEADINGS, GROUPS = (WORDS[name] for name in ("short", "headings", "groups"))
-# Share of the memory that should stay free: what is estimated of the rest is not better than this.
-TIGHT = 0.05
+TIGHT = 0.05  # share of the memory that should stay free: the estimate is not better than this
 WIDTH = 112
 Ranking = Tuple[List[str], List[List[str]]]  # head and rows of a table
 
@@ -42,11 +26,16 @@ Ranking = Tuple[List[str], List[List[str]]]  # head and rows of a table
 def comparison_text(sides: Sequence[Side]) -> str:
     """Return all that is known of `sides` as text. A plan alone is a comparison of one side."""
     alone = len(sides) == 1 and sides[0].plan
-    sections = ["\n".join([*verdict(sides), *advice(alone), heading(alone)]), _blocks(alone)
-                ] if alone else ["\n".join(verdict(sides)), _titles(sides), _differences(sides)]
-    views = [memory(sides), stages(sides), parts(sides), profiled(sides), roofline(sides),
-             *([] if alone else [throughput(sides)])]
-    return "\n\n".join(filter(None, [*sections, *(render(view) for view in views if view.rows)]))
+    names = ["memory", "stages", "parts", "profiled", "roofline"]
+    if alone:
+        sections = ["\n".join([*verdict(sides), *advice(alone), heading(alone)]), _blocks(alone)]
+    else:
+        names.append("throughput")
+        titles = (line for side in sides for line in (side.label, side.note and f"   {side.note}"))
+        sections = ["\n".join(lines) for lines in (verdict(sides), filter(None, titles))]
+        sections.append(_differences(sides))
+    sections += map(render, views_of(sides, names))
+    return "\n\n".join(filter(None, sections))
 
 
 def render(view: View) -> str:
@@ -58,12 +47,10 @@ def render(view: View) -> str:
     cells = list(dict.fromkeys(name for row in view.rows for name in row.cells))
     rows = []
     for row in view.rows:
-        lengths = dict.fromkeys(names, 0.0)
-        for piece in row.segments:
-            if piece.part in lengths:
-                lengths[piece.part] += piece.length
+        lengths = (sum(piece.length for piece in row.segments if piece.part == name)
+                   for name in names)
         rows.append([row.group, *[row.label][:several],
-                     *(f"{length:,.{view.digits}f}" for length in lengths.values()),
+                     *(f"{length:,.{view.digits}f}" for length in lengths),
                      *(row.cells.get(name, "") for name in cells)])
     inside = len(view.title) <= max(len(row[0]) for row in rows)  # the title is the first heading
     head = [view.title * inside, *[""][:several],
@@ -87,12 +74,12 @@ def _by_side(view: View) -> str:
 
 
 def profile_text(side: Side) -> str:
-    """Return a profile beside the plan of the profiled run. Raises UsageError if it is no such."""
+    """Return a profile beside the plan of its run. Raises UsageError if the IPUs differ."""
     ipus, of_plan = len(side.profile.total_bytes), len(side.plan["ipus"])
     if ipus != of_plan:
         raise UsageError(f"the profile is of {ipus} IPUs, the plan of {of_plan}: give report the "
                          "flags that the profiled run was started with")
-    return "\n\n".join(render(view([side])) for view in (memory, profiled))
+    return "\n\n".join(map(render, views_of([side], ("memory", "profiled"))))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -102,10 +89,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int
     heads = zip(*([""] * (height - len(title)) + title for title in titles))
     cells = [list(map(str, row)) for row in [*heads, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [
-        "  " + "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
+    lines = ["  " + "  ".join(cell.ljust(width) if i in left else cell.rjust(width)
+                              for i, (cell, width) in enumerate(zip(row, widths))).rstrip()
+             for row in cells]
     lines.insert(height, "  " + "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
 
@@ -125,7 +111,7 @@ def verdict(sides: Sequence[Side]) -> List[str]:
     if len(sides) == 1:
         return [fits_line(plans[0].plan), bound_line(plans[0].plan)] if plans else []
     lines = _winner(plans) if len(plans) > 1 else []
-    for device, where in (("IPU", "IPUs"), ("host", "a host without IPUs")):
+    for device, where in DEVICES.items():
         runs = sorted((side for side in sides if side.measured_on(device)),
                       key=lambda side: -side.measured_on(device))
         if len(runs) > 1:
@@ -198,7 +184,7 @@ def _faster(one: float, other: float) -> str:
 
 
 def _through(a: Dict[str, Any], b: Dict[str, Any]) -> str:
-    """Return where most of the time goes that plan `a` saves against `b`."""
+    """Return where plan `a` saves most of the time against `b`."""
     one, two = ({name: 1e6 * seconds / (plan["rows_per_update"] * plan["windows_per_row"])
                  for name, seconds in plan["group_seconds"].items()} for plan in (a, b))
     saved = {name: two[name] - one[name] for name in one}
@@ -238,7 +224,6 @@ def heading(plan: Dict[str, Any]) -> str:
 
 
 def _amount(plan: Dict[str, Any]) -> str:
-    """Return what the whole run works through."""
     windows, epochs = plan.get("windows"), plan.get("epochs")
     if plan.get("updates") is not None:
         return f"{plan['updates']:,} weight updates"
@@ -253,23 +238,16 @@ def _blocks(plan: Dict[str, Any]) -> str:
     for block in plan["blocks"]:
         same = runs and {**block, "name": ""} == {**runs[-1][0], "name": ""}
         runs[-1].append(block) if same else runs.append([block])
-    rows = [[run[0]["name"] + (f"-{run[-1]['name'].split()[-1]}" if len(run) > 1 else ""),
-             str(run[0]["ipu"]), *_counts(run)] for run in runs]
-    head = ["block", "IPU", "parameters", "forward GFLOP", "saved MiB", "output MiB"]
-    return table(head, rows)
-
-
-def _counts(blocks: Sequence[Dict[str, Any]]) -> List[str]:
-    """Return the cells of some blocks: sums, and the output of the last one."""
-    def total(name: str) -> float:
-        return sum(block[name] for block in blocks)
-    return [count(total("parameters")), f"{total('forward_flops') / 1e9:.2f}",
-            f"{total('saved_bytes') / MIB:.1f}", f"{blocks[-1]['output_bytes'] / MIB:.2f}"]
-
-
-def _titles(sides: Sequence[Side]) -> str:
-    return "\n".join(line for side in sides for line in (
-        side.label, f"   {side.note}" if side.note else "") if line)
+    rows = []
+    for run in runs:
+        first, last, times = run[0], run[-1], len(run)
+        rows.append([first["name"] + (f"-{last['name'].split()[-1]}" if times > 1 else ""),
+                     str(first["ipu"]), count(times * first["parameters"]),
+                     f"{times * first['forward_flops'] / 1e9:.2f}",
+                     f"{times * first['saved_bytes'] / MIB:.1f}",
+                     f"{last['output_bytes'] / MIB:.2f}"])
+    return table(
+        ["block", "IPU", "parameters", "forward GFLOP", "saved MiB", "output MiB"], rows)
 
 
 def _differences(sides: Sequence[Side]) -> str:
@@ -282,9 +260,9 @@ def _differences(sides: Sequence[Side]) -> str:
 
 
 def ranking(entries: Sequence[Tuple[str, Dict[str, Any], Dict[str, str]]]) -> Ranking:
-    """Return head and rows of a table with one line for each entry: its figures, then its settings.
+    """Return head and rows of a table of (name, {setting: value}, {figure: text}).
 
-    entries: (name, {setting: value}, {figure: text}). Settings that all share have no column.
+    Settings that all share have no column.
     """
     figures = list(dict.fromkeys(name for _, _, cells in entries for name in cells))
     names = [name for name in dict.fromkeys(name for _, values, _ in entries for name in values)
@@ -309,8 +287,8 @@ def search_text(sides: Sequence[Side], flags: Sequence[Dict[str, Any]], tried: i
                 job: Job) -> Tuple[str, Ranking]:
     """Return the answer of a search as text, and its ranking.
 
-    sides: the settings as they are, then the plans from the best one on. flags: settings of each.
-    tried, seconds: the number of settings searched and the time it took. job: of the best.
+    sides: the settings as they are, then the plans from the best one on, with the `flags` of each.
+    tried: number of settings. job: of the best.
     """
     now, best = sides[0].plan, sides[1].plan
     # An inference run is a whole number of calls: its duration is what counts.
@@ -328,13 +306,13 @@ def search_text(sides: Sequence[Side], flags: Sequence[Dict[str, Any]], tried: i
     entries = []
     for side, values, ratio in zip(sides, flags, ratios):
         plan = side.plan
-        entries.append((side.name, {name: value for name, value in values.items()
-                                    if name not in shared}, {
-            "windows/s": count(plan["windows_per_second"]), "times": f"{ratio:.2f}",
-            **({} if job.training else {"whole\nrun": duration(plan["run_seconds"])}),
-            "waits": percent(plan["update_parts_seconds"]["waiting for the slowest IPU"] /
-                             plan["update_seconds"]),
-            "free\nMiB": mib(plan["free_bytes"])}))
+        waits = plan["update_parts_seconds"]["waiting for the slowest IPU"]
+        cells = {"windows/s": count(plan["windows_per_second"]), "times": f"{ratio:.2f}",
+                 **({} if job.training else {"whole\nrun": duration(plan["run_seconds"])}),
+                 "waits": percent(waits / plan["update_seconds"]),
+                 "free\nMiB": mib(plan["free_bytes"])}
+        differing = {name: value for name, value in values.items() if name not in shared}
+        entries.append((side.name, differing, cells))
     return "\n".join(filter(None, lines)), ranking(entries)
 
 
@@ -361,15 +339,15 @@ def _provenance(efficiencies: Dict[str, Any]) -> str:
 
 
 def fit_record(rows: Sequence[Comparison]) -> List[Dict[str, Any]]:
-    """Return published runs and their plans as dictionaries that can be written as JSON."""
+    """Return published runs and their plans as dictionaries for JSON."""
     records = []
     for row in rows:
+        run, plan = row.run, row.plan
         records.append({
-            "name": row.run.name, "use": row.run.use, "source": row.run.source,
-            "machine": row.run.job.machine.name,
-            "published_rows_per_second": row.run.rows_per_second,
-            "planned_rows_per_second": row.plan.rows_per_second, "planned_fits": row.plan.fits,
-            "free_bytes": row.plan.free_bytes, "right": row.right})
+            "name": run.name, "use": run.use, "source": run.source,
+            "machine": run.job.machine.name, "published_rows_per_second": run.rows_per_second,
+            "planned_rows_per_second": plan.rows_per_second, "planned_fits": plan.fits,
+            "free_bytes": plan.free_bytes, "right": row.right})
         if row.blind:
             low, high = expected_error(row.blind)
             records[-1].update(
@@ -411,7 +389,6 @@ def fit_text(rows: Sequence[Comparison], efficiencies: Efficiencies) -> str:
 
 
 def _summary(name: str, rows: Sequence[Comparison]) -> List[str]:
-    """Return the cells of the errors of some measured runs."""
     cells = []
     for errors in ([row.error(row.plan) for row in rows], [row.error(row.blind) for row in rows]):
         cells += [percent(math.sqrt(sum(e * e for e in errors) / len(errors)), 1),

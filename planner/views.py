@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
-from planner.bound import ROOFLINE, WORK
+from planner.bound import ROOFLINE, UPDATE, WORK
 from planner.machine import MIB
 from planner.memory import CATEGORIES
 from planner.phase import PHASES, TRAINING
@@ -59,20 +59,18 @@ class View:
     hints: bool = False  # whether hints are written into the bars
 
     def parts(self) -> List[str]:
-        """Return the parts that have a length in any row, in the order of STYLES."""
+        """Return the parts that have a length, in the order of STYLES."""
         used = {piece.part for row in self.rows for piece in row.segments if piece.length}
         return [part for part in STYLES if part in used]
 
 
-def views_of(sides: Sequence[Side]) -> List[View]:
-    """Return all views of `sides` that have any rows."""
-    views = [throughput(sides), timeline(sides), memory(sides), stages(sides), parts(sides),
-             split(sides), roofline(sides), profiled(sides)]
+def views_of(sides: Sequence[Side], names: Iterable[str] = ()) -> List[View]:
+    """Return the views of these names, or all, that have any rows."""
+    views = [VIEWS[name](sides) for name in names or VIEWS]
     return [view for view in views if view.rows]
 
 
 def memory(sides: Sequence[Side]) -> View:
-    """The memory of each IPU by category, planned and profiled."""
     rows, limits = [], {ipu["limit_bytes"] for side in planned(sides) for ipu in side.plan["ipus"]}
     for side in sides:
         for ipu in side.plan["ipus"] if side.plan else ():
@@ -97,20 +95,18 @@ def memory(sides: Sequence[Side]) -> View:
 
 
 def stages(sides: Sequence[Side]) -> View:
-    """The planned time of one micro-batch on each stage, and what it consists of."""
     rows, note = [], ""
     for side in planned(sides):
-        load = {ipu["ipu"]: ipu["busy_seconds"] for ipu in side.plan["ipus"]}
+        load = _load(side.plan)
         for stage in side.plan["stages"]:
             seconds = [(kind, 1e3 * stage[f"{kind}_seconds"]) for kind in TRAINING.kinds]
             total = f"{sum(length for _, length in seconds):.2f}"
             terms = {term.replace("_", " "): f"{1e3 * stage[f'{term}_seconds']:.2f}"
                      for term in WORK}
             rows.append(Row(f"stage {stage['stage']}", side.name, _stacked(seconds), {
-                "sum": total, **terms, "IPU": str(stage["ipu"]),
-                "its load": percent(load[stage["ipu"]] / max(load.values()))}, total))
-        fixed = side.plan["step_fixed_seconds"]
-        step = side.plan["step_seconds"]
+                "sum": total, **terms, "IPU": str(stage["ipu"]), "its load": load[stage["ipu"]]},
+                total))
+        fixed, step = side.plan["step_fixed_seconds"], side.plan["step_seconds"]
         note = (f"A step takes {1e3 * step:.2f} ms, as long as the slowest IPU and the copies" + (
                 f"; {1e3 * fixed:.2f} ms of it do not depend on the micro-batch size"
                 if fixed is not None else "") + f". {side.plan['pipeline_steps']} steps a "
@@ -120,7 +116,6 @@ def stages(sides: Sequence[Side]) -> View:
 
 
 def parts(sides: Sequence[Side]) -> View:
-    """Where the time of a weight update or call goes."""
     rows = []
     for side in planned(sides):
         seconds = side.plan["update_parts_seconds"]
@@ -134,16 +129,14 @@ def parts(sides: Sequence[Side]) -> View:
 
 
 def profiled(sides: Sequence[Side]) -> View:
-    """What the IPUs of profiles did in the profiled call."""
     rows = []
     for side in sides:
-        profile = side.profile
-        load = [ipu["busy_seconds"] for ipu in side.plan["ipus"]] if side.plan else []
+        profile, load = side.profile, _load(side.plan) if side.plan else {}
         for ipu, cycles in enumerate(profile.cycles if profile else ()):
             most = max(map(profile.work_cycles, range(len(profile.cycles)))) or 1
             cells = {"load": percent(profile.work_cycles(ipu) / most)}
-            if ipu < len(load):
-                cells["load planned"] = percent(load[ipu] / max(load))
+            if ipu in load:
+                cells["load planned"] = load[ipu]
             rows.append(Row(f"IPU {ipu}", side.name, _stacked(
                 (name, 1e3 * cycles[name] / profile.clock_hz) for name in ACTIVITIES), cells))
     return View("profiled", "Time in ms of the profiled call, by what an IPU does", "ms",
@@ -168,10 +161,7 @@ def throughput(sides: Sequence[Side]) -> View:
 
 
 def _figures(side: Side, first: Optional[float], name: str) -> Dict[str, str]:
-    """Return {figure: text} of a side; what a host measured is never in a row of IPUs.
-
-    first, name: the planned windows/s and the name of the first side.
-    """
+    """Return {figure: text} of a side. first, name: planned windows/s and name of the first."""
     plan, run = side.plan or {}, side.measured
     speed, on_ipus = plan.get("windows_per_second"), side.measured_on("IPU")
     table = [
@@ -199,7 +189,6 @@ def _figures(side: Side, first: Optional[float], name: str) -> Dict[str, str]:
 
 
 def schedule_of(plan: Dict[str, Any]) -> Schedule:
-    """Return the schedule of a plan's record."""
     work = [StageWork(stage["ipu"], *(stage[f"{kind}_seconds"] for kind in TRAINING.kinds))
             for stage in plan["stages"]]
     copies = plan["update_parts_seconds"]["copies between IPUs"] / plan["pipeline_steps"]
@@ -220,12 +209,8 @@ def timeline(sides: Sequence[Side]) -> View:
                     pieces[event.ipu].append(Segment(
                         event.kind, start, 1e3 * event.seconds,
                         f"stage {event.stage}, micro-batch {batch}"))
-        at, tail = total * step, []
-        for name in ("gradient reduction", "gradient reduction between hosts", "weight update",
-                     "host"):
-            length = 1e3 * side.plan["update_parts_seconds"][name]
-            tail.append(Segment(name, at, length))
-            at += length
+        tail = _stacked([(name, 1e3 * side.plan["update_parts_seconds"][name])
+                         for name in (*UPDATE, "host")], total * step)
         between = total - 2 * ends
         middle = [Segment(MIDDLE, ends * step, between * step, f"{between} steps")] * bool(between)
         rows += [Row(side.name, f"IPU {ipu}", [*drawn, *middle, *tail])
@@ -247,33 +232,37 @@ def roofline(sides: Sequence[Side]) -> View:
 
 
 def split(sides: Sequence[Side]) -> View:
-    """The blocks on each IPU, and its work relative to the slowest one's."""
     rows = []
     for side in planned(sides):
-        load = {ipu["ipu"]: ipu["busy_seconds"] for ipu in side.plan["ipus"]}
+        load = _load(side.plan)
         for ipu in side.plan["ipus"]:
             names = [name.replace("Encoder ", "") for name in ipu["blocks"]]
             rows.append(Row(
                 side.name, f"IPU {ipu['ipu']}",
                 [Segment("encoder layer" if name.isdigit() else "block", place, 0.96, name)
                  for place, name in enumerate(names)],
-                remark=f"{percent(load[ipu['ipu']] / max(load.values()))} of the slowest"))
+                remark=f"{load[ipu['ipu']]} of the slowest"))
     return View("split", "Split (numbers: encoder layers) and the work of a micro-batch", "", rows,
                 hints=True)
 
 
 def planned(sides: Sequence[Side]) -> List[Side]:
-    """Return the sides that have a plan."""
     return [side for side in sides if side.plan]
+
+
+def _load(plan: Dict[str, Any]) -> Dict[int, str]:
+    """Return {IPU: its work relative to the slowest one's}."""
+    busy = {ipu["ipu"]: ipu["busy_seconds"] for ipu in plan["ipus"]}
+    return {ipu: percent(seconds / max(busy.values())) for ipu, seconds in busy.items()}
 
 
 def _round(sides: Sequence[Side]) -> str:
     return (PHASES[planned(sides)[0].plan["phase"]] if planned(sides) else TRAINING).round
 
 
-def _stacked(lengths: Iterable[Tuple[str, float]]) -> List[Segment]:
+def _stacked(lengths: Iterable[Tuple[str, float]], at: float = 0.0) -> List[Segment]:
     """Return parts one after the other."""
-    at, pieces = 0.0, []
+    pieces = []
     for part, length in lengths:
         pieces.append(Segment(part, at, length))
         at += length
@@ -285,22 +274,22 @@ def _by_group(rows: Sequence[Row]) -> List[Row]:
 
 
 def mib(size: float) -> str:
-    """Return bytes as whole MiB."""
     return f"{size / MIB:.0f}"
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """Return a share as a percentage."""
     return f"{100 * share:.{digits}f} %"
 
 
 def count(value: float) -> str:
-    """Return a large number, rounded."""
     return f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:
-    """Return a time in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+VIEWS = {view.__name__: view for view in (
+    throughput, timeline, memory, stages, parts, split, roofline, profiled)}
