@@ -1,7 +1,6 @@
 """The page of `python -m planner explore`: change a plan, and see at once what that does.
 
 All state is in the browser: the values of the fields, and the flags of the pinned plan as JSON.
-What the page shows is planned from flags, as `plan` does it from the same flags.
 """
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ class Planned(NamedTuple):
 
 
 def plan_of(flags: Dict[str, Any], phase: Phase) -> Planned:
-    """Return the plan of these flags. Raises UsageError or RunError where there is none."""
+    """Return the plan of these flags."""
     request = request_of(flags, phase)
     return Planned(request, planned(request))
 
@@ -87,8 +86,7 @@ def texts_of(base: Planned) -> Dict[str, str]:
 def with_fields(base: Planned, texts: Dict[str, Any]) -> Dict[str, Any]:
     """Return the flags of `base` with those that the fields change.
 
-    texts: the fields' contents, as the browser sends them. Raises UsageError for further flags that
-    are none, or that have a field.
+    texts: the fields' contents. Raises UsageError for further flags that are none or have a field.
     """
     known = {name: value for group in base.request[:3] for name, value in group.values().items()}
     form, further = FORMS[base.request.phase], _further(texts.get("further") or "")
@@ -104,7 +102,6 @@ def with_fields(base: Planned, texts: Dict[str, Any]) -> Dict[str, Any]:
 
 @lru_cache(maxsize=32)
 def _further(text: str) -> Dict[str, Any]:
-    """Return the values of the flags in the field for further ones."""
     try:
         return train_flags(shlex.split(text), JobSettings, program="explore", description="")
     except ValueError as error:
@@ -144,10 +141,7 @@ def best(base: Planned) -> Plan:
 
 
 def serve_planner(request: Request, exploring: ExploreSettings) -> None:
-    """Serve the page until a signal ends the process. request: of the plan to begin with.
-
-    Raises UsageError or RunError if it cannot be planned, or if the port cannot be had.
-    """
+    """Serve the page until a signal ends the process. request: of the plan to begin with."""
     base = Planned(request, planned(request))
     count_ahead(base)
     serve(make_app(base, exploring.write), "127.0.0.1", exploring.port)
@@ -155,15 +149,13 @@ def serve_planner(request: Request, exploring: ExploreSettings) -> None:
 
 
 def count_ahead(base: Planned) -> None:
-    """Count the model for what the fields may ask for, so that a change need not wait for it."""
+    """Count the model for what the fields may ask for: a change need not wait for it."""
     phase = base.request.phase
     for pack in (True, False):
-        for parts in COUNTED_AHEAD:
-            try:
+        with suppress(UsageError):  # of one's own data it is not known how well they pack
+            for parts in COUNTED_AHEAD:
                 shown(plan_of({**base.request.flags, "pack": pack,
                                **phase.flags({"embedding_serialization_factor": parts})}, phase))
-            except UsageError:
-                break  # of one's own data it is not known how well they pack
 
 
 def make_app(base: Planned, file: str) -> Any:
@@ -183,7 +175,7 @@ def make_app(base: Planned, file: str) -> Any:
     def show(texts: Dict[str, Any], pinned: Optional[str]) -> Dict[str, Any]:
         now = plan_of(with_fields(base, texts), phase)
         parts = shown(now, pinned)
-        styles = {f"{name}-style": _height(parts[name]) for name in VIEWS}
+        styles = {f"{name}-style": {"height": parts[name]["layout"]["height"]} for name in VIEWS}
         return {**parts, **styles, "error": "", "flags": json.dumps(now.request.flags)}
 
     @app.callback(Output("moves", "children"), Input(next(iter(form.texts)), "value"),
@@ -199,7 +191,7 @@ def make_app(base: Planned, file: str) -> Any:
 
 
 def _add_actions(app: Any, base: Planned, file: str) -> None:
-    """Add what the buttons do. The arguments are those of `make_app`, and its page."""
+    """Add what the buttons do."""
     phase = base.request.phase
     names, layers = FORMS[phase].names, next(iter(FORMS[phase].texts))
     states = {name: State(name, "value") for name in names}
@@ -251,7 +243,6 @@ def shown(now: Planned, pinned: Optional[str] = None) -> Dict[str, Any]:
     """Return what the page shows of a plan, by the id of its element. pinned: flags as JSON."""
     sides = [*([pinned_side(pinned, now.request.phase)] if pinned else []), _side("now", now)]
     plan, (fits, bound) = sides[-1].plan, verdict(sides[-1:])
-    figures = {view.name: figure(view) for view in views_of(sides)}
     offers = [html.Li([change["text"], " ", html.Button(
         "Try", id={"flags": json.dumps(change["settings"])},
         **{"aria-label": f"Try {flags_text(change['settings'])}"})])
@@ -261,21 +252,16 @@ def shown(now: Planned, pinned: Optional[str] = None) -> Dict[str, Any]:
         "heading": "\n".join([bound, *(verdict(sides) if pinned else []), heading(plan)]),
         "text": comparison_text(sides), "command": run_command(now.plan, now.request),
         "advice": offers or [html.Li(plan["suggestion"])],
-        **{name: figures[name] for name in VIEWS}}
+        **{view.name: figure(view) for view in views_of(sides, VIEWS)}}
 
 
 @lru_cache(maxsize=32)
 def pinned_side(flags: str, phase: Phase) -> Side:
-    """Return the pinned plan of these flags, as JSON."""
     return _side("pinned", plan_of(json.loads(flags), phase))
 
 
 def _side(name: str, now: Planned) -> Side:
     return Side.from_plan(name, now.plan, now.request, flags_text(now.request.flags))
-
-
-def _height(figure: Dict[str, Any]) -> Dict[str, Any]:
-    return {"height": figure["layout"]["height"]}
 
 
 def _show_error(error: Exception) -> None:
@@ -285,7 +271,6 @@ def _show_error(error: Exception) -> None:
 
 
 def _moves(ipus: int) -> List[Any]:
-    """Return two buttons between neighbouring IPUs, each of which moves a layer."""
     parts: List[Any] = ["IPU\u00a00"]
     for ipu in range(1, ipus):
         parts += [html.Button(arrow, id={"from": start, "to": end}, style={"margin": "0 0.2em"}, **{
@@ -296,7 +281,6 @@ def _moves(ipus: int) -> List[Any]:
 
 
 def _layout(base: Planned) -> Any:
-    """Return the page's content."""
     form, texts = FORMS[base.request.phase], texts_of(base)
     block = {"display": "block", "marginTop": "0.6em"}
 
@@ -336,8 +320,7 @@ def _layout(base: Planned) -> Any:
                 html.H2(["Run it ", dcc.Clipboard(target_id="command", title="Copy")]),
                 html.Pre(id="command", style=_WRAPPED),
                 *(dcc.Graph(id=name, config={**PLOT_CONFIG, "displayModeBar": False},
-                            style={"display": "none"})
-                  for name in VIEWS),
+                            style={"display": "none"}) for name in VIEWS),
                 html.H2("In words and numbers"),
                 html.Pre(id="text", tabIndex=0, style={"overflowX": "auto"})],
                 style={"flex": "3 1 30em", "minWidth": 0})],

@@ -31,10 +31,9 @@ USAGE = (
 RUN_RECORD, PROFILE_NOTE = "run.json", "framework.json"
 _NAMES_ONLY = ("config", "output_dir")  # settings that name a run rather than how it works
 THIS_HOST = "this host"  # where a sweep measured, if not on IPUs
-# What a saved plan must have.
 SAVED = ("phase", "title", "ipus", "stages", "blocks", "model", "update_parts_seconds",
-         "efficiencies", "group_seconds")
-_DEVICES = {"IPU": "IPUs", "host": "a host without IPUs"}
+         "efficiencies", "group_seconds")  # what a saved plan must have
+DEVICES = {"IPU": "IPUs", "host": "a host without IPUs"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ class Side:
                   ) -> "Side":
         """Return what the word `item` of the command line stands for.
 
-        common: flags of everything that is planned. Raises UsageError if it is nothing that can be
-        compared, RunError if it cannot be read; both name the side.
+        common: flags of every plan. Raises UsageError or RunError that name the side.
         """
         where = f"{name}, {item}" if Path(item).exists() else f'{name}, "{item}"'
         try:
@@ -83,7 +81,7 @@ class Side:
     @classmethod
     def from_flags(cls, name: str, words: List[str], phase: Phase = TRAINING, item: str = "",
                    kind: str = "flags") -> "Side":
-        """Return the plan of the flags of train.py in `words`. Raises what planning them does."""
+        """Return the plan of the flags of train.py in `words`."""
         request = Request(
             *parse_train(words, JobSettings, program="compare", description=USAGE), phase)
         return cls.from_plan(name, planned(request), request, item, kind)
@@ -91,7 +89,6 @@ class Side:
     @classmethod
     def from_plan(cls, name: str, plan: Plan, request: Request, item: str = "",
                   kind: str = "flags") -> "Side":
-        """Return the plan of a request."""
         record = plan_record(plan, request)
         return cls(name, item, kind, item if item.strip() else record["title"],
                    {**request.settings.values(), **_recorded_settings(record)}, record)
@@ -103,9 +100,8 @@ class Side:
         if missing:
             raise UsageError(f"not whole, without {', '.join(missing)}: give what `python -m "
                              "planner plan --json` printed")
-        size = PHASES[plan["phase"]].micro_batch_flag
-        known = {size: plan["micro_batch_size"], **{
-            key: plan[key] for key in ("max_seq_length", "precision")}}
+        known = {PHASES[plan["phase"]].micro_batch_flag: plan["micro_batch_size"],
+                 "max_seq_length": plan["max_seq_length"], "precision": plan["precision"]}
         return cls(name, item, "saved plan", f"{plan['title']}, {item}",
                    {**known, **_recorded_settings(plan)}, plan)
 
@@ -123,7 +119,7 @@ class Side:
         measured = _measured(Path(item))
         per_row = measured.get("windows_per_row") if values.get("pack") else None
         settings, plan, note = _replanned(values, f"{item}/{RUN_RECORD}", common, per_row)
-        device = _DEVICES.get(measured.get("device", ""), "what its log does not tell")
+        device = DEVICES.get(measured.get("device", ""), "what its log does not tell")
         return cls(name, item, "run", item, settings, plan, measured, note=note or (
             f"the figures of its plan are for IPUs; it ran on {device}"))
 
@@ -142,7 +138,7 @@ class Side:
         return cls(name, item, "profile", item, settings, plan, profile=profile, note=why)
 
     def with_row(self, name: str, row: Dict[str, str]) -> "Side":
-        """Return this combination of a sweep under another name, with what its row measured."""
+        """Return it under another name, with what a row of a sweep measured."""
         device, speed = row["measured_on"], row["measured_windows_per_second"]
         measured = {"windows_per_second": float(speed),
                     "device": "host" if device == THIS_HOST else device} if speed else {}
@@ -150,7 +146,6 @@ class Side:
 
     @property
     def label(self) -> str:
-        """What to call it in a heading: its name, its title and where that is from."""
         return f"{self.name}: {self.title}" + (f" ({self.kind})" if self.kind != "flags" else "")
 
     def measured_on(self, device: str) -> Optional[float]:
@@ -174,28 +169,24 @@ def parse_around(argv: Sequence[str], group: type, command: str, description: st
 
 
 def comparison_record(sides: Sequence[Side]) -> Dict[str, Any]:
-    """Return the whole comparison as a dictionary that can be written as JSON."""
+    """Return the whole comparison as a dictionary for JSON."""
     return {"sides": [{**vars(side), "given": side.item, "profile": side.profile and asdict(
         side.profile)} for side in sides], "differences": differences(sides)}
 
 
 def differences(sides: Sequence[Side]) -> Dict[str, Dict[str, Any]]:
-    """Return {setting: {name of a side: its value}} of the settings that differ.
-
-    A side that does not know a setting (a saved plan: the learning rate) is left out, and differs
-    from none.
-    """
+    """Return {setting: {name of a side that knows it: its value}} of the settings that differ."""
     different = {}
     for name in dict.fromkeys(name for side in sides for name in side.settings):
         values = {side.name: side.settings[name] for side in sides if name in side.settings}
-        first = next(iter(values.values()))
-        if name not in _NAMES_ONLY and any(value != first for value in values.values()):
+        first, *others = values.values()
+        if name not in _NAMES_ONLY and any(value != first for value in others):
             different[name] = values
     return different
 
 
 def check_phases(sides: Sequence[Side]) -> None:
-    """Raise UsageError if plans of training and of inference are among the sides."""
+    """Raise UsageError if there are plans of training and of inference."""
     phases = {side.plan["phase"]: side for side in sides if side.plan}
     if len(phases) > 1:
         raise UsageError(" and ".join(f"{side.name} is of {phase}" for phase, side in
@@ -204,7 +195,7 @@ def check_phases(sides: Sequence[Side]) -> None:
 
 
 def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
-    """Return a plan as a dictionary that can be written as JSON, with units in the keys."""
+    """Return a plan as a dictionary for JSON, with units in the keys."""
     from qa.families import family_of
 
     job, config, settings, planning = plan.job, plan.job.config, request.settings, request.planning
@@ -263,11 +254,9 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
 
 
 def _recorded_settings(plan: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the settings that a plan's record holds, with the split as it results."""
-    return {**plan["ipu_config"], **plan["model"], "pod_type": plan["pod_type"],
-            "model_name_or_path": plan["model_name_or_path"],
-            "layers_per_ipu": plan["layers_per_ipu"],
-            "ipus_per_replica": plan["ipus_per_replica"], "ipu": plan["machine"].lower()}
+    return {**plan["ipu_config"], **plan["model"], **{name: plan[name] for name in (
+        "pod_type", "model_name_or_path", "layers_per_ipu", "ipus_per_replica")},
+        "ipu": plan["machine"].lower()}
 
 
 def _replanned(values: Dict[str, Any], source: str, common: List[str],
@@ -275,8 +264,7 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
                ) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Optional[str]]:
     """Return (all settings, the plan or None, why there is none) of a run's recorded settings.
 
-    values: by name. Of the flags in `common`, the planner's apply. A run whose model is no longer
-    where it was, or whose settings this version refuses, still has its measured figures.
+    Of the flags in `common`, the planner's apply.
     """
     _, _, planning = parse_train(common, JobSettings, program="compare", description=USAGE)
     if windows_per_row is not None and planning.windows_per_row is None:
@@ -291,7 +279,7 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
         settings.config = str(values.get("config"))
         request = Request(settings, ipu_config, planning)
         side = Side.from_plan("", planned(request), request)
-    except (UsageError, RunError) as error:
+    except (UsageError, RunError) as error:  # its model has moved, or this version refuses it
         return values, None, f"no plan: {error}"
     return side.settings, side.plan, None
 
@@ -299,8 +287,7 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
 def _measured(folder: Path) -> Dict[str, Any]:
     """Return what a run measured, from its log and, if it is at its end, train_results.json.
 
-    Shares and windows_per_row are means over the log points, windows_per_second the whole
-    training's, or the last log point's.
+    Shares and windows_per_row are means over the log points.
     """
     from qa.run.log import LOG, read_log
 
@@ -320,8 +307,9 @@ def _measured(folder: Path) -> Dict[str, Any]:
         measured["windows_per_row"] = sum(
             point["windows_per_second"] / point["rows_per_second"] for point in points
         ) / len(points)
-    if (folder / "train_results.json").is_file():
-        results = read_json_object(folder / "train_results.json", f"{folder}/train_results.json")
+    file = folder / "train_results.json"
+    if file.is_file():
+        results = read_json_object(file, str(file))
         measured.update({key: results[key] for key in (
             "windows_per_second", "steps", "train_seconds", "compile_seconds") if key in results})
     return measured

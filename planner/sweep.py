@@ -1,7 +1,4 @@
-"""Plans every combination of some flags, and measures them with --run.
-
-The results are written to a CSV file, from which an interrupted sweep continues.
-"""
+"""Plans every combination of some flags, and measures them with --run."""
 from __future__ import annotations
 
 import csv
@@ -35,16 +32,16 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 def run_sweep(argv: Sequence[str]) -> int:
     """Run the sweep that `argv` asks for (see USAGE), print its table and return the exit status.
 
-    It is 1 if every combination was refused or its run failed. A combination that the --output file
-    holds for the same job (all settings, IPU generation and calibration) as measured is skipped.
-    Raises UsageError for a wrong command line, RunError if the file cannot be written.
+    The status is 1 if every combination was refused or failed. What the --output file holds as
+    measured, for the same job, is not run again. Raises UsageError or RunError.
     """
     swept, sweeping, common = parse(argv)
     check_output(sweeping)  # before a measurement of hours
     output = Path(sweeping.output)
     rows, tried = read_rows(output), []
-    for values in combinations(swept):
-        words = [word for name, value in values.items() for word in (f"--{name}", *value.split())]
+    for combination in itertools.product(*swept.values()):
+        values = dict(zip(swept, combination))
+        words = [word for name, value in values.items() for word in (name, *value.split())]
         side, row = plan_row(words, common)
         earlier = [old for old in rows if _key(old) == _key(row)]
         done = [old for old in earlier if old["status"].startswith("measured")]
@@ -65,7 +62,8 @@ def run_sweep(argv: Sequence[str]) -> int:
     others = f", {len(rows) - len(tried)} of other jobs" if len(rows) > len(tried) else ""
     present([side for _, side, _ in tried], sweeping, "Sweep", text=_answer(tried) +
             f"\n{len(rows)} rows in {output}{others}", ranking=ranking([
-                (side.name, {name: value.split() for name, value in values.items()}, _cells(row))
+                (side.name, {name[2:]: value.split() for name, value in values.items()},
+                 _cells(row))
                 for values, side, row in tried]),
             notes=[f"{side.name}: {row['status']}" for _, side, row in tried if _failed(row)])
     return int(all(_failed(row) for _, _, row in tried))
@@ -97,12 +95,6 @@ def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, Lis
     return swept, sweeping, common
 
 
-def combinations(swept: Dict[str, List[str]]) -> List[Dict[str, str]]:
-    """Return {flag: value} of every combination; a value such as "0 4 4 4" is several words."""
-    return [dict(zip((name[2:] for name in swept), values))
-            for values in itertools.product(*swept.values())]
-
-
 def plan_row(words: List[str], common: List[str]) -> Tuple[Side, Dict[str, Any]]:
     """Return a combination as a side, and its row; without a plan, the row's status says why."""
     setting = " ".join(words)
@@ -123,23 +115,19 @@ def plan_row(words: List[str], common: List[str]) -> Tuple[Side, Dict[str, Any]]
 
 
 def _key(row: Dict[str, str]) -> Tuple[str, str]:
-    """Return what makes two rows the same: the combination, and the job that it is part of."""
     return row["setting"], row["job"]
 
 
 def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
     """Run train.py on synthetic data, for at most `timeout` seconds; return the columns to update.
-
-    These are the status and, if the run succeeded, the windows/s of the last log point.
     """
     from qa.run.log import SYNTHETIC_LOG, read_log
 
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, str(TRAIN), *flags, "--synthetic_data", "--max_steps", str(steps),
-            "--max_eval_samples", "1", "--logging_steps", str(max(1, steps // 2)),
-            "--output_dir", folder + "/run"]
+        command = [sys.executable, str(TRAIN), *flags, "--synthetic_data", "--max_steps",
+                   str(steps), "--max_eval_samples", "1", "--logging_steps",
+                   str(max(1, steps // 2)), "--output_dir", folder + "/run"]
         try:
             done = subprocess.run(command, capture_output=True, timeout=timeout, text=True)
         except subprocess.TimeoutExpired:
@@ -162,31 +150,27 @@ def read_rows(path: Path, flag: str = "--output") -> List[Dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UsageError(
-                f"{flag} {path} is not a CSV that sweep has written: name another file")
+            raise UsageError(f"{flag} {path} is not a CSV that sweep has written: name another "
+                             "file")
         return list(reader)
 
 
 def measured_runs(path: str) -> List[Tuple[List[str], float]]:
-    """Return (the flags that were swept, windows/s) of each run that a sweep measured on IPUs.
-
-    path: its --output. Raises UsageError if there is none, or if it has no such run.
-    """
+    """Return (swept flags, windows/s) of each run in the table `path` that IPUs measured."""
     if not Path(path).is_file():
         raise UsageError(f"--measured {path}: no such file; `python -m planner sweep --run "
                          f"--output {path}` writes one")
     rows = read_rows(Path(path), "--measured")
-    found = [(row["setting"].split(), float(row["measured_windows_per_second"]))
-             for row in rows if row["measured_on"] == "IPU"]
-    if not found:
-        raise UsageError(
-            f"--measured {path}: none of its {len(rows)} rows was measured on an IPU; "
-            "`sweep --run` on an IPU host measures them")
-    return found
+    runs = [(row["setting"].split(), float(row["measured_windows_per_second"]))
+            for row in rows if row["measured_on"] == "IPU"]
+    if not runs:
+        raise UsageError(f"--measured {path}: none of its {len(rows)} rows was measured on an IPU; "
+                         "`sweep --run` on an IPU host measures them")
+    return runs
 
 
 def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
-    """Write all rows to `path` atomically: an interrupted sweep leaves a complete file."""
+    """Write all rows to `path`: an interrupted sweep leaves a complete file."""
     with writing(f"--output {path}"), written_whole(path) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -198,12 +182,10 @@ def _failed(row: Dict[str, Any]) -> bool:
 
 
 def _speed(row: Dict[str, Any]) -> float:
-    """Return the windows/s of a row, measured where they are known."""
     return float(row["measured_windows_per_second"] or row["planned_windows_per_second"] or 0)
 
 
 def _answer(tried: Sequence[Tuple[Any, Side, Dict[str, Any]]]) -> str:
-    """Return which combination is the fastest."""
     _, side, row = tried[0]
     if row["fits"] != "yes" or _failed(row):
         return "None of the combinations fits and runs."
@@ -212,7 +194,6 @@ def _answer(tried: Sequence[Tuple[Any, Side, Dict[str, Any]]]) -> str:
 
 
 def _cells(row: Dict[str, Any]) -> Dict[str, str]:
-    """Return the figures of a row for the ranking."""
     return {"fits": row["fits"], "planned": row["planned_windows_per_second"],
             "measured": row["measured_windows_per_second"], "on": row["measured_on"],
             "bubbles": row["bubble_percent"] and f"{row['bubble_percent']} %",
