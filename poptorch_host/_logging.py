@@ -6,10 +6,8 @@ device.
 """
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
-import signal
 import sys
 import time
 
@@ -29,7 +27,6 @@ class _Console(logging.Handler):
             file=sys.stderr)
 
 
-faulthandler.register(signal.SIGTERM, file=2, chain=True)  # stacks of all threads, as PopTorch
 logger = logging.getLogger("poptorch::python")
 logger.addHandler(_Console())
 _level = os.environ.get("POPTORCH_LOG_LEVEL", "WARN")

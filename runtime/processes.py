@@ -121,9 +121,13 @@ def together(main: Callable[[], Optional[int]]) -> Callable[[], Optional[int]]:
                 share(None)  # the store ends with the first process, so none ends before all
             return status
         except (Exception, Stopped) as error:  # pylint: disable=broad-except
+            last = error
             if _store is None and not isinstance(error, (_NotMet, Stopped)):
-                return join(error=error)
-            raise _last_word(error)
+                try:
+                    join(error=error)
+                except Exception as shared:  # pylint: disable=broad-except
+                    last = shared
+            raise _last_word(last)
     return run
 
 
@@ -195,12 +199,15 @@ def _last_word(error: BaseException) -> BaseException:
     # A lost connection leaves threads of gloo behind, at which Python's own way out may abort
     # (torch 2.13) or wait for ever (2.0). What is registered last is called first.
     atexit.register(_leave, status)
+    if in_all and not speaks:
+        with suppress(ConnectionError):  # once this process has ended, torchrun ends the first:
+            share(None)                  # it prints before, and takes no part in this
     if isinstance(error, Stopped) or not speaks:
         return SystemExit(status)
     sys.stderr = sys.__stderr__
     if isinstance(error, ConnectionError):
         error = RunError("another process has ended, or has not answered for --process_timeout; "
-                         f"its launcher says more ({one_line(error)})")
+                         f"its launcher says more ({str(error).rpartition('] ')[2]})")
     return error if in_all else _named(error, place().index)
 
 

@@ -3,6 +3,7 @@
 The names are those of PopTorch's Options.toDict() (python/options.py) and of PopART's
 SessionOptions.
 """
+import os
 import signal
 import subprocess
 import sys
@@ -231,19 +232,22 @@ def test_torchrun_is_refused_where_there_are_ipus(monkeypatch):
         processes.place.cache_clear()
 
 
-def test_poptorch_waits_for_ipus_that_others_have_and_prints_no_stacks_at_sigterm():
-    """In a process of its own: PopTorch registers the stacks when it is imported."""
+def test_poptorch_waits_for_ipus_that_others_have_and_prints_no_stacks_at_sigterm(tmp_path):
+    """In a process of its own, with a module that does at its import what PopTorch's does."""
+    (tmp_path / "poptorch.py").write_text(
+        "import faulthandler, signal; faulthandler.register(signal.SIGTERM, chain=True)\n")
     script = """if True:
         import os, signal
         signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
-        from ipu_options import poptorch
+        from ipu_options import device
         signal.raise_signal(signal.SIGTERM)
-        print(os.environ["POPTORCH_WAIT_FOR_IPU"])
+        print(os.environ["POPTORCH_WAIT_FOR_IPU"], device)
     """
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, cwd=Path(ipu_options.__file__).parents[1],
-                          universal_newlines=True, timeout=120)
-    assert done.stdout == "handled\n1\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=Path(ipu_options.__file__).parents[1], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        timeout=120)
+    assert done.stdout == "handled\n1 IPU\n"
 
 
 class Executor:
