@@ -62,8 +62,6 @@ _WRAPPED = {"whiteSpace": "pre-wrap", "overflowWrap": "anywhere", "userSelect": 
 
 
 class Planned(NamedTuple):
-    """A plan, and the settings that it is of."""
-
     request: Request
     plan: Plan
 
@@ -111,7 +109,7 @@ def _further(text: str) -> Dict[str, Any]:
 
 
 def _number(word: Any) -> Any:
-    """Return the number that a word stands for; what is none stays, to be refused by its flag."""
+    # What is no number stays, to be refused by its flag.
     for kind in (int, float) if isinstance(word, str) else ():
         with suppress(ValueError):
             return kind(word)

@@ -1,7 +1,4 @@
-"""Writes views as one page with Plotly, which opens without a network (page.html).
-
-Patterns tell the parts of a bar apart without colour, and the text below serves screen readers too.
-"""
+"""Writes views as one page with Plotly, which opens without a network (page.html)."""
 from __future__ import annotations
 
 import html

@@ -107,7 +107,6 @@ class Side:
 
     @classmethod
     def from_run(cls, name: str, item: str, common: List[str], phase: Phase) -> "Side":
-        """Return a run: its settings, what it measured, and the plan of the same settings."""
         if phase is INFERENCE:
             raise UsageError("a run's figures are those of training: leave out --inference, or "
                              "give its ipu_config.json")
@@ -125,7 +124,6 @@ class Side:
 
     @classmethod
     def from_profile(cls, name: str, item: str, common: List[str], phase: Phase) -> "Side":
-        """Return a PopVision profile, with the plan of the settings that were written beside it."""
         file = profile_file(item)
         profile = open_profile(str(file))
         note = file.with_name(PROFILE_NOTE)
@@ -149,7 +147,7 @@ class Side:
         return f"{self.name}: {self.title}" + (f" ({self.kind})" if self.kind != "flags" else "")
 
     def measured_on(self, device: str) -> Optional[float]:
-        """Return the windows/s that were measured on "IPU" or "host", None if they were not."""
+        """Return the windows/s that were measured on "IPU" or "host"."""
         return self.measured.get("windows_per_second") if (
             self.measured.get("device") == device) else None
 

@@ -39,7 +39,6 @@ def comparison_text(sides: Sequence[Side]) -> str:
 
 
 def render(view: View) -> str:
-    """Return a view as a table under its title."""
     if not any(row.group for row in view.rows):
         return f"{view.title}\n{_by_side(view)}"
     several = any(row.label for row in view.rows)
@@ -60,7 +59,6 @@ def render(view: View) -> str:
 
 
 def _by_side(view: View) -> str:
-    """Return a line for each figure and a column for each side; of one side, several in a line."""
     figures = list(dict.fromkeys(name for row in view.rows for name in row.cells))
     rows = [[SHORT.get(name, name), *(row.cells.get(name, "-") for row in view.rows)]
             for name in figures]
@@ -233,8 +231,7 @@ def _amount(plan: Dict[str, Any]) -> str:
 
 
 def _blocks(plan: Dict[str, Any]) -> str:
-    """Return what is on each IPU; equal layers that follow each other are one row."""
-    runs: List[List[Dict[str, Any]]] = []
+    runs: List[List[Dict[str, Any]]] = []  # equal layers that follow each other are one row
     for block in plan["blocks"]:
         same = runs and {**block, "name": ""} == {**runs[-1][0], "name": ""}
         runs[-1].append(block) if same else runs.append([block])

@@ -261,7 +261,6 @@ def _round(sides: Sequence[Side]) -> str:
 
 
 def _stacked(lengths: Iterable[Tuple[str, float]], at: float = 0.0) -> List[Segment]:
-    """Return parts one after the other."""
     pieces = []
     for part, length in lengths:
         pieces.append(Segment(part, at, length))
