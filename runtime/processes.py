@@ -121,13 +121,7 @@ def together(main: Callable[[], Optional[int]]) -> Callable[[], Optional[int]]:
                 share(None)  # the store ends with the first process, so none ends before all
             return status
         except (Exception, Stopped) as error:  # pylint: disable=broad-except
-            last = error
-            if _store is None and not isinstance(error, (_NotMet, Stopped)):
-                try:
-                    join(error=error)
-                except Exception as shared:  # pylint: disable=broad-except
-                    last = shared
-            raise _last_word(last)
+            raise _last_word(error)
     return run
 
 
@@ -193,6 +187,11 @@ def _address() -> str:
 
 def _last_word(error: BaseException) -> BaseException:
     """Return what to raise for `error`: silence, if another process has failed before."""
+    if _store is None and not isinstance(error, (_NotMet, Stopped)):
+        try:
+            join(error=error)
+        except Exception as shared:  # pylint: disable=broad-except
+            error = shared
     in_all = getattr(error, "in_all", False)
     speaks = is_first() if in_all else _fails_first(error)
     status = error.code if isinstance(error, Stopped) else 2 if isinstance(error, UsageError) else 1
@@ -328,13 +327,8 @@ def _raise_in_all(error: Optional[Exception]) -> None:
             is_usage, text = shared
             if index != place().index:
                 error = _named((UsageError if is_usage else RunError)(text), index)
-            raise _in_all(error)
-
-
-def _in_all(error: Exception) -> Exception:
-    """Mark an error that all processes raise, for the first one to print."""
-    error.in_all = True
-    return error
+            error.in_all = True  # the first process prints it
+            raise error
 
 
 def agree(facts: Dict[str, Any]) -> None:
@@ -348,6 +342,6 @@ def agree(facts: Dict[str, Any]) -> None:
     for index, theirs in enumerate(others, 1):
         for name, value in first.items():
             if theirs.get(name) != value:
-                raise _in_all(UsageError(
+                _raise_in_all(UsageError(
                     f"process {index} differs from the first: {name} is {theirs.get(name)!r} "
                     f"there, {value!r} on the first; start all with the same"))
