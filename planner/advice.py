@@ -18,9 +18,9 @@ LARGER_BATCH = "shorter ramps, but twice the batch size"
 
 
 class Change(NamedTuple):
-    """A change of settings, by their names in training, and the plan that it leads to."""
+    """A change of settings and the plan that it leads to."""
 
-    settings: Dict[str, Any]
+    settings: Dict[str, Any]    # by their names in training
     remark: str
     plan: Plan
 
@@ -35,16 +35,14 @@ class Change(NamedTuple):
         return self.plan.job.phase.flags(self.settings)
 
     def fits_above(self, windows_per_second: float) -> bool:
-        """Whether the changed plan fits and is faster than that."""
         return self.plan.fits and self.plan.windows_per_second > windows_per_second
 
 
 def changes(plan: Plan) -> List[Change]:
-    """Return the changes that are worth making, the fastest first.
+    """Return the changes that fit and are over 0.5 % faster than `plan`, the fastest first.
 
-    Each of them fits and, if `plan` itself fits, is more than 0.5 % faster than it. Two changes
-    together are among them where they beat any one. The best split is among the first four, which
-    are what is shown.
+    Two changes together are among them where they beat any one. The best split is among the first
+    four, which are what is shown.
     """
     planned = planned_changes(plan)
     floor = 1.005 * plan.windows_per_second if plan.fits else 0
@@ -61,14 +59,12 @@ def changes(plan: Plan) -> List[Change]:
 
 
 def planned_changes(plan: Plan) -> List[Change]:
-    """Return each change that is possible, with the plan that it leads to."""
+    """Return each change that is possible."""
     candidates = (_training_changes if plan.job.training else _inference_changes)(plan)
-    return [change for settings, remark in candidates for change in _planned(
-        plan, settings, remark)]
+    return [change for candidate in candidates for change in _planned(plan, *candidate)]
 
 
 def _planned(plan: Plan, settings: Dict[str, Any], remark: str) -> List[Change]:
-    """Return one change with its plan; none if it is not possible."""
     with suppress(UsageError):  # an embedding of few rows has no more parts
         return [Change(settings, remark, make_plan(plan.job.changed(**settings),
                                                    plan.efficiencies))]
@@ -93,10 +89,7 @@ def _pairs(plan: Plan, planned: Sequence[Change]) -> Iterator[Change]:
 
 
 def suggestion(plan: Plan, better: Sequence[Change]) -> str:
-    """Return one line with the best change and its throughput, or that there is none.
-
-    better: what `changes` returns for the plan.
-    """
+    """Return one line with the best of the `changes` of a plan, or that there is none."""
     if better:
         return describe(plan, better[0])
     if plan.fits:
@@ -107,7 +100,7 @@ def suggestion(plan: Plan, better: Sequence[Change]) -> str:
 
 
 def describe(plan: Plan, change: Change) -> str:
-    """Return one line with the change, its windows/s and the gain over `plan` in percent."""
+    """Return one line with the change, its windows/s and the gain over `plan`."""
     new = change.plan.windows_per_second
     gain = f"{100 * (new / plan.windows_per_second - 1):+.0f} %" if plan.fits else "and it fits"
     return f"{change.text}: {new:,.0f} windows/s ({gain})"
@@ -154,7 +147,6 @@ def _packing(job: Job, remark: str = "") -> Iterator[Candidate]:
 
 
 def _balance(plan: Plan) -> Iterator[Candidate]:
-    """Yield the best split of the blocks over as many IPUs, if one fits."""
     cut = best_split(plan.job, plan.efficiencies)
     if cut is not None:
         yield split_settings(plan.job, cut), SPLIT

@@ -64,8 +64,7 @@ def published_runs(count: Callable[[Dict[str, Any]], Sequence[CountedBlock]],
                    path: Path = PUBLISHED) -> List[PublishedRun]:
     """Return the runs of a file such as published_runs.json, whose "about" describes the format.
 
-    count(run) must return the counted blocks of a run, given as the dictionary in the file; with
-    halves of layers if it has an "att_ffn_placement".
+    count(run): the blocks of a run of the file, halves of layers with an "att_ffn_placement".
     """
     runs = []
     for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
@@ -88,9 +87,9 @@ def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, freedom: Sequenc
         error: Callable[[Plan], float], source: str) -> Efficiencies:
     """Return the efficiencies that best explain `runs`, with a prior centred on `start`.
 
-    runs: (job, measured rows/s). freedom: standard deviation of the prior of each number's
-    logarithm. error(plan): relative error to expect of a run, as a standard deviation. source: what
-    to call the runs. Gauss-Newton on the logarithms minimises what the top of this file says.
+    runs: (job, measured rows/s). freedom, error(plan): standard deviations, of the prior of each
+    number's logarithm and of a run's relative error. source: what to call the runs. Gauss-Newton on
+    the logarithms minimises what the top of this file says.
     """
     x, prior = np.zeros(len(FITTED)), np.diag(1 / np.asarray(freedom))
     for _ in range(8):
@@ -115,11 +114,10 @@ def fit_published(runs: Sequence[PublishedRun]) -> Efficiencies:
 
 
 def fit_own(runs: Sequence[Tuple[Job, float]], start: Efficiencies) -> Efficiencies:
-    """Return the fit to runs of the user's own, which count more than the published runs.
+    """Return the fit to the user's own `runs`, (job, measured windows/s) of each.
 
-    runs: (the run as the planner sees it, measured windows/s) of each. start: the efficiencies
-    fitted to the published runs. Raises UsageError for a run that is far outside of what its plan
-    expects, or that the fit misses: it is another run than its flags say.
+    start: the fit to the published runs. Raises UsageError for a run that is far outside of what
+    its plan expects, or that the fit misses: it is another run than its flags say.
     """
     source = (f"your run at {runs[0][1]:g} windows/s" if len(runs) == 1 else
               f"your {len(runs)} runs")
@@ -140,11 +138,11 @@ def fit_own(runs: Sequence[Tuple[Job, float]], start: Efficiencies) -> Efficienc
 
 
 class Comparison(NamedTuple):
-    """A published run beside its plan; `blind` is the plan without the runs of its publisher."""
+    """A published run beside its plan."""
 
     run: PublishedRun
     plan: Plan
-    blind: Optional[Plan]
+    blind: Optional[Plan]       # without the runs of its publisher
 
     def error(self, plan: Plan) -> float:
         """Return the relative error of a plan's throughput."""
@@ -166,8 +164,7 @@ class Comparison(NamedTuple):
 def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Comparison]:
     """Return each of `runs` beside its plan.
 
-    For cross-validation, each measured run is also planned with the efficiencies that are fitted to
-    the measured runs of all other publishers.
+    Cross-validation: a measured run is also planned with the fit to all other publishers' runs.
     """
     others = {
         publisher: fit_published([run for run in runs if run.publisher != publisher])
@@ -179,11 +176,7 @@ def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Co
 
 
 def calibration_file(path: Optional[str] = None) -> Path:
-    """Return the path of the user's calibration.
-
-    It is `path` (--calibration) if given, else a file in the user's configuration folder (XDG Base
-    Directory Specification).
-    """
+    """Return `path`, else the user's own calibration (XDG Base Directory Specification)."""
     if path is not None:
         return Path(path)
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
@@ -200,8 +193,7 @@ def save(efficiencies: Efficiencies, path: Path) -> None:
 def load(path: Optional[str] = None) -> Efficiencies:
     """Return the user's calibration if there is one, else the fit to published runs.
 
-    path: see `calibration_file`. Raises UsageError if a given `path` does not exist, or if the file
-    is not a calibration.
+    Raises UsageError if a given `path` does not exist, or if the file is not a calibration.
     """
     file = calibration_file(path)
     if not file.is_file():

@@ -46,15 +46,13 @@ DOES_NOT_FIT = 3  # exit status of a plan that does not fit
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command argv[0] with the flags that follow and return the exit status.
+    """Run the command argv[0] (by default of sys.argv[1:]); return the exit status.
 
-    argv: without the program's name; by default sys.argv[1:]. Raises UsageError for an unknown
-    command or a wrong flag, RunError where a command cannot do its work.
+    Raises UsageError for a wrong command or flag, RunError where a command cannot do its work.
     """
     argv = sys.argv[1:] if argv is None else argv
-    commands = {
-        "plan": plan, "search": search, "sweep": sweep, "compare": compare, "explore": explore,
-        "calibrate": calibrate, "report": report}
+    commands = {command.__name__: command for command in (
+        plan, search, sweep, compare, explore, calibrate, report)}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -181,10 +179,9 @@ def report(argv: List[str]) -> int:
 
 
 def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings) -> int:
-    """Print the plan of train.py's run with these settings and return the exit status.
+    """Print the plan of train.py's run, and what the flags ask for; return the exit status.
 
-    Also prints, draws or writes what the planner's flags and --trace ask for. Raises UsageError or
-    RunError where that is not possible.
+    Raises UsageError or RunError where that is not possible.
     """
     if planning.fit and planning.json:
         raise UsageError("--fit and --json exclude each other: `python -m planner calibrate "
@@ -210,10 +207,7 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
 
 
 def _parse(argv: List[str], command: Callable, group: type) -> Tuple[Request, Any]:
-    """Return what a command is to plan, and its own settings, which are of the class `group`.
-
-    Raises UsageError for --trace: only `plan` writes one.
-    """
+    """Return what a command is to plan, and its own settings, of the class `group`."""
     flags = _flags(argv, command, JobSettings, group)
     settings, ipu_config, planning, own = train_settings(flags, JobSettings, group)
     if settings.trace is not None:
@@ -237,10 +231,7 @@ def _refuse_early(settings: TrainSettings, planning: JobSettings) -> None:
 
 
 def _calibrate_own(request: Request, calibrating: CalibrateSettings) -> None:
-    """Fit the planner to the runs of --measured, and save the fit.
-
-    Raises UsageError for a run that no efficiencies explain.
-    """
+    """Fit the planner to the runs of --measured, and save the fit."""
     from planner import calibrate as calibration
     from planner.from_settings import make_job, request_of
     from planner.machine import Efficiencies

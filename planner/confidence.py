@@ -1,9 +1,7 @@
 """The range in which the throughput of a plan is expected.
 
 Two things make a prediction uncertain: the fitted numbers, whose covariance comes from the fit, and
-all that the model leaves out, which is as large as the errors of the cross-validation show. A job
-that resembles the published runs is therefore known best; one whose time goes where they tell
-little has a wider range.
+all that the model leaves out, which is as large as the errors of the cross-validation show.
 """
 from __future__ import annotations
 
@@ -46,18 +44,13 @@ def unexplained_error(plan: Plan) -> float:
     return math.sqrt(RUN_ERROR ** 2 + host ** 2 + inference ** 2)
 
 
-def standard_error(plan: Plan) -> float:
-    """Return the standard deviation of the logarithm of rows/s."""
-    slopes = sensitivity(plan)
-    known = slopes @ np.array(plan.efficiencies.covariance) @ slopes
-    return math.sqrt(known + unexplained_error(plan) ** 2)
-
-
 def expected_error(plan: Plan) -> Tuple[float, float]:
     """Return the lowest and the highest relative deviation from the plan that is expected.
 
     A share CONFIDENCE of all runs should lie between them: (-0.1, 0.11) means from 10 % less than
     planned to 11 % more.
     """
-    width = QUANTILE * standard_error(plan)
+    slopes = sensitivity(plan)  # of the logarithm of rows/s, as the width
+    fitted = slopes @ np.array(plan.efficiencies.covariance) @ slopes
+    width = QUANTILE * math.sqrt(fitted + unexplained_error(plan) ** 2)
     return math.exp(-width) - 1, math.exp(width) - 1

@@ -35,8 +35,7 @@ class JobSettings(Settings):
     num_attention_heads: Optional[int] = flag(
         None, "number of attention heads of the model to plan", type=int, min=1, max=1024)
     intermediate_size: Optional[int] = flag(
-        None, "width of the feed-forward layers of the model to plan", type=int, min=1,
-        max=262_144)
+        None, "width of the feed-forward layers of the model to plan", type=int, min=1, max=262_144)
     vocab_size: Optional[int] = flag(
         None, "vocabulary size of the model to plan", type=int, min=1, max=10_000_000)
     windows_per_row: Optional[float] = flag(
@@ -51,7 +50,7 @@ class JobSettings(Settings):
         None, "file of the efficiencies to plan with, as `calibrate` writes it")
 
     def shape(self) -> Dict[str, int]:
-        """Return those sizes of the model that were given, by their names in a config.json."""
+        """Return the given sizes of the model by their names in a config.json."""
         return {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
 
     def needs_checkpoint(self, settings: TrainSettings) -> bool:
@@ -85,8 +84,7 @@ class OutputFlags(Settings):
     """The output."""
 
     json: bool = flag(False, "print JSON, with units in the names")
-    plot: Optional[str] = flag(
-        None, "draw memory and time to this .png, .svg or .pdf file")
+    plot: Optional[str] = flag(None, "draw memory and time to this .png, .svg or .pdf file")
     html: Optional[str] = flag(
         None, "write memory and time to this .html file, which needs no network")
     legend: bool = flag(False, "also explain every column and bar")

@@ -40,9 +40,7 @@ def request_of(flags: Dict[str, Any], phase: Phase = TRAINING) -> Request:
 def make_job(request: Request) -> Job:
     """Return the job that train.py would run, or evaluate with.
 
-    Of the model, only its configuration is needed (see `planned_model`). Raises UsageError for a
-    model or a pipeline that is not possible, RunError if the model's configuration cannot be
-    loaded.
+    Raises UsageError for a pipeline that is not possible, and what `planned_model` raises.
     """
     from planner.count import make_counter
     from qa.families import check_row_length, most_tokens
@@ -77,10 +75,7 @@ def make_job(request: Request) -> Job:
 
 
 def planned(request: Request) -> Plan:
-    """Return the plan of a request, made with the user's calibration if there is one.
-
-    Raises what `make_job` raises, and UsageError for a wrong calibration file.
-    """
+    """Return the plan of a request. Raises what `make_job` and `calibrate.load` raise."""
     return make_plan(make_job(request), calibrate.load(request.planning.calibration))
 
 
@@ -101,10 +96,9 @@ def run_command(plan: Plan, request: Request, file: Optional[str] = None) -> str
 
 
 def write_pipeline(plan: Plan, request: Request, file: str, ipus: Optional[int] = None) -> str:
-    """Write the pipeline of a plan to `file`, and return how to train with it.
+    """Write the pipeline of a plan to `file`; return how to train with it. Raises RunError.
 
-    ipus: which evaluation must fit on, too; by default the plan's. Raises RunError if the file
-    cannot be written.
+    ipus: which evaluation must fit on, too; by default the plan's.
     """
     with writing(f"--write {file}"):
         settings_of(plan, request.ipu_config, ipus or plan.job.ipus).write(file)
@@ -112,10 +106,7 @@ def write_pipeline(plan: Plan, request: Request, file: str, ipus: Optional[int] 
 
 
 def pod_note(request: Request, job: Job) -> Optional[str]:
-    """Return a sentence on the pod that the job takes, if a run with these flags has a smaller one.
-
-    A plan books nothing, so that it takes what its flags need unless they name a pod.
-    """
+    """Return a sentence on the pod that the job takes, if a run with these flags has less."""
     settings, pod = request.settings, pod_of(job.ipus)
     if job.ipus > IPUS_OF_A_HOST:
         return (f"That takes {pod} and several hosts; a run needs --pod_type {pod} as well.\n"
@@ -145,10 +136,10 @@ def hosts_text(job: Job) -> str:
 
 
 def planned_pod(request: Request) -> str:
-    """Return the pod to plan on: --pod_type if given, else one that is large enough.
+    """Return the pod to plan on, for a plan books nothing: --pod_type if given.
 
-    A plan books nothing. It takes the smallest pod, from a run's on, with whose by-pod values the
-    pipeline fits; if the replicas grow with the pod, the smallest one with the IPUs of one replica.
+    Else the smallest one, from a run's on, with whose by-pod values the pipeline fits; if the
+    replicas grow with the pod, the smallest one with the IPUs of one replica.
     """
     settings, ipu_config = request.settings, request.ipu_config
     pods = [pod for pod in POD_IPUS if POD_IPUS[pod] >= POD_IPUS[settings.pod_type]]
@@ -188,9 +179,7 @@ def published(path: Path = calibrate.PUBLISHED) -> List[calibrate.PublishedRun]:
 def planned_model(request: Request) -> Any:
     """Return transformers' configuration of the model to plan, changed by the shape flags.
 
-    It is, in this order: the model of --config_json, of the demo, a well-known checkpoint (MODELS),
-    or the checkpoint of --model_name_or_path, in a folder or on the hub. Raises UsageError for an
-    unsuitable model, RunError if its configuration cannot be loaded.
+    Raises UsageError for an unsuitable model, RunError if its configuration cannot be loaded.
     """
     from qa.families import family_of
 
@@ -231,7 +220,6 @@ def planned_name(request: Request) -> str:
 
 
 def _from_json(path: str) -> Any:
-    """Return transformers' configuration of the model of --config_json."""
     from transformers import AutoConfig
 
     from qa.families import check_config
@@ -246,7 +234,6 @@ def _from_json(path: str) -> Any:
 
 
 def _configuration(values: dict) -> Any:
-    """Return transformers' configuration with these values, among them a model_type."""
     from transformers import AutoConfig
 
     from qa.families import family_of
@@ -255,11 +242,7 @@ def _configuration(values: dict) -> Any:
 
 
 def _packed_windows_per_row(request: Request) -> Optional[float]:
-    """Return the mean number of windows in a packed row; None if it is not known.
-
-    It is --windows_per_row if given, else estimated from the mean number of real tokens of a window
-    for a known data set.
-    """
+    """Return the mean number of windows in a packed row; None for data that is not known."""
     settings, windows = request.settings, request.planning.windows_per_row
     if windows is not None:
         if windows > settings.max_windows_per_row:

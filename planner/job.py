@@ -2,14 +2,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
-from ipu_options.config import (
-    IPUS_OF_A_HOST,
-    IPUConfig,
-    packed_accumulation,
-    reserved_ipus,
-)
+from ipu_options.config import IPUS_OF_A_HOST, IPUConfig, packed_accumulation, reserved_ipus
 from ipu_options.layout import Layout, least_accumulation
 from planner.count import BlockCounter, CountedBlock
 from planner.machine import Machine
@@ -44,7 +39,7 @@ class Job:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one element of a weight, a gradient or an activation."""
+        """Of a weight, a gradient or an activation."""
         return 2 if self.precision == "float16" else 4
 
     @property
@@ -53,11 +48,7 @@ class Job:
         return self.micro_batches_over(len(self.layout.stages()))
 
     def micro_batches_over(self, stages: int) -> int:
-        """Return what `micro_batches` would be with the given number of pipeline stages.
-
-        These are the micro-batches of a weight update, fewer with packing as train.py has them, or
-        in inference those of a call of the device.
-        """
+        """Return `micro_batches` of a weight update (or call) with so many pipeline stages."""
         if not self.training:
             return self.config.device_iterations
         return packed_accumulation(self.config.gradient_accumulation_steps, self.windows_per_row,
@@ -86,15 +77,15 @@ class Job:
 
     def stages(self) -> List[Tuple[int, Tuple[CountedBlock, ...]]]:
         """Return the forward pipeline stages in order: (IPU, counted blocks) of each."""
-        by_name: Dict[str, CountedBlock] = {block.name: block for block in self.blocks}
+        by_name = {block.name: block for block in self.blocks}
         return [(ipu, tuple(by_name[name] for name in names))
                 for ipu, names in self.layout.stages()]
 
     def changed(self, micro_batch_size: Optional[int] = None, pack: bool = False,
                 **changes: Any) -> "Job":
-        """Return a copy with another micro-batch size, packed rows, or `changes` to its config.
+        """Return the job with another micro-batch size, packed rows, or `changes` to its config.
 
-        The blocks are counted and laid out again. Raises UsageError if that is not possible.
+        Raises UsageError if that is not possible.
         """
         size = micro_batch_size or self.micro_batch_size
         job = replace(self, config=replace(self.config, **changes), micro_batch_size=size)

@@ -26,12 +26,9 @@ class Phase:
         return micro_batches + self.ramps * (stages - 1)
 
     def flags(self, settings: Dict[str, Any]) -> Dict[str, Any]:
-        """Return {flag: value} of a pipeline's settings {name in training: value}.
-
-        Inference needs no embedding_ipu and head_ipu: a layout of its own begins and ends with them
-        (IPUConfig.inference).
-        """
+        """Return {flag: value} of a pipeline's settings {name in training: value}."""
         names = {"micro_batch_size": self.micro_batch_flag, "pack": "pack"}
+        # Inference's own layout begins with the embedding and ends with the head.
         return {names.get(name, self.prefix + name): value for name, value in settings.items()
                 if not (self.prefix and name in ("embedding_ipu", "head_ipu"))}
 

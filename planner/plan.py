@@ -74,10 +74,7 @@ class Plan:
 
     @property
     def run_seconds(self) -> Optional[float]:
-        """Time of the whole run without compilation; None if its windows are not known.
-
-        For training this is without evaluation. The last update, or call, counts as a whole one.
-        """
+        """Time of the run without compilation and evaluation; None if its windows are not known."""
         job = self.job
         if job.updates is not None:
             return job.updates * self.update_seconds
@@ -88,16 +85,13 @@ class Plan:
             passes * job.windows / (job.rows_per_update * job.windows_per_row))
 
     def parts(self) -> Dict[str, float]:
-        """Return {part: seconds} of the time of a weight update; the sum is update_seconds.
+        """Return {part: seconds} of a weight update, whose sum is update_seconds.
 
-        Work is the mean over the IPUs of a replica. "waiting for the slowest IPU" is the time that
-        an average IPU is idle within the steps because the slowest one takes longer.
+        Work and waiting are means over the IPUs of a replica.
         """
-        steps, batches = self.schedule.steps, self.job.micro_batches
-        ipus = len(self.memory)
-        mean = {
-            kind: batches * sum(getattr(work, kind) for work in self.work) / ipus
-            for kind in TRAINING.kinds}
+        steps, batches, ipus = self.schedule.steps, self.job.micro_batches, len(self.memory)
+        mean = {kind: batches * sum(getattr(work, kind) for work in self.work) / ipus
+                for kind in TRAINING.kinds}
         slowest = self.schedule.step_seconds - self.copy_seconds
         between = between_hosts_seconds(self.job)
         return {
@@ -118,13 +112,11 @@ def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
 
 
 def latency_seconds(plan: Plan) -> float:
-    """Return the seconds from one question to its answer, if it takes one row.
+    """Return the seconds from one question, of one row, to its answer. plan: of inference.
 
-    The row passes through the stages of one replica one after the other (poptorch's
-    ShardedExecution), without waiting for rows that fill a pipeline. `plan` must be of inference.
+    The row passes the stages of one replica one after the other (poptorch's ShardedExecution).
     """
-    job = plan.job
-    one = make_plan(job.changed(micro_batch_size=1, device_iterations=1, replication_factor=1),
+    one = make_plan(plan.job.changed(micro_batch_size=1, device_iterations=1, replication_factor=1),
                     plan.efficiencies)
     return (sum(work.forward for work in one.work) + (len(one.work) - 1) * one.copy_seconds +
             one.host_seconds)

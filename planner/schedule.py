@@ -5,7 +5,7 @@ backward stage on micro-batch c - 2(S - 1) + s. The last stage therefore does bo
 micro-batch in one step. Copies between the IPUs end every step, so that a step takes as long as the
 slowest IPU's forward work, recomputation and backward work together, plus the copies. N
 micro-batches take N + 2(S - 1) steps (PopTorch user guide, "Pipelining"; Graphcore's technical note
-"Model parallelism on the IPU"). Stage s keeps 2(S - 1 - s) + 1 micro-batches waiting.
+"Model parallelism on the IPU"), in inference N + S - 1. Stage s keeps 2(S - 1 - s) + 1 waiting.
 """
 from __future__ import annotations
 
@@ -38,10 +38,7 @@ class Events(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The pipeline of one weight update or inference call, without the update of the weights.
-
-    Inference has no backward stages, and N micro-batches take N + S - 1 steps.
-    """
+    """The pipeline of one weight update or inference call, without the update of the weights."""
 
     stages: Sequence[StageWork]   # in forward order; those on one IPU work one after the other
     micro_batches: int            # N
@@ -50,7 +47,7 @@ class Schedule:
 
     @property
     def load(self) -> Dict[int, float]:
-        """The seconds of work that one micro-batch means for each IPU, {IPU: seconds}."""
+        """{IPU: seconds of work of one micro-batch}."""
         return {
             ipu: sum(getattr(stage, kind) for stage in self.stages if stage.ipu == ipu
                      for kind in self.phase.kinds)
@@ -58,7 +55,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Number of steps, with those in which the pipeline fills and empties."""
+        """With those in which the pipeline fills and empties."""
         return self.phase.steps(self.micro_batches, len(self.stages))
 
     @property
@@ -73,7 +70,7 @@ class Schedule:
 
     @property
     def bubble_fraction(self) -> float:
-        """Share of the steps in which a stage has nothing to do; it is the same for every stage."""
+        """Share of the steps in which a stage, any of them, has nothing to do."""
         return 1 - self.micro_batches / self.steps
 
     def events(self) -> List[Events]:
@@ -105,8 +102,5 @@ class Schedule:
 
 
 def stash_depth(stage: int, stages: int) -> int:
-    """Return how many micro-batches' activations a forward stage keeps for the backward pass.
-
-    stage: its index among the `stages` forward stages, outside of ramp-up and ramp-down.
-    """
+    """Return how many micro-batches' activations a forward stage keeps for the backward pass."""
     return 2 * (stages - 1 - stage) + 1

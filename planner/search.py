@@ -46,14 +46,11 @@ def search(job: Job, ipus: int, whole: IPUConfig, efficiencies: Efficiencies = E
            keep: int = 5) -> Tuple[List[Plan], int]:
     """Return the `keep` best plans that fit on `ipus` IPUs, and the number of settings tried.
 
-    job: gives all that is not searched: model, length, machine, precision, sharding, and the batch
-    size, which the learning rate was chosen for. Its `count` must be set, and for inference its
-    `windows`. whole: the configuration of the run, with which train.py must take what is found.
-
-    Searched are IPUs and number of the replicas, the split and the micro-batch size; for training
-    also recomputation checkpoints, embedding serialisation and the place of the optimizer state
-    (the fastest plans come first), for inference the micro-batches of a call (sorted by the time
-    for all windows in steps of 2 %, then by the rows of a call). Raises UsageError if nothing fits.
+    job: gives all that is not searched, among it the batch size, which the learning rate was chosen
+    for. Its `count` must be set, and for inference its `windows`. whole: the configuration of the
+    run, with which train.py must take what is found. Training's plans are sorted by speed,
+    inference's by the time for all windows in steps of 2 %, then by the rows of a call. Raises
+    UsageError if nothing fits.
     """
     plans, tried = [], 0
     for candidate in (_candidates if job.training else _inference_candidates)(job, ipus):
@@ -80,10 +77,9 @@ def search(job: Job, ipus: int, whole: IPUConfig, efficiencies: Efficiencies = E
 
 
 def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
-    """Return the configuration of the run with which `plan` is carried out on `ipus` IPUs.
+    """Return the run's configuration, before the search `whole`, that carries out `plan`.
 
-    whole: the configuration before the search. A plan of inference changes the inference pipeline
-    only. A plan of training changes the inference pipeline as little as is needed to run it too: it
+    A plan of training changes the inference pipeline only where `ipus` IPUs could not run it: it
     may inherit the training's stages, which need as many iterations, or have too many replicas.
     """
     config = plan.job.config
@@ -111,15 +107,12 @@ def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
     return replace(config, **INFERENCE.flags(changes))
 
 
-def settings_in(plan: Plan, whole: IPUConfig, ipus: int,
-                other: Optional[IPUConfig] = None) -> Dict[str, Any]:
+def settings_in(plan: Plan, whole: IPUConfig, ipus: int) -> Dict[str, Any]:
     """Return {flag: value} that carry out `plan` as `settings_of` does: layout and batch.
 
-    All other values are among them that differ from `other`, by default `whole`; for a plan of
-    inference, only those of the inference pipeline.
+    All other values of the plan's pipeline are among them that differ from `whole`.
     """
-    phase, config = plan.job.phase, settings_of(plan, whole, ipus)
-    old = (whole if other is None else other).values()
+    phase, config, old = plan.job.phase, settings_of(plan, whole, ipus), whole.values()
     batches = "gradient_accumulation_steps" if plan.job.training else "device_iterations"
     names = list(phase.flags(dict.fromkeys(("layers_per_ipu", "replication_factor", batches))))
     for f in fields(IPUConfig):
@@ -133,9 +126,9 @@ def settings_in(plan: Plan, whole: IPUConfig, ipus: int,
 
 
 def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
-    """Return the contiguous split of the job's blocks with the shortest weight update or call.
+    """Return the contiguous split over job.config.num_ipus() IPUs with the shortest update or call.
 
-    It is over job.config.num_ipus() IPUs. Returns None if no split fits.
+    None if no split fits.
     """
     totals = range_totals(job.blocks)
     stages = job.config.num_ipus()
@@ -160,7 +153,7 @@ def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
 
 
 def with_cut(job: Job, cut: Cut) -> Job:
-    """Return a copy of the job with the split `cut` in its layout and configuration."""
+    """Return the job with the split `cut` in its layout and configuration."""
     ipu_of = [
         ipu for ipu, (start, end) in enumerate(zip((0,) + cut.ends[:-1], cut.ends))
         for _ in range(start, end)]
@@ -180,7 +173,7 @@ def split_settings(job: Job, cut: Cut) -> Dict[str, Any]:
 
 
 def _runs(plan: Plan, whole: IPUConfig, ipus: int) -> bool:
-    """Return whether train.py would take the plan's settings, for training and for evaluation."""
+    """Whether train.py would take the plan's settings, for training and for evaluation."""
     layers, pod = len(plan.job.layout.layer_ipus), pod_of(ipus)
     try:
         config = make_settings(IPUConfig, [Source(settings_of(plan, whole, ipus).to_dict())])
@@ -192,7 +185,6 @@ def _runs(plan: Plan, whole: IPUConfig, ipus: int) -> bool:
 
 
 def _candidates(job: Job, ipus: int) -> Iterator[Job]:
-    """Yield a training job for each combination of all that is searched besides the split."""
     for stages in _powers_of_two(min(ipus, len(job.blocks))):
         replicas = ipus // stages
         for micro_batch in MICRO_BATCHES:
@@ -211,7 +203,6 @@ def _candidates(job: Job, ipus: int) -> Iterator[Job]:
 
 
 def _inference_candidates(job: Job, ipus: int) -> Iterator[Job]:
-    """Yield an inference job for each combination of all that is searched besides the split."""
     for stages in _powers_of_two(min(ipus, len(job.blocks))):
         for micro_batch in MICRO_BATCHES:
             blocks = tuple(job.count(micro_batch, job.config.embedding_serialization_factor))
@@ -263,11 +254,7 @@ def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
 
 
 def _distinct(plans: Sequence[Plan]) -> List[Plan]:
-    """Return the best plan of each layout, micro-batch size and place of the optimizer state.
-
-    plans: sorted, the best first. The plans that are left out differ from the one that is kept only
-    in embedding serialisation or recomputation checkpoints, and are not faster.
-    """
+    """Return the first plan of each layout, micro-batch size and place of the optimizer state."""
     kept: Dict[Any, Plan] = {}
     for plan in plans:
         kept.setdefault((plan.job.layout, plan.job.micro_batch_size,
