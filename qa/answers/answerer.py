@@ -42,8 +42,7 @@ class Answerer:
     def load(cls, checkpoint: Union[str, Path], **settings: Any) -> "Answerer":
         """Return the answerer for a folder of train.py or save_pretrained, or a name on the hub.
 
-        settings: of infer.py, by the names of its flags, such as n_best=3 or precision="float32".
-        Raises UsageError or RunError, with a message of one line.
+        settings: of infer.py, by the names of its flags. Raises UsageError or RunError.
         """
         known = [f.name for group in (InferSettings, IPUConfig) for f in fields(group)]
         for name in settings:
@@ -53,7 +52,7 @@ class Answerer:
 
     def ask(self, question: Union[str, List[str]], context: str, n_best: Optional[int] = None,
             ) -> Union[Dict[str, Any], List[Dict[str, Any]]]:
-        """Return the answer to a question about a text; of a list of questions, a list of answers.
+        """Return the answer to a question about a text; of a list of questions, a list.
 
         n_best: the length of the n-best list (default: the setting). `answers` says what an answer
         is. Raises UsageError for a question or a text that is none.
@@ -65,8 +64,7 @@ class Answerer:
                 progress: bool = False) -> Iterator[Dict[str, Any]]:
         """Collective: yield the answer to each question of a data set, in order, in one process.
 
-        examples: with the columns id, question and context. progress: whether to show a bar. An
-        answer has the keys
+        examples: with the columns id, question and context. progress: whether to show a bar. Keys:
 
             id, question
             answer       its text; empty if there is none
@@ -93,7 +91,7 @@ class Answerer:
 def questions_about(question: Any, context: Any) -> FewQuestions:
     """Return a question, or a list of them, about one text as a data set.
 
-    Raises UsageError for values, perhaps another program's, that are no texts or are empty.
+    Raises UsageError for values that are no texts or are empty.
     """
     questions = question if isinstance(question, list) else [question]
     if not questions:

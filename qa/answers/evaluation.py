@@ -25,11 +25,7 @@ from runtime.files import write_json, writing, written_whole
 
 
 class Evaluation:
-    """The inference pipeline of a training run, which answers its validation and test questions.
-
-    questions: the validation and the test questions, None where there are none. log: gets the
-    metrics.
-    """
+    """The inference pipeline of a training run, which answers its validation and test questions."""
 
     def __init__(self, settings: TrainSettings, model_config: Any, pipeline: Pipeline,
                  questions: Sequence[Optional[Questions]], timer: PhaseTimer, log: RunLog):
@@ -44,10 +40,7 @@ class Evaluation:
 
     def finish(self, weights: Dict[str, torch.Tensor], step: Optional[int] = None,
                epoch: Optional[float] = None) -> None:
-        """Evaluate the validation and the test questions, and print some with their answers.
-
-        The arguments are those of `validate`; without a training there is no step and no epoch.
-        """
+        """Evaluate validation and test questions like `validate`, and print some with answers."""
         for questions in filter(None, self.questions):
             _, predictions = self._evaluate(weights, questions, step, epoch)
             print(self._samples(questions.examples, predictions))
@@ -56,10 +49,9 @@ class Evaluation:
                  ) -> Dict[str, float]:
         """Answer the validation questions with a model's weights, and return the metrics.
 
-        weights: as `weights_of` gives them. The IPUs must be free, and are free again at the end.
-        Prints the metrics, and writes them and the answers to files of the output folder. Without
-        true answers there are no metrics. step, epoch: where the training is. Raises RunError if a
-        file cannot be written.
+        weights: of `weights_of`. The IPUs must be free, and are free again at the end. Prints the
+        metrics, and writes them and the answers to files of the output folder. Without true answers
+        there are no metrics. Raises RunError if a file cannot be written.
         """
         metrics, _ = self._evaluate(weights, self.questions[0], step, epoch)
         return metrics
@@ -93,10 +85,7 @@ class Evaluation:
         return metrics, predictions
 
     def _samples(self, examples: Any, predictions: List[dict]) -> str:
-        """Return some of the questions with predicted and true answers, as text.
-
-        --show_predictions says how many, --seed determines which. Only the first process has them.
-        """
+        """Return --show_predictions of the questions with predicted and true answers, as text."""
         if not processes.is_first():
             return ""
         lines, count = [], min(self.settings.show_predictions, len(examples))
@@ -137,13 +126,11 @@ def as_text(metrics: Dict[str, float]) -> str:
 
 def write_answers(answers: Iterable[dict], folder: Path, version_2_with_negative: bool,
                   prefix: str = "") -> List[dict]:
-    """Write answers to `folder`, in the file formats of transformers' run_qa; return predictions.
+    """Write answers to `folder`, in the file formats of transformers' run_qa.
 
     predictions.json, nbest_predictions.json and, for version 2 data, null_odds.json map the id of a
-    question to its text, its n-best list and its null odds. Each file appears complete or not at
-    all. prefix: of the files' names.
-
-    answers: of `InferencePipeline.answers`. Returns `prediction_of` each. Raises OSError.
+    question to its text, its n-best list and its null odds. prefix: of the files' names. answers:
+    of `InferencePipeline.answers`. Returns `prediction_of` each. Raises OSError.
     """
     def entries(answer):
         yield answer["text"]
@@ -166,10 +153,7 @@ def write_answers(answers: Iterable[dict], folder: Path, version_2_with_negative
 
 @contextlib.contextmanager
 def _json_object(path: Path) -> Iterator[Callable]:
-    """Give a function that writes one entry, (key, value), of a JSON object to the file `path`.
-
-    The file appears when the block ends: it is complete or absent.
-    """
+    """Give a function that writes one entry, (key, value), of a JSON object to the file `path`."""
     separator = ""
     with written_whole(path) as file:
         def write(key: str, value: Any) -> None:

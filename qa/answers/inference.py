@@ -44,17 +44,14 @@ class InferencePipeline:
 
     def compile(self, windows) -> None:
         """Compile the model, and take IPUs for it. windows: any, since all rows have one shape."""
-        compile_model(self.inference_model, first_batch(self.options, self._rows(windows),
-                                                        self.micro_batch_size))
+        batch = first_batch(self.options, self._rows(windows), self.micro_batch_size)
+        compile_model(self.inference_model, batch)
 
     def answers(self, windows, examples, progress: bool = True) -> Iterator[dict]:
-        """Yield the answer to each question in the order of `examples`.
+        """Yield the answer to each question in the order of `examples`: `AnswerFinder.add`.
 
-        Collective: every process has to exhaust the iterator, which yields answers in the first
-        process and nothing in the others.
-
-        windows: qa.data.windows.Windows with offsets, made from `examples`. progress: whether to
-        show a progress bar. `AnswerFinder.add` lists the keys of an answer.
+        Collective: every process has to exhaust the iterator, which yields in the first one only.
+        windows: qa.data.windows.Windows with offsets, made from `examples`.
         """
         if not self.inference_model.isCompiled():
             self.compile(windows)
@@ -64,8 +61,8 @@ class InferencePipeline:
                               max_answer_length=settings.max_answer_length,
                               version_2_with_negative=settings.version_2_with_negative,
                               null_score_diff_threshold=settings.null_score_diff_threshold)
-        return predict(self.inference_model, self.options, rows, finder,
-                       self.micro_batch_size, progress)
+        return predict(self.inference_model, self.options, rows, finder, self.micro_batch_size,
+                       progress)
 
     def detach(self) -> None:
         """Free the IPUs. The weights are uploaded again when the pipeline is used next."""
@@ -82,9 +79,8 @@ def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
             micro_batch_size: int, progress: bool = True) -> Iterator[dict]:
     """Run `rows` through the model and yield the answers of `finder` in the order of the examples.
 
-    inference_model: made with `options`, whose output mode is All: a call returns start and end
-    logits [rows of the combined batch, tokens] in the order of the rows. progress: whether to show
-    a bar. Each process runs its share of every combined batch; the first one finds the answers.
+    inference_model: made with `options`; returns start and end logits [rows of the combined batch,
+    tokens]. Each process runs its share of every combined batch; the first one finds the answers.
     """
     loader = open_loader(options, rows, micro_batch_size,
                          asynchronous=len(rows) > _ROWS_WORTH_A_WORKER)

@@ -22,18 +22,12 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def squad_metrics(references: List[dict], predictions: List[dict],
                   version_2_with_negative: bool) -> Dict[str, float]:
-    """Return the metrics of SQuAD v1.1 or v2.0 by name.
-
-    exact_match and f1 are in percent. For version 2 data the other metrics of v2.0 are added.
+    """Return the metrics of SQuAD v1.1 or v2.0 by name, scores in percent.
 
     references: [{id, answers: {text: [...], answer_start: [...]}}, ...]. predictions: [{id,
     prediction_text}, ...] in the same order. For version 2 data each prediction also has
     no_answer_probability: any number that grows with the confidence that there is no answer, such
-    as the null odds.
-
-    The texts alone determine exact_match and f1. no_answer_probability is only used for best_exact
-    and best_f1, the scores that the best thresholds on it (best_exact_thresh, best_f1_thresh) would
-    have given, as with `evaluate-v2.0.py --na-prob-file null_odds.json`.
+    as the null odds. Only the best_* depend on it, as with `evaluate-v2.0.py --na-prob-file`.
     """
     metric = Squad(config_name="v2" if version_2_with_negative else "v1", keep_in_memory=True)
     return metric.compute(references=references, predictions=predictions)
@@ -44,7 +38,7 @@ class Squad(evaluate.Metric):
 
     Both have exact_match and f1. v2.0 also has total, the number of questions; HasAns_* and
     NoAns_*, the same for the questions with and without an answer; best_*, the scores with the best
-    thresholds.
+    thresholds on no_answer_probability.
     """
 
     def _info(self):
@@ -88,15 +82,11 @@ class Squad(evaluate.Metric):
 
 
 def normalized(text: str) -> str:
-    """Return the text as SQuAD compares it.
-
-    It is in lower case and has no punctuation, no articles and no superfluous white space.
-    """
+    """Return the text as SQuAD compares it."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
 def _f1(tokens: List[str], gold: List[str]) -> float:
-    """Return the harmonic mean of precision and recall of the tokens, counted with multiplicity."""
     common = sum((collections.Counter(tokens) & collections.Counter(gold)).values())
     if not common:
         return 0.0
@@ -105,19 +95,15 @@ def _f1(tokens: List[str], gold: List[str]) -> float:
 
 
 def _percent(scores: List[float]) -> float:
-    """Return the mean of `scores` in percent."""
     return 100.0 * sum(scores) / len(scores)
 
 
 def _best_threshold(predictions: List[dict], scores: List[float],
                     has_answer: List[bool]) -> Tuple[float, float]:
-    """Find the threshold on no_answer_probability that gives the best mean score.
+    """Return the best mean score in percent, and the threshold on no_answer_probability for it.
 
-    A prediction above the threshold counts as "no answer". The threshold is raised from a value
-    below all predictions (no question is answered), by one question at a time.
-
-    scores: [N], of the predicted texts. has_answer: [N], whether the question has an answer.
-    Returns the best mean score in percent, and the first threshold that reaches it.
+    A prediction above the threshold counts as "no answer". It is raised from a value below all
+    predictions (no question is answered), by one question at a time.
     """
     total = best = sum(not has for has in has_answer)
     threshold = 0.0

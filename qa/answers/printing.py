@@ -22,11 +22,7 @@ def as_text(answer: Dict[str, Any]) -> str:
 
 
 class Console:
-    """Lines that are typed, pasted or piped in. Both methods raise EOFError at the end.
-
-    In a terminal, readline gives line editing and takes lines of any length, of which a terminal by
-    itself passes on only 4,095 characters. Bytes that are no text become replacement characters.
-    """
+    """Lines that are typed, pasted or piped in. Both methods raise EOFError at the end."""
 
     def __init__(self) -> None:
         with suppress(AttributeError):
@@ -36,6 +32,7 @@ class Console:
                                   newline="")
         if sys.stdin.isatty():
             with suppress(ImportError):
+                # Line editing, and lines of more than the 4,095 characters of a bare terminal.
                 import readline  # noqa: F401  (input() uses it from now on)
 
     def line(self, prompt: str) -> str:

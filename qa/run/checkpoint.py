@@ -9,9 +9,8 @@ A checkpoint is the folder OUTPUT_DIR/checkpoint-STEP with these files:
     trainer_state.json                the other fields of qa.run.state.Checkpoint
     manifest.json                     size and SHA-256 of every file above
 
-A checkpoint is written to a temporary folder in OUTPUT_DIR, flushed to disk and renamed, so it is
-complete or absent even if the process is killed at any moment. Nothing is pickled: a checkpoint
-from an untrusted source contains only numbers and text, and cannot run code.
+A checkpoint is written to a temporary folder in OUTPUT_DIR, flushed to disk and renamed. Nothing is
+pickled: a checkpoint from an untrusted source is numbers and text, and cannot run code.
 """
 from __future__ import annotations
 
@@ -82,7 +81,7 @@ class Best:
 
     @classmethod
     def resumed(cls, metric: Optional[str], checkpoint: Checkpoint) -> "Best":
-        """Return the best evaluation of the run that saved `checkpoint`, if by the same metric."""
+        """Return the best evaluation of the run that saved `checkpoint`, if by `metric`."""
         best = checkpoint.best
         if metric is not None and best is not None and best.get("by") == metric:
             folder = checkpoint.folder.parent / f"checkpoint-{best['step']}"
@@ -94,7 +93,6 @@ class Best:
         return cls(metric)
 
     def to_json(self) -> Optional[Dict[str, Any]]:
-        """Return what trainer_state.json holds of it."""
         return None if self.step is None else {
             "step": self.step, "metric": self.value, "by": self.metric}
 
@@ -102,14 +100,13 @@ class Best:
 class Checkpoints:
     """The checkpoints of one run in its output folder, for which the run must hold the lock.
 
-    With several processes all call the same methods: all read the devices, the first one writes. A
-    checkpoint is the same whatever the number of processes.
+    All processes call the same methods: all read the devices, the first one writes.
     """
 
     def __init__(self, output_dir: Union[str, Path], must_match: Dict[str, Any],
-                 write_model: Callable[..., Any],
-                 save_total_limit: Optional[int] = None, best_by: Optional[str] = None,
-                 timer: Optional[PhaseTimer] = None, run_log: Optional[RunLog] = None):
+                 write_model: Callable[..., Any], save_total_limit: Optional[int] = None,
+                 best_by: Optional[str] = None, timer: Optional[PhaseTimer] = None,
+                 run_log: Optional[RunLog] = None):
         self.output_dir = Path(output_dir)
         self.must_match = must_match  # settings, by name, that a resumed run must share
         self.save_total_limit = save_total_limit  # how many are kept; None: all
@@ -131,9 +128,7 @@ class Checkpoints:
         must_match = {
             **rows.arguments, "data": rows.windows.fingerprint,
             **{name: getattr(settings, name) for name in MUST_MATCH}}
-        # LAMB scales a tensor's update by the tensor's norm, so the number of embedding parts
-        # changes the result.
-        if settings.optimizer == "lamb":
+        if settings.optimizer == "lamb":  # it scales each tensor's update by the tensor's norm
             name = "embedding_serialization_factor"
             must_match[name] = getattr(ipu_config, name)
         best_by = settings.metric_for_best_model if settings.load_best_model_at_end else None
@@ -143,13 +138,10 @@ class Checkpoints:
     def start_or_resume(self, settings: TrainSettings) -> Optional[Checkpoint]:
         """Return the checkpoint from which this run continues, or None if it starts from scratch.
 
-        settings.resume_from_checkpoint: None, "auto" or a path, see `find_checkpoint`. What a
-        killed run left unfinished is removed. A run from scratch also removes the checkpoints of
-        earlier runs, which `check_output_folder` has allowed. A run that trains nothing
-        (settings.dry_run) leaves the folder as it is. Prints where a resumed run continues.
-
+        What a killed run left unfinished is removed, and by a run from scratch the checkpoints of
+        earlier runs, which `check_output_folder` has allowed. Prints where a resumed run continues.
         Raises UsageError if the checkpoint's must_match differs from this run's, or if there is no
-        complete checkpoint at the path.
+        complete checkpoint at the path of settings.resume_from_checkpoint.
         """
         if settings.dry_run:
             return None
@@ -164,7 +156,6 @@ class Checkpoints:
         return checkpoint
 
     def _clear_and_find(self, resume_from_checkpoint: Optional[str]) -> Optional[str]:
-        """Clear the output folder for this run; return the checkpoint to continue from, or None."""
         _clear_leftovers(self.output_dir)
         if resume_from_checkpoint is None:
             for folder in list_checkpoints(self.output_dir):
@@ -176,14 +167,10 @@ class Checkpoints:
         return folder and str(folder)
 
     def save(self, state: TrainingState) -> Path:
-        """Save OUTPUT_DIR/checkpoint-STEP and return its path.
+        """Save OUTPUT_DIR/checkpoint-STEP, unless it just was, and return its path.
 
-        Of the losses the last 200 are saved. Then the oldest checkpoints beyond the limit are
-        removed, except the best evaluation's. Nothing is done if this process has just saved the
-        same step.
-
-        Raises RunError if the checkpoint cannot be written (disk full, read-only, removed, ...).
-        Earlier checkpoints are then unchanged, and the incomplete one is removed.
+        The oldest checkpoints beyond the limit are removed, except the best evaluation's. Raises
+        RunError if the checkpoint cannot be written; earlier ones are then unchanged.
         """
         folder = self.output_dir / f"checkpoint-{state.step}"
         if self._saved_step == state.step:
@@ -221,7 +208,7 @@ class Checkpoints:
               "the same command with --resume_from_checkpoint auto goes on")
 
     def save_if_best(self, state: TrainingState, metrics: Dict[str, float]) -> None:
-        """Save a checkpoint if the evaluation of `state` with these metrics is the best so far."""
+        """Save a checkpoint if `state`, evaluated with these metrics, is the best so far."""
         former, self._evaluated_step = self.best, state.step
         value = metrics.get(former.metric)
         if value is None or value <= former.value:
@@ -234,12 +221,12 @@ class Checkpoints:
             self.best = former
 
     def load_best(self, state: TrainingState, evaluate: Callable[[], Dict[str, float]]) -> int:
-        """Put the weights of the best evaluation into the model; returns its step.
+        """Put the weights of the best evaluation into the model; return its step.
 
-        Without --load_best_model_at_end, or if the last step is the best, the weights stay as they
-        are. evaluate: returns the metrics of `state`; it is called if the run was stopped while it
-        evaluated the last step, and is resumed.
+        Without --load_best_model_at_end, or if the last step is the best, they stay as they are.
+        evaluate: returns the metrics of `state`.
         """
+        # The run may have been stopped while it evaluated the last step.
         if self.best.metric and self._evaluated_step != state.step:
             self.save_if_best(state, evaluate())
         if self.best.step in (None, state.step):
@@ -277,7 +264,7 @@ class Checkpoints:
             sync_folder(self.output_dir)
 
     def note(self, event: str, step: int, **values: Any) -> None:
-        """Add a line to the log of the run, if it keeps one (see `RunLog.add`)."""
+        """Add a line to the log of the run, if it keeps one: `RunLog.add`."""
         if self._log:
             self._log.add(event, step, **values)
 
@@ -318,8 +305,7 @@ def check_output_folder(settings: TrainSettings) -> None:
 def find_checkpoint(output_dir: Union[str, Path], which: str) -> Optional[Path]:
     """Return the folder of the checkpoint that --resume_from_checkpoint refers to.
 
-    which: a path, or "auto" for the newest complete checkpoint in `output_dir`. With "auto" an
-    incomplete checkpoint is skipped with a warning, and the result is None if none is complete.
+    which: a path, or "auto" for the newest complete checkpoint in `output_dir`, None without one.
     Raises UsageError if `which` is a path that is not a complete checkpoint.
     """
     if which == "auto":
@@ -391,7 +377,6 @@ def _step(folder: Path) -> int:
 
 
 def _check_match(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
-    """Raise UsageError, which names the differences, unless checkpoint.must_match is `now`."""
     then = checkpoint.must_match
     different = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
     differences = [f"{_AS_FLAGS.get(name, '--' + name)} was {_as_text(then.get(name))}, "
@@ -408,7 +393,6 @@ def _as_text(value: Any) -> str:
 
 
 def _what_is_left(output_dir: Union[str, Path]) -> str:
-    """Return which checkpoint is the newest, complete or not, as the end of an error message."""
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
         return f"there is no checkpoint in {output_dir}"
@@ -416,17 +400,13 @@ def _what_is_left(output_dir: Union[str, Path]) -> str:
 
 
 def _clear_leftovers(output_dir: Path) -> None:
-    """Remove what a killed run left unfinished in `output_dir`.
-
-    A checkpoint that it was replacing is put back if the replacement is not in place.
-    """
+    """Remove what a killed run left, but put back a checkpoint without its replacement."""
     for path in output_dir.iterdir():
         match = _LEFTOVER.fullmatch(path.name)
         if not match:
             continue
         checkpoint, kind = match.groups()
-        # Only a kill between the two renames of rename_folder leaves ".replaced" without its
-        # replacement.
+        # This is what a kill between the two renames of rename_folder leaves.
         if kind == "replaced" and not os.path.lexists(path.with_name(checkpoint)):
             path.rename(path.with_name(checkpoint))
         else:
@@ -435,7 +415,6 @@ def _clear_leftovers(output_dir: Path) -> None:
 
 @contextmanager
 def _written(target: Path) -> Iterator[Path]:
-    """Give the folder of `folder_written_aside`, but turn system errors into RunError."""
     try:
         with folder_written_aside(target) as aside:
             yield aside
@@ -449,11 +428,10 @@ def _written(target: Path) -> Iterator[Path]:
 
 def _remove_oldest(output_dir: Path, step: int, save_total_limit: Optional[int],
                    keep: Optional[int]) -> None:
-    """Remove the oldest checkpoints until `save_total_limit` remain of the ones up to `step`.
+    """Remove the oldest checkpoints until `save_total_limit` remain up to `step`, just written.
 
-    The checkpoint of `step` has just been written and is complete. Later checkpoints stay: the
-    resume passed over them, usually because they are damaged, and the run replaces them when it
-    reaches their steps. keep: the step of one that stays in any case.
+    Later ones stay: the resume passed over them, usually because they are damaged, and the run
+    replaces them when it reaches their steps. keep: the step of one that stays in any case.
     """
     if save_total_limit is None:
         return

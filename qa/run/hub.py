@@ -35,8 +35,7 @@ _CLI = (("huggingface-cli login", "huggingface-cli upload")
 def check_push(settings: TrainSettings) -> None:
     """Find out at the start of a run with --push_to_hub whether its end can upload the model.
 
-    Raises UsageError if the access token is missing or refused, or if a run that does not train has
-    no model of train.py to share; RunError if the hub cannot be reached.
+    Raises UsageError without a valid token or a model of train.py, RunError without the hub.
     """
     if not settings.push_to_hub or not processes.is_first():
         return
@@ -57,13 +56,9 @@ def check_push(settings: TrainSettings) -> None:
 def push(settings: TrainSettings) -> None:
     """With --push_to_hub, upload the model with its card and metrics; print the commit's URL.
 
-    A run that does not train shares the model that it has evaluated, with the new metrics. The card
-    is also written to the output folder, as README.md. settings.hub_model_id is "name" or
-    "account/name", by default the name of the model's folder; the repository is created if it does
-    not exist.
-
-    Raises UsageError if the repository name is not valid, RunError if the upload fails. The output
-    folder keeps all files in any case.
+    A run that does not train shares the model that it has evaluated. The card is also written to
+    the output folder, as README.md. Raises UsageError if the repository's name is not valid,
+    RunError if the upload fails.
     """
     if not settings.push_to_hub or not processes.is_first():
         return
@@ -84,19 +79,16 @@ def push(settings: TrainSettings) -> None:
     # requests, httpx, hf_xet and huggingface_hub raise unrelated exceptions.
     except Exception as error:
         raise RunError(
-            f"could not push {model} to the hub: {one_line(error)}; "
-            f"the model is whole in {model}, "
-            f"and `{_CLI[1]} {shlex.join((repo_id, str(model)))}` tries again"
-        ) from error
+            f"could not push {model} to the hub: {one_line(error)}; the model is whole in {model}, "
+            f"and `{_CLI[1]} {shlex.join((repo_id, str(model)))}` tries again") from error
     print(f"shared: {commit.commit_url}")
 
 
 def model_card(folder: Path, repo_id: str, settings: TrainSettings) -> str:
-    """Return the model card for the hub, the text of README.md, by the template model_card.md.
+    """Return the text of the model card, by the template model_card.md. Raises OSError.
 
     folder: the model's, with run.json and config.json. settings: of this run, which say what it was
-    evaluated on; its output folder has the metrics, if there are any. Local files are named without
-    their folders. Raises OSError if a file cannot be read.
+    evaluated on; its output folder may have metrics. Local files are named without their folders.
     """
     run, config = (json.loads((folder / name).read_text("utf-8"))
                    for name in ("run.json", "config.json"))

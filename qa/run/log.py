@@ -22,6 +22,7 @@ a real run's log in the same folder alone. TensorBoard and wandb get the same nu
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -63,10 +64,9 @@ _PANELS = (
 
 
 class RunLog:
-    """Writes the log of a run, and passes its numbers on to what --report_to names.
+    """Writes the log of a run in its first process, and passes its numbers on to --report_to.
 
-    A log that cannot be written is no reason to lose a run: a warning says so. Of several processes
-    the first one writes.
+    A log that cannot be written is no reason to lose a run: a warning says so.
     """
 
     def __init__(self, settings: TrainSettings):
@@ -79,8 +79,7 @@ class RunLog:
               resumed: Optional["Checkpoint"] = None) -> None:
         """Write run.json, and begin the log or continue the one of the run that saved `resumed`.
 
-        ipu_config: the training pipeline's, with all values resolved. A run that only compiles has
-        no log; one that trains nothing has no run.json. Raises OSError for run.json.
+        ipu_config: the training pipeline's, with all values resolved. Raises OSError for run.json.
         """
         if processes.is_first() and not self.settings.dry_run:
             write_json(self._folder / "run.json",
@@ -111,10 +110,7 @@ class RunLog:
                 reporter.add(numbers, step)
 
     def _open(self, lines: List[Dict[str, Any]], first_step: Optional[int]) -> None:
-        """Start the file with `lines`.
-
-        first_step: TensorBoard discards events from this step on; None keeps all.
-        """
+        """Start the file with `lines`. TensorBoard discards its events from `first_step` on."""
         self._begun = True
         self._attempt(self._rewrite, lines)
         if processes.is_first() and not self.settings.synthetic_data:
@@ -149,7 +145,7 @@ class RunLog:
 
 
 def read_log(path: Union[str, Path]) -> List[Dict[str, Any]]:
-    """Return the lines of a log.jsonl but for incomplete ones (of a killed process); [] if none."""
+    """Return the complete lines of a log.jsonl; [] without the file."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -166,22 +162,14 @@ def read_log(path: Union[str, Path]) -> List[Dict[str, Any]]:
 
 
 def before_resume(lines: List[Dict[str, Any]], step: int) -> List[Dict[str, Any]]:
-    """Return the lines that stay in the log if the run continues after `step`.
-
-    A resumed run repeats its end (summary, evaluation), so lines from `trained` on are dropped too.
-    """
-    kept = []
-    for line in lines:
-        if line["event"] == "trained":
-            break
-        if line["step"] <= step:
-            kept.append(line)
-    return kept
+    """Return the lines that stay in the log if the run continues after `step`."""
+    # A resumed run repeats its end: summary and evaluation.
+    before_end = itertools.takewhile(lambda line: line["event"] != "trained", lines)
+    return [line for line in before_end if line["step"] <= step]
 
 
 def _run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
                 resumed: Optional["Checkpoint"]) -> Dict[str, Any]:
-    """Return the content of run.json, in which the hub's access token is masked."""
     command, hide = [], False
     for word in sys.argv:
         command.append(
@@ -216,7 +204,6 @@ def _git_revision() -> Optional[str]:
 
 
 def _versions() -> Dict[str, str]:
-    """Return the versions of the installed packages among _PACKAGES."""
     versions = {}
     for package in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -225,11 +212,6 @@ def _versions() -> Dict[str, str]:
 
 
 def _draw_curves(lines: List[Dict[str, Any]], path: Path) -> None:
-    """Draw loss, learning rate, throughput and evaluations over the steps, to the PNG file `path`.
-
-    A dotted vertical line marks each step after which the run was resumed. Nothing is drawn without
-    log points. Raises OSError.
-    """
     from matplotlib.figure import Figure
 
     if not any(line["event"] == "log" for line in lines):
@@ -262,7 +244,7 @@ def _draw_curves(lines: List[Dict[str, Any]], path: Path) -> None:
 
 
 class _TensorBoard:
-    """TensorBoard's own writer, in OUTPUT_DIR/runs; names are Trainer's."""
+    """Writes to OUTPUT_DIR/runs; the names are Trainer's."""
 
     def __init__(self, settings: TrainSettings, first_step: Optional[int]):
         from torch.utils.tensorboard import SummaryWriter
@@ -278,13 +260,12 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Weights & Biases' own writer; its environment variables (WANDB_PROJECT, ...) apply."""
+    """Its environment variables (WANDB_PROJECT, ...) apply."""
 
     def __init__(self, settings: TrainSettings, first_step: Optional[int]):
         import wandb
-        config = {**settings.values(), "hub_token": None}
         self._run = wandb.init(dir=settings.output_dir, name=Path(settings.output_dir).name,
-                               config=config)
+                               config={**settings.values(), "hub_token": None})
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step")
 

@@ -22,25 +22,20 @@ _LARGEST_SCALING = 8192.0
 
 
 class NonfiniteGuard:
-    """Checks the numbers of every training step, and acts as --on_nonfinite says.
-
-    options: the training model's, which say what gradient is watched.
-    """
+    """Checks the numbers of every training step, and acts as --on_nonfinite says."""
 
     def __init__(self, settings: TrainSettings, checkpoints: Checkpoints, state: TrainingState,
                  options: "poptorch.Options"):
         self.settings, self.checkpoints = settings, checkpoints
         self.state, self.options = state, options
-        # The last step that was skipped, and the step of the checkpoint that was gone back to.
-        self._skipped_step: Optional[int] = None
-        self._checkpoint_step: Optional[int] = None
+        self._skipped_step: Optional[int] = None  # the last one
+        self._checkpoint_step: Optional[int] = None  # of the checkpoint that was gone back to
 
     def check_or_go_back(self, loss: float, learning_rate: float, look_at_weights: bool) -> bool:
         """Return whether the loss, the watched gradient and the weights after a step are finite.
 
-        look_at_weights: whether to read the weights, which costs a transfer from the device. If a
-        number is not finite and --on_nonfinite is skip, weights and optimizer are reset to the last
-        checkpoint, and the run goes on from them.
+        look_at_weights: whether to read the weights, which costs a transfer from the device. With
+        --on_nonfinite skip, weights and optimizer are reset to the last checkpoint.
 
         Raises RunError if --on_nonfinite is stop, if there is no checkpoint, or if the cause is not
         just one bad batch: the previous step was skipped as well, or the run would go back to the
@@ -80,10 +75,8 @@ class NonfiniteGuard:
 
 def find_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]:
     """Return the name of the first of (name, tensor) pairs with an infinity or a NaN, or None."""
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not all_finite(tensor):
-            return name
-    return None
+    return next((name for name, tensor in tensors
+                 if tensor.is_floating_point() and not all_finite(tensor)), None)
 
 
 def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], learning_rate: float,
@@ -91,17 +84,13 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
                       bad_tensor: Optional[str] = None) -> str:
     """Return a line on a loss, gradient or weight that is not finite: overflow, or divergence?
 
-    The device has updated the weights before the host sees the loss. A loss that is not finite has
-    therefore made all weights useless, and its cause is the forward pass of this step or the update
-    before it. The earlier losses distinguish overflow from divergence: they rise in a run that
-    diverges, whereas an overflow happens while they are steady. A learning rate that no model is
-    trained with is the cause in either case. float16 ends at 65,504; beyond, a number becomes NaN
-    on an IPU, because options.py sets the engine option debug.nanOverflowMode.
+    The losses before it rise in a run that diverges, whereas an overflow happens while they are
+    steady. float16 ends at 65,504; beyond, a number becomes NaN on an IPU, because options.py sets
+    the engine option debug.nanOverflowMode.
 
     earlier_losses: the finite losses before `step`, in order. loss_scaling: None if the device
-    adjusts it. bad_tensor: of `find_nonfinite`, a
-    gradient ("Gradient___" and the name of a parameter) or a weight. It is required if the loss is
-    finite: then the forward pass was correct, but the gradients or the update were not.
+    adjusts it. bad_tensor: of `find_nonfinite`, a gradient ("Gradient___" and the name of a
+    parameter) or a weight; required if the loss is finite.
     """
     sound_forward = math.isfinite(loss)
     bad_gradient = sound_forward and bad_tensor.startswith("Gradient___")

@@ -45,8 +45,6 @@ def mean_loss(losses: torch.Tensor, loss_weights: torch.Tensor, ipu_config: IPUC
 
 
 class _Lines(tqdm):
-    """Prints a line now and then where a terminal would show a bar."""
-
     def display(self, msg: Any = None, pos: Any = None) -> None:
         print(f"{self.desc}: {self.unit} {self.n}/{self.total}  {self.postfix or ''}".rstrip(),
               file=sys.stderr, flush=True)
@@ -79,22 +77,19 @@ def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
 
 
 def describe_compiled(seconds: float, ipu_config: IPUConfig, settings: TrainSettings) -> str:
-    """Return the last line of a run that only compiles, which took so many seconds."""
+    """Return the last line of a run that only compiles."""
     return (f"compiled in {seconds:.0f} s, executable cache: "
             f"{executable_cache(ipu_config, settings)}; nothing was run")
 
 
 def describe_end(seconds: float, settings: TrainSettings) -> str:
-    """Return the last line of a run that has trained, which took so many seconds."""
+    """Return the last line of a run that has trained."""
     return (f"saved to {settings.output_dir} after {seconds:.0f} s; ask it: python infer.py "
             f"--checkpoint {shlex.quote(settings.output_dir)}")
 
 
 class Progress:
-    """The progress bar, the log lines and the summary of a run.
-
-    state: as the run begins with it, perhaps from a checkpoint. timer: has the time of each phase.
-    """
+    """The progress bar, the log lines and the summary of a run, which begins with `state`."""
 
     def __init__(self, rows: TrainingRows, settings: TrainSettings, state: TrainingState,
                  timer: PhaseTimer, log: RunLog):
@@ -106,15 +101,12 @@ class Progress:
         self._clocks: Dict[str, float] = {}
 
     def evaluation_is_due(self) -> bool:
-        """Return whether the model is to be evaluated now, before the end, which evaluates it too.
-
-        The best model can only be chosen once the last one's metrics are known.
-        """
+        """Whether to evaluate the model now, after this step; the end evaluates it anyway."""
         settings, step = self.settings, self.state.step
         due = (settings.eval_steps and step % settings.eval_steps == 0
                or settings.evaluate_every_epoch
                and int(self.rows.epoch_after(step)) > int(self.rows.epoch_after(step - 1)))
-        last = step == self.rows.total_steps
+        last = step == self.rows.total_steps  # whose metrics may be the best
         return bool(settings.evaluates and (settings.load_best_model_at_end if last else due))
 
     def update(self, learning_rate: float) -> None:
@@ -143,7 +135,6 @@ class Progress:
         self._bar.set_postfix_str(f"{numbers}{speed:.0f}", refresh=False)
 
     def _read_clocks(self) -> Dict[str, float]:
-        """Return the time, the steps done and the seconds spent in data and step, all so far."""
         return {"total": time.perf_counter(), "steps": self.state.step,
                 **{phase: self.timer.seconds[phase] for phase in ("data", "step")}}
 

@@ -36,7 +36,7 @@ class Checkpoint(NamedTuple):
 
 @dataclass
 class TrainingState:
-    """What a training run changes. With several processes all call the same methods."""
+    """What a training run changes. All processes call the same methods."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer  # of poptorch: state_dict() reads its state from the device
@@ -45,7 +45,7 @@ class TrainingState:
     losses: List[float] = field(default_factory=list)  # means of the steps that were not skipped
 
     def weights(self) -> Dict[str, torch.Tensor]:
-        """Free the IPUs, and return the weights as `weights_of` does."""
+        """Free the IPUs, and return the weights: `weights_of`."""
         self._free_ipus()
         return weights_of(self.model)
 
@@ -67,9 +67,8 @@ class TrainingState:
     def restore(self, checkpoint: Optional[Checkpoint]) -> None:
         """Continue from `checkpoint`, if any. The model must have its weights, and be compiled.
 
-        The number of processes may be another than when it was saved, the number of replicas not.
-        Raises UsageError if its random state cannot be used, or if another process has other
-        weights.
+        Raises UsageError if its random state cannot be used, for instance that of another number of
+        replicas, or if another process has other weights.
         """
         if processes.count() > 1:
             checksum = 0
@@ -88,9 +87,8 @@ class TrainingState:
     def go_back(self, checkpoint: Checkpoint) -> None:
         """Reset weights and optimizer to `checkpoint`; step, losses and random states stay.
 
-        This is for a step with a loss, gradient or weight that is not finite. The step cannot be
-        left out, because the device has updated the weights before the host sees the loss. The run
-        continues with the next batch, and the batches since the checkpoint are skipped, as in the
+        A step that is not finite cannot be left out, because the device has updated the weights
+        before the host sees the loss. The batches since the checkpoint are skipped, as in the
         training of PaLM (Chowdhery et al. 2022, section 5.1).
         """
         # The next call attaches again. Only that initialises the gradient accumulators: with
@@ -115,7 +113,7 @@ class TrainingState:
 def rng_of_process(checkpoint: Checkpoint, replicas: int) -> List[int]:
     """Return this process's part of the checkpoint's rng_state.
 
-    replicas: of all processes of this run. Raises UsageError if the checkpoint has another number.
+    Raises UsageError if it is of another number of replicas in all processes.
     """
     # How long a replica's state is, only the device knows, and before its first run PopTorch does
     # not ask it (_poplar_executor.py, rng_state).

@@ -14,14 +14,12 @@ TENSORS, STRUCTURE = "training_state.safetensors", "training_state.json"
 
 
 def write_state(folder: Path, state: Dict[str, Any]) -> None:
-    """Write `state` to two files in `folder`.
+    """Write dictionaries, lists and tuples of tensors, numbers, strings and None to `folder`.
 
-    state: any nesting of dictionaries, lists and tuples that contains tensors, numbers, strings and
-    None. Raises OSError, and TypeError if `state` contains anything else.
+    Raises OSError, and TypeError if `state` contains anything else.
     """
     tensors: Dict[str, torch.Tensor] = {}
-    structure = _encode(state, "", tensors)
-    memory = set()
+    structure, memory = _encode(state, "", tensors), set()
     # safetensors refuses tensors that share memory: copy the few that do.
     for key, tensor in tensors.items():
         if tensor.untyped_storage().data_ptr() in memory:
@@ -34,17 +32,16 @@ def write_state(folder: Path, state: Dict[str, Any]) -> None:
 def read_state(folder: Path) -> Any:
     """Return what `write_state` wrote to `folder`.
 
-    Raises OSError, ValueError, KeyError, TypeError or SafetensorError if one is damaged or missing.
+    Raises OSError, ValueError, KeyError, TypeError or SafetensorError for a damaged or missing one.
     """
     structure = json.loads((folder / STRUCTURE).read_text("utf-8"))
     return _decode(structure, safetensors.torch.load_file(folder / TENSORS))
 
 
 def _encode(value: Any, name: str, tensors: Dict[str, torch.Tensor]) -> Any:
-    """Return `value` as JSON values that preserve tuples and the types of keys.
+    """Return `value`, at `name` in the state, as JSON that preserves tuples and types of keys.
 
-    tensors: gets the tensors, under names that tell where in the state they were. name: where
-    `value` is in the state. Raises TypeError for a value of any other type.
+    tensors: gets the tensors, under names that tell where in the state they were.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -62,7 +59,6 @@ def _encode(value: Any, name: str, tensors: Dict[str, torch.Tensor]) -> Any:
 
 
 def _decode(value: Any, tensors: Dict[str, torch.Tensor]) -> Any:
-    """Return the value that `_encode` made `value` of. Raises KeyError, TypeError or ValueError."""
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):

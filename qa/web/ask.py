@@ -35,21 +35,19 @@ td, th { padding: 0.2em 1.5em 0.2em 0; vertical-align: top; overflow-wrap: anywh
 def serve_answers(answerer: Answerer) -> None:
     """Serve the page, and /api/answer for programs, until a signal ends the process.
 
-    The answerer is called here, in the main thread, for all browsers, one request after the other:
-    there is one device, and the loader's worker can be started from no other thread. The first
-    question, which compiles the model, is asked before the page is there.
+    The answerer is called here, in the main thread, one request after the other: there is one
+    device, and the loader's worker can be started from no other thread.
     """
     settings, requests = answerer.settings, queue.Queue()
 
     def ask(question: Any, context: Any, n_best: Any = None) -> List[Dict[str, Any]]:
-        """Return the answers to one question or a list. Raises UsageError for what is none."""
         if n_best is None:
             n_best = settings.n_best if "n_best" in settings.sources else NBEST
         answers: Future = Future()
         requests.put((questions_about(question, context), n_best, answers))
         return answers.result()
 
-    answerer.ask("Ready?", "Ready.")
+    answerer.ask("Ready?", "Ready.")  # compiles the model before the page is there
     serve(_app(settings.checkpoint, settings.context or "", ask), settings.host, settings.port)
     while True:
         questions, n_best, answers = requests.get()
@@ -60,10 +58,8 @@ def serve_answers(answerer: Answerer) -> None:
 
 
 def _app(checkpoint: str, context: str, ask: Callable[..., List[Dict[str, Any]]]) -> Any:
-    """Return the page and the interface for programs as one app."""
     app = new_page("Ask", html.Main([
-        html.H1("Ask a text"),
-        html.P(f"Model: {checkpoint}"),
+        html.H1("Ask a text"), html.P(f"Model: {checkpoint}"),
         html.Label("Text", htmlFor="context"),
         dcc.Textarea(id="context", value=context, rows=5),
         dcc.Upload(html.Button("Open a text file"), id="file", accept="text/*"),
@@ -115,10 +111,7 @@ def _app(checkpoint: str, context: str, ask: Callable[..., List[Dict[str, Any]]]
 
 
 def marked(answer: Dict[str, Any], context: str) -> List[Any]:
-    """Return the elements that show an answer: itself, where it stands in the text, the n-best.
-
-    answer: of `Answerer.ask`.
-    """
+    """Return the elements that show one of `Answerer.ask`'s answers, and where it stands."""
     start, end = (answer["start"], answer["end"]) if answer["answer"] else (0, 0)
     rows = [html.Tr([html.Td(entry["text"] or "(no answer)"),
                      html.Td(f"{entry['probability']:.3f}"),

@@ -15,17 +15,12 @@ _THIS_MACHINE = ("127.0.0.1", "localhost")
 
 
 class _Quiet(WSGIRequestHandler):
-    """Prints no line for each request; errors are still printed."""
-
     def log_request(self, *_: Any) -> None:
         pass
 
 
 def new_page(title: str, layout: Any, style: str = "", **options: Any) -> dash.Dash:
-    """Return an app whose page asks nothing of any other machine.
-
-    layout: its content. style: CSS. options: more of Dash's own.
-    """
+    """Return an app whose page asks nothing of any other machine. style: CSS. options: Dash's."""
     app = dash.Dash(__name__, title=title, update_title=None, serve_locally=True, **options)
     app.index_string = app.index_string.replace("<html>", '<html lang="en">').replace(
         "</head>", f"<style>{style}</style></head>")
@@ -36,10 +31,9 @@ def new_page(title: str, layout: Any, style: str = "", **options: Any) -> dash.D
 def serve(app: dash.Dash, host: str, port: int) -> None:
     """Serve `app` on host:port (0: any free port) in a thread that ends with the process.
 
-    A page of another site could reach a server on this machine through a name of its own that
-    leads to 127.0.0.1 (DNS rebinding); requests that use such a name are therefore refused.
     Prints the address. Raises UsageError if the port cannot be had.
     """
+    # The name of another site may lead to 127.0.0.1, too (DNS rebinding).
     if host in _THIS_MACHINE:
         @app.server.before_request
         def refuse_other_names() -> None:
