@@ -14,17 +14,13 @@ import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ipu_options.config import IPUConfig
-from ipu_options.layout import Layout
 from planner.confidence import RUN_ERROR, expected_error, sensitivity, unexplained_error
-from planner.count import CountedBlock
 from planner.job import Job
-from planner.machine import FITTED, MACHINES, Efficiencies
-from planner.phase import INFERENCE, TRAINING
+from planner.machine import FITTED, Efficiencies
 from planner.plan import Plan, make_plan
 from runtime.errors import UsageError
 from runtime.files import write_json, writing
@@ -42,7 +38,6 @@ OWN_ERROR = 0.02  # of the throughput that the user measured
 # A measured run that deviates from its plan by more than FAR times the expected range, or from the
 # fit by more than three times what equal runs differ by, is another run than its flags say.
 FAR, LARGEST_MISS = 3, 3 * RUN_ERROR
-PUBLISHED = Path(__file__).with_name("published_runs.json")
 
 
 class PublishedRun(NamedTuple):
@@ -58,29 +53,6 @@ class PublishedRun(NamedTuple):
     def publisher(self) -> str:
         """Who published the run: runs of one publisher may share an unknown."""
         return self.source.split(":")[0]
-
-
-def published_runs(count: Callable[[Dict[str, Any]], Sequence[CountedBlock]],
-                   path: Path = PUBLISHED) -> List[PublishedRun]:
-    """Return the runs of a file such as published_runs.json, whose "about" describes the format.
-
-    count(run): the blocks of a run of the file, halves of layers with an "att_ffn_placement".
-    """
-    runs = []
-    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
-        config = IPUConfig(**run["ipu_config"])
-        blocks = tuple(count(run))
-        if "att_ffn_placement" in run:
-            halves = [ipu for ipu, parts in run["att_ffn_placement"] for _ in range(sum(parts))]
-            layout = Layout(config.embedding_ipu, tuple(halves), config.head_ipu)
-        else:
-            layout = config.layout(sum(block.kind == "layer" for block in blocks))
-        job = Job(blocks, layout, config, MACHINES[run["machine"]], run["micro_batch_size"],
-                  run["max_seq_length"],
-                  phase=INFERENCE if run.get("phase") == "inference" else TRAINING)
-        runs.append(PublishedRun(run["name"], run["use"], run.get("rows_per_second"),
-                                 run["source"], job))
-    return runs
 
 
 def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, freedom: Sequence[float],
@@ -113,18 +85,18 @@ def fit_published(runs: Sequence[PublishedRun]) -> Efficiencies:
                START_FREEDOM, unexplained_error, "published runs")
 
 
-def fit_own(runs: Sequence[Tuple[Job, float]], start: Efficiencies) -> Efficiencies:
+def fit_own(runs: Sequence[Tuple[Job, float]]) -> Efficiencies:
     """Return the fit to the user's own `runs`, (job, measured windows/s) of each.
 
-    start: the fit to the published runs. Raises UsageError for a run that is far outside of what
-    its plan expects, or that the fit misses: it is another run than its flags say.
+    Raises UsageError for a run that is far outside of what its plan expects, or that the fit
+    misses: it is another run than its flags say.
     """
     source = (f"your run at {runs[0][1]:g} windows/s" if len(runs) == 1 else
               f"your {len(runs)} runs")
-    fitted = fit([(job, measured / job.windows_per_row) for job, measured in runs], start,
+    fitted = fit([(job, measured / job.windows_per_row) for job, measured in runs], Efficiencies(),
                  OWN_FREEDOM, lambda plan: OWN_ERROR, source)
     for job, measured in runs:
-        before, after = make_plan(job, start), make_plan(job, fitted)
+        before, after = make_plan(job), make_plan(job, fitted)
         low, high = (before.windows_per_second * (1 + error) for error in expected_error(before))
         if not (low / before.windows_per_second) ** FAR <= measured / before.windows_per_second <= (
                 high / before.windows_per_second) ** FAR or (

@@ -234,13 +234,11 @@ def _calibrate_own(request: Request, calibrating: CalibrateSettings) -> None:
     """Fit the planner to the runs of --measured, and save the fit."""
     from planner import calibrate as calibration
     from planner.from_settings import make_job, request_of
-    from planner.machine import Efficiencies
     from planner.plan import make_plan
 
     runs = _measured(calibrating.measured)
     jobs = [make_job(request_of({**request.flags, **swept})) for swept, _ in runs]
-    fitted = calibration.fit_own([(job, speed) for job, (_, speed) in zip(jobs, runs)],
-                                 Efficiencies())
+    fitted = calibration.fit_own([(job, speed) for job, (_, speed) in zip(jobs, runs)])
     if calibrating.profile:
         from planner.profile import open_profile
         fitted = replace(fitted, code_bytes=open_profile(calibrating.profile).code_bytes)

@@ -1,6 +1,7 @@
 """Makes the planner's Job from the settings of train.py: model, counts, pipeline and data."""
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from dataclasses import fields
@@ -9,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
 
 from ipu_options.config import IPUS_OF_A_HOST, POD_IPUS, IPUConfig, pod_of, reserved_ipus
-from ipu_options.layout import in_ipus
+from ipu_options.layout import Layout, in_ipus
 from planner import calibrate
 from planner.flags import MODELS, JobSettings, Request, flag_words
 from planner.job import Job
 from planner.machine import MACHINES
-from planner.phase import INFERENCE, TRAINING, Phase
+from planner.phase import INFERENCE, PHASES, TRAINING, Phase
 from planner.plan import Plan, make_plan
 from planner.search import settings_in, settings_of
 from qa.data import demo
@@ -154,26 +155,34 @@ def planned_pod(request: Request) -> str:
     return pod_of(replica)
 
 
-def published(path: Path = calibrate.PUBLISHED) -> List[calibrate.PublishedRun]:
-    """Return the published runs of a file with their blocks counted.
+def published() -> List[calibrate.PublishedRun]:
+    """Return the runs of published_runs.json, whose "about" describes the format.
 
-    A run's model is a name in MODELS, or sizes with or without one. Attention dropout is 0 in
-    graphcore/examples' pretraining (nlp/bert, "no_attn_dropout", attention_probs_dropout_prob).
+    Attention dropout is 0 in graphcore/examples' pretraining (nlp/bert, "no_attn_dropout",
+    attention_probs_dropout_prob).
     """
     from planner.count import make_counter
 
-    def count(run):
-        config, model = run["ipu_config"], run["model"]
+    runs, file = [], Path(__file__).with_name("published_runs.json")
+    for run in json.loads(file.read_text(encoding="utf-8"))["runs"]:
+        config, model = IPUConfig(**run["ipu_config"]), run["model"]
+        phase, size, length = PHASES[run.get("phase", "training")], run["micro_batch_size"], run[
+            "max_seq_length"]
         sizes = {"base": model} if isinstance(model, str) else dict(model)
-        dropout = {"attention_probs_dropout_prob": 0.0} if config.get("head_ipu") == 0 else {}
+        dropout = {"attention_probs_dropout_prob": 0.0} if config.head_ipu == 0 else {}
         sizes = {"model_type": "roberta", **dropout, **MODELS.get(sizes.pop("base", None), {}),
                  **sizes}
-        counter = make_counter(_configuration(sizes), max_seq_length=run["max_seq_length"],
-                               training=run.get("phase") != "inference")
-        return counter(run["micro_batch_size"], config.get("embedding_serialization_factor", 1),
-                       "att_ffn_placement" in run)
-
-    return calibrate.published_runs(count, path)
+        count = make_counter(_configuration(sizes), max_seq_length=length,
+                             training=phase is TRAINING)
+        halves = [ipu for ipu, parts in run.get("att_ffn_placement", ())
+                  for _ in range(sum(parts))]
+        blocks = tuple(count(size, config.embedding_serialization_factor, bool(halves)))
+        layout = Layout(config.embedding_ipu, tuple(halves), config.head_ipu) if halves else (
+            config.layout(sum(block.kind == "layer" for block in blocks)))
+        job = Job(blocks, layout, config, MACHINES[run["machine"]], size, length, phase=phase)
+        runs.append(calibrate.PublishedRun(run["name"], run["use"], run.get("rows_per_second"),
+                                           run["source"], job))
+    return runs
 
 
 def planned_model(request: Request) -> Any:

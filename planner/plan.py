@@ -5,18 +5,12 @@ import math
 from dataclasses import dataclass
 from typing import Dict, Optional, Sequence
 
+from planner import throughput
 from planner.job import Job
 from planner.machine import Efficiencies
 from planner.memory import ipu_memory
 from planner.phase import TRAINING
 from planner.schedule import Schedule, StageWork
-from planner.throughput import (
-    between_hosts_seconds,
-    copy_seconds,
-    host_seconds,
-    stage_work,
-    update_seconds,
-)
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class Plan:
         mean = {kind: batches * sum(getattr(work, kind) for work in self.work) / ipus
                 for kind in TRAINING.kinds}
         slowest = self.schedule.step_seconds - self.copy_seconds
-        between = between_hosts_seconds(self.job)
+        between = throughput.between_hosts_seconds(self.job)
         return {
             **mean, "waiting for the slowest IPU": batches * slowest - sum(mean.values()),
             "pipeline ramp": (steps - batches) * slowest,
@@ -105,10 +99,10 @@ class Plan:
 
 def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
     """Return the Plan of `job`; efficiencies: by default those fitted to published runs."""
-    schedule = Schedule(stage_work(job, efficiencies), job.micro_batches, copy_seconds(job),
-                        job.phase)
+    schedule = Schedule(throughput.stage_work(job, efficiencies), job.micro_batches,
+                        throughput.copy_seconds(job), job.phase)
     return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), schedule,
-                *update_seconds(job), host_seconds(job, efficiencies))
+                *throughput.update_seconds(job), throughput.host_seconds(job, efficiencies))
 
 
 def latency_seconds(plan: Plan) -> float:

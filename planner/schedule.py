@@ -79,25 +79,19 @@ class Schedule:
         In each step, an IPU first does its forward work in the order of the stages. Then, from the
         last stage to the first, it restores the stash, recomputes and does the backward work.
         """
-        count, step_seconds = len(self.stages), self.step_seconds
-        batch = np.arange(self.micro_batches)
+        last, batch, events = len(self.stages) - 1, np.arange(self.micro_batches), []
         # Seconds after the start of a step at which each IPU is free.
         clock = dict.fromkeys((stage.ipu for stage in self.stages), 0.0)
-        events = []
-
-        def add(index: int, kind: str, first_step: int) -> None:
-            stage = self.stages[index]
-            seconds = getattr(stage, kind)
+        work = [(index, "forward", index) for index in range(last + 1)]
+        if self.phase is TRAINING:
+            work += [(index, kind, 2 * last - index) for index in range(last, -1, -1)
+                     for kind in ("recompute", "backward")]
+        for index, kind, first_step in work:
+            ipu, seconds = self.stages[index].ipu, getattr(self.stages[index], kind)
             if seconds:
-                start = (batch + first_step) * step_seconds + clock[stage.ipu]
-                events.append(Events(stage.ipu, index, kind, start, seconds))
-                clock[stage.ipu] += seconds
-
-        for index in range(count):
-            add(index, "forward", index)
-        for index in reversed(range(count if self.phase is TRAINING else 0)):
-            add(index, "recompute", 2 * (count - 1) - index)
-            add(index, "backward", 2 * (count - 1) - index)
+                start = (batch + first_step) * self.step_seconds + clock[ipu]
+                events.append(Events(ipu, index, kind, start, seconds))
+                clock[ipu] += seconds
         return events
 
 

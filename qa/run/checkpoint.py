@@ -38,19 +38,8 @@ from qa.run.log import RunLog
 from qa.run.state import Checkpoint, TrainingState, another_run_from
 from qa.run.state_files import STRUCTURE, TENSORS, read_state, write_state
 from qa.settings import MUST_MATCH, TrainSettings
-from runtime import processes
+from runtime import files, processes
 from runtime.errors import RunError, UsageError
-from runtime.files import (
-    delete,
-    delete_folder,
-    folder_written_aside,
-    rename_folder,
-    sha256,
-    sync_and_hash,
-    sync_folder,
-    system_error,
-    write_json,
-)
 
 log = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
@@ -159,7 +148,7 @@ class Checkpoints:
         _clear_leftovers(self.output_dir)
         if resume_from_checkpoint is None:
             for folder in list_checkpoints(self.output_dir):
-                delete_folder(folder)
+                files.delete_folder(folder)
             return None
         folder = find_checkpoint(self.output_dir, resume_from_checkpoint)
         if folder is None:
@@ -183,8 +172,8 @@ class Checkpoints:
         self._saved_step = state.step
         self._of_this_run.append(folder)
         self.note("saved", state.step, path=str(folder))
-        if processes.is_first():
-            _remove_oldest(self.output_dir, state.step, self.save_total_limit, self.best.step)
+        if processes.is_first() and self.save_total_limit is not None:
+            self._remove_oldest(state.step)
         return folder
 
     def save_or_warn(self, state: TrainingState) -> bool:
@@ -245,23 +234,37 @@ class Checkpoints:
         with _written(folder) as aside:
             self._write_model(model, aside, device_state["optimizer"])
             write_state(aside, device_state)
-            write_json(aside / TRAINER_STATE, trainer_state)
-            write_json(aside / "manifest.json",
-                       {"step": trainer_state["step"], "files": sync_and_hash(aside)})
-            sync_folder(aside)
-            rename_folder(aside, folder)
+            files.write_json(aside / TRAINER_STATE, trainer_state)
+            files.write_json(aside / "manifest.json", {
+                "step": trainer_state["step"], "files": files.sync_and_hash(aside)})
+            files.sync_folder(aside)
+            files.rename_folder(aside, folder)
 
     def _write_final(self, model: torch.nn.Module, device_state: Dict[str, Any]) -> None:
         with _written(self.output_dir / "final-model") as aside:
             self._write_model(model, aside, device_state["optimizer"])
-            sync_and_hash(aside)
+            files.sync_and_hash(aside)
             metrics = self.output_dir / "metrics.json"
             if metrics.is_file():  # of the model that is replaced
                 metrics.unlink()
             for path in sorted(aside.iterdir()):
                 os.replace(path, self.output_dir / path.name)
             aside.rmdir()
-            sync_folder(self.output_dir)
+            files.sync_folder(self.output_dir)
+
+    def _remove_oldest(self, step: int) -> None:
+        """Keep save_total_limit of the checkpoints up to `step`, just written, and the best.
+
+        Later ones stay: the resume passed over them, usually because they are damaged, and the run
+        replaces them when it reaches their steps.
+        """
+        earlier = [folder for folder in list_checkpoints(self.output_dir)
+                   if _step(folder) < step and _step(folder) != self.best.step]
+        for folder in earlier[: max(0, len(earlier) + 1 - self.save_total_limit)]:
+            try:
+                files.delete_folder(folder)
+            except OSError as error:
+                log.warning("could not remove %s: %s", folder, error.strerror)
 
     def note(self, event: str, step: int, **values: Any) -> None:
         """Add a line to the log of the run, if it keeps one: `RunLog.add`."""
@@ -339,11 +342,8 @@ def load_checkpoint(folder: Union[str, Path]) -> Checkpoint:
 
 def list_checkpoints(output_dir: Union[str, Path]) -> List[Path]:
     """Return all checkpoint-STEP folders in `output_dir`, complete or not, sorted by step."""
-    try:
-        return sorted((path for path in Path(output_dir).iterdir()
-                       if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
-    except OSError:
-        return []
+    return sorted((path for path in Path(output_dir).glob("checkpoint-*")
+                   if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
 
 def find_fault(folder: Path) -> Optional[str]:
@@ -351,11 +351,11 @@ def find_fault(folder: Path) -> Optional[str]:
     try:
         if folder.is_symlink():
             return "it is a symbolic link"
-        files = json.loads((folder / "manifest.json").read_text("utf-8"))["files"]
-        absent = [name for name in (TENSORS, STRUCTURE, TRAINER_STATE) if name not in files]
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))["files"]
+        absent = [name for name in (TENSORS, STRUCTURE, TRAINER_STATE) if name not in manifest]
         if absent:
             return f"its manifest.json does not name {absent[0]}"
-        for name, expected in files.items():
+        for name, expected in manifest.items():
             if name != os.path.basename(name) or name in ("", ".", ".."):
                 return f"its manifest.json names {name!r}, which is not a file of this folder"
             status = os.lstat(folder / name)
@@ -363,7 +363,7 @@ def find_fault(folder: Path) -> Optional[str]:
                 return f"{name} is not a regular file"
             if status.st_size != expected["size"]:
                 return f"{name} has {status.st_size} bytes instead of {expected['size']}"
-            if sha256(folder / name) != expected["sha256"]:
+            if files.sha256(folder / name) != expected["sha256"]:
                 return f"{name} is damaged (SHA-256 differs from manifest.json)"
     except OSError as error:
         return f"{Path(error.filename).name if error.filename else folder}: {error.strerror}"
@@ -410,35 +410,17 @@ def _clear_leftovers(output_dir: Path) -> None:
         if kind == "replaced" and not os.path.lexists(path.with_name(checkpoint)):
             path.rename(path.with_name(checkpoint))
         else:
-            delete(path)
+            files.delete(path)
 
 
 @contextmanager
 def _written(target: Path) -> Iterator[Path]:
     try:
-        with folder_written_aside(target) as aside:
+        with files.folder_written_aside(target) as aside:
             yield aside
     except Exception as error:
-        reason = system_error(error)
+        reason = files.system_error(error)
         if reason is None:
             raise
         raise RunError(
             f"could not save {target}: {reason}; {_what_is_left(target.parent)}") from error
-
-
-def _remove_oldest(output_dir: Path, step: int, save_total_limit: Optional[int],
-                   keep: Optional[int]) -> None:
-    """Remove the oldest checkpoints until `save_total_limit` remain up to `step`, just written.
-
-    Later ones stay: the resume passed over them, usually because they are damaged, and the run
-    replaces them when it reaches their steps. keep: the step of one that stays in any case.
-    """
-    if save_total_limit is None:
-        return
-    earlier = [folder for folder in list_checkpoints(output_dir)
-               if _step(folder) < step and _step(folder) != keep]
-    for folder in earlier[: max(0, len(earlier) + 1 - save_total_limit)]:
-        try:
-            delete_folder(folder)
-        except OSError as error:
-            log.warning("could not remove %s: %s", folder, error.strerror)

@@ -96,9 +96,8 @@ class Progress:
         self.rows, self.settings, self.state = rows, settings, state
         self.timer, self.log = timer, log
         self._first_step, self._first_loss = state.step, len(state.losses)
-        # The number of windows since the last log line and before it, and the clocks at that line.
-        self._windows = self._earlier_windows = 0
-        self._clocks: Dict[str, float] = {}
+        self._windows = 0  # trained by this process
+        self._clocks: Dict[str, float] = {}  # at the last log line
 
     def evaluation_is_due(self) -> bool:
         """Whether to evaluate the model now, after this step; the end evaluates it anyway."""
@@ -117,12 +116,11 @@ class Progress:
         if step % self.settings.logging_steps and step < total_steps:
             return
         clocks = self._read_clocks()
-        seconds = {name: clocks[name] - self._clocks[name] for name in clocks}
-        total, steps = seconds.pop("total"), seconds.pop("steps")
-        shares = {f"{name}_share": seconds[name] / total for name in seconds}
-        speed, epoch = self._windows / total, self.rows.epoch_after(step)
-        self._earlier_windows += self._windows
-        self._windows, self._clocks = 0, clocks
+        passed = {name: clocks[name] - self._clocks[name] for name in clocks}
+        total, steps, windows = (passed.pop(name) for name in ("total", "steps", "windows"))
+        shares = {f"{name}_share": passed[name] / total for name in passed}
+        speed, epoch = windows / total, self.rows.epoch_after(step)
+        self._clocks = clocks
         losses = self.state.losses[-self.settings.logging_steps:]
         loss = sum(losses) / len(losses) if losses else None
         self.log.add("log", step, epoch, loss=loss, learning_rate=learning_rate,
@@ -135,7 +133,7 @@ class Progress:
         self._bar.set_postfix_str(f"{numbers}{speed:.0f}", refresh=False)
 
     def _read_clocks(self) -> Dict[str, float]:
-        return {"total": time.perf_counter(), "steps": self.state.step,
+        return {"total": time.perf_counter(), "steps": self.state.step, "windows": self._windows,
                 **{phase: self.timer.seconds[phase] for phase in ("data", "step")}}
 
     def write_summary(self) -> None:
@@ -145,14 +143,13 @@ class Progress:
         """
         state, seconds = self.state, self.timer.seconds
         training = sum(seconds[phase] for phase in ("data", "step", "schedule"))
-        windows, losses = self._earlier_windows + self._windows, state.losses[self._first_loss:]
-        epoch = self.rows.epoch_after(state.step)
+        losses, epoch = state.losses[self._first_loss:], self.rows.epoch_after(state.step)
         resumed = {"steps_since_resume": state.step - self._first_step} if self._first_step else {}
         summary = {
             "steps": state.step, "epoch": epoch, **resumed,
             "train_loss": sum(losses) / len(losses) if losses else None,
             "train_seconds": training, "compile_seconds": seconds["compile"],
-            "windows_per_second": windows / training if training else None}
+            "windows_per_second": self._windows / training if training else None}
         print("training: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}"
                                        for name, value in summary.items() if value is not None))
         with writing(f"--output_dir {self.settings.output_dir}"):
