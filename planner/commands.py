@@ -51,8 +51,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     Raises UsageError for a wrong command or flag, RunError where a command cannot do its work.
     """
     argv = sys.argv[1:] if argv is None else argv
-    commands = {command.__name__: command for command in (
-        plan, search, sweep, compare, explore, calibrate, report)}
+    commands = {
+        "plan": plan, "search": search, "sweep": sweep, "compare": compare, "explore": explore,
+        "calibrate": calibrate, "report": report}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0

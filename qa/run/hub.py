@@ -32,6 +32,7 @@ _SHOWN_LAYOUT = ("layers_per_ipu", "ipus_per_replica", "replication_factor",
 _CLI = (("huggingface-cli login", "huggingface-cli upload")
         if huggingface_hub.__version__.startswith("0.") else ("hf auth login", "hf upload"))
 
+
 def check_push(settings: TrainSettings) -> None:
     """Find out at the start of a run with --push_to_hub whether its end can upload the model.
 
