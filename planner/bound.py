@@ -42,7 +42,7 @@ def stage_composition(plan: Plan) -> List[Dict[str, float]]:
     terms = {name: stage_work(plan.job, replace(plan.efficiencies, **without))
              for name, without in WORK.items()}
     return [{name: sum(work[index][1:]) for name, work in terms.items()}
-            for index in range(len(plan.work))]
+            for index in range(len(plan.schedule.stages))]
 
 
 def groups(plan: Plan) -> Dict[str, float]:

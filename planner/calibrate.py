@@ -1,11 +1,10 @@
 """Fits the efficiencies to published runs, or to a run of the user's own.
 
-Five numbers are fitted to few runs, sometimes to one, so that the runs alone do not determine them.
-Each fit therefore has a prior, centred on its starting values. It minimises the sum of two terms:
-the squared errors of the logarithm of the predicted throughput, in units of the error that is to be
-expected, and the squared changes of the logarithms of the five numbers, in units of the prior's
-standard deviations. This is a maximum a posteriori estimate with log-normal noise and prior. Its
-curvature at the minimum gives the covariance of the five logarithms (Laplace's approximation).
+A few runs, sometimes one, do not determine five numbers: each fit has a prior, centred on its
+starting values. It minimises the sum of the squared errors of the logarithm of the throughput, in
+units of the error that is to be expected, and the squared changes of the logarithms of the numbers,
+in units of the prior's standard deviations: a maximum a posteriori estimate. Its curvature gives
+the covariance of the five logarithms (Laplace's approximation).
 """
 from __future__ import annotations
 
@@ -25,18 +24,17 @@ from planner.plan import Plan, make_plan
 from runtime.errors import UsageError
 from runtime.files import write_json, writing
 
-# Start of the fit to published runs, all that is known without a run: three quarters of the peak
-# rate is what large multiplications reach on such chips, hence within 15 %. The others are round
-# numbers of the right order of magnitude, within a factor of e: some 30,000 cycles (20
-# microseconds) around each multiplication, 2 cycles an element, and on the host 60 ms a call and
-# 100 ns for each token, which is about 100 MB/s of input.
+# Start of the fit to published runs: large multiplications reach three quarters of the peak rate on
+# such chips, within 15 %. The others are known within a factor of e: 30,000 cycles (20 us) around
+# each multiplication, 2 cycles an element, and on the host 60 ms a call and 100 ns a token, about
+# 100 MB/s of input.
 START = Efficiencies(0.75, 30e3, 2.0, 0.060, 100e-9, source="round numbers")
 START_FREEDOM = (0.15, 1.0, 1.0, 1.0, 1.0)
 # Standard deviations of logarithms, that is, relative errors, of the fit to the user's own run.
 OWN_FREEDOM = (0.25, 0.25, 0.25, 0.25, 0.25)
 OWN_ERROR = 0.02  # of the throughput that the user measured
-# A measured run that deviates from its plan by more than FAR times the expected range, or from the
-# fit by more than three times what equal runs differ by, is another run than its flags say.
+# What differs from its plan by more than FAR times the expected range, or from the fit by more than
+# three times what equal runs differ by, is another run than its flags say.
 FAR, LARGEST_MISS = 3, 3 * RUN_ERROR
 
 

@@ -24,8 +24,8 @@ from runtime.errors import UsageError
 from runtime.files import read_json_object, writing
 
 # Mean number of real tokens of a window, and number of windows of an epoch, for SQuAD at length 384
-# and stride 128. v1: as in the published run of roberta-base; v2: as in that of
-# roberta-base-squad2. The validation questions are 10,570 and 11,873, some with long contexts.
+# and stride 128, as in the published runs of roberta-base and roberta-base-squad2. The validation
+# questions are 10,570 and 11,873, some with long contexts.
 REAL_TOKENS = {"demo": demo.MEAN_TOKENS, "squad": 181, "squad_v2": 181}
 WINDOWS = {
     TRAINING: {"demo": demo.TRAIN_QUESTIONS, "squad": 88568, "squad_v2": 131823},

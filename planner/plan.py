@@ -3,14 +3,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Dict, Optional, Sequence
+from typing import Dict, Optional
 
 from planner import throughput
 from planner.job import Job
 from planner.machine import Efficiencies
 from planner.memory import ipu_memory
 from planner.phase import TRAINING
-from planner.schedule import Schedule, StageWork
+from planner.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,6 @@ class Plan:
     reduction_seconds: float            # of the gradients over the replicas
     weight_update_seconds: float
     host_seconds: float                 # that the host adds to each weight update or call
-
-    @property
-    def work(self) -> Sequence[StageWork]:
-        """The seconds of each forward stage for one micro-batch, in order."""
-        return self.schedule.stages
-
-    @property
-    def copy_seconds(self) -> float:
-        """Seconds of the copies between IPUs that end a step."""
-        return self.schedule.copy_seconds
 
     @property
     def fullest_ipu(self) -> int:
@@ -83,15 +73,15 @@ class Plan:
 
         Work and waiting are means over the IPUs of a replica.
         """
-        steps, batches, ipus = self.schedule.steps, self.job.micro_batches, len(self.memory)
-        mean = {kind: batches * sum(getattr(work, kind) for work in self.work) / ipus
+        schedule, batches, ipus = self.schedule, self.job.micro_batches, len(self.memory)
+        mean = {kind: batches * sum(getattr(work, kind) for work in schedule.stages) / ipus
                 for kind in TRAINING.kinds}
-        slowest = self.schedule.step_seconds - self.copy_seconds
+        slowest = schedule.step_seconds - schedule.copy_seconds
         between = throughput.between_hosts_seconds(self.job)
         return {
             **mean, "waiting for the slowest IPU": batches * slowest - sum(mean.values()),
-            "pipeline ramp": (steps - batches) * slowest,
-            "copies between IPUs": steps * self.copy_seconds,
+            "pipeline ramp": (schedule.steps - batches) * slowest,
+            "copies between IPUs": schedule.steps * schedule.copy_seconds,
             "gradient reduction": self.reduction_seconds - between,
             "gradient reduction between hosts": between,
             "weight update": self.weight_update_seconds, "host": self.host_seconds}
@@ -112,5 +102,6 @@ def latency_seconds(plan: Plan) -> float:
     """
     one = make_plan(plan.job.changed(micro_batch_size=1, device_iterations=1, replication_factor=1),
                     plan.efficiencies)
-    return (sum(work.forward for work in one.work) + (len(one.work) - 1) * one.copy_seconds +
-            one.host_seconds)
+    stages = one.schedule.stages
+    return (sum(work.forward for work in stages) +
+            (len(stages) - 1) * one.schedule.copy_seconds + one.host_seconds)

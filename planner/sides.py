@@ -235,7 +235,7 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
             **{f"{name}_seconds": seconds
                for name, seconds in {**work._asdict(), **terms}.items() if name != "ipu"}}
             for i, (work, (_, blocks), terms) in enumerate(zip(
-                plan.work, job.stages(), stage_composition(plan)))],
+                plan.schedule.stages, job.stages(), stage_composition(plan)))],
         "blocks": [{"name": block.name, "ipu": ipu, **{name: getattr(block, name) for name in (
             "parameters", "forward_flops", "backward_flops", "saved_bytes", "output_bytes")}}
             for block, (_, ipu) in zip(job.blocks, job.layout.blocks())],

@@ -3,8 +3,7 @@
 The definitions are those of the official scripts, evaluate-v1.1.py (Rajpurkar et al. 2016) and
 evaluate-v2.0.py (Rajpurkar et al. 2018). Texts are compared in lower case and without punctuation,
 articles and superfluous white space; F1 counts common tokens; the score of a question is the best
-over its reference answers. The metrics are defined here because `evaluate.load` would fetch them
-from the hub, and a run must not depend on the network.
+over its reference answers. `evaluate.load` would need the network.
 """
 from __future__ import annotations
 

@@ -15,9 +15,8 @@ keys `event`, `step` and `time` (ISO 8601, UTC). The events and their further ke
     stopped             signal
     trained             the figures of train_results.json
 
-A run that continues from a checkpoint continues its log as well, without the lines of the steps
-that it repeats. A run on synthetic data is only timed; its log is synthetic_log.jsonl, which leaves
-a real run's log in the same folder alone. TensorBoard and wandb get the same numbers.
+A run that continues from a checkpoint continues its log, without the lines of the steps that it
+repeats. One on synthetic data has synthetic_log.jsonl. TensorBoard and wandb get the same numbers.
 """
 from __future__ import annotations
 
