@@ -64,10 +64,10 @@ def planned_changes(plan: Plan) -> List[Change]:
     return [change for candidate in candidates for change in _planned(plan, *candidate)]
 
 
-def _planned(plan: Plan, settings: Dict[str, Any], remark: str) -> List[Change]:
+def _planned(plan: Plan, settings: Dict[str, Any], *remarks: str) -> List[Change]:
     with suppress(UsageError):  # an embedding of few rows has no more parts
-        return [Change(settings, remark, make_plan(plan.job.changed(**settings),
-                                                   plan.efficiencies))]
+        changed = make_plan(plan.job.changed(**settings), plan.efficiencies)
+        return [Change(settings, "; ".join(filter(None, remarks)), changed)]
     return []
 
 
@@ -76,16 +76,14 @@ def _pairs(plan: Plan, planned: Sequence[Change]) -> Iterator[Change]:
     planned = [change for change in planned if change.remark not in (SPLIT, LARGER_BATCH)]
     for one, other in combinations(planned, 2):
         if not set(one.settings) & set(other.settings):
-            yield from _planned(plan, {**one.settings, **other.settings},
-                                "; ".join(filter(None, [one.remark, other.remark])))
+            yield from _planned(plan, {**one.settings, **other.settings}, one.remark, other.remark)
     for change in planned:
         job = change.plan.job
         cut = best_split(job, plan.efficiencies)
         split = {} if cut is None else split_settings(job, cut)
         if split.get("layers_per_ipu") not in (
                 None, job.layout.layers_per_ipu(job.config.num_ipus())):
-            yield from _planned(plan, {**change.settings, **split},
-                                "; ".join(filter(None, [change.remark, SPLIT])))
+            yield from _planned(plan, {**change.settings, **split}, change.remark, SPLIT)
 
 
 def suggestion(plan: Plan, better: Sequence[Change]) -> str:

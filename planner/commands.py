@@ -24,19 +24,7 @@ from dataclasses import asdict, replace
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from ipu_options.config import POD_IPUS, IPUConfig
-from planner.flags import (
-    CalibrateSettings,
-    CompareSettings,
-    ExploreSettings,
-    JobSettings,
-    PlanSettings,
-    ReportSettings,
-    Request,
-    SearchSettings,
-    WriteFlags,
-    flag_words,
-    flags_text,
-)
+from planner import flags
 from planner.phase import TRAINING
 from qa.families import check_checkpoint
 from qa.settings import TrainSettings, check_page, train_flags, train_settings
@@ -64,19 +52,20 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def plan(argv: List[str]) -> int:
     """Predict memory, time and throughput of train.py's run with the same flags."""
-    flags = _flags(argv, plan, PlanSettings, WriteFlags)
-    settings, ipu_config, planning, saving = train_settings(flags, PlanSettings, WriteFlags)
+    groups = flags.PlanSettings, flags.WriteFlags
+    values = _flag_values(argv, plan, *groups)
+    settings, ipu_config, planning, saving = train_settings(values, *groups)
     status = show_plan(settings, ipu_config, planning)
     if saving.write:
         from planner.from_settings import planned, write_pipeline
-        request = Request(settings, ipu_config, planning, planning.phase, flags)
+        request = flags.Request(settings, ipu_config, planning, planning.phase, values)
         print(write_pipeline(planned(request), request, saving.write), file=sys.stderr)
     return status
 
 
 def search(argv: List[str]) -> int:
     """Find the best split and settings for a number of IPUs, at the same batch size."""
-    request, searching = _parse(argv, search, SearchSettings)
+    request, searching = _parse(argv, search, flags.SearchSettings)
     ipus = searching.ipus or POD_IPUS[request.settings.pod_type]
     # The settings as they are may take a larger pod than the one that is searched for.
     request.settings.sources.pop("pod_type", None)
@@ -97,12 +86,12 @@ def search(argv: List[str]) -> int:
     seconds = time.perf_counter() - begin
     changes = [settings_in(plan, request.ipu_config, ipus) for plan in [now, *plans]]
     names = dict.fromkeys(name for change in changes for name in change)
-    flags = [{name: change.get(name, getattr(request.ipu_config, name, None)) for name in names}
-             for change in changes]
+    rows = [{name: change.get(name, getattr(request.ipu_config, name, None)) for name in names}
+            for change in changes]
     sides = [replace(Side.from_plan(str(place) if place else "now", plan, request),
-                     title=flags_text(change))
+                     title=flags.flags_text(change))
              for place, (plan, change) in enumerate(zip([now, *plans], changes))]
-    text, ranking = search_text(sides, flags, tried, seconds, plans[0].job)
+    text, ranking = search_text(sides, rows, tried, seconds, plans[0].job)
     present(sides, searching, "Search", [side.plan for side in sides[1:]], text, ranking,
             ["", *(f"{side.name}: {side.title}" for side in sides[1:])])
     if searching.write:
@@ -121,7 +110,7 @@ def compare(argv: List[str]) -> int:
     from planner.present import check_output, present
     from planner.sides import USAGE, Side, check_phases, comparison_record, parse_around
 
-    items, comparing, common = parse_around(argv, CompareSettings, "compare",
+    items, comparing, common = parse_around(argv, flags.CompareSettings, "compare",
                                             f"{compare.__doc__} {USAGE}")
     most = len(string.ascii_uppercase)
     if not 2 <= len(items) <= most:
@@ -136,7 +125,7 @@ def compare(argv: List[str]) -> int:
 
 def explore(argv: List[str]) -> int:
     """Change a plan on a page of this machine, and see at once what it does."""
-    request, exploring = _parse(argv, explore, ExploreSettings)
+    request, exploring = _parse(argv, explore, flags.ExploreSettings)
     check_page("explore", "127.0.0.1", exploring.port)
     from planner.explore import serve_planner
     from runtime.signals import StopSignals
@@ -147,7 +136,7 @@ def explore(argv: List[str]) -> int:
 
 def calibrate(argv: List[str]) -> int:
     """Fit the planner to your own runs, or show its errors on published runs."""
-    request, calibrating = _parse(argv, calibrate, CalibrateSettings)
+    request, calibrating = _parse(argv, calibrate, flags.CalibrateSettings)
     calibrating.check()
     from planner import calibrate as calibration
     from planner.from_settings import published
@@ -167,7 +156,7 @@ def calibrate(argv: List[str]) -> int:
 
 def report(argv: List[str]) -> int:
     """Compare a PopVision profile with the plan of the same flags."""
-    request, reporting = _parse(argv, report, ReportSettings)
+    request, reporting = _parse(argv, report, flags.ReportSettings)
     from planner.from_settings import planned
     from planner.profile import advice, open_profile
     from planner.sides import Side
@@ -179,7 +168,7 @@ def report(argv: List[str]) -> int:
     return 0
 
 
-def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSettings) -> int:
+def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: flags.PlanSettings) -> int:
     """Print the plan of train.py's run, and what the flags ask for; return the exit status.
 
     Raises UsageError or RunError where that is not possible.
@@ -193,7 +182,7 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
     from planner.sides import Side
 
     check_output(planning)
-    request = Request(settings, ipu_config, planning, planning.phase)
+    request = flags.Request(settings, ipu_config, planning, planning.phase)
     plan = planned(request)
     side = Side.from_plan("", plan, request)
     present([side], planning, f"Plan: {side.title}", side.plan)
@@ -207,31 +196,32 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: PlanSett
     return 0 if plan.fits else DOES_NOT_FIT
 
 
-def _parse(argv: List[str], command: Callable, group: type) -> Tuple[Request, Any]:
+def _parse(argv: List[str], command: Callable, group: type) -> Tuple[flags.Request, Any]:
     """Return what a command is to plan, and its own settings, of the class `group`."""
-    flags = _flags(argv, command, JobSettings, group)
-    settings, ipu_config, planning, own = train_settings(flags, JobSettings, group)
+    values = _flag_values(argv, command, flags.JobSettings, group)
+    settings, ipu_config, planning, own = train_settings(values, flags.JobSettings, group)
     if settings.trace is not None:
         raise UsageError(f"{settings.source('trace')} does nothing with {command.__name__}: leave "
                          "it out; `plan` writes the timeline of a plan")
     _refuse_early(settings, planning)
-    flags = {name: value for name, value in flags.items() if name not in own.values()}
-    return Request(settings, ipu_config, planning, getattr(own, "phase", TRAINING), flags), own
+    values = {name: value for name, value in values.items() if name not in own.values()}
+    phase = getattr(own, "phase", TRAINING)
+    return flags.Request(settings, ipu_config, planning, phase, values), own
 
 
-def _flags(argv: List[str], command: Callable, *groups: type) -> Dict[str, Any]:
+def _flag_values(argv: List[str], command: Callable, *groups: type) -> Dict[str, Any]:
     """Return the values of a command's flags; its docstring is the description in --help."""
     return train_flags(argv, *groups, program=f"python -m planner {command.__name__}",
                        description=command.__doc__)
 
 
-def _refuse_early(settings: TrainSettings, planning: JobSettings) -> None:
+def _refuse_early(settings: TrainSettings, planning: flags.JobSettings) -> None:
     """Refuse a checkpoint that cannot be planned before torch is imported, which takes seconds."""
     if planning.needs_checkpoint(settings):
         check_checkpoint(settings, weights=False)
 
 
-def _calibrate_own(request: Request, calibrating: CalibrateSettings) -> None:
+def _calibrate_own(request: flags.Request, calibrating: flags.CalibrateSettings) -> None:
     """Fit the planner to the runs of --measured, and save the fit."""
     from planner import calibrate as calibration
     from planner.from_settings import make_job, request_of
@@ -245,7 +235,7 @@ def _calibrate_own(request: Request, calibrating: CalibrateSettings) -> None:
         fitted = replace(fitted, code_bytes=open_profile(calibrating.profile).code_bytes)
     file = calibration.calibration_file(request.planning.calibration)
     calibration.save(fitted, file)
-    rows = [{"flags": flag_words(swept), "measured_windows_per_second": speed,
+    rows = [{"flags": flags.flag_words(swept), "measured_windows_per_second": speed,
              "planned_windows_per_second_before": make_plan(job).windows_per_second,
              "planned_windows_per_second": make_plan(job, fitted).windows_per_second}
             for job, (swept, speed) in zip(jobs, runs)]
@@ -264,7 +254,7 @@ def _measured(text: Optional[str]) -> List[Tuple[Dict[str, Any], float]]:
     """Return (flags beside the command's, windows/s) of each run that --measured gives."""
     if text and text.endswith(".csv"):
         from planner.sweep import measured_runs
-        return [(train_flags(words, JobSettings, program="calibrate", description=""), speed)
+        return [(train_flags(words, flags.JobSettings, program="calibrate", description=""), speed)
                 for words, speed in measured_runs(text)]
     name, _, value = (text or "").partition("=")
     with suppress(ValueError):

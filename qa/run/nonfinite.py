@@ -34,12 +34,10 @@ class NonfiniteGuard:
     def check_or_go_back(self, loss: float, learning_rate: float, look_at_weights: bool) -> bool:
         """Return whether the loss, the watched gradient and the weights after a step are finite.
 
-        look_at_weights: whether to read the weights, which costs a transfer from the device. With
-        --on_nonfinite skip, weights and optimizer are reset to the last checkpoint.
-
-        Raises RunError if --on_nonfinite is stop, if there is no checkpoint, or if the cause is not
-        just one bad batch: the previous step was skipped as well, or the run would go back to the
-        same checkpoint a second time.
+        look_at_weights: whether to read the weights, a transfer from the device. With
+        --on_nonfinite skip, weights and optimizer are reset to the last checkpoint. Raises RunError
+        with stop, without a checkpoint, or if the previous step was skipped as well or the run
+        would go back to the same checkpoint again: then it is not just one bad batch.
         """
         settings, state = self.settings, self.state
         # With synthetic data the loss is memory that PopTorch has never written
