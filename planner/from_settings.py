@@ -166,8 +166,8 @@ def published() -> List[calibrate.PublishedRun]:
     runs, file = [], Path(__file__).with_name("published_runs.json")
     for run in json.loads(file.read_text(encoding="utf-8"))["runs"]:
         config, model = IPUConfig(**run["ipu_config"]), run["model"]
-        phase, size, length = PHASES[run.get("phase", "training")], run["micro_batch_size"], run[
-            "max_seq_length"]
+        phase = PHASES[run.get("phase", "training")]
+        size, length = run["micro_batch_size"], run["max_seq_length"]
         sizes = {"base": model} if isinstance(model, str) else dict(model)
         dropout = {"attention_probs_dropout_prob": 0.0} if config.head_ipu == 0 else {}
         sizes = {"model_type": "roberta", **dropout, **MODELS.get(sizes.pop("base", None), {}),
