@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -44,9 +44,11 @@ class CountedBlock:
     backward_elements: int = 0
     # What is kept for the backward pass: each storage once, without parameters and dropout masks.
     saved_bytes: int = 0
+    saved_results: int = 0   # those of them that are as large as result_bytes, in bytes
     input_bytes: int = 0
     output_bytes: int = 0
     result_bytes: int = 0    # the largest result of an operation in the forward pass
+    linear_bytes: int = 0    # the largest result of a linear layer
     matmul_bytes: int = 0    # operands and result of the largest matrix multiplication
 
 
@@ -191,20 +193,21 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
     in evaluation mode only the forward pass is counted. blocks: (name, kind, module) in the order
     of execution; the model must call each module once. inputs: one micro-batch.
 
-    Dropout masks are not counted as saved: PopART makes them again from the seed in the backward
-    pass (popart, willow/src/op/dropout.cpp, getGradOps).
+    Counted is what PopART computes and keeps (tests/planner/test_popart_facts.py), not what torch
+    does in its place, see `_OperationCounter`.
     """
     counts = [dict.fromkeys(_COUNTED, 0) for _ in blocks]
     current = [0]
     saved: Dict[int, torch.Tensor] = {}
-    own = {_storage(p) for p in model.parameters()}
-    mode = _OperationCounter(lambda: counts[current[0]])
+    mode = _OperationCounter(lambda: counts[current[0]], model.parameters())
 
     def pack(tensor: torch.Tensor) -> Tuple[torch.Tensor, int]:
         key = _storage(tensor)
-        if key not in own and key not in saved and key not in mode.masks:
+        if key not in mode.free and key not in saved:
             saved[key] = tensor  # kept alive, so that no other tensor can reuse its storage
-            counts[current[0]]["saved_bytes"] += tensor.untyped_storage().nbytes()
+            counted, size = counts[current[0]], tensor.untyped_storage().nbytes()
+            counted["saved_bytes"] += size
+            counted["saved_results"] += size * (size == counted["result_bytes"])
         return tensor, current[0]
 
     def unpack(packed: Tuple[torch.Tensor, int]) -> torch.Tensor:
@@ -245,23 +248,29 @@ def for_micro_batch(two: Sequence[CountedBlock], three: Sequence[CountedBlock],
 
 
 _COUNTED = ("forward_flops", "backward_flops", "forward_matmuls", "backward_matmuls",
-            "forward_elements", "backward_elements", "saved_bytes", "input_bytes", "output_bytes",
-            "result_bytes", "matmul_bytes")
+            "forward_elements", "backward_elements", "saved_bytes", "saved_results", "input_bytes",
+            "output_bytes",
+            "result_bytes", "linear_bytes", "matmul_bytes")
 
 
 class _OperationCounter(TorchDispatchMode):
     """Adds the operations that reach the dispatcher to the counts of a block.
 
-    block(): returns the counts of the block at hand. direction: "forward" or "backward". masks: the
-    storages of all dropout masks. torch.utils.flop_counter is not used because it came after torch
-    2.0 and counts matrix multiplications only.
+    block(): returns the counts of the block at hand. direction: "forward" or "backward".
+    torch.utils.flop_counter is not used because it came after torch 2.0 and counts matrix
+    multiplications only.
+
+    free: the storages that PopART neither computes nor keeps: parameters, parameters joined to one,
+    whose gradient is cut into theirs, and dropout masks, which it makes again from the seed in the
+    backward pass (popart, willow/src/op/dropout.cpp, getGradOps). They stay alive here, so that no
+    other tensor can reuse a storage.
     """
 
-    def __init__(self, block: Callable[[], Dict[str, int]]):
+    def __init__(self, block: Callable[[], Dict[str, int]], parameters: Iterable[torch.Tensor]):
         super().__init__()
         self.block = block
         self.direction = "forward"
-        self.masks: Dict[int, torch.Tensor] = {}
+        self.free = {_storage(parameter): parameter for parameter in parameters}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -271,11 +280,15 @@ class _OperationCounter(TorchDispatchMode):
         if place is not None:
             self._add_matmul(args[place], args[place + 1], result)
         if operation is _aten.bernoulli_:
-            self.masks[_storage(first)] = first
-        if place in (None, 1) and operation not in _NO_WORK and not _is_view(function, first, args):
+            self.free[_storage(first)] = first
+        if operation is _aten.cat and all(_storage(part) in self.free for part in args[0]):
+            self.free[_storage(first)] = first
+            self.block()["backward_elements"] += first.numel()
+        if (place in (None, 1) and operation not in _NO_WORK and _storage(first) not in self.free
+                and not _is_view(function, first, args)):
             of = args[0] if operation is _aten.sum else first
             self.block()[self.direction + "_elements"] += _PASSES.get(operation, 1) * of.numel()
-        if self.direction == "forward":
+        if self.direction == "forward" and _storage(first) not in self.free:
             self.block()["result_bytes"] = max(self.block()["result_bytes"], _bytes(first))
         return result
 
@@ -285,6 +298,8 @@ class _OperationCounter(TorchDispatchMode):
         block[self.direction + "_matmuls"] += 1
         block["matmul_bytes"] = max(block["matmul_bytes"],
                                     _bytes(left) + _bytes(right) + _bytes(result))
+        if self.direction == "forward" and left.dim() == 2:
+            block["linear_bytes"] = max(block["linear_bytes"], _bytes(result))
 
 
 _aten = torch.ops.aten
@@ -298,8 +313,9 @@ _PASSES = {
     _aten._softmax: 4, _aten._log_softmax: 4, _aten._softmax_backward_data: 3,
     _aten._log_softmax_backward_data: 3, _aten.native_layer_norm: 4,
     _aten.native_layer_norm_backward: 5}
-# These reserve memory and compute nothing.
-_NO_WORK = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.detach, _aten._unsafe_view)
+# These reserve memory and compute nothing; torch copies in the last two what PopART views.
+_NO_WORK = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.detach, _aten._unsafe_view,
+            _aten.clone, _aten.cat)
 
 
 def _is_view(function, result: torch.Tensor, args: Sequence[Any]) -> bool:

@@ -3,8 +3,10 @@
 Permanent (ALWAYS): weights, gradient accumulators, optimizer state on chip, the stash of
 micro-batches that wait for their backward pass, and code. Temporary in a pipeline step (IN_STEP),
 each counted at its largest: activations that are recomputed, temporaries of matrix multiplications,
-and the gradient of the word embedding (of one part, if it is serialised). Temporary in the weight
-update, which follows the steps: what the optimizer needs for the largest parameter.
+and the part of the word embedding's gradient (of one part, if it is serialised) that exceeds them.
+Temporary in the weight update, which follows the steps: what the optimizer needs for the largest
+parameter. tests/planner/test_popart_facts.py holds all but the code and the temporaries of
+multiplications to what PopART compiles.
 """
 from __future__ import annotations
 
@@ -53,44 +55,63 @@ def stage_memory(job: Job, totals: Totals, matmul_proportion: float, index: int,
     if not job.training:
         return _inference_memory(job, totals, matmul_proportion, code_bytes)
     last = index == stages - 1
-    if stages == 1:  # without a pipeline nothing is recomputed, and nothing waits
-        waiting, live = 0, totals.saved_bytes
-    elif config.recompute_checkpoint_every_layer:
-        waiting = totals.checkpoint_bytes - (totals.head_input_bytes if last else 0)
-        live = np.maximum(totals.most_saved_bytes, totals.tail_saved_bytes if last else 0)
-    else:
-        # PopART recomputes a stage from its inputs, except the last one, whose backward pass
-        # follows at once.
-        waiting, live = (0 if last else totals.input_bytes), totals.saved_bytes
+    by_layer = stages > 1 and config.recompute_checkpoint_every_layer
+    kept = totals.checkpoint_bytes if by_layer else totals.input_bytes
+    live = totals.most_saved_bytes if by_layer else totals.saved_bytes
+    if by_layer and last:  # its backward pass follows at once, and needs no stash
+        live = np.maximum(live, totals.tail_saved_bytes) + np.maximum(0, kept - totals.output_bytes)
+    elif by_layer:  # the stage's mask stays for the layers before
+        live = live + _mask_bytes(job)
     memory = {
         "weights": totals.parameters * size,
         "gradients": totals.parameters * size,
         "optimizer_state": (0 if config.optimizer_state_offchip else
                             totals.parameters * job.state_bytes_per_parameter()),
-        "stash": stash_depth(index, stages) * waiting,
+        "stash": (0 if last else stash_depth(index, stages)) * kept,
         "code": code_bytes,
-        # Besides what the backward pass needs: the gradient that comes in, the one that goes out,
-        # and the largest of those in between.
-        "activations": live + 2 * totals.output_bytes + totals.result_bytes,
-        "matmul_temporaries": _matmul_temporaries(job, totals, matmul_proportion),
-        "embedding_gradient": totals.embedding_parameter * size}
+        "activations": live + _most_gradients(totals, size) + (0 if last else totals.output_bytes),
+        "matmul_temporaries": _matmul_temporaries(job, totals, matmul_proportion)}
+    # The embedding's gradient comes last, when all that is free again.
+    embedding = totals.embedding_parameter * size
+    memory["embedding_gradient"] = np.maximum(0, (
+        embedding + 2 * totals.output_bytes - memory["activations"] - memory["matmul_temporaries"]))
     memory["update_temporaries"] = _beyond_step(memory, _update_bytes(job, totals))
     return memory
+
+
+def _most_gradients(totals: Totals, size: int) -> Any:
+    """Return the most bytes that a layer's backward pass adds to what the forward pass has saved.
+
+    size: of an element. It adds most at one of three places. Where the largest weight's gradient is
+    computed, that and the gradient of the layer's output are there. At the activation function,
+    its gradient takes its output's place, and there is one more. At the softmax, three tensors of
+    its size are there, and all is gone that belongs to what follows it in the layer.
+    """
+    return np.maximum(
+        np.maximum(totals.layer_parameter * size + totals.output_bytes, totals.linear_bytes),
+        3 * totals.result_bytes - totals.saved_results - 2 * totals.linear_bytes -
+        2 * totals.output_bytes)
 
 
 def _inference_memory(job: Job, totals: Totals, matmul_proportion: float,
                       code_bytes: int) -> Dict[str, Any]:
     """Return what `stage_memory` does, for inference.
 
-    An operation's operand and result are live, with the block's input, which is added to its
-    output, and the tensors that come from and go to other IPUs.
+    PopART computes in place what it can. Most is live where probabilities meet values: the
+    probabilities, query, key and value, what comes of it, the layer's input and the mask. In rows
+    so short that another result is larger than the probabilities, this is more than there is.
     """
     return {
         **dict.fromkeys(CATEGORIES, 0 * totals.parameters),
         "weights": totals.parameters * job.element_bytes,
         "code": round(INFERENCE_CODE * code_bytes),
-        "activations": 2 * totals.result_bytes + 3 * totals.output_bytes,
+        "activations": totals.result_bytes + 5 * totals.output_bytes + _mask_bytes(job),
         "matmul_temporaries": _matmul_temporaries(job, totals, matmul_proportion)}
+
+
+def _mask_bytes(job: Job) -> int:
+    """Return the bytes of a micro-batch's attention mask, [rows, 1, tokens, tokens]."""
+    return job.micro_batch_size * job.max_seq_length ** 2 * job.element_bytes
 
 
 def _matmul_temporaries(job: Job, totals: Totals, matmul_proportion: float) -> Any:
@@ -102,19 +123,20 @@ def _update_bytes(job: Job, totals: Totals) -> Any:
     """Return the temporary bytes of the weight update of a stage.
 
     PopART updates one tensor after the other. It casts the accumulated gradient to float32 if both
-    moments are float32, and unscales it into another tensor (popart,
-    willow/src/patterns/adamdecompose.cpp); the moments join them if they are streamed in. All this
-    is done on a replica's shard. With sharding, the new weights are then gathered whole.
+    moments are float32, and unscales it in place (popart, willow/src/patterns/adamdecompose.cpp);
+    the moments join it if they are streamed in. All this is done on a replica's shard. With
+    sharding, the new weights are then gathered whole.
 
     With clipping, the float32 gradients of all parameters wait for their norm (popart,
     willow/src/transforms/clipweightgradientsbynorm.cpp).
     """
-    config, size = job.config, job.element_bytes
+    config, size, largest = job.config, job.element_bytes, totals.largest_parameter
     gradient = size if config.enable_half_first_order_momentum else 4
-    streamed = job.state_bytes_per_parameter() if config.optimizer_state_offchip else 0
-    gradients = (4 * totals.parameters if job.clips else
-                 2 * gradient * totals.largest_parameter) / job.shards
-    return gradients + totals.largest_parameter * (streamed + (size if job.shards > 1 else 0))
+    waiting = (4 * totals.parameters if job.clips else 0) / job.shards
+    shard = size / job.shards if job.shards > 1 else 0  # of the weights
+    updated = (0 if job.clips else gradient / job.shards) + shard + (
+        job.state_bytes_per_parameter() if config.optimizer_state_offchip else 0)
+    return waiting + largest * max(updated, shard and size + shard)
 
 
 def join(one: Dict[str, Any], other: Dict[str, Any]) -> Dict[str, Any]:

@@ -59,16 +59,23 @@ def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, index: i
 def copy_seconds(job: Job) -> float:
     """Return the seconds of the copies between IPUs that end a step.
 
-    Each IPU sends the outputs of its stages on to the next stage and, in training, the gradients of
-    their inputs back to the previous one. The IPU that sends most determines the time.
+    The IPU that sends most determines the time.
+    """
+    return max(sent_bytes(job).values()) / (job.machine.link_bytes_per_second * LINK_SHARE)
+
+
+def sent_bytes(job: Job) -> Dict[int, int]:
+    """Return {IPU: bytes that it sends to other IPUs in a step}.
+
+    Each IPU sends what the next stage takes and, in training, the gradients of what it has taken
+    back to the previous one.
     """
     stages = job.stages()
     sent: Dict[int, int] = dict.fromkeys((ipu for ipu, _ in stages), 0)
-    for (ipu, blocks), (following, _) in zip(stages, stages[1:]):
-        output = blocks[-1].output_bytes if blocks else 0  # token ids are few
-        sent[ipu] += output
-        sent[following] += output if job.training else 0
-    return max(sent.values()) / (job.machine.link_bytes_per_second * LINK_SHARE)
+    for (ipu, _), (following, blocks) in zip(stages, stages[1:]):
+        sent[ipu] += blocks[0].input_bytes
+        sent[following] += blocks[0].input_bytes if job.training else 0
+    return sent
 
 
 def update_seconds(job: Job) -> Tuple[float, float]:

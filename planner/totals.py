@@ -23,12 +23,15 @@ class Totals(NamedTuple):
     parameters: Any
     largest_parameter: Any
     embedding_parameter: Any   # largest parameter of an embedding block
+    layer_parameter: Any       # of another block
     input_bytes: Any           # of the stage's first block
-    checkpoint_bytes: Any      # inputs of all blocks
+    checkpoint_bytes: Any      # the same, and the outputs of layers that other layers take
     saved_bytes: Any           # of all blocks
     most_saved_bytes: Any      # of the block that saves most
+    saved_results: Any
     output_bytes: Any          # the largest of a block
     result_bytes: Any          # the largest of an operation
+    linear_bytes: Any          # the largest of a linear layer
     matmul_bytes: Any          # the largest of a block
     forward_flops: Any
     forward_matmuls: Any
@@ -41,7 +44,6 @@ class Totals(NamedTuple):
     tail_matmuls: Any
     tail_elements: Any
     tail_saved_bytes: Any
-    head_input_bytes: Any      # of the QA head, which is not a checkpoint
 
 
 @lru_cache(maxsize=4096)
@@ -64,6 +66,10 @@ def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
     layers = np.flatnonzero(of(lambda b: b.kind == "layer"))
     tail = heads.copy()
     tail[layers[-1:]] = 1  # read for the last stage only, whose last layer is the model's
+    first_input = np.triu(np.tile(of(lambda b: b.input_bytes)[:, None], len(blocks) + 1), 1)
+    between_layers = np.array([0.0] + [
+        block.input_bytes if before.kind == block.kind == "layer" else 0
+        for before, block in zip(blocks, blocks[1:])])
     # A block without a multiplication, the embedding, takes the fixed time of one as well.
     forward_matmuls = of(lambda b: max(b.forward_matmuls, 1))
     return Totals(
@@ -71,12 +77,17 @@ def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
         largest_parameter=_maxima(of(lambda b: b.largest_parameter)),
         embedding_parameter=_maxima(
             of(lambda b: b.largest_parameter if b.kind == "embedding" else 0)),
-        input_bytes=np.triu(np.tile(of(lambda b: b.input_bytes)[:, None], len(blocks) + 1), 1),
-        checkpoint_bytes=_sums(of(lambda b: b.input_bytes)),
+        layer_parameter=_maxima(
+            of(lambda b: b.largest_parameter if b.kind != "embedding" else 0)),
+        input_bytes=first_input,
+        checkpoint_bytes=first_input + np.triu(
+            _sums(between_layers) - between_layers[:, None], 1),
         saved_bytes=_sums(of(lambda b: b.saved_bytes)),
         most_saved_bytes=_maxima(of(lambda b: b.saved_bytes)),
+        saved_results=_maxima(of(lambda b: b.saved_results)),
         output_bytes=_maxima(of(lambda b: b.output_bytes)),
         result_bytes=_maxima(of(lambda b: b.result_bytes)),
+        linear_bytes=_maxima(of(lambda b: b.linear_bytes)),
         matmul_bytes=_maxima(of(lambda b: b.matmul_bytes)),
         forward_flops=_sums(of(lambda b: b.forward_flops)),
         forward_matmuls=_sums(forward_matmuls),
@@ -87,8 +98,7 @@ def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
         tail_flops=_sums(tail * of(lambda b: b.forward_flops)),
         tail_matmuls=_sums(tail * forward_matmuls),
         tail_elements=_sums(tail * of(lambda b: b.forward_elements)),
-        tail_saved_bytes=_sums(tail * of(lambda b: b.saved_bytes)),
-        head_input_bytes=_sums(heads * of(lambda b: b.input_bytes)))
+        tail_saved_bytes=_sums(tail * of(lambda b: b.saved_bytes)))
 
 
 def _sums(values: np.ndarray) -> np.ndarray:

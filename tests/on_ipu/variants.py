@@ -80,12 +80,17 @@ def make_training(model_config=CONFIG, watch=True, **changes):
     """
     settings, ipu_config = settings_of(**changes)
     pipeline = training_pipeline(ipu_config, model_config.num_hidden_layers, "pod4")
-    config, model = pipeline.config, initial_model(model_config).train()
+    return training_of(settings, pipeline, initial_model(model_config), watch)
+
+
+def training_of(settings, pipeline, model, watch):
+    """Return what `make_training` does, for the training pipeline of any settings and model."""
+    config = pipeline.config
     size = (settings.micro_batch_size * config.gradient_accumulation_steps *
             config.replication_factor * config.device_iterations)
     windows = SyntheticWindows(LENGTHS if settings.pack else LENGTHS[:size - 1], seed=4)
-    rows = TrainingRows.of_run(settings, config, row_kind(model_config), windows)
-    parallelize(model, pipeline.layout,
+    rows = TrainingRows.of_run(settings, config, row_kind(model.config), windows)
+    parallelize(model.train(), pipeline.layout,
                 recompute_checkpoint_every_layer=config.recompute_checkpoint_every_layer,
                 embedding_serialization_factor=config.embedding_serialization_factor)
     if settings.precision == "float16":

@@ -397,7 +397,7 @@ def test_a_config_json_that_no_model_has_is_refused_by_name(changed, message, tm
     ("calibrate --measured windows_per_second=inf", "--measured windows_per_second=inf: give"),
     # As packed rows reach it, with the flag forgotten.
     ("calibrate --measured windows_per_second=2640 --config squad_large_384 --pod_type pod16",
-     "--measured windows_per_second=2640: the plan of these flags expects 637 to 796"),
+     "--measured windows_per_second=2640: the plan of these flags expects 644 to 808"),
     ("plan --hidden_size 1000000000", "65536"),
     ("plan --num_hidden_layers 100000", "256"),
     ("plan --micro_batch_size 99999999", "4096"),

@@ -22,6 +22,7 @@ class SyntheticWindows:
         self.cls_position = random.integers(0, 2, count).astype(numpy.int32) * (self.lengths - 1)
         self.context_start = random.integers(1, numpy.maximum(2, self.lengths // 2)).astype(
             numpy.int32)
+        self.second_text = self.context_start
         self.start_position = random.integers(0, self.lengths).astype(numpy.int32)
         self.end_position = random.integers(self.start_position, self.lengths).astype(numpy.int32)
         self._first = numpy.concatenate([[0], numpy.cumsum(self.lengths)])
