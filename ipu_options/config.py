@@ -10,7 +10,7 @@ import logging
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Dict, List, Optional, Union
 
 from ipu_options.layout import Layout, in_ipus, make_layout
 from runtime import processes
@@ -201,17 +201,13 @@ class IPUConfig(Settings):
 
         Several numbers are returned as they are: the pipeline functions check how many there are.
         """
-        given = self.matmul_proportion
-        shares = list(given) if isinstance(given, (list, tuple)) else [given]
+        shares = self.matmul_proportion
+        shares = list(shares) if isinstance(shares, (list, tuple)) else [shares]
         return shares * self.num_ipus() if len(shares) == 1 else shares
-
-    def to_dict(self) -> Dict[str, Any]:
-        """Return all fields by name, as ipu_config.json holds them."""
-        return self.values()
 
     def write(self, path: Union[str, Path]) -> None:
         """Write the file `path`, an ipu_config.json. Raises OSError."""
-        write_json(path, dict(sorted(self.to_dict().items())))
+        write_json(path, dict(sorted(self.values().items())))
 
 
 @dataclass(frozen=True)
@@ -239,9 +235,9 @@ def training_pipeline(config: IPUConfig, num_layers: int, pod: str) -> Pipeline:
     stages, needed = len(pipeline.layout.stages()), pipeline.layout.min_gradient_accumulation()
     if config.gradient_accumulation_steps < needed:
         raise UsageError(
-            f"{config.source('gradient_accumulation_steps')} {config.gradient_accumulation_steps} "
-            f"is too small: training over {stages} pipeline stages needs at least {needed}, "
-            "one micro-batch for each forward and backward stage")
+            f"{config.named('gradient_accumulation_steps')} is too small: training over {stages} "
+            f"pipeline stages needs at least {needed}, one micro-batch for each forward and "
+            "backward stage")
     _check_ipus(config, pod)
     return pipeline
 
@@ -265,8 +261,8 @@ def inference_pipeline(config: IPUConfig, num_layers: int, pod: str,
     stages = len(pipeline.layout.stages())
     if not single_rows and stages > 1 and config.device_iterations < stages:
         raise UsageError(
-            f"{config.source('device_iterations')} {config.device_iterations} is too small: "
-            f"the inference pipeline has {stages} stages; use at least {stages}")
+            f"{config.named('device_iterations')} is too small: the inference pipeline has "
+            f"{stages} stages; use at least {stages}")
     _check_ipus(config, pod)
     return pipeline
 
@@ -343,65 +339,56 @@ def _replicas_of(pod: str, ipus: int) -> int:
 
 def pod_of(ipus: int) -> str:
     """Return the smallest pod that has `ipus` IPUs, or the largest one if none has so many."""
-    fitting = [pod for pod in POD_IPUS if POD_IPUS[pod] >= ipus]
-    return min(fitting, key=POD_IPUS.get) if fitting else max(POD_IPUS, key=POD_IPUS.get)
-
-
-def _check_processes(config: IPUConfig) -> None:
-    """Raise UsageError unless each process gets the same number of whole replicas.
-
-    A process drives at most 64 IPUs (popart_compiler/source/CompilerImpl.cpp,
-    assertSingleInstanceMaxNumIPUs).
-    """
-    here, replicas = processes.place(), config.replication_factor
-    if replicas % here.count:
-        raise UsageError(
-            f"{config.source('replication_factor')} {replicas} cannot be shared out over "
-            f"{here.count} processes: it is the number of all replicas, and has to be a multiple "
-            f"of {here.count}")
-    ipus = reserved_ipus(config.num_ipus()) * replicas // here.count
-    if here.count > 1 and ipus > IPUS_OF_A_HOST:
-        raise UsageError(
-            f"{config.source('replication_factor')} {replicas} takes {in_ipus(ipus)} in each of "
-            f"{here.count} processes, which is more than the {IPUS_OF_A_HOST} that a process can "
-            f"have: start at least {here.count * -(-ipus // IPUS_OF_A_HOST)} processes")
-    if here.ipus_per_replica not in (None, reserved_ipus(config.num_ipus())):
-        raise UsageError(
-            f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "
-            f"{in_ipus(reserved_ipus(config.num_ipus()))}, poprun --ipus-per-replica is "
-            f"{here.ipus_per_replica}: start poprun with the same number")
+    return next((pod for pod in POD_IPUS if POD_IPUS[pod] >= ipus), max(POD_IPUS, key=POD_IPUS.get))
 
 
 def _check_ipus(config: IPUConfig, pod: str) -> None:
-    """Raise UsageError if the pod has too few IPUs or matmul_proportion the wrong length."""
-    _check_processes(config)
+    """Raise UsageError for replicas that the pod or the processes cannot hold.
+
+    Each process gets the same number of whole replicas, of at most 64 IPUs
+    (popart_compiler/source/CompilerImpl.cpp, assertSingleInstanceMaxNumIPUs). matmul_proportion has
+    one value, or one for each IPU.
+    """
+    here, replicas = processes.place(), config.replication_factor
     replica, ipus = reserved_ipus(config.num_ipus()), POD_IPUS[pod]
+    if replicas % here.count:
+        raise UsageError(
+            f"{config.named('replication_factor')} cannot be shared out over {here.count} "
+            "processes: it is the number of all replicas, and has to be a multiple of "
+            f"{here.count}")
+    in_process = replica * replicas // here.count
+    if here.count > 1 and in_process > IPUS_OF_A_HOST:
+        raise UsageError(
+            f"{config.named('replication_factor')} takes {in_ipus(in_process)} in each of "
+            f"{here.count} processes, which is more than the {IPUS_OF_A_HOST} that a process can "
+            f"have: start at least {here.count * -(-in_process // IPUS_OF_A_HOST)} processes")
+    if here.ipus_per_replica not in (None, replica):
+        raise UsageError(
+            f"{config.named('layers_per_ipu')} takes {in_ipus(replica)}, poprun --ipus-per-replica "
+            f"is {here.ipus_per_replica}: start poprun with the same number")
     if replica > ipus:
         raise UsageError(
-            f"{config.source('layers_per_ipu')} {' '.join(map(str, config.layers_per_ipu))} takes "
-            f"{in_ipus(replica)}, {pod} has {ipus}: name no more than that, as in "
-            f"{' '.join(['-1'] * ipus)} (equal shares), or a larger --pod_type; python -m "
-            f"planner search --ipus {ipus} finds what fits")
-    if replica * config.replication_factor > ipus:
+            f"{config.named('layers_per_ipu')} takes {in_ipus(replica)}, {pod} has {ipus}: name no "
+            f"more than that, as in {' '.join(['-1'] * ipus)} (equal shares), or a larger "
+            f"--pod_type; python -m planner search --ipus {ipus} finds what fits")
+    if replica * replicas > ipus:
         raise UsageError(
-            f"{config.source('replication_factor')} {config.replication_factor} takes "
-            f"{in_ipus(replica * config.replication_factor)}, {pod} has {ipus}: use at most "
-            f"{_replicas_of(pod, config.num_ipus())}, or a larger --pod_type")
-    shares = config.matmul_shares()
-    if len(shares) != config.num_ipus():
+            f"{config.named('replication_factor')} takes {in_ipus(replica * replicas)}, {pod} has "
+            f"{ipus}: use at most {_replicas_of(pod, config.num_ipus())}, or a larger --pod_type")
+    if len(config.matmul_shares()) != config.num_ipus():
         raise UsageError(
-            f"{config.source('matmul_proportion')} {' '.join(map(str, shares))} has {len(shares)} "
-            f"values: give one, or one for each of a replica's IPUs, {config.num_ipus()}")
+            f"{config.named('matmul_proportion')} has {len(config.matmul_shares())} values: give "
+            f"one, or one for each of a replica's IPUs, {config.num_ipus()}")
 
 
 def check_offline(run: DeviceSettings, config: IPUConfig, pod: str) -> None:
     """Raise UsageError if --compile_only could not compile, or if nothing could use the result.
 
     popdist's options name the IPUs of a process (PopTorch, popdist_test.py), which an offline
-    target refuses (popart_compiler, CompilerImpl.cpp, createDevice).
-    An offline target has as many IPUs as the model needs, whereas a run reserves a power of two
-    (CompilerImpl.cpp, createDevice). The key of a cached executable contains that number (popart,
-    devicemanager.cpp, std::hash<DeviceInfo>), and the run would compile again.
+    target refuses (popart_compiler, CompilerImpl.cpp, createDevice). Such a target has as many IPUs
+    as the model needs, whereas a run reserves a power of two. The key of a cached executable
+    contains that number (popart, devicemanager.cpp, std::hash<DeviceInfo>), and the run would
+    compile again.
     """
     if not run.compile_only:
         return
@@ -417,12 +404,10 @@ def check_offline(run: DeviceSettings, config: IPUConfig, pod: str) -> None:
         ipus = pipeline.num_ipus() * pipeline.replication_factor
         if ipus != reserved_ipus(ipus):
             raise UsageError(
-                f"{offline}: {pipeline.source('layers_per_ipu')} "
-                f"{' '.join(map(str, pipeline.layers_per_ipu))} takes "
-                f"{in_ipus(pipeline.num_ipus())}, "
-                f"with replication {pipeline.replication_factor} {ipus} in all, but a run reserves "
-                f"{reserved_ipus(ipus)} and would not find what was compiled for {ipus}: "
-                "use a power of two")
+                f"{offline}: {pipeline.named('layers_per_ipu')} takes "
+                f"{in_ipus(pipeline.num_ipus())}, with replication {pipeline.replication_factor} "
+                f"{ipus} in all, but a run reserves {reserved_ipus(ipus)} and would not find what "
+                f"was compiled for {ipus}: use a power of two")
 
 
 def read_ipu_config(name_or_path: str, source: Optional[str] = None) -> Source:
@@ -461,14 +446,11 @@ def available_pod(pod_type: Optional[str] = None) -> str:
     PopTorch hosts set this environment variable; unset, it counts as 4. Raises UsageError if no pod
     has that number of IPUs.
     """
-    if pod_type is not None:
-        return pod_type
-    given = os.environ.get("NUM_AVAILABLE_IPU") or "4"
-    for pod, ipus in POD_IPUS.items():
-        if given == str(ipus):
-            return pod
-    raise UsageError(f"NUM_AVAILABLE_IPU={given}: it should be one of "
-                     f"{', '.join(str(n) for n in POD_IPUS.values())}")
+    pods = {str(ipus): pod for pod, ipus in POD_IPUS.items()}
+    available = os.environ.get("NUM_AVAILABLE_IPU") or "4"
+    if pod_type is None and available not in pods:
+        raise UsageError(f"NUM_AVAILABLE_IPU={available}: it should be one of {', '.join(pods)}")
+    return pod_type or pods[available]
 
 
 def _from_hub(name: str) -> Path:

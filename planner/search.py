@@ -176,7 +176,7 @@ def _runs(plan: Plan, whole: IPUConfig, ipus: int) -> bool:
     """Whether train.py would take the plan's settings, for training and for evaluation."""
     layers, pod = len(plan.job.layout.layer_ipus), pod_of(ipus)
     try:
-        config = make_settings(IPUConfig, [Source(settings_of(plan, whole, ipus).to_dict())])
+        config = make_settings(IPUConfig, [Source(settings_of(plan, whole, ipus).values())])
         plan.job.phase.pipeline(config, layers, pod)
         INFERENCE.pipeline(config, layers, pod)
     except UsageError:

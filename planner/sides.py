@@ -248,7 +248,7 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         **{name: getattr(config, name) for name in (
             "gradient_accumulation_steps", "replication_factor", "embedding_serialization_factor",
             "optimizer_state_offchip")},
-        "ipu_config": config.to_dict(), "efficiencies": dict(vars(plan.efficiencies))}
+        "ipu_config": config.values(), "efficiencies": dict(vars(plan.efficiencies))}
 
 
 def _recorded_settings(plan: Dict[str, Any]) -> Dict[str, Any]:

@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -317,8 +318,7 @@ def train_settings(flags: Dict[str, Any], *more: type) -> Tuple[Any, ...]:
     _check_files(settings)
     _check_values(settings)
     _check_training(settings)
-    check_clipping(settings, ipu_config)
-    check_loss_scaling(settings, ipu_config)
+    check_numbers(settings, ipu_config)
     if settings.synthetic_data:  # such a run is only timed
         settings.save_steps, settings.evaluate_every_epoch, settings.eval_steps = None, False, None
     check_offline(settings, ipu_config, settings.pod_type)
@@ -357,7 +357,8 @@ def infer_settings(flags: Dict[str, Any]) -> Tuple[InferSettings, IPUConfig]:
             "--checkpoint output/demo, or one on the hub")
     for text in ("question", "context"):
         if text in flags:
-            flags[text] = _utf8(f"--{text}", flags[text])
+            # Python has surrogates for the bytes that its locale has no name for (PEP 383).
+            flags[text] = _text(f"--{text}", flags[text].encode("utf-8", "surrogateescape"))
     _check_files(make_settings(InferSettings, [Source(flags)]))  # before anything is downloaded
     sources = [*_checkpoint_sources(name, flags), *_pipeline_sources(flags)]
     settings, ipu_config = make_settings(InferSettings, sources), make_settings(IPUConfig, sources)
@@ -367,7 +368,8 @@ def infer_settings(flags: Dict[str, Any]) -> Tuple[InferSettings, IPUConfig]:
     refuse_several_hosts(settings)
     _check_values(settings)
     if settings.context_file is not None:
-        settings.context = read_text(settings.context_file)
+        settings.context = _text(settings.named("context_file"),
+                                 Path(settings.context_file).read_bytes())
     return settings, ipu_config
 
 
@@ -500,55 +502,89 @@ def _read_qa_settings(folder: Path) -> List[Source]:
 
 def _check_files(settings: Settings) -> None:
     """Raise UsageError for settings that exclude each other, and for unsuitable files."""
-    source = settings.source
+    source, count = settings.source, processes.count()
     for one, other, why in EXCLUDES:
-        if _is_set(settings, one) and _is_set(settings, other):
-            raise UsageError(f"{source(one)} and {source(other)} exclude each other: {why}; leave "
-                             "one out")
+        _refuse(_is_set(settings, one) and _is_set(settings, other),
+                f"{source(one)} and {source(other)} exclude each other: {why}; leave one out")
     _check_needs(settings, "output_file", "question")
-    for name in INPUT_FILES:
-        path = getattr(settings, name, None)
-        if path is None:
-            continue
-        if Path(path).is_dir() or not Path(path).exists():
-            what = "is a folder" if Path(path).is_dir() else "does not exist (no such file)"
-            kinds = "a text" if name == "context_file" else "a JSON, JSON Lines, CSV or Parquet"
-            raise UsageError(f"{source(name)} {path} {what}: name {kinds} file")
-        if processes.count() > 1 and not Path(path).is_file():
-            raise UsageError(f"{source(name)} {path} is a pipe, which only one of "
-                             f"{processes.count()} processes can read: name a file")
-    for name in OUTPUT_FILES:
-        if _is_set(settings, name):
-            _check_output(settings, source(name), Path(getattr(settings, name)))
+    for name in filter(partial(_is_set, settings), INPUT_FILES):
+        path, file = Path(getattr(settings, name)), settings.named(name)
+        kind = "a text" if name == "context_file" else "a JSON, JSON Lines, CSV or Parquet"
+        _refuse(path.is_dir(), f"{file} is a folder: name {kind} file")
+        _refuse(not path.exists(), f"{file} does not exist (no such file): name {kind} file")
+        _refuse(count > 1 and not path.is_file(), f"{file} is a pipe, which only one of {count} "
+                "processes can read: name a file")
+    for name in filter(partial(_is_set, settings), OUTPUT_FILES):
+        _check_output(settings, name)
     if isinstance(settings, QuestionSettings):
         if settings.web:
             check_page("--web", settings.host, settings.port)
-        if processes.count() > 1 and settings.input_file is None:
-            raise UsageError("only the questions of an --input_file can be shared out over "
-                             "processes: name one, or start a single process")
+        _refuse(count > 1 and settings.input_file is None, "only the questions of an --input_file "
+                "can be shared out over processes: name one, or start a single process")
 
 
 def _check_values(settings: ModelSettings) -> None:
-    """Raise UsageError for a setting that needs another one, and for windows that stand still."""
+    """Raise UsageError for a flag that needs another one, and for windows that stand still."""
     _check_needs(settings, *NEEDS)
-    length, stride = settings.max_seq_length, settings.doc_stride
-    if stride >= length - 4:
-        raise UsageError(
-            f"{settings.source('doc_stride')} {stride} leaves a window of "
-            f"{settings.source('max_seq_length')} {length} no room to move on: "
-            f"use at most {length // 2}")
+    length = settings.max_seq_length
+    _refuse(settings.doc_stride >= length - 4,
+            f"{settings.named('doc_stride')} leaves a window of {settings.named('max_seq_length')} "
+            f"no room to move on: use at most {length // 2}")
 
 
 def _check_needs(settings: Settings, *names: str) -> None:
-    """Raise UsageError for the first of `names` that is set and needs another one (NEEDS)."""
+    """Raise UsageError for the first of `names` that is a flag and needs another one (NEEDS)."""
     for name in names:
-        given = settings.sources.get(name) == f"--{name}"
-        if given and _is_set(settings, name) and not any(
-                _is_set(settings, other) for other in NEEDS[name]):
-            value = getattr(settings, name)
-            shown = "" if value is True else f" {value}"
-            raise UsageError(f"--{name}{shown} does nothing without "
-                             f"--{' or --'.join(NEEDS[name])}: add it")
+        if settings.sources.get(name) == f"--{name}" and _is_set(settings, name):
+            _refuse(not any(_is_set(settings, other) for other in NEEDS[name]),
+                    f"{settings.named(name)} does nothing without --{' or --'.join(NEEDS[name])}: "
+                    "add it")
+
+
+def _check_training(settings: TrainSettings) -> None:
+    """Raise UsageError for settings of train.py alone that do not fit together."""
+    source, named, trains, evaluates = (settings.source, settings.named, settings.trains,
+                                        settings.evaluates)
+    output_dir, resume = Path(settings.output_dir), settings.resume_from_checkpoint
+    _refuse(settings.train_file and not settings.validation_file and evaluates,
+            f"{source('train_file')} comes without --validation_file: name the questions to "
+            "evaluate on as well")
+    _refuse(settings.validation_file and not settings.train_file and trains,
+            f"{source('validation_file')} comes without --train_file: name the questions to train "
+            "on as well, or evaluate only, with --do_eval")
+    _refuse(settings.train_file and settings.sources.get("dataset_name") == "--dataset_name",
+            "--dataset_name does nothing beside --train_file and --validation_file: leave it out")
+    _refuse(output_dir.exists() and not output_dir.is_dir(),
+            f"{named('output_dir')} is a file: name a folder")
+    _refuse(resume not in (None, "auto") and not Path(resume).is_dir(),
+            f"{named('resume_from_checkpoint')}: no such folder; name a checkpoint folder, or auto")
+    _refuse(set(settings.report_to) > {"none"},
+            f"{named('report_to')}: none excludes the others; leave it out")
+    for package in set(settings.report_to) - {"none"}:
+        _refuse(find_spec(package) is None,
+                f"{source('report_to')} {package} needs the package {package}: pip install "
+                f"{package}, or leave it out")
+    _refuse(settings.on_nonfinite == "skip" and not settings.save_steps,
+            f"{named('on_nonfinite')} goes back to a checkpoint: save some with --save_steps")
+    for name in ("load_best_model_at_end", "eval_steps", "evaluate_every_epoch"):
+        _refuse(settings.sources.get(name) == f"--{name}" and _is_set(settings, name)
+                and not evaluates,
+                f"--{name} does nothing in a run that only trains: add --do_eval")
+    for name in ("compile_only", "synthetic_data"):
+        _refuse(_is_set(settings, name) and not trains,
+                f"{source(name)} is for runs that train: add --do_train")
+    _refuse(settings.load_best_model_at_end
+            and not (settings.eval_steps or settings.evaluate_every_epoch),
+            f"{source('load_best_model_at_end')} has only the last model to choose from: add "
+            "--eval_steps or --evaluate_every_epoch")
+    if settings.learning_rate > LARGEST_RATE and trains and processes.is_first():
+        log.warning("warning: %s %g destroys a model: fine-tuning takes 1e-05 to 0.0001",
+                    source("learning_rate"), settings.learning_rate)
+
+
+def _refuse(wrong: Any, message: str) -> None:
+    if wrong:
+        raise UsageError(message)
 
 
 def _is_set(settings: Settings, name: str) -> bool:
@@ -556,119 +592,58 @@ def _is_set(settings: Settings, name: str) -> bool:
     return getattr(settings, name, None) not in (None, False)
 
 
-def _check_training(settings: TrainSettings) -> None:
-    """Raise UsageError for settings of train.py alone that do not fit together."""
-    source = settings.source
-    if settings.train_file and not settings.validation_file and settings.evaluates:
-        raise UsageError(
-            f"{source('train_file')} comes without --validation_file: name the questions to "
-            "evaluate on as well")
-    if settings.validation_file and not settings.train_file and settings.trains:
-        raise UsageError(
-            f"{source('validation_file')} comes without --train_file: name the questions to train "
-            "on as well, or evaluate only, with --do_eval")
-    if settings.train_file and settings.sources.get("dataset_name") == "--dataset_name":
-        raise UsageError("--dataset_name does nothing beside --train_file and --validation_file: "
-                         "leave it out")
-    if Path(settings.output_dir).exists() and not Path(settings.output_dir).is_dir():
-        raise UsageError(f"{source('output_dir')} {settings.output_dir} is a file: name a folder")
-    if settings.learning_rate > LARGEST_RATE and settings.trains and processes.is_first():
-        log.warning("warning: %s %g destroys a model: fine-tuning takes 1e-05 to 0.0001",
-                    source("learning_rate"), settings.learning_rate)
-    resume = settings.resume_from_checkpoint
-    if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise UsageError(
-            f"{source('resume_from_checkpoint')} {resume}: no such folder; name a checkpoint "
-            "folder, or auto")
-    if set(settings.report_to) > {"none"}:
-        raise UsageError(f"{source('report_to')} {' '.join(settings.report_to)}: none excludes "
-                         "the others; leave it out")
-    for package in settings.report_to:
-        if package != "none" and find_spec(package) is None:
-            raise UsageError(f"{source('report_to')} {package} needs the package {package}: pip "
-                             f"install {package}, or leave it out")
-    if settings.on_nonfinite == "skip" and not settings.save_steps:
-        raise UsageError(f"{source('on_nonfinite')} skip goes back to a checkpoint: save some with "
-                         "--save_steps")
-    for name in ("load_best_model_at_end", "eval_steps", "evaluate_every_epoch"):
-        if settings.sources.get(name) == f"--{name}" and _is_set(settings, name) and (
-                not settings.evaluates):
-            raise UsageError(f"--{name} does nothing in a run that only trains: add --do_eval")
-    for name in ("compile_only", "synthetic_data"):
-        if getattr(settings, name) and not settings.trains:
-            raise UsageError(f"{source(name)} is for runs that train: add --do_train")
-    if settings.load_best_model_at_end and not (settings.eval_steps
-                                                or settings.evaluate_every_epoch):
-        raise UsageError(f"{source('load_best_model_at_end')} has only the last model to choose "
-                         "from: add --eval_steps or --evaluate_every_epoch")
-
-
-def check_clipping(settings: TrainSettings, ipu_config: IPUConfig) -> None:
-    """Raise UsageError for a --max_grad_norm that an IPU could not keep, or not exactly.
+def check_numbers(settings: TrainSettings, ipu_config: IPUConfig) -> None:
+    """Raise UsageError for what an IPU could not compute, or not exactly.
 
     Of PopTorch's optimizers, LAMB takes no max_grad_norm (python/optim.py). PopART computes the
     norm in the type of the gradient that goes into the moments. It casts a float16 gradient to
     float32 only if both moments are float32 (popart, patterns/adamdecompose.cpp); in float16 a sum
-    of squares beyond 65,504 would overflow.
+    of squares beyond 65,504 would overflow. Automatic loss scaling finds nothing to track without
+    float16 gradients (popart, automaticlossscaling.cpp, getToTrackTensorsAuto).
     """
-    clips = f"{settings.source('max_grad_norm')} {settings.max_grad_norm}"
-    if settings.max_grad_norm is None:
-        return
-    if settings.optimizer == "lamb":
-        raise UsageError(f"{clips}: PopTorch's LAMB has no clipping; use --optimizer adamw")
-    if settings.precision == "float16" and ipu_config.enable_half_first_order_momentum:
-        raise UsageError(
-            f"{clips}: with {ipu_config.source('enable_half_first_order_momentum')} an IPU would "
-            "compute the norm in float16, where it overflows; add "
-            "--enable_half_first_order_momentum false")
+    clips, half = settings.max_grad_norm is not None, settings.precision == "float16"
+    norm, moment = (settings.named("max_grad_norm"),
+                    ipu_config.source("enable_half_first_order_momentum"))
+    _refuse(clips and settings.optimizer == "lamb",
+            f"{norm}: PopTorch's LAMB has no clipping; use --optimizer adamw")
+    _refuse(clips and half and ipu_config.enable_half_first_order_momentum,
+            f"{norm}: with {moment} an IPU would compute the norm in float16, where it overflows; "
+            "add --enable_half_first_order_momentum false")
+    _refuse(ipu_config.auto_loss_scaling and not half, f"{ipu_config.source('auto_loss_scaling')} "
+            "needs float16 gradients: leave it out, or add --precision float16")
 
 
-def check_loss_scaling(settings: TrainSettings, ipu_config: IPUConfig) -> None:
-    """Raise UsageError for automatic loss scaling without float16 gradients.
-
-    PopART finds nothing to track then (popart, automaticlossscaling.cpp, getToTrackTensorsAuto).
-    """
-    if ipu_config.auto_loss_scaling and settings.precision != "float16":
-        raise UsageError(f"{ipu_config.source('auto_loss_scaling')} needs float16 gradients: "
-                         f"leave it out, or add --precision float16")
-
-
-def _check_output(settings: Settings, source: str, path: Path) -> None:
-    """Raise UsageError unless the file `path`, which the setting `source` names, may be written.
+def _check_output(settings: Settings, name: str) -> None:
+    """Raise UsageError unless the file that the setting `name` names may be written.
 
     It is written at the end of a run, perhaps after hours: an unsuitable path must be found early.
     """
-    if path.is_dir():
-        raise UsageError(f"{source} {path} is no file that can be replaced: name another")
-    if not path.parent.is_dir():
-        raise UsageError(
-            f"{source} {path}: there is no folder {path.parent}; make it, or name another")
+    path, file = Path(getattr(settings, name)), settings.named(name)
+    _refuse(path.is_dir(), f"{file} is no file that can be replaced: name another")
+    _refuse(not path.parent.is_dir(),
+            f"{file}: there is no folder {path.parent}; make it, or name another")
     if not path.exists():
         return
-    for name in INPUT_FILES:
-        if _is_set(settings, name) and os.path.samefile(getattr(settings, name), path):
-            raise UsageError(f"{source} {path} is the file that --{name} reads: name another")
+    for other in filter(partial(_is_set, settings), INPUT_FILES):
+        _refuse(os.path.samefile(getattr(settings, other), path),
+                f"{file} is the file that --{other} reads: name another")
     folder = getattr(settings, "checkpoint", None) or getattr(settings, "model_name_or_path", "")
-    if (os.path.isdir(folder) and os.path.samefile(folder, path.resolve().parent)
-            and any(fnmatch.fnmatch(path.name, pattern) for pattern in _OF_A_CHECKPOINT)):
-        raise UsageError(f"{source} {path} belongs to the checkpoint: name another")
+    _refuse(os.path.isdir(folder) and os.path.samefile(folder, path.resolve().parent)
+            and any(fnmatch.fnmatch(path.name, pattern) for pattern in _OF_A_CHECKPOINT),
+            f"{file} belongs to the checkpoint: name another")
 
 
 def refuse_several_hosts(settings: DeviceSettings) -> None:
     """Raise UsageError for a pod with more IPUs than one host feeds, unless there are several."""
-    if POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST and processes.count() == 1:
-        raise UsageError(
-            f"{settings.source('pod_type')} {settings.pod_type} takes several hosts: start several "
-            f"processes with poprun, or use at most pod{IPUS_OF_A_HOST}; --plan says how many")
+    _refuse(POD_IPUS[settings.pod_type] > IPUS_OF_A_HOST and processes.count() == 1,
+            f"{settings.named('pod_type')} takes several hosts: start several processes with "
+            f"poprun, or use at most pod{IPUS_OF_A_HOST}; --plan says how many")
 
 
 def check_page(what: str, host: str, port: int) -> None:
-    """Raise UsageError if `what` cannot serve its page on host:port.
-
-    It is found out early, because to load or to count a model takes seconds.
-    """
-    if find_spec("dash") is None:
-        raise UsageError(f"{what} needs the package dash: pip install -r requirements-pages.txt")
+    """Raise UsageError if `what` cannot serve its page on host:port: early, before any work."""
+    _refuse(find_spec("dash") is None,
+            f"{what} needs the package dash: pip install -r requirements-pages.txt")
     listen(host, port).close()
 
 
@@ -682,23 +657,13 @@ def listen(host: str, port: int) -> socket.socket:
                          "or 0 for any that is free") from error
 
 
-def read_text(path: str) -> str:
-    """Return the content of --context_file. Raises UsageError if it is not text, or empty."""
+def _text(source: str, data: bytes) -> str:
+    """Return a text, with its line ends as they are. Raises UsageError if it is none, or empty."""
     try:
-        data = Path(path).read_bytes()
-        text = data.decode(encoding_of(data))  # line ends stay: an answer's place counts them
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--context_file {path}: not readable as UTF-8 text ({error})") from error
-    if not text.strip():
-        raise UsageError(f"--context_file {path}: is empty; it should hold the text to look in")
-    return text
-
-
-def _utf8(source: str, text: str) -> str:
-    """Return a text of the command line. Raises UsageError if it is empty or not UTF-8."""
+        text = data.decode(encoding_of(data))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source} is not valid UTF-8 ({error.reason}): give its text in that "
+                         "encoding") from None
     if not text.strip():
         raise UsageError(f"{source} is empty: give its text")
-    try:  # Python represents the bytes that its locale has no name for by surrogates (PEP 383)
-        return text.encode("utf-8", "surrogateescape").decode("utf-8-sig")
-    except UnicodeError:
-        raise UsageError(f"{source} is not valid UTF-8: give its text in that encoding") from None
+    return text

@@ -33,6 +33,12 @@ class Settings:
         """Return what to call a field in an error message: its flag, or a file and a key."""
         return self.sources.get(name, f"--{name}")
 
+    def named(self, name: str) -> str:
+        """Return a field's source and value, as in "--layers_per_ipu 0 4 4 4"."""
+        value = getattr(self, name)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return " ".join([self.source(name), *map(str, values)])
+
     def values(self) -> Dict[str, Any]:
         """Return all fields and their values as a dictionary, without `sources`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sources"}

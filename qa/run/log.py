@@ -177,7 +177,7 @@ def _run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRo
     return {
         "command": " ".join(map(shlex.quote, command)),
         "settings": {**settings.values(), "hub_token": "***" if settings.hub_token else None},
-        "ipu_config": ipu_config.to_dict(), "data_fingerprint": rows.windows.fingerprint,
+        "ipu_config": ipu_config.values(), "data_fingerprint": rows.windows.fingerprint,
         "resumed_from": str(resumed.folder) if resumed else None, "time": _now(),
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), **_versions()},

@@ -41,7 +41,7 @@ def write_run(folder, device, *flags, **settings):
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({
         "settings": {**given.values(), "dataset_name": None, **settings},
-        "ipu_config": ipu_config.for_pod("pod4").to_dict()}))
+        "ipu_config": ipu_config.for_pod("pod4").values()}))
     lines = [{"event": "started", "step": 0, "device": device}] + [
         {"event": "log", "step": step, "loss": 4.0 / step, "windows_per_second": speed,
          "rows_per_second": speed / 2, "data_share": share, "step_share": 1 - share,
