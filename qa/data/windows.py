@@ -129,7 +129,7 @@ def load_questions(settings: TrainSettings, tokenizer: QATokenizer,
 def _load_questions(settings: TrainSettings, tokenizer: QATokenizer):
     from qa.data.dataset import load_examples, random_examples
 
-    def load(split, file, max_samples=None, need_answers=True, **kind):
+    def load(split, file, max_samples=None, need_answers=True):
         examples = load_examples(
             split=split, file=file, max_samples=max_samples, need_answers=need_answers,
             dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name,
@@ -138,25 +138,28 @@ def _load_questions(settings: TrainSettings, tokenizer: QATokenizer):
         if split == "train" and settings.show_examples:
             print(random_examples(examples, settings.show_examples, settings.seed))
         print(f"{split}: {len(examples)} questions to windows", flush=True)
-        windows = make_windows(
-            examples, tokenizer, max_seq_length=settings.max_seq_length,
-            doc_stride=settings.doc_stride, on_bad_row=settings.on_bad_row,
-            num_proc=settings.preprocessing_num_workers,
-            overwrite_cache=settings.overwrite_cache and processes.place().local_index == 0,
-            **kind)
-        return Questions(examples, Windows(windows), "test_" if split == "test" else "")
+        windows = _windows(settings, tokenizer, examples, labels=split == "train")
+        return Questions(examples, windows, "test_" if split == "test" else "")
 
-    labels, offsets = dict(labels=True, offsets=False), dict(labels=False, offsets=True)
     train = validation = test = None
     if settings.trains:
-        train = load("train", settings.train_file, settings.max_train_samples, **labels)
+        train = load("train", settings.train_file, settings.max_train_samples)
     if settings.evaluates:
-        validation = load("validation", settings.validation_file, settings.max_eval_samples,
-                          **offsets)
+        validation = load("validation", settings.validation_file, settings.max_eval_samples)
     if settings.test_file:
-        test = load("test", settings.test_file, need_answers=None, **offsets)
+        test = load("test", settings.test_file, need_answers=None)
     stop_tokenizer_threads()
     return train, validation, test
+
+
+def _windows(settings: Union[TrainSettings, InferSettings], tokenizer: QATokenizer,
+             examples: datasets.Dataset, labels: bool) -> Windows:
+    """Return the windows of a data set, with labels or else with character offsets."""
+    return Windows(make_windows(
+        examples, tokenizer, max_seq_length=settings.max_seq_length,
+        doc_stride=settings.doc_stride, on_bad_row=settings.on_bad_row, labels=labels,
+        offsets=not labels, num_proc=settings.preprocessing_num_workers,
+        overwrite_cache=settings.overwrite_cache and processes.place().local_index == 0))
 
 
 def stop_tokenizer_threads() -> None:
@@ -232,19 +235,17 @@ def _check_read_back(examples: datasets.Dataset, recipe: _Recipe) -> None:
     if "answers" not in sample.column_names:
         return
     answers, contexts = sample["answers"].to_pylist(), sample["context"].to_pylist()
-    windows = Windows(_windows_of_batch(sample, rows, recipe._replace(
+    windows = Windows(_windows_of_batch(sample, list(range(len(rows))), recipe._replace(
         max_seq_length=_LONGEST, doc_stride=0, labels=True, offsets=True)))
     others, count = [], 0
-    for window, row in enumerate(windows.example.tolist()):
-        start, end = windows.start_position[window], windows.end_position[window]
-        if start == windows.cls_position[window]:
-            continue
-        place, context_start = rows.index(row), windows.context_start[window]
-        begin, after = windows.offsets(window)[[start - context_start, end - context_start], [0, 1]]
-        read, answer = contexts[place][begin:after], answers[place]["text"][0]
-        count += 1
-        if read.strip() != answer.strip():
-            others.append((read, answer))
+    for window, row in enumerate(windows.example):
+        labels = numpy.array([windows.start_position[window], windows.end_position[window]])
+        if labels[0] != windows.cls_position[window]:
+            begin, after = windows.offsets(window)[labels - windows.context_start[window], [0, 1]]
+            read, answer = contexts[row][begin:after], answers[row]["text"][0]
+            count += 1
+            if read.strip() != answer.strip():
+                others.append((read, answer))
     if len(others) > 0.1 * count:
         _log.warning(
             "warning: the labels of %d of %d answers read back as other text, for example %.60r "
@@ -303,21 +304,16 @@ def windows_for_answers(settings: InferSettings, tokenizer: QATokenizer,
     The windows of FewQuestions are made in memory and are not cached. Collective. Raises UsageError
     as `make_windows` does.
     """
-    shape = dict(max_seq_length=settings.max_seq_length, doc_stride=settings.doc_stride,
-                 on_bad_row=settings.on_bad_row)
     if isinstance(examples, FewQuestions):
-        recipe = _recipe(tokenizer, labels=False, offsets=True, **shape)
+        recipe = _recipe(tokenizer, labels=False, offsets=True, on_bad_row=settings.on_bad_row,
+                         max_seq_length=settings.max_seq_length, doc_stride=settings.doc_stride)
         table = pa.Table.from_arrays([_arrow_texts(texts) for texts in examples.columns.values()],
                                      list(examples.columns))
-        windows = _windows_of_batch(table, list(range(len(examples))), recipe)
+        windows = Windows(_windows_of_batch(table, list(range(len(examples))), recipe))
     else:
-        windows = processes.first_of_host_first(lambda: make_windows(
-            examples, tokenizer, labels=False, offsets=True,
-            num_proc=settings.preprocessing_num_workers,
-            overwrite_cache=settings.overwrite_cache and processes.place().local_index == 0,
-            **shape))
+        windows = processes.first_of_host_first(_windows, settings, tokenizer, examples, False)
     stop_tokenizer_threads()
-    return Windows(windows)
+    return windows
 
 
 def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_row):
