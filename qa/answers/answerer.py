@@ -21,7 +21,7 @@ from qa.settings import InferSettings, infer_settings
 from runtime.errors import UsageError
 from runtime.flags import check_field, did_you_mean
 
-_KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list in a list",
+_KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list",
           dict: "an object"}
 
 
@@ -98,10 +98,12 @@ def questions_about(question: Any, context: Any) -> FewQuestions:
         raise UsageError("question is an empty list: give at least one")
     texts = []
     for name, value in [*(("question", value) for value in questions), ("context", context)]:
-        if value is None or isinstance(value, str) and not value.strip():
+        if value is None:
             raise UsageError(f"{name} is missing: give its text")
         if not isinstance(value, str):
-            raise UsageError(f"{name} is {_KINDS.get(type(value), 'no text')}: give its text")
+            raise UsageError(f"{name} is {_KINDS.get(type(value), 'no text')}: give one text")
+        if not value.strip():
+            raise UsageError(f"{name} is empty: give its text")
         # What a browser sends may hold half a character (a surrogate), which no tokenizer takes.
         texts.append(value.encode("utf-8", "replace").decode("utf-8"))
     *questions, context = texts

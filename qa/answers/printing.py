@@ -27,7 +27,7 @@ class Console:
     def __init__(self) -> None:
         with suppress(AttributeError):
             # The C locale knows ASCII alone; text is UTF-8 there, too. Line ends stay as they are.
-            ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
+            ascii_only = codecs.lookup(sys.stdin.encoding or "utf-8").name == "ascii"
             sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="replace",
                                   newline="")
         if sys.stdin.isatty():

@@ -121,7 +121,8 @@ class Progress:
         shares = {f"{name}_share": passed[name] / total for name in passed}
         speed, epoch = windows / total, self.rows.epoch_after(step)
         self._clocks = clocks
-        losses = self.state.losses[-self.settings.logging_steps:]
+        since = (step - 1) % self.settings.logging_steps + 1  # steps: fewer in the last line
+        losses = self.state.losses[-since:]
         loss = sum(losses) / len(losses) if losses else None
         self.log.add("log", step, epoch, loss=loss, learning_rate=learning_rate,
                      windows_per_second=speed,

@@ -122,10 +122,12 @@ def test_programs_that_ask_at_once_get_each_their_own_answer(page):
 
 def test_what_is_no_question_is_refused_and_the_server_goes_on(page):
     for body, why in (([], "send JSON"), ({"context": TEXT}, "question is missing"),
-                      ({"question": "Who?", "context": " "}, "context is missing"),
-                      ({"question": 7, "context": TEXT}, "question is a number: give its text"),
+                      ({"question": "Who?", "context": " "}, "context is empty"),
+                      ({"question": 7, "context": TEXT}, "question is a number: give one text"),
                       ({"question": [], "context": TEXT}, "question is an empty list"),
-                      ({"question": ["Who?", ["Who?"]], "context": TEXT}, "a list in a list"),
+                      ({"question": ["Who?", ["Who?"]], "context": TEXT}, "question is a list"),
+                      ({"question": "Who?", "context": [TEXT]}, "context is a list: give one text"),
+                      ({"question": " ", "context": TEXT}, "question is empty"),
                       ({"question": "Who?", "context": {"a": TEXT}}, "context is an object"),
                       ({"question": "Who?", "context": TEXT, "n_best": "two"}, "n_best 'two'"),
                       ({"question": "Who?", "context": TEXT, "n_best": 0}, "at least 1"),
