@@ -36,8 +36,8 @@ class Settings:
     def named(self, name: str) -> str:
         """Return a field's source and value, as in "--layers_per_ipu 0 4 4 4"."""
         value = getattr(self, name)
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return " ".join([self.source(name), *map(str, values)])
+        value = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        return f"{self.source(name)} {value}"
 
     def values(self) -> Dict[str, Any]:
         """Return all fields and their values as a dictionary, without `sources`."""
@@ -222,17 +222,13 @@ def _with_underscores(word: str) -> str:
 
 
 def _as_declared(group: type, name: str, value: Any) -> Any:
-    """Return the value of a file as its field's type where that is exact.
-
-    YAML 1.1 reads 1e-5 as text, and published files have one number where a list belongs.
-    """
+    """Convert YAML 1.1's text 1e-5 to a number, and the one number of published files to a list."""
     f = next(f for f in fields(group) if f.name == name)
     if isinstance(value, str) and "help" in f.metadata and _default_and_kind(f)[1] is float:
         with suppress(ValueError):
             return float(value)
-    scalar = isinstance(value, (int, str)) and str(f.type) in ("List[int]", "Optional[List[int]]",
-                                                               "List[str]")
-    return [value] if scalar else value
+    one = isinstance(value, (int, str)) and re.fullmatch(r"(Optional\[)?List.*", str(f.type))
+    return [value] if one else value
 
 
 def _shown(value: Any) -> str:
