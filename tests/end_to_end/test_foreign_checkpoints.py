@@ -40,6 +40,8 @@ class Hub(Handler):
         if self.server.status != 200:
             return self.send(b"<html>" + b"x" * 3000, self.server.status)
         path, models = self.path.split("?")[0].strip("/"), self.server.models
+        if not path:  # is the hub there?
+            return self.send(b"")
         self.server.asked.append(path)
         match = re.fullmatch(
             r"(api/models/)?(.+?)(/(revision|resolve|tree)/([^/]+))?(/[^/]+)?", path)
