@@ -1,7 +1,6 @@
-"""The plan of each configuration is what PopART's compiler makes of it, to 2 %.
+"""The plan of each configuration in popart_facts.json is what PopART's compiler made of it, to 2 %.
 
-popart_facts.json holds that, with the command and the versions; docs/ipu_host.md says how to
-how to repeat it.
+The file has the command and the versions; docs/ipu_host.md says how to repeat it.
 """
 import json
 from pathlib import Path

@@ -179,8 +179,10 @@ def examine(report: Path, phase: str, flags: Dict[str, Any]) -> Tuple[List[str],
     from planner.phase import INFERENCE, TRAINING
     from tests.tools.popart_ir import Ir, facts, problems
 
-    request = request_of({**flags, **({"windows_per_row": 1} if flags.get("pack") else {})},
-                         TRAINING if phase == "training" else INFERENCE)
+    more = {"windows_per_row": 1} if flags.get("pack") else {}
+    if phase == "question":
+        more["eval_micro_batch_size"] = 1
+    request = request_of({**flags, **more}, TRAINING if phase == "training" else INFERENCE)
     job, ir = make_job(request), Ir(report)
     return problems(ir, job, request.settings), facts(ir, job)
 
