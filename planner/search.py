@@ -6,8 +6,9 @@ The blocks are cut into contiguous stages, one per IPU. A weight update takes
 
 which contains two maxima over the stages. Among the splits that keep every stage within memory and
 below a cap on its parameters, dynamic programming finds the one whose slowest stage is fastest.
-Lowering the cap until nothing more can be gained gives the exact minimum. The copies are the same
-for every split: all blocks of a transformer hand on tensors of one size.
+Lowering the cap until nothing more can be gained gives the exact minimum. The copies count
+as the same for every split: all layers take tensors of one size. Only a QA head that is alone on
+its IPU takes less, by the window ids (0.3 % of the copies with a width of 768).
 """
 from __future__ import annotations
 
