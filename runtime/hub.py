@@ -5,6 +5,7 @@ import fnmatch
 import os
 import re
 import sys
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Optional
@@ -33,7 +34,14 @@ def offline_unless_reachable(needed: bool = True) -> None:
     `datasets` would try again and again for half a minute. This must run before the libraries are
     imported, which read their environment once. A variable that says what to do stands.
     """
-    if needed and not any(os.environ.get(name) for name in _OFF) and not _answers():
+    if not needed or any(os.environ.get(name) for name in _OFF):
+        return
+    answers = []
+    # In a thread, since a request's time limit does not hold while a name server is waited for.
+    attempt = threading.Thread(target=lambda: answers.append(_answers()), daemon=True)
+    attempt.start()
+    attempt.join(_SECONDS)
+    if not any(answers):
         os.environ.update(dict.fromkeys(_OFF, "1"))
         print(f"note: {_endpoint()} does not answer; only what is cached can be used",
               file=sys.stderr)
