@@ -229,7 +229,7 @@ def _fails_first(error: BaseException) -> bool:
             failures.append(_store.add("failures", 1))
 
     if _store is None:
-        return True
+        return is_first() or isinstance(error, _NotMet)
     thread = threading.Thread(target=count_failure, daemon=True)
     thread.start()
     thread.join(_STORE_TIMEOUT)
