@@ -47,6 +47,7 @@ def test_signals_leave_the_loaders_worker_alive(tmp_path):
                                    universal_newlines=True) == "worker ended with 0\n"
 
 
+@pytest.mark.slow
 def test_the_loaders_process_ends_with_the_block_however_it_ends():
     windows = SyntheticWindows([20] * 24)
     rows = TrainingRows(windows, row_length=32, max_windows_per_row=1, pad_token_id=1,

@@ -167,6 +167,7 @@ def answered(draw):
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(answered(), min_size=1, max_size=12))
+@pytest.mark.slow
 def test_labels_give_back_the_answer(rows):
     """With byte-level BPE the labels mark the answer's characters, as far as whole tokens can.
 

@@ -361,6 +361,7 @@ def test_a_log_continues_over_a_resume_and_tensorboard_reads_the_same(demo, tmp_
     assert [event.value for event in board.Scalars("eval/f1")] == pytest.approx([metrics["f1"]])
 
 
+@pytest.mark.slow
 def test_compile_only_runs_nothing(demo, tmp_path, capsys):
     assert fit(demo / "v1", tmp_path / "out", "--compile_only") == 0
     assert re.search(r"compiled in .* s, executable cache: \S+; nothing was run",

@@ -232,6 +232,7 @@ def test_torchrun_is_refused_where_there_are_ipus(monkeypatch):
         processes.place.cache_clear()
 
 
+@pytest.mark.slow
 def test_poptorch_waits_for_ipus_that_others_have_and_prints_no_stacks_at_sigterm(tmp_path):
     """In a process of its own, with a module that does at its import what PopTorch's does."""
     (tmp_path / "poptorch.py").write_text(

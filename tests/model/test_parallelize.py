@@ -76,6 +76,7 @@ class Gathers(TorchDispatchMode):
         self.keys.append((data.dtype, axis, self.stage, tuple(data.shape), tuple(index_shape)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", range(2, 9))
 @pytest.mark.parametrize("vocabulary, positions", EMBEDDINGS)
 def test_poptorch_finds_no_gathers_to_merge(vocabulary, positions, parts):

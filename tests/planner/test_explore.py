@@ -130,6 +130,7 @@ def test_inference_has_fields_of_its_own_and_is_planned_as_plan_does(explore, ca
     assert explore._layout(now) and explore.shown(now)
 
 
+@pytest.mark.slow
 def test_a_change_waits_for_no_count_of_the_model(explore, monkeypatch):
     base = plan_of(explore, [*SMALL, "--intermediate_size", "96"])  # counted by no other test
     explore.count_ahead(base)

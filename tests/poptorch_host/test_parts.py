@@ -203,6 +203,7 @@ def test_asynchronous_loader_gives_the_same_batches_in_memory_that_it_writes_aga
     loading.terminate()
 
 
+@pytest.mark.slow
 def test_a_loader_that_is_dropped_takes_its_process_along():
     loading = loader(mode=poptorch.DataLoaderMode.Async, num_workers=1)
     next(iter(loading))

@@ -253,6 +253,7 @@ def test_the_card_says_what_was_done(trained):
     assert "on train.json, evaluated on dev.json" in card and "SQuAD v2" in card
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs_and_answers_as_infer_does(trained, tmp_path, capsys):
     """Of a model with random weights, on the transformers that is installed."""
     write_small_demo(tmp_path / "demo", train=4, validation=1)

@@ -138,14 +138,16 @@ LOST = "error: another process has ended, or has not answered for --process_time
 @pytest.mark.parametrize("case, statuses, line", [
     ("usage", [2, 2, 2], "error: no such thing$"),  # in all, as a wrong flag
     ("usage of one", [2, 2, 2], r"error: no such thing \(process 1\)$"),
-    ("disk", [1, 1, 1], "error: No space left on device: model.safetensors$"),
+    pytest.param("disk", [1, 1, 1], "error: No space left on device: model.safetensors$",
+                 marks=pytest.mark.slow),
     ("other", [2, 2, 2], "error: process 2 differs from the first: x is 2 there, 0 on the .*same$"),
     ("own", [1, 1, 1], r"error: ZeroDivisionError: .* \(process 1\)$"),
     ("died", [1, -9, 1], LOST),
     pytest.param("stopped", [1, -9, 1], LOST, marks=pytest.mark.slow),
     pytest.param("first stopped", [-9, 1, 1], LOST + r".* \(process 1\)$", marks=pytest.mark.slow),
     pytest.param("hung", [1, -9, 1], LOST, marks=pytest.mark.slow),
-    ("first died", [-9, 1, 1], LOST + r".* \(process 1\)$"),
+    pytest.param("first died", [-9, 1, 1], LOST + r".* \(process 1\)$",
+                 marks=pytest.mark.slow),
 ])
 def test_an_error_in_one_process_ends_all_with_one_line(tmp_path, case, statuses, line):
     lost = {"hung": 1, "stopped": 1, "first stopped": 0}.get(case)
