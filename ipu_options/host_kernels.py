@@ -4,12 +4,12 @@ Nothing is compiled on the host, so that, unlike on an IPU, the operations may d
 """
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy
 import torch
 
-from ipu_options.ipu_kernels import MASKED, Kernels
+from ipu_options.ipu_kernels import MASKED, Kernels, skew
 from poptorch_host.ops import for_the_host
 
 # One more group of windows takes about as long as this number of attention scores of each head
@@ -57,13 +57,14 @@ def window_mask(window_ids: torch.Tensor, dtype: torch.dtype, stage: int = 0) ->
 
 @for_the_host
 def attention(qkv: torch.Tensor, heads: int, groups: List[Group], dropout_p: float = 0.0,
-              training: bool = False, stage: int = 0) -> torch.Tensor:
+              training: bool = False, stage: int = 0, *by_distance: torch.Tensor) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) within each window of a row.
 
     qkv: [B, S, 3 * width], query, key and value. groups: of `window_mask`. dropout_p: dropout of
-    the probabilities, applied if `training`. Returns [B, S, width]; it is 0 at padding.
+    the probabilities, applied if `training`. by_distance: of `ipu_kernels.attention`. Returns
+    [B, S, width]; it is 0 at padding.
     """
-    return _ByGroup.apply(qkv, heads, groups, dropout_p if training else 0.0)
+    return _ByGroup.apply(qkv, heads, groups, dropout_p if training else 0.0, *by_distance)
 
 
 @for_the_host
@@ -108,16 +109,22 @@ class _ByGroup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv, heads, groups, dropout_p):
+    def forward(ctx, qkv, heads, groups, dropout_p, *by_distance):
         rows, length, width = qkv.shape
         tokens = qkv.reshape(rows * length, width)
         out = tokens.new_zeros(rows * length, width // 3)
         ctx.heads, ctx.groups, ctx.saved = heads, groups, []
-        ctx.scale, ctx.kept_scale = (width // 3 // heads) ** -0.5, 1 / (1 - dropout_p)
+        ctx.scale = (width // 3 // heads * (1 + len(by_distance))) ** -0.5
+        ctx.kept_scale = 1 / (1 - dropout_p)
+        # A query's scale is in it already; that of a query of distances is put into it here.
+        ctx.by_distance = [vectors.view(len(vectors), heads, -1).transpose(0, 1) * scale
+                           for vectors, scale in zip(by_distance, (1, ctx.scale))]
         for group in groups:
             # The factors are taken into the query and the value, which are smaller than the scores.
             query, key, value = parts = _take(tokens, group, 3, heads)
             scores = torch.bmm(query.mul_(ctx.scale), key.transpose(1, 2))
+            for content, vectors, zero, sums in _distance_terms(ctx.by_distance, parts, scores):
+                sums.add_(skew(torch.matmul(content, vectors.transpose(1, 2)).flatten(0, 1), zero))
             if group.padding is not None:
                 scores.view(-1, heads, group.length, group.length).add_(group.padding)
             probabilities, mask = torch.softmax(scores, dim=-1), None
@@ -133,6 +140,7 @@ class _ByGroup(torch.autograd.Function):
         rows, length, width = grad.shape
         tokens = grad.reshape(rows * length, width)
         out = tokens.new_zeros(rows * length, 3 * width)
+        g_by_distance = [torch.zeros_like(vectors) for vectors in ctx.by_distance]
         for group, (parts, probabilities, mask) in zip(ctx.groups, ctx.saved):
             query, key, value = parts
             g_out, = _take(tokens, group, 1, ctx.heads)
@@ -144,10 +152,37 @@ class _ByGroup(torch.autograd.Function):
                 g_probabilities.mul_(mask)
             g_scores = torch._softmax_backward_data(g_probabilities, probabilities, -1,
                                                     probabilities.dtype)
-            torch.bmm(g_scores, key, out=g_query).mul_(ctx.scale)
+            torch.bmm(g_scores, key, out=g_query)
             torch.bmm(g_scores.transpose(1, 2), query, out=g_key)
+            for (content, vectors, zero, g_sums), g_content, (_, g_vectors, *_) in zip(
+                    _distance_terms(ctx.by_distance, parts, g_scores), grads,
+                    _distance_terms(g_by_distance, parts, g_scores)):
+                g_products = torch.zeros_like(g_sums).repeat(1, 1, 2)
+                skew(g_products, zero).copy_(g_sums)
+                g_products = g_products.view(*content.shape[:3], -1)
+                g_content.view_as(content).add_(torch.matmul(g_products, vectors))
+                g_vectors.add_(torch.einsum("whln,whld->hnd", g_products, content))
+            g_query.mul_(ctx.scale)
             _put(out, grads, group, 3, ctx.heads)
-        return out.view(rows, length, -1), None, None, None
+        return (out.view(rows, length, -1), None, None, None,
+                *(g_vectors.mul_(scale).transpose(0, 1).flatten(1)
+                  for g_vectors, scale in zip(g_by_distance, (1, ctx.scale))))
+
+
+def _distance_terms(by_distance: List[torch.Tensor], parts: torch.Tensor,
+                    scores: torch.Tensor) -> Iterable[Tuple]:
+    """Return what scores by distance are computed from: for queries, and for keys.
+
+    by_distance: keys and queries of distances, [heads, 2 S, head_dim]. parts: of `_take`. scores:
+    [windows * heads, length, length]. In each tuple are the queries or keys, [windows, heads,
+    length, head_dim]; what they are multiplied with, [heads, 2 * length, head_dim]; the argument
+    `zero` of `skew`; and the scores as it returns them.
+    """
+    length = scores.shape[1]
+    cut = [vectors[:, vectors.shape[1] // 2 - length:vectors.shape[1] // 2 + length]
+           for vectors in by_distance]
+    contents = parts[:len(cut)].unflatten(1, (-1, len(cut[0]))) if cut else ()
+    return zip(contents, cut, (length - 1, length), (scores, scores.transpose(1, 2)))
 
 
 def _masked(probabilities: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:

@@ -6,7 +6,7 @@ module does not import torch, so that a model that cannot be run is refused in a
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
@@ -34,15 +34,22 @@ class LayerParts(NamedTuple):
     outer: Any = "output.dense"
     outer_dropout: Any = "output.dropout"
     outer_norm: Any = "output.LayerNorm"
+    # Of families whose attention depends on distances (qa/model/deberta.py):
+    fused: Any = None  # the module with query, key and value in one
+    position_key: Any = None
+    position_query: Any = None
+    position_dropout: Any = None
 
 
 # The fields of config.json that are whole numbers, and the least of each.
 SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
          "intermediate_size": 1, "max_position_embeddings": 1, "type_vocab_size": 1,
          "pad_token_id": 0}
+_NO_SIZE = -1  # what DeBERTa's config.json says for "none"
 # No encoder is larger: a number beyond is a mistake, and would be counted for ever.
 MOST_LAYERS, LARGEST_SIZE = 256, 10_000_000
-_OPTIONAL = ("type_vocab_size", "pad_token_id")  # in config.json
+_OPTIONAL = ("type_vocab_size", "pad_token_id", "max_relative_positions",
+             "position_buckets")  # in config.json
 # The least --max_seq_length: a model with fewer positions has room for no row.
 LEAST_POSITIONS = 16
 
@@ -55,8 +62,10 @@ class Family:
     in its encoder. parts: those of a layer. projection: the name in the encoder of the linear layer
     that follows the embeddings if they are narrower than the layers. head_dropout: the field of
     config.json with the dropout before the head. positions_after_padding: whether positions count
-    from padding_idx + 1, and not from 0. sizes, fractions: the fields of config.json that are
-    checked, see `check_config`. own_names: those of the fields that the family calls otherwise.
+    from padding_idx + 1, and not from 0. distances: the path of the embeddings of distances between
+    tokens in the encoder. sizes, fractions, built: the fields of config.json that are checked: the
+    least of each, those from 0 to 1, and those of which only some values are built (None: left
+    out). own_names: those of the fields that the family calls otherwise.
     """
 
     model: str
@@ -65,16 +74,18 @@ class Family:
     projection: Optional[str] = None
     head_dropout: Optional[str] = None
     positions_after_padding: bool = False
-    sizes: Tuple[str, ...] = tuple(SIZES)
+    distances: Optional[str] = None
+    sizes: Dict[str, int] = field(default_factory=SIZES.copy)
     fractions: Tuple[str, ...] = ("layer_norm_eps", "hidden_dropout_prob",
                                   "attention_probs_dropout_prob")
+    built: Dict[str, Tuple[Any, ...]] = field(default_factory=dict)
     own_names: Dict[str, str] = field(default_factory=dict)
 
 
 ROBERTA = Family("RobertaForQuestionAnswering", positions_after_padding=True)
 BERT = Family("BertForQuestionAnswering")
 ELECTRA = Family("ElectraForQuestionAnswering", projection="embeddings_project",
-                 sizes=(*SIZES, "embedding_size"))
+                 sizes={**SIZES, "embedding_size": 1})
 DISTILBERT = Family(
     "DistilBertForQuestionAnswering", layers="transformer.layer", head_dropout="qa_dropout",
     parts=LayerParts(
@@ -82,23 +93,43 @@ DISTILBERT = Family(
         attention_dropout="attention.dropout", mixed="attention.out_lin", mixed_dropout=None,
         mixed_norm="sa_layer_norm", inner="ffn.lin1", activation="ffn.activation",
         outer="ffn.lin2", outer_dropout="ffn.dropout", outer_norm="output_layer_norm"),
-    sizes=("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_position_embeddings",
-           "pad_token_id"),
+    sizes={**dict.fromkeys(("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim",
+                            "max_position_embeddings"), 1), "pad_token_id": 0},
     fractions=("dropout", "attention_dropout", "qa_dropout"),
     own_names={"hidden_size": "dim", "num_hidden_layers": "n_layers",
                "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim",
                "hidden_act": "activation"})
+_BY_DISTANCE = {"relative_attention": (True, ),
+                "pos_att_type": ("c2p|p2c", "p2c|c2p", ["c2p", "p2c"], ["p2c", "c2p"])}
+DEBERTA = Family(
+    "DebertaForQuestionAnswering", distances="encoder.rel_embeddings",
+    parts=LayerParts(
+        query=None, key=None, value=None, fused="attention.self",
+        position_key="attention.self.pos_proj", position_query="attention.self.pos_q_proj",
+        position_dropout="attention.self.pos_dropout"),
+    sizes={**SIZES, "type_vocab_size": 0, "max_relative_positions": _NO_SIZE,
+           "position_buckets": _NO_SIZE},
+    built={**_BY_DISTANCE, "talking_head": (False, None), "position_buckets": (_NO_SIZE, None),
+           "norm_rel_ebd": ("none", None)})
+_V2 = LayerParts(
+    query="attention.self.query_proj", key="attention.self.key_proj",
+    value="attention.self.value_proj", position_key="attention.self.pos_key_proj",
+    position_query="attention.self.pos_query_proj", position_dropout="attention.self.pos_dropout")
+DEBERTA_V2 = replace(
+    DEBERTA, model="DebertaV2ForQuestionAnswering", parts=_V2,
+    built={**_BY_DISTANCE, "conv_kernel_size": (0, None)})  # the convolution is v2-xlarge's
+DEBERTA_V3 = replace(DEBERTA_V2, parts=_V2._replace(position_key=_V2.key, position_query=_V2.query))
 # By the model_type of config.json. distilroberta has the type "roberta", MiniLM the type "bert".
 FAMILIES = {"roberta": ROBERTA, "xlm-roberta": ROBERTA, "camembert": ROBERTA, "bert": BERT,
-            "distilbert": DISTILBERT, "electra": ELECTRA}
+            "distilbert": DISTILBERT, "electra": ELECTRA, "deberta": DEBERTA,
+            "deberta-v2": DEBERTA_V2}
 
-_RELATIVE = ("its attention depends on the distance between tokens, which the attention here does "
-             "not; a roberta or an electra model of its size works")
 # Why a model cannot be run, and what works instead, by its model_type.
 REFUSED = {
     "albert": "its layers share one set of weights, and PopTorch cannot share weights between the "
               "IPUs of a pipeline; a bert or an electra model works",
-    "deberta": _RELATIVE, "deberta-v2": _RELATIVE, "mpnet": _RELATIVE}
+    "mpnet": "its layers share one bias by the distance between tokens, which the attention here "
+             "does not add; a roberta or an electra model of its size works"}
 _DECODER = ("it is a decoder, whose tokens do not see what follows them; an encoder of the "
             "families {families} works")
 
@@ -112,7 +143,8 @@ def family_of(config: Any, name: str = "the model") -> Family:
     decodes = any(getattr(config, name, False) for name in (
         "is_decoder", "is_encoder_decoder", "add_cross_attention"))
     if kind in FAMILIES and not decodes:
-        return FAMILIES[kind]
+        shares = kind == "deberta-v2" and getattr(config, "share_att_key", False)
+        return DEBERTA_V3 if shares else FAMILIES[kind]
     reason = REFUSED.get(kind, f"this program has the families {families}")
     if decodes or kind not in REFUSED and _is_decoder(kind):
         reason = _DECODER.format(families=families)
@@ -166,8 +198,8 @@ def check_config(config: Any, name: str) -> None:
         raise UsageError(f"{name}: {key} is {_shown(getattr(config, key, None))} in its "
                          f"config.json; it should be {right}")
 
-    for key in family.sizes:
-        least, most = SIZES.get(key, 1), MOST_LAYERS if "layers" in key else LARGEST_SIZE
+    for key, least in family.sizes.items():
+        most = MOST_LAYERS if "layers" in key else LARGEST_SIZE
         size = getattr(config, key, least if key in _OPTIONAL else None)
         if type(size) is not int or not least <= size <= most:
             refuse(key, f"a whole number from {least} to {most:,}")
@@ -175,6 +207,9 @@ def check_config(config: Any, name: str) -> None:
         number = getattr(config, key, 0.0)
         if type(number) not in (int, float) or not 0 <= number < 1:
             refuse(key, "a number from 0 to 1")
+    for key, values in family.built.items():
+        if getattr(config, key, None) not in values:
+            refuse(key, f"{values[0]}; nothing else is built")
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         raise UsageError(f"{name} has {config.position_embedding_type} positions; only absolute "
                          "ones are built")
@@ -183,6 +218,14 @@ def check_config(config: Any, name: str) -> None:
         for key in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
     if getattr(config, width) % getattr(config, heads):
         refuse(width, f"a multiple of the {getattr(config, heads)} attention heads")
+    if family.distances:
+        for key, size in (("embedding_size", config.hidden_size), (
+                "attention_head_size", config.hidden_size // config.num_attention_heads)):
+            if getattr(config, key, size) != size:
+                refuse(key, f"{size}; nothing else is built")
+        most = 2 * farthest_distance(config) - 3
+        if 0 <= getattr(config, "position_buckets", _NO_SIZE) not in range(2, most + 1):
+            refuse("position_buckets", f"-1, or a whole number from 2 to {most}")
     if _pad_token_id(config) >= config.vocab_size:
         refuse("pad_token_id", f"less than vocab_size, which is {config.vocab_size}")
     if most_tokens(config) < LEAST_POSITIONS:
@@ -216,6 +259,12 @@ def _pad_token_id(config: Any) -> int:
 def most_tokens(config: Any) -> int:
     """Return how many tokens of a window the model has positions for."""
     return config.max_position_embeddings - first_position(config)
+
+
+def farthest_distance(config: Any) -> int:
+    """Return the distance between tokens beyond which DeBERTa tells none apart."""
+    most = getattr(config, "max_relative_positions", _NO_SIZE)
+    return config.max_position_embeddings if most < 1 else most
 
 
 def row_kind(config: Any) -> Dict[str, Any]:

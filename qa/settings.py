@@ -88,8 +88,8 @@ class ModelSettings(Settings):
     """Which model, and how its answers are read off."""
 
     model_name_or_path: str = flag(
-        "roberta-base", "checkpoint of a RoBERTa, XLM-RoBERTa, CamemBERT, BERT, DistilBERT or "
-        "ELECTRA: a local folder or a name on the hub")
+        "roberta-base", "checkpoint of a RoBERTa, XLM-RoBERTa, CamemBERT, BERT, DistilBERT, "
+        "ELECTRA or DeBERTa: a local folder or a name on the hub")
     model_revision: str = flag("main", "branch, tag or commit of a checkpoint on the hub")
     tokenizer_name: Optional[str] = flag(None, "tokenizer (default: the checkpoint's own)")
     precision: str = flag(

@@ -4,8 +4,8 @@ The parameters, their names and the saved files are those of Hugging Face's
 RobertaForQuestionAnswering. The forward pass is written out here, because an IPU needs fixed
 shapes, masks made from the row format, and one callable module for each block.
 
-BERT, DistilBERT and ELECTRA run through the same code, which finds their parts by the tables in
-qa/families.py.
+BERT, DistilBERT, ELECTRA and DeBERTa run through the same code, which finds their parts by the
+tables in qa/families.py. What DeBERTa's attention has beyond theirs is in qa/model/deberta.py.
 """
 from __future__ import annotations
 
@@ -21,13 +21,19 @@ import ipu_options
 from ipu_options import poptorch
 from ipu_options.ipu_kernels import MASKED, Kernels
 from qa.families import ROBERTA, LayerParts, family_of
+from qa.model.deberta import (
+    embeddings_of_distances,
+    keys_and_queries,
+    split_projection,
+    use_torchs_modules,
+)
 
 
 class Embeddings(nn.Module):
     """The sum of word, position and token type embeddings, with LayerNorm and dropout.
 
     Position ids and token types come from the row format (qa/data/rows.py). Rows without token
-    types have tokens of type 0; DistilBERT has no token types at all.
+    types have tokens of type 0; DistilBERT has no token types at all, DeBERTa often neither.
     """
 
     def __init__(self, embeddings: nn.Module, kernels: Kernels):
@@ -40,12 +46,15 @@ class Embeddings(nn.Module):
         self.dropout = embeddings.dropout
         # PopTorch does not support padding_idx. It is not needed: no loss depends on a padding
         # token, so that its gradient is zero anyway.
-        self.word_embeddings.padding_idx = self.position_embeddings.padding_idx = None
+        for embedding in filter(None, (self.word_embeddings, self.position_embeddings)):
+            embedding.padding_idx = None
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
                 token_type_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Return the embeddings, [B, S, width]. The arguments are int [B, S]."""
-        total = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        total = self.word_embeddings(input_ids)
+        if self.position_embeddings is not None:
+            total = total + self.position_embeddings(position_ids)
         if token_type_ids is not None:
             total = total + self.token_type_embeddings(token_type_ids)
         elif self.token_type_embeddings is not None:
@@ -70,11 +79,12 @@ class EncoderLayer(nn.Module):
         self.parts = LayerParts(*(path and attrgetter(path)(layer) for path in paths))
         self.heads, self.kernels = heads, kernels
 
-    def forward(self, hidden: torch.Tensor, window_ids: torch.Tensor,
+    def forward(self, hidden: torch.Tensor, window_ids: torch.Tensor, *distances: torch.Tensor,
                 masks: Optional[Dict[int, Any]] = None) -> torch.Tensor:
         """Return the output, [B, S, hidden]. hidden: [B, S, hidden]; window_ids: int [B, S].
 
-        masks: {stage: attention mask} of the layers before this one in the same forward pass.
+        distances: nothing, or the embeddings of distances, [2 S, hidden]. masks: {stage: attention
+        mask} of the layers before this one in the same forward pass.
 
         The first layer of a stage makes the mask and adds it to `masks`. If it were handed on to
         the next stage, its [S, S] numbers would be stashed on every IPU. Within a stage it costs no
@@ -85,7 +95,7 @@ class EncoderLayer(nn.Module):
         if self.stage not in masks:
             masks[self.stage] = self.kernels.window_mask(window_ids, hidden.dtype, self.stage)
         parts = self.parts
-        mixed = parts.mixed(self.self_attention(hidden, masks[self.stage]))
+        mixed = parts.mixed(self.self_attention(hidden, masks[self.stage], *distances))
         if parts.mixed_dropout:
             mixed = self.kernels.dropout(mixed, parts.mixed_dropout.p, self.training)
         hidden = parts.mixed_norm(hidden + mixed)
@@ -93,16 +103,24 @@ class EncoderLayer(nn.Module):
         return parts.outer_norm(
             hidden + self.kernels.dropout(parts.outer(inner), parts.outer_dropout.p, self.training))
 
-    def self_attention(self, hidden: torch.Tensor, mask: Any) -> torch.Tensor:
+    def self_attention(self, hidden: torch.Tensor, mask: Any,
+                       *distances: torch.Tensor) -> torch.Tensor:
         """Return the multi-head attention within windows, [B, S, hidden], before its output layer.
 
-        hidden: [B, S, hidden]; mask: of the kernels' window_mask.
+        hidden: [B, S, hidden]; mask: of the kernels' window_mask; distances: as in `forward`.
         """
         parts = self.parts
-        weight = torch.cat((parts.query.weight, parts.key.weight, parts.value.weight))
-        bias = torch.cat((parts.query.bias, parts.key.bias, parts.value.bias))
+        if parts.fused:
+            weight, bias = split_projection(parts.fused, self.heads)
+        else:
+            weight = torch.cat((parts.query.weight, parts.key.weight, parts.value.weight))
+            bias = torch.cat((parts.query.bias, parts.key.bias, parts.value.bias))
+        by_distance = keys_and_queries(parts, *(
+            self.kernels.dropout(rows, parts.position_dropout.p, self.training)
+            for rows in distances)) if distances else ()
         return self.kernels.attention(nn.functional.linear(hidden, weight, bias), self.heads, mask,
-                                      parts.attention_dropout.p, self.training, self.stage)
+                                      parts.attention_dropout.p, self.training, self.stage,
+                                      *by_distance)
 
 
 class ForSpans:
@@ -117,6 +135,7 @@ class ForSpans:
         super().__init__(config)
         self.family, self.kernels = family_of(config), kernels or ipu_options.kernels
         encoder = self.base_model
+        use_torchs_modules(encoder)
         encoder.embeddings = Embeddings(encoder.embeddings, self.kernels)
         for index, layer in enumerate(self.layers):
             self.layers[index] = EncoderLayer(layer, self.family.parts, config.num_attention_heads,
@@ -149,8 +168,10 @@ class ForSpans:
         hidden = encoder.embeddings(input_ids, position_ids, *types)
         if self.family.projection and hasattr(encoder, self.family.projection):
             hidden = getattr(encoder, self.family.projection)(hidden)
+        distances = () if self.family.distances is None else (embeddings_of_distances(
+            encoder, self.config, self.family.distances, input_ids), )
         for layer in self.layers:
-            hidden = layer(hidden, window_ids, masks=masks)
+            hidden = layer(hidden, window_ids, *distances, masks=masks)
         if self.family.head_dropout:
             hidden = self.kernels.dropout(hidden, getattr(self.config, self.family.head_dropout),
                                           self.training)

@@ -24,9 +24,9 @@ def rows_of(lengths, length):
     return ids
 
 
-def mixed(kernels, qkv, window_ids, p=0.0):
+def mixed(kernels, qkv, window_ids, p=0.0, *by_distance):
     mask = kernels.window_mask(window_ids, qkv.dtype)
-    return kernels.attention(qkv, HEADS, mask, p, True)
+    return kernels.attention(qkv, HEADS, mask, p, True, 0, *by_distance)
 
 
 @pytest.mark.parametrize("scores", [1, 1_000_000])  # window by window, and as many as can be
@@ -50,6 +50,33 @@ def test_attention_and_its_gradient_equal_their_definition(kernels, lengths, sco
     upstream = torch.randn_like(ours)
     torch.testing.assert_close(torch.autograd.grad(ours, qkv, upstream),
                                torch.autograd.grad(expected, qkv, upstream))
+
+
+@pytest.mark.parametrize("kernels", [HOST_KERNELS, IPU_KERNELS], ids=["host", "ipu"])
+@pytest.mark.parametrize("lengths", [[[3, 2, 4], [7, 1], [9]], [[20], [2, 18], []]])
+def test_attention_by_distance_equals_its_definition(kernels, lengths):
+    torch.manual_seed(0)
+    window_ids, length = rows_of(lengths, 20), 20
+    qkv = torch.randn(3, length, 3, HEADS, 8, dtype=torch.float64, requires_grad=True)
+    keys, queries = by_distance = [  # of the distances -20 to 19
+        torch.randn(2 * length, HEADS, 8, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)]
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    place = torch.arange(length)
+    distance = place.unsqueeze(1) - place + length  # [query, key]
+    logits = (query @ key.transpose(-1, -2)
+              + torch.einsum("bhid,ijhd->bhij", query, keys[distance])
+              + torch.einsum("bhjd,ijhd->bhij", key, queries[distance])) / (3 * 8) ** 0.5
+    same = (window_ids.unsqueeze(2) == window_ids.unsqueeze(1)).unsqueeze(1)
+    real = window_ids > 0
+    expected = (torch.softmax(logits.masked_fill(~same, -math.inf), -1) @ value
+                ).transpose(1, 2).flatten(2)[real]
+    ours = mixed(kernels, qkv.flatten(2), window_ids, 0.0, keys.flatten(1).flip(0),
+                 queries.flatten(1))[real]
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.randn_like(ours)
+    torch.testing.assert_close(torch.autograd.grad(ours, [qkv, *by_distance], upstream),
+                               torch.autograd.grad(expected, [qkv, *by_distance], upstream))
 
 
 def test_attention_dropout_drops_probabilities_and_scales_the_others():

@@ -49,9 +49,13 @@ class Operations(TorchDispatchMode):
 
 # ELECTRA's embedding is 128 wide by default, and projected to the width of the layers.
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+DEBERTA = {**SIZES, "relative_attention": True, "position_biased_input": False,
+           "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
 FAMILIES = {
     "roberta": {**SIZES, "type_vocab_size": 1}, "bert": SIZES, "electra": SIZES,
-    "distilbert": dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32)}
+    "distilbert": dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32),
+    "deberta": DEBERTA, "deberta-v2": {
+        **DEBERTA, "share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}}
 
 
 def graph(windows, training, parts, kernels=IPU_KERNELS, batch=2, length=24, family="roberta"):

@@ -11,11 +11,13 @@ from transformers import (
     AutoModelForQuestionAnswering,
     RobertaConfig,
 )
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from ipu_options.host_kernels import HOST_KERNELS
 from ipu_options.ipu_kernels import IPU_KERNELS
 from ipu_options.layout import make_layout
 from qa.families import first_position, row_kind
+from qa.model.deberta import distance_rows
 from qa.model.parallelize import (
     SerializedEmbedding,
     deparallelize,
@@ -34,6 +36,9 @@ SMALL = dict(vocab_size=203, hidden_size=48, num_hidden_layers=3, num_attention_
              bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.0,
              attention_probs_dropout_prob=0.0, initializer_range=0.2)
 BERT = {**SMALL, "max_position_embeddings": 65, "pad_token_id": 0, "layer_norm_eps": 1e-12}
+DEBERTA = {**BERT, "type_vocab_size": 0, "layer_norm_eps": 1e-7, "relative_attention": True,
+           "position_biased_input": False, "pos_att_type": ["c2p", "p2c"],
+           "num_attention_heads": 3, "intermediate_size": 37}
 LENGTHS, QUESTIONS = (40, 17, 33), (7, 11, 1)  # tokens of a window, and of its first text
 # Sizes that are odd on purpose. An ELECTRA has a projection if its embedding is narrower.
 FAMILY = {
@@ -45,7 +50,13 @@ FAMILY = {
     "electra without projection": {**BERT, "type_vocab_size": 2, "embedding_size": 48},
     "distilbert": dict(vocab_size=203, dim=45, n_layers=3, n_heads=5, hidden_dim=71, dropout=0.0,
                        attention_dropout=0.0, qa_dropout=0.0, max_position_embeddings=67,
-                       pad_token_id=0, initializer_range=0.2)}
+                       pad_token_id=0, initializer_range=0.2),
+    "deberta": DEBERTA, "deberta with short reach": {
+        **DEBERTA, "max_relative_positions": 19, "position_biased_input": True,
+        "type_vocab_size": 2, "pos_att_type": "p2c|c2p"},
+    "deberta-v2 as v3": {**DEBERTA, "share_att_key": True, "position_buckets": 12,
+                         "norm_rel_ebd": "layer_norm"},
+    "deberta-v2": DEBERTA}
 
 
 @pytest.fixture(params=FAMILY)
@@ -230,11 +241,9 @@ def test_a_layout_of_another_model_is_refused():
 
 @pytest.mark.parametrize("kind, reason", [
     ("albert", "layers share one set of weights.*a bert or an electra model works"),
-    ("deberta", "depends on the distance between tokens.*roberta"),
-    ("deberta-v2", "depends on the distance between tokens.*roberta"),
-    ("mpnet", "depends on the distance between tokens.*roberta"),
+    ("mpnet", "share one bias by the distance between tokens.*roberta"),
     ("gpt2", "it is a decoder.*roberta"), ("llama", "it is a decoder.*roberta"),
-    ("t5", "it is a decoder.*roberta"), ("longformer", "has the families roberta, .*electra$")])
+    ("t5", "it is a decoder.*roberta"), ("longformer", "has the families roberta, .*deberta-v2$")])
 def test_another_architecture_is_refused_with_the_reason(tmp_path, kind, reason):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=f"^.* {tmp_path} is of the type {kind}: .*{reason}"
@@ -277,6 +286,27 @@ def test_impossible_sizes_are_refused_by_the_familys_own_names(tmp_path, kind, n
     (tmp_path / "config.json").write_text(json.dumps({**values, name: value}))
     with pytest.raises(UsageError, match=f"^--model_name_or_path .*: {name} is "):
         load_config(TrainSettings(model_name_or_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("conv_kernel_size", 3), ("relative_attention", False), ("pos_att_type", ["c2p"]),
+    ("talking_head", True), ("embedding_size", 20), ("attention_head_size", 8),
+    ("position_buckets", 200)])
+def test_a_deberta_with_what_is_not_built_is_refused_by_its_name(tmp_path, name, value):
+    kind = "deberta" if name == "talking_head" else "deberta-v2"
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"model_type": kind, **DEBERTA, name: value}))
+    with pytest.raises(UsageError, match=f"^--model_name_or_path .*: {name} is .* it should be "):
+        checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("buckets, most", [(256, 512), (32, 128), (12, 65), (-1, 512), (-1, 24)])
+def test_distances_have_the_rows_that_transformers_gives_them(buckets, most):
+    length, reach = 512, buckets if buckets > 0 else most
+    distances = torch.arange(-length, length)
+    expected = distances if buckets < 0 else make_log_bucket_position(distances, buckets, most)
+    assert distance_rows(length, reach, buckets, most) == (
+        expected.long() + reach).clamp(0, 2 * reach - 1).tolist()
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
