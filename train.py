@@ -133,7 +133,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
             with timer("step"):
                 attach(training_model)  # again, after an evaluation
                 losses = training_model(**batch)
-                loss = mean_loss(losses, batch["loss_weights"], pipeline.config)
+                loss, windows = mean_loss(losses, batch["loss_weights"], pipeline.config)
             state.step += 1
             last = stop.poll() or state.step == rows.total_steps  # all processes know of a signal
             evaluating = progress.evaluation_is_due() and not stop.requested
@@ -143,7 +143,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
             # If a number is not finite, the guard puts the last checkpoint's weights back.
             if guard.check_or_go_back(loss, learning_rate,
                                       look_at_weights=saving or evaluating or last):
-                state.losses.append(loss)
+                state.add_loss(loss, windows)
             with timer("schedule"):
                 schedule.step()
                 training_model.setOptimizer(optimizer)  # before this, the device sees no change

@@ -105,7 +105,8 @@ class IPUConfig(Settings):
     auto_loss_scaling: bool = flag(False, "let the device adjust the loss scaling", type=bool)
     output_mode: str = flag(
         "all",
-        "losses that a training call returns: of all micro-batches, of the final one, or their sum",
+        "losses that a training call returns: of all micro-batches, of the final one, or their sum "
+        "(over device_iterations the printed loss is then the mean of the updates' means)",
         choices=OUTPUT_MODES)
     executable_cache_dir: Optional[str] = flag(
         None, "folder that caches compiled executables; an empty text switches the cache off "

@@ -166,6 +166,7 @@ class Checkpoints:
             return folder
         with self._timed():
             trainer_state = {"step": state.step, "losses": state.losses[-200:],
+                             "run_loss": state.run_loss, "logged_loss": state.logged_loss,
                              "must_match": self.must_match, "replicas": state.replicas,
                              "best": self.best.to_json()}
             processes.on_first(self._write, folder, trainer_state, state.saved(), state.model)
@@ -329,8 +330,9 @@ def load_checkpoint(folder: Union[str, Path]) -> Checkpoint:
     folder = Path(folder)
     try:
         values = json.loads((folder / TRAINER_STATE).read_text("utf-8"))
-        # Older checkpoints hold all but the step under "progress", and no "best" without one.
-        values = {"replicas": None, "best": None, **values.pop("progress", {}), **values}
+        # Older checkpoints hold all but the step under "progress", and lack some of it.
+        values = {"replicas": None, "best": None, "run_loss": [], "logged_loss": [],
+                  **values.pop("progress", {}), **values}
         if type(values["step"]) is not int or values["step"] < 0:
             raise ValueError(f"step {values['step']!r}")
         return Checkpoint(folder, **values, **read_state(folder))

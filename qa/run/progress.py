@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import torch
 from tqdm import tqdm
@@ -17,31 +17,34 @@ from ipu_options.options import executable_cache
 from ipu_options.popvision import PhaseTimer
 from qa.data.rows import TrainingRows
 from qa.run.log import RunLog
-from qa.run.state import TrainingState
+from qa.run.state import MeanLoss, TrainingState
 from qa.settings import TrainSettings
 from runtime import processes
 from runtime.files import write_json, writing
 
 
-def mean_loss(losses: torch.Tensor, loss_weights: torch.Tensor, ipu_config: IPUConfig) -> float:
-    """Collective: return the mean loss of the windows in the micro-batches that a call returned.
+def mean_loss(losses: torch.Tensor, loss_weights: torch.Tensor, ipu_config: IPUConfig,
+              ) -> Tuple[float, int]:
+    """Collective: return the mean loss of the windows that a call's losses are of, and their number.
 
     losses: as ipu_config.output_mode returns them: of all micro-batches, of each replica's last one
     ("final", "default"), or each replica's sum. loss_weights: [rows, windows of a row], of this
     process's rows in the call. A micro-batch's loss is the sum of its windows' losses, each times
-    the weight that all windows of the update have (qa/data/rows.py). A sum over several updates, in
-    which windows weigh differently, gives the mean of the updates' means.
+    the weight that all windows of the update have (qa/data/rows.py). A sum does not tell updates
+    with different weights apart: over several updates it gives the mean of the updates' means.
     """
     losses = losses.float().reshape(-1)
     replicas = ipu_config.replication_factor // processes.count()
     micro_batches = ipu_config.gradient_accumulation_steps * ipu_config.device_iterations
+    weights = loss_weights.reshape(micro_batches * replicas, -1)
     if ipu_config.output_mode == "sum":
-        return processes.gather_rows(losses, replicas).mean().item() / micro_batches
-    weights = loss_weights.reshape(micro_batches * replicas, -1)[-len(losses):]
+        loss = processes.gather_rows(losses, replicas).mean().item() / micro_batches
+        return loss, int(processes.gather_rows(weights.count_nonzero(), 1).sum())
+    weights = weights[-len(losses):]
     columns = torch.stack((losses, weights.amax(1), weights.count_nonzero(1).float()), dim=1)
     losses, weights, windows = processes.gather_rows(columns, replicas).unbind(1)
     weights[windows == 0] = 1.0  # the loss of a micro-batch without a window is 0
-    return ((losses / weights).sum() / windows.sum()).item()
+    return ((losses / weights).sum() / windows.sum()).item(), int(windows.sum())
 
 
 class _Lines(tqdm):
@@ -95,7 +98,7 @@ class Progress:
                  timer: PhaseTimer, log: RunLog):
         self.rows, self.settings, self.state = rows, settings, state
         self.timer, self.log = timer, log
-        self._first_step, self._first_loss = state.step, len(state.losses)
+        self._first_step = state.step
         self._windows = 0  # trained by this process
         self._clocks: Dict[str, float] = {}  # at the last log line
 
@@ -121,14 +124,12 @@ class Progress:
         shares = {f"{name}_share": passed[name] / total for name in passed}
         speed, epoch = windows / total, self.rows.epoch_after(step)
         self._clocks = clocks
-        since = (step - 1) % self.settings.logging_steps + 1  # steps: fewer in the last line
-        losses = self.state.losses[-since:]
-        loss = sum(losses) / len(losses) if losses else None
+        loss, self.state.logged_loss = self.state.logged_loss.mean, MeanLoss()
         self.log.add("log", step, epoch, loss=loss, learning_rate=learning_rate,
                      windows_per_second=speed,
                      rows_per_second=steps * self.rows.rows_per_step / total, **shares,
                      rest_share=1 - sum(shares.values()))
-        numbers = f"loss {loss:.4f}  " if losses else ""
+        numbers = f"loss {loss:.4f}  " if loss is not None else ""
         numbers += f"learning rate {learning_rate:.3g}  windows/s "
         tqdm.write(f"step {step}/{total_steps}  epoch {epoch:.2f}  {numbers}{speed:.1f}")
         self._bar.set_postfix_str(f"{numbers}{speed:.0f}", refresh=False)
@@ -140,15 +141,15 @@ class Progress:
     def write_summary(self) -> None:
         """Print the summary, and write it to train_results.json. Raises RunError.
 
-        Of a resumed run, loss, seconds and windows per second are those since then.
+        Of a resumed run, seconds and windows per second are those since then.
         """
         state, seconds = self.state, self.timer.seconds
         training = sum(seconds[phase] for phase in ("data", "step", "schedule"))
-        losses, epoch = state.losses[self._first_loss:], self.rows.epoch_after(state.step)
+        epoch = self.rows.epoch_after(state.step)
         resumed = {"steps_since_resume": state.step - self._first_step} if self._first_step else {}
         summary = {
             "steps": state.step, "epoch": epoch, **resumed,
-            "train_loss": sum(losses) / len(losses) if losses else None,
+            "train_loss": state.run_loss.mean,
             "train_seconds": training, "compile_seconds": seconds["compile"],
             "windows_per_second": self._windows / training if training else None}
         print("training: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}"

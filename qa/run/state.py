@@ -26,12 +26,29 @@ class Checkpoint(NamedTuple):
     folder: Path
     step: int
     losses: List[float]  # the newest of TrainingState.losses
+    run_loss: List[float]  # the fields of TrainingState.run_loss, [] in old checkpoints
+    logged_loss: List[float]
     must_match: Dict[str, Any]  # settings, by name, that a run which continues from it must share
     replicas: Optional[int]  # of all processes; None in old checkpoints
     best: Optional[Dict[str, Any]]  # of qa.run.checkpoint.Best.to_json
     optimizer: Dict[str, Any]  # qa.model.optimizer.optimizer_state
     rng_state: List[int]  # the seed, then the device's random state of each replica
     random_state: Dict[str, Any]  # of `random_state`
+
+
+class MeanLoss(NamedTuple):
+    """The mean loss of windows."""
+
+    sum: float = 0.0
+    windows: int = 0
+
+    def plus(self, loss: float, windows: int) -> "MeanLoss":
+        """Return the mean with so many more windows, whose own mean is `loss`."""
+        return MeanLoss(self.sum + loss * windows, self.windows + windows)
+
+    @property
+    def mean(self) -> Optional[float]:
+        return self.sum / self.windows if self.windows else None
 
 
 @dataclass
@@ -43,6 +60,14 @@ class TrainingState:
     executor: "poptorch.PoplarExecutor"
     step: int = 0  # steps that are done
     losses: List[float] = field(default_factory=list)  # means of the steps that were not skipped
+    run_loss: MeanLoss = MeanLoss()  # over the windows of all these steps
+    logged_loss: MeanLoss = MeanLoss()  # of those since the last log line
+
+    def add_loss(self, loss: float, windows: int) -> None:
+        """Count the loss of a step, the mean of so many windows."""
+        self.losses.append(loss)
+        self.run_loss = self.run_loss.plus(loss, windows)
+        self.logged_loss = self.logged_loss.plus(loss, windows)
 
     def weights(self) -> Dict[str, torch.Tensor]:
         """Free the IPUs, and return the weights: `weights_of`."""
@@ -78,6 +103,8 @@ class TrainingState:
         if checkpoint is None:
             return
         self.step, self.losses = checkpoint.step, list(checkpoint.losses)
+        self.run_loss, self.logged_loss = (
+            MeanLoss(*saved) for saved in (checkpoint.run_loss, checkpoint.logged_loss))
         set_optimizer_state(self.optimizer, self.model, checkpoint.optimizer)
         self.executor.setOptimizer(self.optimizer)
         # rng_state is on the device (PopTorch, _poplar_executor.py): hence the compiled model.

@@ -122,7 +122,7 @@ def run(**changes):
     logits = logits_of(answering, made.rows.windows)
     before = {name: tensor.float().clone() for name, tensor in weights_of(made.model).items()}
     batch = made.rows.first_batch()
-    loss = mean_loss(made.training_model(**batch), batch["loss_weights"], made.ipu_config)
+    loss, _ = mean_loss(made.training_model(**batch), batch["loss_weights"], made.ipu_config)
     (watched,) = watched_gradient(made.options, made.training_model).values()
     made.training_model.detachFromDevice()  # frees the IPUs, and copies the weights
     update = {name: tensor.float() - before[name]

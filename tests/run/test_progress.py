@@ -14,6 +14,7 @@ import torch
 from ipu_options import poptorch
 from ipu_options.config import OUTPUT_MODES, IPUConfig
 from qa.data.rows import TrainingRows
+from qa.run.checkpoint import Checkpoints, load_checkpoint
 from qa.run.progress import Progress, describe_end, mean_loss
 from qa.run.state import TrainingState
 from qa.settings import TrainSettings
@@ -56,15 +57,17 @@ def test_the_loss_of_a_step_is_the_mean_over_the_windows_of_what_is_returned(mod
     for step in range(2):
         batch = rows.starting_at(step).first_batch()
         inputs = {name: batch[name] for name in ("input_ids", "window_ids", "loss_weights")}
-        loss = mean_loss(executor(**inputs), batch["loss_weights"], config)
+        loss, windows = mean_loss(executor(**inputs), batch["loss_weights"], config)
         tokens = batch["input_ids"].sum(1).double()
         real = batch["loss_weights"][:, 0] > 0
         if mode == "sum":  # of updates that may have different numbers of windows
             expected = sum(part[which].mean() for part, which in zip(
                 tokens.split(12), real.split(12))) / updates
+            assert windows == real.sum()
         else:
             rows_returned = slice(-4, None) if mode in ("final", "default") else slice(None)
             expected = tokens[rows_returned][real[rows_returned]].mean()
+            assert windows == real[rows_returned].sum()
         assert loss == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -77,7 +80,7 @@ def test_figures_begin_with_the_first_batch_and_say_what_a_resumed_run_did(tmp_p
     rows = TrainingRows(windows, row_length=64, max_windows_per_row=1, pad_token_id=0,
                         micro_batch_size=2, micro_batches_per_update=4, epochs=2)
     settings = TrainSettings(output_dir=str(tmp_path), logging_steps=2)
-    state = TrainingState(None, None, None, step=4, losses=[9.0] * 4)
+    state = TrainingState(None, None, None, step=4)
     progress = Progress(rows, settings, state, SimpleNamespace(seconds=defaultdict(float)),
                         SimpleNamespace(add=lambda *where, **values: lines.append(values)))
     clock.now += 100
@@ -85,7 +88,7 @@ def test_figures_begin_with_the_first_batch_and_say_what_a_resumed_run_did(tmp_p
         for state.step in range(5, rows.total_steps + 1):
             progress.timer.seconds["step"] += 2
             clock.now += 2
-            state.losses.append(1.0)
+            state.add_loss(1.0, 8)
             progress.update(1e-3)
     progress.write_summary()
     assert [line["windows_per_second"] for line in lines] == [4.0] * 4
@@ -93,6 +96,37 @@ def test_figures_begin_with_the_first_batch_and_say_what_a_resumed_run_did(tmp_p
         capsys.readouterr().out)
     results = json.loads((tmp_path / "train_results.json").read_text())
     assert (results["steps"], results["steps_since_resume"], results["train_loss"]) == (10, 6, 1.0)
+
+
+def test_logged_losses_are_means_over_windows_also_over_a_resume(tmp_path, monkeypatch):
+    """Plain arithmetic over 10 steps, logged every 4; a run saves after 6, and another goes on."""
+    losses, windows = [float(2 ** step) for step in range(10)], [8, 8, 8, 3, 8, 8, 8, 1, 8, 2]
+    totals = numpy.cumsum([0, *numpy.multiply(losses, windows)])
+    counts = numpy.cumsum([0, *windows])
+    rows = TrainingRows(SyntheticWindows([20] * 40), row_length=64, max_windows_per_row=1,
+                        pad_token_id=0, micro_batch_size=2, micro_batches_per_update=4, epochs=2)
+    settings = TrainSettings(output_dir=str(tmp_path), logging_steps=4)
+    executor = SimpleNamespace(copyWeightsToHostIfNeeded=lambda: None, rng_state=[1], options=(
+        SimpleNamespace(replication_factor=1)), setOptimizer=lambda optimizer: None)
+    monkeypatch.setattr("qa.run.state.set_optimizer_state", lambda *state: None)
+    checkpoints, lines = Checkpoints(tmp_path, {}, lambda *model: None), []
+    for first, last in ((0, 6), (6, 10)):
+        state = TrainingState(None, SimpleNamespace(state_dict=dict), executor)
+        if first:
+            state.restore(load_checkpoint(tmp_path / "checkpoint-6"))
+        progress = Progress(rows, settings, state, SimpleNamespace(seconds=defaultdict(float)),
+                            SimpleNamespace(add=lambda *where, **values: lines.append(values)))
+        with progress:
+            for state.step in range(first + 1, last + 1):
+                state.add_loss(losses[state.step - 1], windows[state.step - 1])
+                progress.update(1e-3)
+        checkpoints.save(state)
+    assert [line["loss"] for line in lines] == pytest.approx(
+        [(totals[end] - totals[begin]) / (counts[end] - counts[begin])
+         for begin, end in ((0, 4), (4, 8), (8, 10))], rel=1e-12)
+    progress.write_summary()
+    results = json.loads((tmp_path / "train_results.json").read_text())
+    assert results["train_loss"] == pytest.approx(totals[-1] / counts[-1], rel=1e-12)
 
 
 @pytest.mark.parametrize("folder", ["output/demo", "my models/it's", "two\nlines", "$HOME;ls"])
