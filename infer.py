@@ -13,7 +13,7 @@ from contextlib import suppress
 from ipu_options.popvision import PhaseTimer, profiling_environment
 from qa.settings import parse_infer
 from runtime import processes
-from runtime.errors import UsageError, run_script
+from runtime.errors import UsageError, counted, run_script
 from runtime.files import user_file, writing
 
 
@@ -58,7 +58,7 @@ def answer_file(settings, answerer):
     print_answers(settings, noting_predictions())
     metrics = processes.on_first(metrics_of, examples, predictions, version_2)
     if metrics:
-        print(f"{len(examples)} questions: {as_text(metrics)}", file=sys.stderr)
+        print(f"{counted(len(examples), 'question')}: {as_text(metrics)}", file=sys.stderr)
 
 
 def print_answers(settings, answers):
@@ -70,7 +70,7 @@ def print_answers(settings, answers):
             count = 0
             for count, answer in enumerate(answers, 1):
                 file.write(json.dumps(answer) + "\n")
-        print(f"{count} answers in {settings.output_file}", file=sys.stderr)
+        print(f"{counted(count, 'answer')} in {settings.output_file}", file=sys.stderr)
         return
     for answer in answers:
         heading = f"{answer['question']}\n  " if settings.input_file else ""

@@ -16,7 +16,7 @@ from planner.flags import TrainPlanSettings
 from qa.families import refuse_early
 from qa.settings import parse_train
 from runtime import processes
-from runtime.errors import keep_running_without_reader, run_script
+from runtime.errors import counted, keep_running_without_reader, run_script
 
 
 def main(argv=None):
@@ -154,7 +154,7 @@ def fine_tune(settings, ipu_config, stop, timer, log):
                 with stop.immediate():  # a signal ends the evaluation, and then the loop
                     checkpoints.save_if_best(state, evaluate())
         if settings.synthetic_data:
-            print(f"{state.step} steps on synthetic data were timed; nothing was read or saved")
+            print(f"timed on synthetic data: {counted(state.step, 'step')}; nothing was saved")
             return stop.exit_status
         if stop.poll():
             checkpoints.save_stopped(state, stop.requested)

@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, List, Optional, Sequence, Tuple
 
-from runtime.errors import UsageError
+from runtime.errors import UsageError, counted
 
 
 @dataclass(frozen=True)
@@ -127,4 +127,4 @@ def even_split(total: int, parts: int) -> List[int]:
 
 def in_ipus(number: int) -> str:
     """Return a number of IPUs in words, for a message."""
-    return f"{number} IPU{'s' * (number != 1)}"
+    return counted(number, "IPU")

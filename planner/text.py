@@ -15,7 +15,7 @@ from planner.machine import MIB, Efficiencies
 from planner.phase import PHASES
 from planner.sides import DEVICES, Side, differences
 from planner.views import LEGEND, WORDS, View, count, duration, mib, percent, planned, views_of
-from runtime.errors import UsageError
+from runtime.errors import UsageError, counted
 
 SHORT, HEADINGS, GROUPS = (WORDS[name] for name in ("short", "headings", "groups"))
 TIGHT = 0.05  # share of the memory that should stay free: the estimate is not better than this
@@ -127,8 +127,8 @@ def fits_line(plan: Dict[str, Any]) -> str:
     speed = (f"{count(plan['windows_per_second'])} windows/s"
              f"{' in ' + count(plan['rows_per_second']) + ' rows/s' if rows else ''} "
              f"({percent(plan['confidence'])} sure: {count(plan['windows_per_second_low'])} to "
-             f"{count(plan['windows_per_second_high'])}) on {plan['ipus_in_all']} "
-             f"{plan['machine']} IPU{'s' * (plan['ipus_in_all'] != 1)}")
+             f"{count(plan['windows_per_second_high'])}) on "
+             f"{counted(plan['ipus_in_all'], plan['machine'] + ' IPU')}")
     if not plan["fits"]:
         return f"Does not fit: {'; '.join(plan['why_not'])}. If it did: {speed}."
     share = plan["free_bytes"] / plan["ipus"][0]["limit_bytes"]
@@ -204,8 +204,8 @@ def heading(plan: Dict[str, Any]) -> str:
         batches += f" (of {plan['gradient_accumulation_steps']}, since rows are packed)"
     lines = [
         f"Plan{'' if training else ' of inference'}: {plan['title']}, length "
-        f"{plan['max_seq_length']}, {plan['precision']}, {replicas} "
-        f"replica{'s' * (replicas > 1)} of {plan['ipus_per_replica']} IPUs; a {phase.round} "
+        f"{plan['max_seq_length']}, {plan['precision']}, {counted(replicas, 'replica')} "
+        f"of {counted(plan['ipus_per_replica'], 'IPU')}; a {phase.round} "
         f"every {1e3 * plan['update_seconds']:.1f} ms",
         f"{'Global batch size' if training else 'Rows of a call'}: micro-batch "
         f"{plan['micro_batch_size']} x {batches} x replicas {replicas} = "
@@ -222,12 +222,12 @@ def heading(plan: Dict[str, Any]) -> str:
 
 
 def _amount(plan: Dict[str, Any]) -> str:
-    windows, epochs = plan.get("windows"), plan.get("epochs")
+    windows = counted(f"{plan.get('windows') or 0:,}", "window")
     if plan.get("updates") is not None:
-        return f"{plan['updates']:,} weight updates"
+        return counted(f"{plan['updates']:,}", "weight update")
     if plan["phase"] != "training":
-        return f"{windows:,} windows"
-    return f"{epochs:g} epoch{'s' * (epochs != 1)} of {windows:,} windows"
+        return windows
+    return f"{counted(format(plan['epochs'], 'g'), 'epoch')} of {windows}"
 
 
 def _blocks(plan: Dict[str, Any]) -> str:

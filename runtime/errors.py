@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 from contextlib import suppress
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 _BROKEN_PIPE = 141  # what a shell reports for a process that was killed by SIGPIPE
 
@@ -41,6 +41,11 @@ def one_line(error: BaseException) -> str:
     if not lines:
         return kind
     return " ".join(lines) if isinstance(error, (UsageError, RunError)) else f"{kind}: {lines[0]}"
+
+
+def counted(number: Union[int, str], noun: str) -> str:
+    """Return a number of things for a message, as "1 window" or "2 windows"."""
+    return f"{number} {noun}{'s' * (str(number) != '1')}"
 
 
 def run_script(main: Callable[[], Optional[int]]) -> int:

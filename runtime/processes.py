@@ -27,7 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 
-from runtime.errors import RunError, Stopped, UsageError, one_line
+from runtime.errors import RunError, Stopped, UsageError, counted, one_line
 from runtime.flags import Settings
 
 TIMEOUT = 1800  # seconds, torch's own default
@@ -145,7 +145,7 @@ def join(*settings: Settings, error: Optional[Exception] = None) -> None:
     _raise_in_all(error)
     agree({f"--{name}": value for name, value in values.items() if name != "hub_token"})
     hosts = share(socket.gethostname())
-    print(f"{count()} processes ({place().launcher}) on {len(set(hosts))} host(s)")
+    print(f"{count()} processes ({place().launcher}) on {counted(len(set(hosts)), 'host')}")
 
 
 class _NotMet(RunError):

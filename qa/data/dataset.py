@@ -47,7 +47,7 @@ from qa.data.readers import (
     open_rows,
     read_rows,
 )
-from runtime.errors import RunError, UsageError, one_line
+from runtime.errors import RunError, UsageError, counted, one_line
 from runtime.files import written_whole
 
 _log = logging.getLogger(__name__)
@@ -240,8 +240,8 @@ def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
     finally:
         if skipped:
             reasons = ", ".join(f"{count} x {why}" for why, count in skipped.most_common(8))
-            _log.warning("%s: skipped %d of %d rows, first %s: %s", source, sum(skipped.values()),
-                         number, first, reasons)
+            _log.warning("%s: skipped %d of %s, first %s: %s", source, sum(skipped.values()),
+                         counted(number, "row"), first, reasons)
 
 
 class NoAnswer(BadRow):
@@ -340,7 +340,8 @@ def _pairs(row, texts_name, starts_name):
             raise BadRow('has answers that are not {"text": [...], "answer_start": [...]}')
         texts, starts = value["text"], value["answer_start"]
     if len(texts) != len(starts):
-        raise BadRow(f"has {len(texts)} answer texts and {len(starts)} answer_starts")
+        raise BadRow(f"has {counted(len(texts), 'answer text')} and "
+                     f"{counted(len(starts), 'answer_start')}")
     return list(zip(texts, starts))
 
 

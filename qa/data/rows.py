@@ -28,7 +28,7 @@ import torch
 from ipu_options.config import IPUConfig
 from qa.data.packing import pack
 from qa.settings import TrainSettings
-from runtime.errors import UsageError
+from runtime.errors import UsageError, counted
 
 # Inference packs this many windows at a time. Larger blocks fill the rows better; smaller blocks
 # give answers sooner, since a question can only be answered once all of its windows have been run.
@@ -177,9 +177,9 @@ class TrainingRows(_Rows):
         if ipu_config.device_iterations > rows.updates and not settings.max_steps:
             raise UsageError(
                 f"{ipu_config.source('device_iterations')} {ipu_config.device_iterations}: "
-                f"{len(windows)} window(s) are {rows.updates_per_epoch} weight update(s) an epoch, "
-                f"{rows.updates} in {settings.num_train_epochs:g} epochs, fewer than one call of "
-                f"the device has: use at most {rows.updates}")
+                f"an epoch of {counted(len(windows), 'window')} has "
+                f"{counted(rows.updates_per_epoch, 'weight update')}, the run {rows.updates}, "
+                f"fewer than one call of the device has: use at most {rows.updates}")
         return rows
 
     def starting_at(self, step: int) -> "TrainingRows":

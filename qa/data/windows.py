@@ -40,7 +40,7 @@ import pyarrow.compute as pc
 from qa.data.tokenizer import QATokenizer
 from qa.settings import InferSettings, TrainSettings
 from runtime import processes
-from runtime.errors import RunError, UsageError
+from runtime.errors import RunError, UsageError, counted
 from runtime.files import delete, folder_written_aside, rename_folder
 from runtime.signals import forked_workers
 
@@ -137,7 +137,7 @@ def _load_questions(settings: TrainSettings, tokenizer: QATokenizer):
             version_2_with_negative=settings.version_2_with_negative)
         if split == "train" and settings.show_examples:
             print(random_examples(examples, settings.show_examples, settings.seed))
-        print(f"{split}: {len(examples)} questions to windows", flush=True)
+        print(f"{split}: {counted(len(examples), 'question')} to windows", flush=True)
         windows = _windows(settings, tokenizer, examples, labels=split == "train")
         return Questions(examples, windows, "test_" if split == "test" else "")
 
@@ -248,9 +248,9 @@ def _check_read_back(examples: datasets.Dataset, recipe: _Recipe) -> None:
                 others.append((read, answer))
     if len(others) > 0.1 * count:
         _log.warning(
-            "warning: the labels of %d of %d answers read back as other text, for example %.60r "
+            "warning: the labels of %d of %s read back as other text, for example %.60r "
             "for %.60r: the character offsets of %s are not those of its tokens", len(others),
-            count, *others[0], recipe.tokenizer.name)
+            counted(count, "answer"), *others[0], recipe.tokenizer.name)
 
 
 def _fill_cache(folder: Path, make: Callable) -> None:
@@ -433,8 +433,8 @@ def _question_lengths(question, context, names, recipe):
             f"with --max_seq_length {recipe.max_seq_length} and --doc_stride {recipe.doc_stride} "
             f"it can have {longest}: raise the one, lower the other, "
             "or cut such questions with --on_bad_row skip")
-    _log.warning("cut %d questions to their first %d tokens, first the one with id %r", len(bad),
-                 longest, names[int(bad[0])].as_py())
+    _log.warning("cut %s to the first %d tokens, first the one with id %r",
+                 counted(len(bad), "question"), longest, names[int(bad[0])].as_py())
     question = question.copy()
     question[bad] = longest
     return question

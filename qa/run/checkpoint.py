@@ -39,7 +39,7 @@ from qa.run.state import Checkpoint, TrainingState, another_run_from
 from qa.run.state_files import STRUCTURE, TENSORS, read_state, write_state
 from qa.settings import MUST_MATCH, TrainSettings
 from runtime import files, processes
-from runtime.errors import RunError, UsageError
+from runtime.errors import RunError, UsageError, counted
 
 log = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
@@ -364,7 +364,8 @@ def find_fault(folder: Path) -> Optional[str]:
             if not stat.S_ISREG(status.st_mode):
                 return f"{name} is not a regular file"
             if status.st_size != expected["size"]:
-                return f"{name} has {status.st_size} bytes instead of {expected['size']}"
+                return (f"{name} has {counted(status.st_size, 'byte')} instead of "
+                        f"{expected['size']}")
             if files.sha256(folder / name) != expected["sha256"]:
                 return f"{name} is damaged (SHA-256 differs from manifest.json)"
     except OSError as error:

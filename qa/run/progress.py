@@ -20,12 +20,13 @@ from qa.run.log import RunLog
 from qa.run.state import MeanLoss, TrainingState
 from qa.settings import TrainSettings
 from runtime import processes
+from runtime.errors import counted
 from runtime.files import write_json, writing
 
 
 def mean_loss(losses: torch.Tensor, loss_weights: torch.Tensor, ipu_config: IPUConfig,
               ) -> Tuple[float, int]:
-    """Collective: return the mean loss of the windows that a call's losses are of, and their number.
+    """Collective: return the mean loss of the windows in what a call returned, and their number.
 
     losses: as ipu_config.output_mode returns them: of all micro-batches, of each replica's last one
     ("final", "default"), or each replica's sum. loss_weights: [rows, windows of a row], of this
@@ -71,12 +72,13 @@ def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
     micro_batch_size, replicas = settings.micro_batch_size, ipu_config.replication_factor
     accumulation, updates = ipu_config.gradient_accumulation_steps, ipu_config.device_iterations
     return (
-        f"{questions} questions, {len(rows.windows)} windows, {rows.windows_per_row:.2f} in a row, "
-        f"{rows.fill:.1%} of the tokens are real\n"
+        f"{counted(questions, 'question')}, {counted(len(rows.windows), 'window')}, "
+        f"{rows.windows_per_row:.2f} in a row, {rows.fill:.1%} of the tokens are real\n"
         f"weight update: micro-batch {micro_batch_size} x accumulation {accumulation} x replicas "
         f"{replicas} rows, {len(rows.windows) / rows.updates_per_epoch:.1f} windows on average\n"
-        f"run: {rows.updates_per_epoch} updates an epoch; {rows.total_steps} steps of {updates} "
-        f"update(s), {rows.epoch_after(rows.total_steps):.2f} epochs")
+        f"run: {counted(rows.updates_per_epoch, 'update')} an epoch; "
+        f"{counted(rows.total_steps, 'step')} of {counted(updates, 'update')}, "
+        f"{rows.epoch_after(rows.total_steps):.2f} epochs")
 
 
 def describe_compiled(seconds: float, ipu_config: IPUConfig, settings: TrainSettings) -> str:

@@ -134,8 +134,8 @@ def test_a_call_of_more_updates_than_the_run_has_is_refused():
         gradient_accumulation_steps=4, replication_factor=1, device_iterations=8)
     settings = TrainSettings(num_train_epochs=2)
     with pytest.raises(UsageError, match=(
-            r"device_iterations.* 8: 9 window\(s\) are 3 weight update\(s\) an epoch, 6 in 2 "
-            "epochs, fewer than one call of the device has: use at most 6")):
+            r"device_iterations.* 8: an epoch of 9 windows has 3 weight updates, the run 6, "
+            "fewer than one call of the device has: use at most 6")):
         TrainingRows.of_run(settings, config, {"pad_token_id": PAD}, windows)
     settings.max_steps = 1
     assert TrainingRows.of_run(settings, config, {"pad_token_id": PAD}, windows).total_steps == 1

@@ -15,7 +15,7 @@ from ipu_options import poptorch
 from ipu_options.config import OUTPUT_MODES, IPUConfig
 from qa.data.rows import TrainingRows
 from qa.run.checkpoint import Checkpoints, load_checkpoint
-from qa.run.progress import Progress, describe_end, mean_loss
+from qa.run.progress import Progress, describe_end, describe_rows, mean_loss
 from qa.run.state import TrainingState
 from qa.settings import TrainSettings
 from tests.reference.synthetic_windows import SyntheticWindows
@@ -127,6 +127,15 @@ def test_logged_losses_are_means_over_windows_also_over_a_resume(tmp_path, monke
     progress.write_summary()
     results = json.loads((tmp_path / "train_results.json").read_text())
     assert results["train_loss"] == pytest.approx(totals[-1] / counts[-1], rel=1e-12)
+
+
+def test_a_single_question_is_counted_in_the_singular():
+    rows = TrainingRows(SyntheticWindows([20]), row_length=64, max_windows_per_row=1,
+                        pad_token_id=0, micro_batch_size=1, micro_batches_per_update=2)
+    config = IPUConfig(gradient_accumulation_steps=2, replication_factor=1, device_iterations=1)
+    text = describe_rows(rows, 1, TrainSettings(), config)
+    assert text.startswith("1 question, 1 window, 1.00 in a row") and text.endswith(
+        "run: 1 update an epoch; 1 step of 1 update, 1.00 epochs")
 
 
 @pytest.mark.parametrize("folder", ["output/demo", "my models/it's", "two\nlines", "$HOME;ls"])

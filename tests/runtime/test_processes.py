@@ -95,7 +95,7 @@ def test_what_processes_tell_each_other(tmp_path):
         print("well")
         return 0
 
-    assert fork(3, run, tmp_path) == ([0, 0, 0], "3 processes (torchrun) on 1 host(s)\nwell\n")
+    assert fork(3, run, tmp_path) == ([0, 0, 0], "3 processes (torchrun) on 1 host\nwell\n")
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -419,7 +419,7 @@ def test_poprun_runs_the_same_job_through_popdist(work, tmp_path, monkeypatch):
 
     output = tmp_path / "poprun"
     statuses, said = run("--output_dir", str(output))
-    assert statuses == [0, 0] and "2 processes (poprun) on 1 host(s)" in said, said
+    assert statuses == [0, 0] and "2 processes (poprun) on 1 host" in said, said
     for name in ("model.safetensors", "predictions.json", "metrics.json"):
         assert (output / name).read_bytes() == (work / "unpacked-reference" / name).read_bytes()
     statuses, said = run("--replication_factor", "2", "--output_dir", str(tmp_path / "no"))
