@@ -151,8 +151,10 @@ class FineTuningSettings(Settings):
         None, "folder for all that the run writes (default: output/ and the configuration's name)")
     overwrite_output_dir: bool = flag(
         False, "start over in a folder that holds checkpoints or a finished model")
-    do_train: bool = flag(False, "train (default: train and evaluate)")
-    do_eval: bool = flag(False, "evaluate; without --do_train only that (default: both)")
+    do_train: Optional[bool] = flag(
+        None, "train; without --do_eval only that (default: both)", type=bool)
+    do_eval: Optional[bool] = flag(
+        None, "evaluate; without --do_train only that (default: both)", type=bool)
     micro_batch_size: int = flag(1, "rows that a pipeline stage computes at once", min=1, max=4096,
                                  aliases=("per_device_train_batch_size",))
     eval_micro_batch_size: int = flag(1, "micro_batch_size in evaluation", min=1, max=4096,
@@ -264,13 +266,13 @@ class TrainSettings(FineTuningSettings, DataSettings, ModelSettings, RunSettings
 
     @property
     def trains(self) -> bool:
-        """Whether the run trains: unless only --do_eval is given."""
-        return self.do_train or not self.do_eval
+        """Whether the run trains: without --do_train, if it is not for evaluating only."""
+        return not self.do_eval if self.do_train is None else self.do_train
 
     @property
     def evaluates(self) -> bool:
-        """Whether the run evaluates: unless only --do_train is given."""
-        return self.do_eval or not self.do_train
+        """Whether the run evaluates: without --do_eval, if it is not for training only."""
+        return not self.do_train if self.do_eval is None else self.do_eval
 
 
 @dataclass
@@ -307,10 +309,9 @@ def train_flags(argv: Optional[Sequence[str]], *more: type, program: str,
 def train_settings(flags: Dict[str, Any], *more: type) -> Tuple[Any, ...]:
     """Return what `parse_train` does, for the values of flags."""
     name = flags.get("config", DEFAULT_CONFIG)
-    sources = [_read_config(name)]
-    if flags.get("do_eval") and not flags.get("do_train"):  # as the model was trained
-        sources += _read_qa_settings(Path(flags.get("model_name_or_path", "")))
-    sources += _pipeline_sources(flags)
+    sources = [_read_config(name), *_pipeline_sources(flags)]
+    if not make_settings(TrainSettings, sources).trains:  # evaluate as the model was trained
+        sources[1:1] = _read_qa_settings(Path(flags.get("model_name_or_path", "")))
     settings, ipu_config = make_settings(TrainSettings, sources), make_settings(IPUConfig, sources)
     settings.config = Path(name).stem
     settings.output_dir = settings.output_dir or f"output/{settings.config}"
@@ -546,9 +547,11 @@ def _check_training(settings: TrainSettings) -> None:
     source, named, trains, evaluates = (settings.source, settings.named, settings.trains,
                                         settings.evaluates)
     output_dir, resume = Path(settings.output_dir), settings.resume_from_checkpoint
+    _refuse(not trains and not evaluates,
+            "--do_train false and --do_eval false leave nothing to do: leave one of them out")
     _refuse(settings.train_file and not settings.validation_file and evaluates,
             f"{source('train_file')} comes without --validation_file: name the questions to "
-            "evaluate on as well")
+            "evaluate on as well, or train only, with --do_train")
     _refuse(settings.validation_file and not settings.train_file and trains,
             f"{source('validation_file')} comes without --train_file: name the questions to train "
             "on as well, or evaluate only, with --do_eval")

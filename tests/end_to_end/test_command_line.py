@@ -132,6 +132,8 @@ TRAIN = [
     ("--null_score_diff_threshold 0.5", "--null_score_diff_threshold", "--version_2_with_negative"),
     ("--on_nonfinite skip", "--on_nonfinite", "--save_steps"),
     ("--load_best_model_at_end", "--load_best_model_at_end", "--eval_steps"),
+    ("--do_train false --do_eval false", "--do_train false and --do_eval false", "leave one of"),
+    ("--do_eval false --eval_steps 5", "--eval_steps", "add --do_eval"),
     ("--do_train --eval_steps 5", "--eval_steps", "add --do_eval"),
     ("--dataset_name x --train_file {tmp}/train.json --validation_file {tmp}/train.json",
      "--dataset_name", "leave it out"),
@@ -312,6 +314,18 @@ def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
     _, ipu_config = parse_train(["--ipu_config", str(tmp_path)])
     assert ipu_config.layers_per_ipu == [5, 7] and ipu_config.ipus_per_replica is None
     assert "wibble" in caplog.text and "optimum_version" not in caplog.text
+
+
+@pytest.mark.parametrize("flags, trains, evaluates", [
+    ("", True, True), ("--do_train", True, False), ("--do_eval", False, True),
+    ("--do_train --do_eval", True, True), ("--do_eval false", True, False),
+    ("--do_train false", False, True), ("--do_train --do_eval false", True, False)])
+def test_a_false_do_train_or_do_eval_counts(tmp_path, flags, trains, evaluates):
+    (tmp_path / "my.csv").write_text("question,context,answer\n")
+    files = [word for name, needed in (("train", trains), ("validation", evaluates)) if needed
+             for word in (f"--{name}_file", str(tmp_path / "my.csv"))]
+    settings, *_ = parse_train([*flags.split(), *files, "--output_dir", str(tmp_path)])
+    assert (settings.trains, settings.evaluates) == (trains, evaluates)
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
