@@ -113,7 +113,13 @@ def process_path(path: Union[str, Path]) -> str:
 def together(main: Callable[[], Optional[int]]) -> Callable[[], Optional[int]]:
     """Wrap `main`: an error in any process ends all of them and is printed once."""
     def run() -> Optional[int]:
-        if count() == 1:
+        try:
+            alone = count() == 1
+        except UsageError:
+            if os.environ.get("OMPI_COMM_WORLD_RANK", "0") == "0":
+                raise
+            return 2  # the first process says why
+        if alone:
             return main()
         try:
             status = main()
@@ -211,9 +217,11 @@ def _last_word(error: BaseException) -> BaseException:
 
 
 def _leave(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def _fails_first(error: BaseException) -> bool:

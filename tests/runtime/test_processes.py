@@ -284,6 +284,26 @@ def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, environment,
         processes.place.cache_clear()
 
 
+@pytest.mark.parametrize("launcher, wrong", [
+    (dict(POPDIST_NUM_TOTAL_REPLICAS="2", POPDIST_NUM_LOCAL_REPLICAS="1",
+          POPDIST_NUM_IPUS_PER_REPLICA="4", POPDIST_LOCAL_INSTANCE_INDEX="0",
+          OMPI_COMM_WORLD_LOCAL_SIZE="1"), "MASTER_ADDR=HOST"),  # two hosts
+    ({}, "mpirun has started 2 processes")])
+def test_what_is_wrong_before_the_processes_meet_is_told_once(tmp_path, monkeypatch, launcher,
+                                                              wrong):
+    def main():
+        monkeypatch.delenv("MASTER_ADDR")
+        processes.join()
+
+    def place(index):
+        return {**launcher, "POPDIST_REPLICA_INDEX_OFFSET": str(index),
+                "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(index)}
+
+    statuses, said = fork(2, main, tmp_path, place)
+    assert statuses == [2, 2]
+    assert said.count("error: ") == 1 and wrong in said
+
+
 # ---- whole runs ----
 
 @pytest.fixture(scope="module")
