@@ -28,8 +28,8 @@ def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
     """Context manager that yields a temporary file, which replaces `path` when the block ends.
 
     mode: "w" (UTF-8) or "wb". The file is flushed to disk (fsync) and renamed; if the block fails,
-    it is removed. It is beside `path`, as .NAME.<8 random hex digits>.tmp: several processes may
-    write one file of a shared cache. A symbolic link is replaced, not followed. Raises OSError.
+    it is removed. Its random name lets several processes write one file of a shared cache. A
+    symbolic link is replaced, not followed. Raises OSError.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -53,8 +53,8 @@ def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
 def user_file(path: Union[str, Path]) -> Iterator[IO]:
     """Context manager that yields a text file for output to a path that the user has named.
 
-    A new or regular file is written as by `written_whole`, where a link points to. A pipe, a
-    terminal or another device is written to as it is. Raises OSError.
+    A new or regular file is written as by `written_whole`, where a link points to; a pipe, a
+    terminal or another device as it is. Raises OSError.
     """
     path = Path(path)
     if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
@@ -159,8 +159,7 @@ def delete(path: Path) -> None:
 def sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
     """Flush every file in `folder` to disk; returns {name: {"size": bytes, "sha256": hex digits}}.
 
-    Hashing reads the bytes back from the page cache, at about 0.6 s per gigabyte, a fraction of the
-    time it takes to write them. Raises OSError.
+    Hashing takes about 0.6 s per gigabyte, a fraction of the time to write it. Raises OSError.
     """
     files = {}
     for path in sorted(folder.iterdir()):

@@ -137,7 +137,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[st
 def make_settings(group: Callable[..., S], sources: Iterable[Source]) -> S:
     """Return an instance of the dataclass `group` with the values of `sources`; later ones win.
 
-    Other values are ignored. Raises UsageError, which names the source, as `check_field` does.
+    Values of no field are ignored. Raises UsageError as `check_field` does.
     """
     values, source_of = {}, {}
     known = {f.name for f in fields(group)} - {"sources"}

@@ -8,8 +8,8 @@ among themselves; poptorch_host does it in _reduction.py. A "collective" functio
 every process, in the same order; with one process it does nothing. torch is imported by `join`.
 
 A process that fails prints one line and ends. The others' next collective raises ConnectionError,
-and they end in silence. torchrun, or poprun by mpirun, ends those that compute meanwhile, and
-reports a process that was killed. The timeout of `join` ends waiting for one that hangs.
+and they end in silence. The launcher ends those that compute meanwhile, and reports a process that
+was killed. The timeout of `join` ends waiting for one that hangs.
 """
 from __future__ import annotations
 
@@ -50,8 +50,7 @@ class Place(NamedTuple):
 def place() -> Place:
     """Return this process's place, from the environment. Raises UsageError if it makes no sense.
 
-    torchrun's variables are in PyTorch's "torchrun (Elastic Launch)"; of poprun's, the number of
-    processes is total / local replicas, and this one's index offset / local.
+    torchrun's variables are in PyTorch's "torchrun (Elastic Launch)".
     """
     if "POPDIST_NUM_TOTAL_REPLICAS" in os.environ:
         total, local, offset = map(_number, (
@@ -98,10 +97,7 @@ def is_first() -> bool:
 
 
 def process_path(path: Union[str, Path]) -> str:
-    """Return `path` in the first process, and a path beside it in each other one.
-
-    FOLDER/trace.json becomes FOLDER/trace.process1.json.
-    """
+    """Return `path` in the first process, and in another one FOLDER/trace.process1.json."""
     path = Path(path)
     return str(path if is_first() else
                path.with_name(f"{path.stem}.process{place().index}{path.suffix}"))
@@ -132,12 +128,9 @@ def together(main: Callable[[], Optional[int]]) -> Callable[[], Optional[int]]:
 
 
 def join(*settings: Settings, error: Optional[Exception] = None) -> None:
-    """Collective: meet the other processes, and check that all have the same settings.
+    """Collective: meet the other processes; raises UsageError unless all have the same settings.
 
-    settings: of the run. process_timeout among them is for how many seconds a process waits for
-    another. error: if this process has failed already; it is raised in all.
-
-    Raises UsageError, which names the process, if the settings differ.
+    settings: of the run, process_timeout among them. error: of this process, raised in all.
     """
     if count() == 1:
         return
@@ -175,10 +168,7 @@ def _meet(timeout: float) -> None:
 
 
 def _address() -> str:
-    """Set what torch's rendezvous reads from the environment; returns the address of the store.
-
-    torchrun sets both variables. poprun sets neither: on one host the loopback address is right.
-    """
+    """Set what torch's rendezvous reads from the environment, as torchrun does; returns it."""
     if place().launcher == "poprun":
         several = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") != os.environ.get(
             "OMPI_COMM_WORLD_SIZE")
@@ -227,8 +217,8 @@ def _leave(status: int) -> None:
 def _fails_first(error: BaseException) -> bool:
     """Tell the others that this process fails; returns whether it is the first to do so.
 
-    torchrun's agent holds the store, under poprun the first process. If that has ended, or is
-    stopped and lets everybody wait (without limit in torch 2.13), the second tells of the loss.
+    If the holder of the store has ended, or is stopped and lets everybody wait (without limit in
+    torch 2.13), the second process tells of the loss.
     """
     failures: List[int] = []
 

@@ -188,10 +188,9 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @contextmanager
 def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
-    """Create `output_dir` if necessary, and hold a lock on it while the block runs.
+    """Collective: create `output_dir` if necessary, and hold a lock on it while the block runs.
 
-    Collective: the first process holds it. Raises UsageError as `_lock` does, and if another one
-    does not see the same folder.
+    Raises UsageError as `_lock` does, and if another process does not see the first one's folder.
     """
     with ExitStack() as stack:
         holder = processes.on_first(lambda: stack.enter_context(_lock(output_dir)))
@@ -210,10 +209,9 @@ def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
 def _lock(output_dir: Union[str, Path]) -> Iterator[str]:
     """Hold the lock; gives the text of the lock file, which names this process.
 
-    It is a POSIX record lock (fcntl(2)), which ends with this process: forked workers do not
-    inherit it, unlike a lock of flock(2). A folder that was created here and got no other file is
-    removed at the end. Raises UsageError if another running process holds the lock, or if the
-    folder is not writable.
+    It is a POSIX record lock (fcntl(2)), which forked workers do not inherit, unlike one of
+    flock(2). A folder that was created here and got no other file is removed at the end. Raises
+    UsageError if another running process holds the lock, or if the folder is not writable.
     """
     path = Path(output_dir) / ".lock"
     try:

@@ -2,26 +2,22 @@
 
 A window is [special tokens, question, special tokens, slice of the context, special tokens],
 without padding. For tokenizers that pad on the left, the context comes before the question.
-Consecutive slices of one context overlap by `doc_stride` tokens. The windows are the same as those
-of the Rust tokenizer for a pair of texts with truncation to `max_seq_length` and a stride. Here,
-however, each text is tokenized once, by itself and as a whole, and the windows are assembled in
-numpy: in SQuAD about five questions share a context, and copying is cheaper than tokenizing. The
-result is exact because the tokenizer handles the two texts of a pair separately until its
-post-processor joins them.
+Consecutive slices of one context overlap by `doc_stride` tokens. The windows are those of the Rust
+tokenizer for a pair of texts with truncation to `max_seq_length` and a stride, which handles the
+two texts separately until its post-processor joins them. Here each text is tokenized once, and
+numpy assembles the windows: in SQuAD about five questions share a context.
 
 The labels follow the definition of transformers' run_qa (prepare_train_features), for the first
 answer of an example:
     start   the last context token in the window that begins at or before the answer's first
             character
     end     the first context token in the window that ends at or after the answer's last character
-Both are the CLS token if the example has no answer, or if the answer is not completely inside the
-window.
+Both are the CLS token if the example has no answer, or if the window does not hold all of it.
 
 There is one difference. In two cases run_qa's start label is behind its end label, a span that no
 decoder can predict: if the answer begins in the window's last context token, its start moves on to
-the last padding token; and if a character consists of several tokens (an emoji in byte-level BPE),
-the last of them becomes the start and the first the end. Here the start remains inside the context,
-and the two labels are put in order.
+the last padding token; and of a character of several tokens (an emoji in byte-level BPE) the last
+becomes the start. Here the start remains inside the context, and the two labels are put in order.
 """
 from __future__ import annotations
 
@@ -111,19 +107,16 @@ class Questions(NamedTuple):
 
 def load_questions(settings: TrainSettings, tokenizer: QATokenizer,
                    ) -> Tuple[Optional[Questions], Optional[Questions], Optional[Questions]]:
-    """Load the questions that `settings` name: (training, validation, test).
+    """Collective: load the questions that `settings` name: (training, validation, test).
 
     The windows of the training questions have labels, the others character offsets. What a run does
-    not need is None. Prints as many training examples as --show_examples asks for. Raises the
-    exceptions of `load_examples` and `make_windows`.
-
-    Collective: one process of each host makes what the others then find in its cache. Raises
-    UsageError if a process finds other questions.
+    not need is None. Raises what `load_examples` and `make_windows` raise, and UsageError if a
+    process has other questions.
     """
-    found = processes.first_of_host_first(_load_questions, settings, tokenizer)
+    loaded = processes.first_of_host_first(_load_questions, settings, tokenizer)
     processes.agree({f"the fingerprint of the {name} questions": each and each.windows.fingerprint
-                     for name, each in zip(("training", "validation", "test"), found)})
-    return found
+                     for name, each in zip(("training", "validation", "test"), loaded)})
+    return loaded
 
 
 def _load_questions(settings: TrainSettings, tokenizer: QATokenizer):
@@ -154,7 +147,6 @@ def _load_questions(settings: TrainSettings, tokenizer: QATokenizer):
 
 def _windows(settings: Union[TrainSettings, InferSettings], tokenizer: QATokenizer,
              examples: datasets.Dataset, labels: bool) -> Windows:
-    """Return the windows of a data set, with labels or else with character offsets."""
     return Windows(make_windows(
         examples, tokenizer, max_seq_length=settings.max_seq_length,
         doc_stride=settings.doc_stride, on_bad_row=settings.on_bad_row, labels=labels,
@@ -196,10 +188,9 @@ def make_windows(examples: datasets.Dataset, tokenizer: QATokenizer, *, max_seq_
     and the settings are the same, unless `overwrite_cache` is set. Examples in memory are not
     cached.
 
-    A question may be so long that its context cannot be cut into windows that overlap by
-    `doc_stride`. With on_bad_row="refuse" it raises UsageError with its id; with "skip" its end is
-    cut off, so that every example has windows. Also raises UsageError if `max_seq_length` and
-    `doc_stride` are out of range.
+    Raises UsageError if `max_seq_length` and `doc_stride` are out of range, and for a question so
+    long that its context cannot be cut into windows that overlap by `doc_stride`; with
+    on_bad_row="skip" its end is cut off instead.
     """
     import datasets
 
@@ -275,10 +266,9 @@ def _fill_cache(folder: Path, make: Callable) -> None:
 
 
 class FewQuestions:
-    """A few examples in memory, with the part of a data set's interface that answering needs.
+    """A few examples in memory: importing `datasets` takes longer than answering one question.
 
-    It exists because importing `datasets` takes longer than answering one question. columns: lists
-    of equal length named id, question and context.
+    columns: lists of equal length named id, question and context.
     """
 
     def __init__(self, columns: Dict[str, List[str]]):
@@ -293,7 +283,6 @@ class FewQuestions:
             name: column[key] for name, column in self.columns.items()}
 
     def select_columns(self, names):
-        """Return the examples unchanged; additional columns do no harm."""
         return self
 
 
@@ -317,7 +306,6 @@ def windows_for_answers(settings: InferSettings, tokenizer: QATokenizer,
 
 
 def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_row):
-    """Return the _Recipe for these settings. Raises UsageError as `make_windows` does."""
     recipe = _Recipe(tokenizer, max_seq_length, doc_stride, labels, offsets, on_bad_row == "skip")
     if max_seq_length > _LONGEST:
         raise UsageError(
@@ -392,8 +380,7 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
 def _arrow(values: Union[numpy.ndarray, pa.Array]) -> pa.Array:
     """Return numbers as an Arrow array, which shares their memory.
 
-    pa.array and to_numpy would import pandas where it is installed, which takes longer than making
-    the windows of one question.
+    pa.array would import pandas, which takes longer than making the windows of one question.
     """
     return values if isinstance(values, pa.Array) else pa.Array.from_buffers(
         pa.from_numpy_dtype(values.dtype), len(values),
@@ -418,10 +405,9 @@ def _numbers(array: pa.Array) -> numpy.ndarray:
 def _question_lengths(question, context, names, recipe):
     """Return how many tokens of each question go into its windows, int [N].
 
-    question, context: the lengths [N] of the texts in tokens. names: the examples' ids, for
-    messages. A question is too long if its context does not fit into one window and the question
-    leaves `doc_stride` tokens or fewer for it; the Rust tokenizer fails on exactly these examples.
-    Such a question is cut, with a warning, or raises UsageError, depending on `recipe`.
+    question, context: the lengths [N] of the texts in tokens. A question is too long if its context
+    does not fit into one window and the question leaves `doc_stride` tokens or fewer for it; the
+    Rust tokenizer fails on exactly these examples.
     """
     longest = recipe.room - recipe.doc_stride - 1
     bad = numpy.flatnonzero((question + context > recipe.room) & (question > longest))
@@ -453,11 +439,9 @@ def _ranges(first, length):
 def _assemble(ids, texts, recipe):
     """Assemble the windows from special tokens, questions and slices of contexts.
 
-    ids: the tokens of all texts. texts: two pairs, for the question and for the slice of the
-    context, of (its first token's index in ids [windows], its length [windows]).
-
-    Returns the tokens of all windows, where each window begins in them [windows + 1], and the
-    indices in each window of the first token of the context and of the second text [windows].
+    ids: the tokens of all texts. texts: of question and slice, (first token in ids, length)
+    [windows]. Returns the tokens of all windows, where each window begins in them [windows + 1],
+    and the first token in each window of the context and of the second text [windows].
     """
     tokenizer = recipe.tokenizer
     specials = tokenizer.before, tokenizer.between, tokenizer.after
@@ -479,17 +463,15 @@ def _assemble(ids, texts, recipe):
 def _first_of_each_list(mask, lists):
     """Return for each list the index within the list of its first true element, [N].
 
-    mask: bool [elements], the elements of all lists; each list has at least one that is true.
-    lists: [N + 1], where each list begins.
+    mask: bool [elements of all lists]. lists: [N + 1], where each list begins.
     """
     places = numpy.flatnonzero(mask)
     return places[numpy.searchsorted(places, lists[:-1])] - lists[:-1]
 
 
 def _context_characters(encodings):
-    """Return the characters of all contexts' tokens, int32 [tokens + 1, 2].
+    """Return the first character of each context token, and the one after its last [tokens + 1, 2].
 
-    For each token: the index in its context of the first character, and of the one after the last.
     The additional entry at the end is zero: an empty context at the very end refers to it.
     """
     tokens = sum(len(encoding) for encoding in encodings)
@@ -500,10 +482,7 @@ def _context_characters(encodings):
 
 
 def _trim(characters, length, contexts):
-    """Leave out the spaces at both ends of the tokens' `characters`, in place.
-
-    length: int [contexts], in tokens. contexts: an Arrow array of texts.
-    """
+    """Leave out the spaces at both ends of the tokens' `characters`, in place."""
     texts = contexts.to_pylist()
     is_space = numpy.frombuffer("".join(texts).encode("utf-32-le"), numpy.uint32) == ord(" ")
     sizes = numpy.array([len(text) for text in texts])
@@ -523,10 +502,8 @@ def _labels(characters, length, which, context_tokens, example, answers):
     They are counted from the window's first context token; both are -1 if the window does not
     contain the whole first answer, or there is none.
 
-    characters: those of `_context_characters`. length: int [contexts], in tokens. which: int
-    [examples], each example's context. context_tokens: two int [windows], the indices in
-    `characters` of the first context token of a window and of the one after its last. example: int
-    [windows]. answers: the column `answers` of the examples.
+    length: [contexts], in tokens. which: [examples], each one's context. context_tokens: in
+    `characters`, the first context token of a window and the one after its last. example: [windows]
     """
     answered, first_character, after = _first_answers(answers)
     # A single search finds the tokens of all answers: the number of the context in the high half of
@@ -546,11 +523,7 @@ def _labels(characters, length, which, context_tokens, example, answers):
 
 
 def _first_answers(answers):
-    """Return where the first answer of each example is.
-
-    Three arrays [N]: whether there is an answer, the index in the context of its first character,
-    and of the character after its last.
-    """
+    """Return [N]: whether there is an answer, its first character, and the one after its last."""
     texts, starts = (pc.struct_field(answers, name).combine_chunks()
                      for name in ("text", "answer_start"))
     lists = texts.offsets.to_numpy()

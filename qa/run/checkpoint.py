@@ -128,9 +128,8 @@ class Checkpoints:
         """Return the checkpoint from which this run continues, or None if it starts from scratch.
 
         What a killed run left unfinished is removed, and by a run from scratch the checkpoints of
-        earlier runs, which `check_output_folder` has allowed. Prints where a resumed run continues.
-        Raises UsageError if the checkpoint's must_match differs from this run's, or if there is no
-        complete checkpoint at the path of settings.resume_from_checkpoint.
+        earlier runs, which `check_output_folder` has allowed. Raises UsageError if the checkpoint's
+        must_match differs from this run's, or if the one that settings name is not complete.
         """
         if settings.dry_run:
             return None
@@ -158,8 +157,8 @@ class Checkpoints:
     def save(self, state: TrainingState) -> Path:
         """Save OUTPUT_DIR/checkpoint-STEP, unless it just was, and return its path.
 
-        The oldest checkpoints beyond the limit are removed, except the best evaluation's. Raises
-        RunError if the checkpoint cannot be written; earlier ones are then unchanged.
+        The oldest ones beyond the limit are removed, except the best. Raises RunError if it cannot
+        be written; earlier ones are then unchanged.
         """
         folder = self.output_dir / f"checkpoint-{state.step}"
         if self._saved_step == state.step:
@@ -256,8 +255,7 @@ class Checkpoints:
     def _remove_oldest(self, step: int) -> None:
         """Keep save_total_limit of the checkpoints up to `step`, just written, and the best.
 
-        Later ones stay: the resume passed over them, usually because they are damaged, and the run
-        replaces them when it reaches their steps.
+        Later ones, damaged ones that the resume passed over, stay until the run reaches their step.
         """
         earlier = [folder for folder in list_checkpoints(self.output_dir)
                    if _step(folder) < step and _step(folder) != self.best.step]
@@ -268,7 +266,6 @@ class Checkpoints:
                 log.warning("could not remove %s: %s", folder, error.strerror)
 
     def note(self, event: str, step: int, **values: Any) -> None:
-        """Add a line to the log of the run, if it keeps one: `RunLog.add`."""
         if self._log:
             self._log.add(event, step, **values)
 
