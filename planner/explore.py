@@ -1,17 +1,21 @@
 """The page of `python -m planner explore`: change a plan, and see at once what that does.
 
-All state is in the browser: the values of the fields, and the flags of the pinned plan as JSON.
+All state is in the browser: the values of the fields, which also stand in the page's address, and
+the flags of the pinned plan as JSON. assets/ has the page's style and what the browser does itself.
 """
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import threading
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
+from urllib.parse import parse_qsl, urlencode
 
-from dash import ALL, Input, Output, State, ctx, dcc, html, set_props
+from dash import ALL, ClientsideFunction, Input, Output, State, ctx, dcc, html, set_props
 from dash.exceptions import PreventUpdate
 
 from ipu_options.config import POD_IPUS, pod_of
@@ -54,11 +58,6 @@ FORMS = {
                     INFERENCE.flags({**_NUMBERS, "device_iterations": "Iterations"}), _PACK)}
 VIEWS = ("timeline", "memory", "stages", "parts", "throughput", "split")
 COUNTED_AHEAD = (1, 2, 4, 8, 16)  # parts of the embedding; others take a moment once
-# On a wide screen the fields stay in sight.
-_STYLE = ("@media (min-width: 60em) {#controls {position: sticky; top: 0; align-self: flex-start;"
-          " max-height: 100vh; overflow-y: auto}} #heading {white-space: pre-wrap} "
-          "#verdict {font-size: 1.4em; margin: 0} .no {background: #b00020; color: white}")
-_WRAPPED = {"whiteSpace": "pre-wrap", "overflowWrap": "anywhere", "userSelect": "all"}
 
 
 class Planned(NamedTuple):
@@ -78,24 +77,47 @@ def texts_of(base: Planned) -> Dict[str, str]:
     pipeline = {**job.config.values(),
                 "layers_per_ipu": job.layout.layers_per_ipu(job.config.num_ipus())}
     known = {**request.settings.values(), **job.phase.flags(pipeline), **request.planning.values()}
-    return {name: value_text(known[name]) for name in FORMS[job.phase].names if name in known}
+    names = FORMS[job.phase].names
+    return {**{name: value_text(known[name]) for name in names if name in known},
+            "further": flags_text({name: value for name, value in request.flags.items()
+                                   if name not in names})}
 
 
-def with_fields(base: Planned, texts: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the flags of `base` with those that the fields change.
+def with_fields(texts: Dict[str, Any], phase: Phase) -> Dict[str, Any]:
+    """Return the flags that the fields stand for: the further ones, and what differs from these.
 
     texts: the fields' contents. Raises UsageError for further flags that are none or have a field.
     """
-    known = {name: value for group in base.request[:3] for name, value in group.values().items()}
-    form, further = FORMS[base.request.phase], _further(texts.get("further") or "")
+    form, further, known = FORMS[phase], _further(texts.get("further") or ""), {}
     for name in set(further) & set(form.names):
         raise UsageError(f"further flags: --{name} has a field of its own")
+    with suppress(UsageError):  # flags that only go together with a field's
+        known = {name: value for group in request_of(further)[:3]
+                 for name, value in group.values().items()}
     values = {
         **{name: [_number(word) for word in str(texts[name] or "").split()] for name in form.texts},
         **{name: _number(texts[name]) for name in (*form.numbers, "ipu")},
         **{name: bool(texts[name]) for name in form.switches}}
-    return {**base.request.flags, **{name: value for name, value in values.items()
-                             if value not in (known[name], [known[name]])}, **further}
+    return {**further, **{name: value for name, value in values.items()
+                          if name not in known or value not in (known[name], [known[name]])}}
+
+
+def in_address(texts: Dict[str, Any], phase: Phase) -> str:
+    """Return the fields' contents as the query of the page's address."""
+    return "?" + urlencode({name: value_text(bool(text)) if name in FORMS[phase].switches else text
+                            for name, text in texts.items()})
+
+
+def from_address(query: str, texts: Dict[str, Any], phase: Phase) -> Dict[str, Any]:
+    """Return the fields' contents with a query's in their place; other flags go to the further."""
+    given, form = dict(parse_qsl(query[1:], keep_blank_values=True)), FORMS[phase]
+    contents = {name: ["true"] * (given.pop(name) == "true") for name in form.switches
+                if given.get(name) in ("true", "false")}
+    contents.update({name: given.pop(name) for name in form.names
+                     if name in given and name not in form.switches})
+    further = [contents.get("further", texts["further"])]
+    further += [f"--{name} {value}" for name, value in given.items()]
+    return {**texts, **contents, "further": " ".join(further)}
 
 
 @lru_cache(maxsize=32)
@@ -158,9 +180,10 @@ def count_ahead(base: Planned) -> None:
 
 def make_app(base: Planned, file: str) -> Any:
     """Return the page. base: the plan to begin with. file: what Save writes."""
-    app = new_page("Explore a plan", _layout(base), _STYLE, on_error=_show_error)
     phase = base.request.phase
     form = FORMS[phase]
+    app = new_page("Explore a plan", _layout(base), on_error=lambda error: _show_error(error, form),
+                   assets_folder=str(Path(__file__).with_name("assets")))
     inputs = {name: Input(name, "value") for name in form.names}
 
     @app.callback(
@@ -168,13 +191,20 @@ def make_app(base: Planned, file: str) -> Any:
             "verdict", "heading", "error", "advice", "command", "text")},
             **{name: Output(name, "figure") for name in VIEWS},
             **{f"{name}-style": Output(name, "style") for name in VIEWS},
-            "flags": Output("flags", "data")},
+            "flags": Output("flags", "data"), "query": Output("query", "data")},
         inputs={"texts": inputs, "pinned": Input("pinned", "data")})
     def show(texts: Dict[str, Any], pinned: Optional[str]) -> Dict[str, Any]:
-        now = plan_of(with_fields(base, texts), phase)
+        now = plan_of(with_fields(texts, phase), phase)
         parts = shown(now, pinned)
         styles = {f"{name}-style": {"height": parts[name]["layout"]["height"]} for name in VIEWS}
-        return {**parts, **styles, "error": "", "flags": json.dumps(now.request.flags)}
+        return {**parts, **styles, "error": "", "flags": json.dumps(now.request.flags),
+                "query": in_address(texts, phase)}
+
+    for function, *changed in (("share", Input("query", "data")),
+                               ("copy", Input("copy", "n_clicks")),
+                               ("mark", Input("error", "children"), State("error", "title"))):
+        app.clientside_callback(ClientsideFunction("explore", function), *changed,
+                                prevent_initial_call=True)
 
     @app.callback(Output("moves", "children"), Input(next(iter(form.texts)), "value"),
                   State({"from": ALL, "to": ALL}, "id"))
@@ -184,16 +214,23 @@ def make_app(base: Planned, file: str) -> Any:
             raise PreventUpdate  # a button that was pressed keeps the keyboard's focus
         return _moves(ipus)
 
-    _add_actions(app, base, file)
+    _add_actions(app, phase, file)
     return app
 
 
-def _add_actions(app: Any, base: Planned, file: str) -> None:
-    """Add what the buttons do."""
-    phase = base.request.phase
+def _add_actions(app: Any, phase: Phase, file: str) -> None:
+    """Add what the buttons do, and what the page's address says when it is opened."""
     names, layers = FORMS[phase].names, next(iter(FORMS[phase].texts))
     states = {name: State(name, "value") for name in names}
     into_fields = {name: Output(name, "value", allow_duplicate=True) for name in names}
+
+    @app.callback(output=into_fields, inputs={
+        "query": Input("address", "search"), "texts": states},
+        prevent_initial_call="initial_duplicate")
+    def open_address(query: Optional[str], texts: Dict[str, Any]) -> Dict[str, Any]:
+        if not query:
+            raise PreventUpdate
+        return from_address(query, texts, phase)
 
     @app.callback(output=into_fields, inputs={
         "moves": Input({"from": ALL, "to": ALL}, "n_clicks"),
@@ -211,7 +248,7 @@ def _add_actions(app: Any, base: Planned, file: str) -> None:
                   running=[(Output("search", "disabled"), True, False),
                            (Output("said", "children"), "Searching ...", "")])
     def fill_in_best(clicks: int, texts: Dict[str, Any]) -> Dict[str, Any]:
-        now = plan_of(with_fields(base, texts), phase)
+        now = plan_of(with_fields(texts, phase), phase)
         return filled(texts, flags_to(now, best(now)), phase)
 
     @app.callback(Output("pinned", "data"), Input("pin", "n_clicks"), Input("unpin", "n_clicks"),
@@ -222,7 +259,7 @@ def _add_actions(app: Any, base: Planned, file: str) -> None:
     @app.callback(Output("said", "children", allow_duplicate=True), Input("save", "n_clicks"),
                   states, prevent_initial_call=True)
     def save(clicks: int, texts: Dict[str, Any]) -> str:
-        now = plan_of(with_fields(base, texts), phase)
+        now = plan_of(with_fields(texts, phase), phase)
         return write_pipeline(now.plan, now.request, file)
 
 
@@ -239,7 +276,8 @@ def moved(layers_per_ipu: str, start: int, end: int) -> str:
 
 def shown(now: Planned, pinned: Optional[str] = None) -> Dict[str, Any]:
     """Return what the page shows of a plan, by the id of its element. pinned: flags as JSON."""
-    sides = [*([pinned_side(pinned, now.request.phase)] if pinned else []), _side("now", now)]
+    sides = [pinned_side(pinned, now.request.phase), _side("now", now)] if pinned else [
+        _side("", now)]
     plan, (fits, bound) = sides[-1].plan, verdict(sides[-1:])
     offers = [html.Li([change["text"], " ", html.Button(
         "Try", id={"flags": json.dumps(change["settings"])},
@@ -262,65 +300,56 @@ def _side(name: str, now: Planned) -> Side:
     return Side.from_plan(name, now.plan, now.request, flags_text(now.request.flags))
 
 
-def _show_error(error: Exception) -> None:
-    """Show why there is no plan; what was shown last stays."""
+def _show_error(error: Exception, form: Form) -> None:
+    """Show why there is no plan, at the field that is named first; what was shown last stays."""
     kind = "Error" if isinstance(error, (UsageError, RunError)) else type(error).__name__
-    set_props("error", {"children": f"{kind}: {' '.join(str(error).split())}"})
+    text = " ".join(str(error).split())
+    named = [name for name in re.findall(r"\w+", text) if name in form.names]
+    set_props("error", {"children": f"{kind}: {text}", "title": (*named, "further")[0]})
 
 
 def _moves(ipus: int) -> List[Any]:
-    parts: List[Any] = ["IPU\u00a00"]
-    for ipu in range(1, ipus):
-        parts += [html.Button(arrow, id={"from": start, "to": end}, style={"margin": "0 0.2em"}, **{
+    def button(arrow: str, start: int, end: int) -> Any:
+        return html.Button(arrow, id={"from": start, "to": end}, **{
             "aria-label": f"Move a layer from IPU {start} to IPU {end}"})
-            for start, end, arrow in ((ipu, ipu - 1, "\u25c0"), (ipu - 1, ipu, "\u25b6"))]
-        parts.append(f"IPU\u00a0{ipu}")
-    return parts
+
+    return ["IPU\u00a00", *(html.Span([
+        button("\u25c0", ipu, ipu - 1), button("\u25b6", ipu - 1, ipu), f"IPU\u00a0{ipu}"],
+        className="nowrap") for ipu in range(1, ipus))]
 
 
 def _layout(base: Planned) -> Any:
     form, texts = FORMS[base.request.phase], texts_of(base)
-    block = {"display": "block", "marginTop": "0.6em"}
 
-    def labelled(name: str, label: str, control: Any) -> Any:
-        return html.Div([html.Label(label, htmlFor=name, style=block), control])
-
-    def text(name: str, **options: Any) -> Any:
-        return dcc.Input(id=name, value=texts.get(name, ""), autoComplete="off",
-                         style={"width": "100%", "boxSizing": "border-box"}, **options)
+    def labelled(name: str, label: str, kind: str = "", **options: Any) -> Any:
+        field = dcc.Input(id=name, value=texts[name], autoComplete="off", **{
+            "debounce": 0.5, "style": {"width": "100%", "boxSizing": "border-box"}, **options})
+        return html.Div([html.Label(label, htmlFor=name), field], className=kind)
 
     (layers, layers_label), (matmul, matmul_label) = form.texts.items()
     controls = [
-        labelled(layers, layers_label, text(layers, debounce=0.5)),
+        labelled(layers, layers_label),
         html.Div(id="moves", role="group", **{"aria-label": "Move layers"}),
-        html.Div([labelled(name, label, text(name, type="number", step=1, debounce=0.3))
-                  for name, label in form.numbers.items()],
-                 style={"display": "grid", "gridTemplateColumns": "1fr 1fr", "gap": "0 1em"}),
-        labelled(matmul, matmul_label, text(matmul, debounce=0.5)),
+        *(labelled(name, label, "half", type="number", step=1, debounce=0.3)
+          for name, label in form.numbers.items()),
+        labelled(matmul, matmul_label),
         *(dcc.Checklist([{"label": label, "value": "true"}], ["true"] * (texts[name] == "true"),
-                        id=name, style=block) for name, label in form.switches.items()),
+                        id=name) for name, label in form.switches.items()),
         html.Fieldset([html.Legend("IPU"), dcc.RadioItems(["mk2", "bow"], texts["ipu"], id="ipu",
-                                                          inline=True)], style=block),
-        labelled("further", "Further flags (Enter)", text("further", debounce=True)),
-        html.Div([html.Button(label, id=name, style={"marginRight": "0.5em"}) for name, label in (
+                                                          inline=True)]),
+        labelled("further", "Further flags (Enter)", debounce=True),
+        html.Div([html.Button(label, id=name) for name, label in (
             ("pin", "Pin this plan"), ("unpin", "Unpin"), ("search", "Search the best"),
-            ("save", "Save"))], style=block),
-        html.P(id="said", role="status", style=_WRAPPED),
-        html.P(id="error", role="alert", style={"fontWeight": "bold"})]
+            ("save", "Save"))]),
+        html.P(id="said", role="status"), html.P(id="error", role="alert")]
     return html.Main([
-        dcc.Store(id="flags"), dcc.Store(id="pinned"),
-        html.H1("Explore a plan"),
+        dcc.Location(id="address", refresh=False),
+        *(dcc.Store(id=name) for name in ("flags", "pinned", "query")),
+        html.H1("Explore a plan"), html.Div(controls, id="controls"),
         html.Div([
-            html.Div(controls, id="controls", style={"flex": "1 1 17em", "maxWidth": "28em"}),
-            html.Div([
-                html.P(id="verdict", role="status"), html.P(id="heading"),
-                html.H2("What would help most"), html.Ul(id="advice"),
-                html.H2(["Run it ", dcc.Clipboard(target_id="command", title="Copy")]),
-                html.Pre(id="command", style=_WRAPPED),
-                *(dcc.Graph(id=name, config={**PLOT_CONFIG, "displayModeBar": False},
-                            style={"display": "none"}) for name in VIEWS),
-                html.H2("In words and numbers"),
-                html.Pre(id="text", tabIndex=0, style={"overflowX": "auto"})],
-                style={"flex": "3 1 30em", "minWidth": 0})],
-            style={"display": "flex", "flexWrap": "wrap", "gap": "2em"})],
-        style={"fontFamily": "sans-serif", "margin": "1em"})
+            html.P(id="verdict", role="status"), html.P(id="heading"),
+            html.H2("What would help most"), html.Ul(id="advice"),
+            html.H2(["Run it ", html.Button("Copy", id="copy")]), html.Pre(id="command"),
+            *(dcc.Graph(id=name, config={**PLOT_CONFIG, "displayModeBar": False},
+                        style={"display": "none"}) for name in VIEWS),
+            html.H2("In words and numbers"), html.Pre(id="text", tabIndex=0)], id="effect")])

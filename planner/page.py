@@ -8,12 +8,13 @@ from string import Template
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from planner.sides import Side
-from planner.views import STYLES, View, views_of
+from planner.views import PLANNED, STYLES, WORDS, View, views_of
 from runtime.files import user_file, writing
 
 # Plotly's toolbar without the button that uploads a plot.
 PLOT_CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False,
                "modeBarButtonsToRemove": ["pan2d", "select2d", "lasso2d", "autoScale2d"]}
+LEGEND_NAMES = {**WORDS["short"], PLANNED: PLANNED}  # two of them fit beside each other on a phone
 
 
 def write_page(path: str, title: str, sides: Sequence[Side], lines: Sequence[str], text: str,
@@ -63,16 +64,18 @@ def figure(view: View) -> Dict[str, Any]:
     line = {"x0": view.limit, "x1": view.limit, "yref": "paper", "y0": 0, "y1": 1,
             "line": {"width": 3}}
     height = 30 * len(view.rows) + 40
+    below = 75 + 10 * len(data)  # the axis, and a legend of two columns
     return {"data": data, "layout": {
         "title": {"text": "<br>".join(textwrap.wrap(view.title, 44)), "x": 0, "font": {"size": 15}},
-        "barmode": "overlay", "showlegend": True, "height": height + 180,
-        "margin": {"t": 70, "b": 110, "l": 10, "r": 45}, "modebar": {"orientation": "v"},
-        "xaxis": {"title": {"text": view.unit}, "gridcolor": "#dddddd", "range": [0, most]},
+        "barmode": "overlay", "showlegend": True, "height": height + 70 + below,
+        "margin": {"t": 70, "b": below, "l": 10, "r": 45}, "modebar": {"orientation": "v"},
+        "xaxis": {"title": {"text": view.unit}, "gridcolor": "#dddddd", "range": [0, most],
+                  "showticklabels": bool(view.unit)},
         "yaxis": {"autorange": "reversed", "automargin": True,
                   "type": "multicategory" if two else "category"},
         "shapes": [line] * bool(view.limit),
-        "legend": {"orientation": "h", "traceorder": "normal", "y": -65 / height,
-                   "yanchor": "top"}}}
+        "legend": {"orientation": "h", "traceorder": "normal", "y": -65 / height, "yanchor": "top",
+                   "font": {"size": 11}}}}
 
 
 def _levels(places: Sequence[Any]) -> List[Any]:
@@ -85,7 +88,7 @@ def _bars(view: View, part: str, places: Sequence[Any]) -> Dict[str, Any]:
     pieces = [(place, row, piece) for place, row in zip(places, view.rows)
               for piece in row.segments if piece.part == part]
     color, hatch = STYLES[part]
-    name = part.replace("_", " ")
+    name = LEGEND_NAMES.get(part, part)
     bars = {
         "type": "bar", "orientation": "h", "name": name,
         "y": _levels([place for place, _, _ in pieces]),
@@ -99,7 +102,8 @@ def _bars(view: View, part: str, places: Sequence[Any]) -> Dict[str, Any]:
         "hovertemplate": f"{name}: %{{x:,.2f}} {view.unit.partition(' (')[0]}<br>%{{customdata}}"
                          "<extra></extra>"}
     if view.hints:
-        bars.update(text=bars["customdata"], textposition="inside", insidetextanchor="middle")
+        bars.update(text=bars["customdata"], textposition="inside", insidetextanchor="middle",
+                    textangle=0)
     if any(row.expected for _, row, _ in pieces):
         bars["error_x"] = {
             "type": "data", "symmetric": False,

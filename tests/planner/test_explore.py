@@ -51,7 +51,8 @@ def plan_of(explore, words):
 
 def fields(explore, base, **changes):
     """Return the fields' contents as the browser sends them, with some of them changed."""
-    texts = {"further": "", **explore.texts_of(base), **changes}
+    texts = explore.texts_of(base)
+    texts.update(changes, further=f"{texts['further']} {changes.get('further', '')}")
     return {**texts, **{name: texts[name] if isinstance(texts[name], list)
                         else ["true"] * (texts[name] == "true")
                         for name in explore.FORMS[TRAINING].switches}}
@@ -59,7 +60,8 @@ def fields(explore, base, **changes):
 
 def changed(explore, base, **contents):
     """Return the plan after some fields have been changed."""
-    return explore.plan_of(explore.with_fields(base, fields(explore, base, **contents)), TRAINING)
+    texts = fields(explore, base, **contents)
+    return explore.plan_of(explore.with_fields(texts, TRAINING), TRAINING)
 
 
 def lengths(figure, name):
@@ -118,14 +120,15 @@ def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, fl
 def test_inference_has_fields_of_its_own_and_is_planned_as_plan_does(explore, capsys):
     flags = train_flags(SMALL, JobSettings, program="", description="")
     base = explore.plan_of(flags, INFERENCE)
-    texts = {"further": "--eval_windows 500", **explore.texts_of(base), "pack": [],
+    texts = {**explore.texts_of(base), "pack": [],
              "inference_layers_per_ipu": "2 2", "eval_micro_batch_size": 3}
-    now = explore.plan_of(explore.with_fields(base, texts), INFERENCE)
+    texts["further"] += " --eval_windows 500"
+    now = explore.plan_of(explore.with_fields(texts, INFERENCE), INFERENCE)
     plan = printed(capsys, "plan", "--inference", *SMALL, "--eval_windows", "500",
                    "--inference_layers_per_ipu", "2", "2", "--eval_micro_batch_size", "3")
     assert now.plan.windows_per_second == plan["windows_per_second"]
     best = explore.filled(texts, explore.flags_to(now, explore.best(now)), INFERENCE)
-    now = explore.plan_of(explore.with_fields(base, best), INFERENCE)
+    now = explore.plan_of(explore.with_fields(best, INFERENCE), INFERENCE)
     assert now.plan.run_seconds <= plan["run_seconds"]
     assert explore._layout(now) and explore.shown(now)
 
@@ -141,6 +144,19 @@ def test_a_change_waits_for_no_count_of_the_model(explore, monkeypatch):
         assert explore.shown(changed(explore, base, **{name: value}))["command"]
     with pytest.raises(TypeError):
         changed(explore, base, further="--max_seq_length 32")
+
+
+@pytest.mark.parametrize("contents", [
+    {"layers_per_ipu": "2 1 1", "pack": ["true"], "recompute_checkpoint_every_layer": []},
+    {"further": "--label 'a & b=c?'"},  # what is wrong stays, to be told at its field
+    {"layers_per_ipu": "x", "micro_batch_size": "y", "ipu": "z"}])
+def test_the_address_of_the_page_holds_all_its_fields(explore, contents):
+    texts = fields(explore, plan_of(explore, SMALL), **contents)
+    others = fields(explore, plan_of(explore, BASE))
+    found = explore.from_address(explore.in_address(texts, TRAINING) + "&seed=5", others, TRAINING)
+    assert found == {**texts, "further": texts["further"] + " --seed 5"}
+    with pytest.raises(UsageError, match="pack"):
+        explore.with_fields(explore.from_address("?pack=maybe", others, TRAINING), TRAINING)
 
 
 @pytest.mark.slow
@@ -173,7 +189,7 @@ def test_the_best_and_what_would_help_are_entered_into_the_fields(explore, capsy
     def after(settings):
         """Return the plan with these settings entered into the fields."""
         filled = explore.filled(texts, settings, TRAINING)
-        return explore.plan_of(explore.with_fields(base, filled), TRAINING)
+        return explore.plan_of(explore.with_fields(filled, TRAINING), TRAINING)
 
     plan = printed(capsys, "plan", *BASE)
     for offer, change in zip(plan["suggestions"], changes(base.plan)):
@@ -277,6 +293,9 @@ def test_change_pin_search_and_save_in_a_browser(page, browser, capsys):  # noqa
     wait_for("#timeline", "pinned")
     press("button[aria-label='Move a layer from IPU 1 to IPU 2']")
     wait_for("#error", "leaves IPU 1 without any block")
+    assert find("[aria-invalid]").get_attribute("id") == "layers_per_ipu"
+    below = find("#layers_per_ipu").rect
+    assert 0 < find("#error").rect["y"] - below["y"] - below["height"] < below["height"]
     press("button[aria-label='Move a layer from IPU 2 to IPU 1']")
     WebDriverWait(browser, 30).until(lambda _: not find("#error").text)
     enter("layers_per_ipu", "2 1 1")
@@ -292,6 +311,13 @@ def test_change_pin_search_and_save_in_a_browser(page, browser, capsys):  # noqa
     wait_for("#verdict", speed("--layers_per_ipu", "1", "2", "1", "--micro_batch_size", "4",
                                "--pack"))
     assert "pinned" in find("#text").text and "--layers_per_ipu 1 2 1" in find("#text").text
+
+    browser.get(browser.current_url)  # the address is that of this plan
+    wait_for("#verdict", speed("--layers_per_ipu", "1", "2", "1", "--micro_batch_size", "4",
+                               "--pack"))
+    browser.get(f"{address}?matmul_proportion=2")
+    wait_for("#error", "--matmul_proportion 2")
+    assert find("[aria-invalid]").get_attribute("id") == "matmul_proportion"
 
     browser.switch_to.new_window("tab")  # as a second user
     browser.get(address)
