@@ -108,7 +108,7 @@ def sweep(argv: List[str]) -> int:
 def compare(argv: List[str]) -> int:
     """Set plans, runs and profiles side by side."""
     from planner.present import check_output, present
-    from planner.sides import USAGE, Side, check_phases, comparison_record, parse_around
+    from planner.sides import USAGE, Side, asked_for, check_phases, comparison_record, parse_around
 
     items, comparing, common = parse_around(argv, flags.CompareSettings, "compare",
                                             f"{compare.__doc__} {USAGE}")
@@ -119,7 +119,8 @@ def compare(argv: List[str]) -> int:
     sides = [Side.from_word(name, item, common, comparing.phase)
              for name, item in zip(string.ascii_uppercase, items)]
     check_phases(sides)
-    present(sides, comparing, "Comparison", comparison_record(sides))
+    shown = asked_for(sides, bool(common or comparing.plot))  # a picture is of plans
+    present(shown, comparing, "Comparison", comparison_record(sides))
     return 0
 
 

@@ -14,16 +14,20 @@ from runtime.files import user_file, writing
 # Plotly's toolbar without the button that uploads a plot.
 PLOT_CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False,
                "modeBarButtonsToRemove": ["pan2d", "select2d", "lasso2d", "autoScale2d"]}
+CURVES = {"loss": "Loss", "f1": "F1 in %", "windows_per_second": "windows/s"}
+DASHES = ("solid", "dash", "dot", "dashdot")
 LEGEND_NAMES = {**WORDS["short"], PLANNED: PLANNED}  # two of them fit beside each other on a phone
 
 
 def write_page(path: str, title: str, sides: Sequence[Side], lines: Sequence[str], text: str,
                ranking: Optional[Tuple[List[str], List[List[str]]]] = None) -> None:
-    """Write the page to `path`: the verdict's `lines`, the ranking, the views, and `text` below."""
+    """Write the page to `path`: the verdict's `lines`, ranking, curves, views, and `text` below."""
     from plotly.io import to_html
-    views = [to_html(figure(view), full_html=False, include_plotlyjs=not place, config=PLOT_CONFIG,
-                     validate=False, div_id=view.name)
-             for place, view in enumerate(views_of(sides))]
+    figures = {**curves(sides), **{view.name: figure(view) for view in views_of(sides)
+                                   if view.parts() or any(row.measured for row in view.rows)}}
+    views = [to_html(drawn, full_html=False, include_plotlyjs=not place, config=PLOT_CONFIG,
+                     validate=False, div_id=name)
+             for place, (name, drawn) in enumerate(figures.items())]
     head, rows = ranking or ([], [])
     cells = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
              for row in rows]
@@ -38,6 +42,27 @@ def write_page(path: str, title: str, sides: Sequence[Side], lines: Sequence[str
             ranking=ranking and f'<div class="scroll"><table><thead><tr>{buttons}</tr></thead>'
                                 f'<tbody>{"".join(cells)}</tbody></table></div>' or "",
             names="".join(f"<li>{html.escape(side.label)}</li>" for side in sides if side.name)))
+
+
+def curves(sides: Sequence[Side]) -> Dict[str, Dict[str, Any]]:
+    """Return {key of log.jsonl: figure}: each with the curves of all runs, by step."""
+    from qa.run.log import LOG, read_log
+    logs = {side.label: read_log(Path(side.item, LOG)) for side in sides if side.kind == "run"}
+    figures = {}
+    for key, title in CURVES.items():
+        points = {label: [(line["step"], line[key]) for line in log if key in line
+                          and line["event"] in ("log", "evaluation") and "epoch" in line
+                          and line.get("questions") != "test"] for label, log in logs.items()}
+        data = [{"type": "scatter", "mode": "lines+markers", "name": label, "x": x, "y": y,
+                 "marker": {"symbol": place}, "line": {"dash": DASHES[place % len(DASHES)]}}
+                for place, (label, pairs) in enumerate(points.items()) if pairs
+                for x, y in [list(zip(*pairs))]]
+        figures.update({key: {"data": data, "layout": {
+            "title": {"text": title, "x": 0, "font": {"size": 15}}, "height": 320,
+            "showlegend": True, "legend": {"orientation": "h", "y": -0.3},
+            "margin": {"t": 50, "l": 60, "r": 45}, "modebar": {"orientation": "v"},
+            "xaxis": {"title": {"text": "step"}, "rangemode": "tozero"}}}} if data else {})
+    return figures
 
 
 def figure(view: View) -> Dict[str, Any]:

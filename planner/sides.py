@@ -183,6 +183,14 @@ def differences(sides: Sequence[Side]) -> Dict[str, Dict[str, Any]]:
     return different
 
 
+def asked_for(sides: Sequence[Side], asked: bool) -> Sequence[Side]:
+    """Return the sides; runs of a host alone have no plan on IPUs unless it is `asked` for."""
+    if asked or not all(side.kind == "run" and side.measured_on("host") for side in sides):
+        return sides
+    return [replace(side, plan=None, note="for its plan on IPUs, end with -- --ipu mk2")
+            for side in sides]
+
+
 def check_phases(sides: Sequence[Side]) -> None:
     """Raise UsageError if there are plans of training and of inference."""
     phases = {side.plan["phase"]: side for side in sides if side.plan}

@@ -11,6 +11,8 @@ import pytest
 
 from ipu_options.popvision import profiling_environment
 from planner.commands import main
+from planner.page import curves
+from planner.sides import Side
 from qa.data.demo import write_demo
 from qa.settings import parse_train
 from runtime.errors import UsageError
@@ -43,11 +45,12 @@ def write_run(folder, device, *flags, **settings):
         "settings": {**given.values(), "dataset_name": None, **settings},
         "ipu_config": ipu_config.for_pod("pod4").values()}))
     lines = [{"event": "started", "step": 0, "device": device}] + [
-        {"event": "log", "step": step, "loss": 4.0 / step, "windows_per_second": speed,
-         "rows_per_second": speed / 2, "data_share": share, "step_share": 1 - share,
-         "rest_share": 0.0} for step, speed, share in ((1, 700.0, 0.1), (2, 900.0, 0.3))] + [
-        {"event": "evaluation", "step": 2, "questions": "validation", "f1": 80.0},
-        {"event": "evaluation", "step": 2, "questions": "test", "f1": 10.0}]
+        {"event": "log", "step": step, "epoch": 1.0, "loss": 4.0 / step,
+         "windows_per_second": speed, "rows_per_second": speed / 2, "data_share": share,
+         "step_share": 1 - share, "rest_share": 0.0}
+        for step, speed, share in ((1, 700.0, 0.1), (2, 900.0, 0.3))] + [
+        {"event": "evaluation", "step": 2, "epoch": 1.0, "questions": "validation", "f1": 80.0},
+        {"event": "evaluation", "step": 2, "epoch": 1.0, "questions": "test", "f1": 10.0}]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -69,6 +72,26 @@ def test_flags_a_file_and_a_saved_plan_are_each_their_own_plan(tmp_path, capsys)
         "pod_type": {"A": "pod4", "B": "pod4", "C": "pod2"},
         # What a plan does not hold (the learning rate) makes no difference by itself.
         "gradient_accumulation_steps": {"A": 32, "B": 32, "C": 16}}
+
+
+@pytest.mark.slow
+def test_runs_of_a_host_begin_with_their_curves_and_have_plans_only_if_asked_for(tmp_path, capsys):
+    pytest.importorskip("plotly")
+    one, two, page = (str(tmp_path / name) for name in ("one", "two", "page.html"))
+    write_run(tmp_path / "one", "host")
+    write_run(tmp_path / "two", "host", "--seed", "5")
+    sides = [Side.from_word(name, item, []) for name, item in (("A", one), ("B", two))]
+    for key, points in (("loss", ((1, 2), (4.0, 2.0))), ("f1", ((2,), (80.0,))),
+                        ("windows_per_second", ((1, 2), (700.0, 900.0)))):
+        traces = curves(sides)[key]["data"]
+        assert [(trace["x"], trace["y"]) for trace in traces] == [points] * 2
+    for asked in ([], ["--", "--ipu", "mk2"]):
+        assert main(["compare", one, two, "--html", page, *asked]) == 0
+        text, html = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+        assert ("as planned" in text) == ('id="memory"' in html) == bool(asked)
+        shown = re.findall(r'id="(loss|f1|windows_per_second|throughput|memory)"', html)
+        assert shown[:3] == ["loss", "f1", "windows_per_second"] and bool(shown[3:]) == bool(asked)
+    assert all(side["plan"] for side in compared(capsys, one, two)[0].values())  # JSON has all
 
 
 def test_the_text_has_each_side_at_each_ipu_and_stage(tmp_path, capsys):
