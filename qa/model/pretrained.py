@@ -136,13 +136,13 @@ def save_model(model: ForSpans, folder: Union[str, Path],
     with _quiet_transformers():
         model.save_pretrained(folder, state_dict=_float32_weights(model, optimizer_state or {}),
                               safe_serialization=True)
-    # save_pretrained has written the type in which the model computes, and the name of this
-    # program's class, unknown to transformers; older releases also the folder that it came from.
-    model.config.dtype = model.config.torch_dtype = "float32"  # of transformers 5 and 4
-    model.config._name_or_path = ""
-    model.config.architectures = [
-        MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES[model.config.model_type]]
-    model.config.save_pretrained(folder)
+        # save_pretrained has written the type in which the model computes, and the name of this
+        # program's class, unknown to transformers; older releases also the folder it came from.
+        model.config.dtype = model.config.torch_dtype = "float32"  # of transformers 5 and 4
+        model.config._name_or_path = ""
+        model.config.architectures = [
+            MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES[model.config.model_type]]
+        model.config.save_pretrained(folder)
 
 
 def _float32_weights(model: ForSpans, optimizer_state: Dict[str, Any]) -> Dict[str, torch.Tensor]:
