@@ -1,8 +1,7 @@
 """The settings of train.py and infer.py, read and checked before any work starts.
 
-Sources, each of which takes precedence over those before it: a field's default; the named
-configuration (YAML, `--config`) or the checkpoint's own files; `--ipu_config`; the flags. This
-module does not import torch, so that `--help` and error messages take a fraction of a second.
+Later sources win: a field's default; the named configuration (YAML, `--config`) or the checkpoint's
+own files; `--ipu_config`; the flags. Without torch, `--help` takes a fraction of a second.
 """
 from __future__ import annotations
 
@@ -252,9 +251,9 @@ class QuestionSettings(Settings):
 
 @dataclass
 class TrainSettings(FineTuningSettings, DataSettings, ModelSettings, RunSettings):
-    """All settings of train.py. config: the name of the configuration, the YAML file's stem."""
+    """All settings of train.py."""
 
-    config: str = DEFAULT_CONFIG
+    config: str = DEFAULT_CONFIG  # the name of the configuration, the YAML file's stem
 
     @property
     def needs_hub(self) -> bool:
@@ -287,9 +286,8 @@ def parse_train(
 ) -> Tuple[Any, ...]:
     """Return (TrainSettings, IPUConfig, one instance per dataclass in `more`).
 
-    argv: by default sys.argv[1:]. more: dataclasses of further flags (runtime/flags.py), which
-    only the command line can set. program, description: for --help. Raises UsageError for a value
-    that is not allowed.
+    argv: by default sys.argv[1:]. more: dataclasses of further flags, which only the command line
+    can set. Raises UsageError for a value that is not allowed.
     """
     return train_settings(train_flags(argv, *more, program=program, description=description), *more)
 
@@ -327,12 +325,10 @@ def train_settings(flags: Dict[str, Any], *more: type) -> Tuple[Any, ...]:
 
 
 def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IPUConfig]:
-    """Return (InferSettings, IPUConfig) for infer.py.
+    """Return (InferSettings, IPUConfig) for infer.py. argv: by default sys.argv[1:].
 
-    argv: by default sys.argv[1:]. Values in the checkpoint's qa_settings.json and ipu_config.json
-    apply unless --ipu_config or a flag overrides them. A checkpoint without these files gets usual
-    values, which a note lists. A checkpoint on the hub is fetched. Raises UsageError for a value
-    that is not allowed, RunError if the hub does not give the checkpoint.
+    A checkpoint on the hub is fetched. Raises UsageError for a value that is not allowed, RunError
+    if the hub does not give the checkpoint.
     """
     parser = Parser(
         "infer.py",
@@ -377,9 +373,8 @@ def infer_settings(flags: Dict[str, Any]) -> Tuple[InferSettings, IPUConfig]:
 def _checkpoint_sources(name: str, flags: Dict[str, Any]) -> List[Source]:
     """Return what the files of --checkpoint `name` say of answering questions with it.
 
-    Usual values take the place of a qa_settings.json or ipu_config.json that is not there, which a
-    note says. Raises UsageError for a file or a model that cannot be used, RunError if the hub does
-    not give it.
+    Usual values, which a note lists, take the place of a qa_settings.json or ipu_config.json that
+    is not there.
     """
     folder = checkpoint_folder(name, "--checkpoint", flags.get("model_revision", "main"),
                                flags.get("hub_token"))
@@ -411,8 +406,7 @@ def _usual_settings(name: str, folder: Path, config: SimpleNamespace, flags: Dic
                     ) -> Dict[str, Any]:
     """Return the settings for a checkpoint of another program.
 
-    Model and tokenizer limit the length of a row. Whether some questions have no answer is only in
-    the name or the model card.
+    Only its name or the model card tells whether some questions have no answer.
     """
     path, lengths = folder / "tokenizer_config.json", [ModelSettings.max_seq_length]
     limit = read_json_object(path, str(path)).get("model_max_length") if path.is_file() else None
@@ -440,7 +434,6 @@ def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
 
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,
            without: Sequence[str] = ()) -> Dict[str, Any]:
-    """Add --ipu_config and the flags of `groups` to the parser; return the values in `argv`."""
     parser.add_argument("--ipu_config", metavar="PATH",
                         help="ipu_config.json, a folder that holds one, or a repository on the hub")
     for group in groups:
@@ -449,7 +442,6 @@ def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,
 
 
 def _pipeline_sources(flags: Dict[str, Any]) -> List[Source]:
-    """Return the values of --ipu_config, if it is given, and of the flags."""
     path = flags.get("ipu_config")
     return [*([] if path is None else [read_ipu_config(path)]), Source(flags)]
 
@@ -458,7 +450,6 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML's safe loader, which otherwise lets the last of several values of a key win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Return the mapping as a dictionary. Raises YAMLError if it has a key twice."""
         keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
@@ -467,10 +458,6 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _read_config(name_or_path: str) -> Source:
-    """Return the values of a named configuration or of a YAML file.
-
-    Raises UsageError for an unknown name, an unreadable file or an unknown setting.
-    """
     path, source = CONFIGS / f"{name_or_path}.yaml", f"--config {name_or_path}"
     if name_or_path not in named_configs():
         path = Path(name_or_path)
@@ -493,7 +480,6 @@ def _read_config(name_or_path: str) -> Source:
 
 
 def _read_qa_settings(folder: Path) -> List[Source]:
-    """Return the values of the qa_settings.json in `folder`, if it has one."""
     path = folder / QA_SETTINGS_NAME
     if not path.is_file():
         return []
@@ -502,7 +488,6 @@ def _read_qa_settings(folder: Path) -> List[Source]:
 
 
 def _check_files(settings: Settings) -> None:
-    """Raise UsageError for settings that exclude each other, and for unsuitable files."""
     source, count = settings.source, processes.count()
     for one, other, why in EXCLUDES:
         _refuse(_is_set(settings, one) and _is_set(settings, other),
@@ -525,7 +510,6 @@ def _check_files(settings: Settings) -> None:
 
 
 def _check_values(settings: ModelSettings) -> None:
-    """Raise UsageError for a flag that needs another one, and for windows that stand still."""
     _check_needs(settings, *NEEDS)
     length = settings.max_seq_length
     _refuse(settings.doc_stride >= length - 4,
@@ -534,7 +518,6 @@ def _check_values(settings: ModelSettings) -> None:
 
 
 def _check_needs(settings: Settings, *names: str) -> None:
-    """Raise UsageError for the first of `names` that is a flag and needs another one (NEEDS)."""
     for name in names:
         if settings.sources.get(name) == f"--{name}" and _is_set(settings, name):
             _refuse(not any(_is_set(settings, other) for other in NEEDS[name]),
@@ -543,7 +526,6 @@ def _check_needs(settings: Settings, *names: str) -> None:
 
 
 def _check_training(settings: TrainSettings) -> None:
-    """Raise UsageError for settings of train.py alone that do not fit together."""
     source, named, trains, evaluates = (settings.source, settings.named, settings.trains,
                                         settings.evaluates)
     output_dir, resume = Path(settings.output_dir), settings.resume_from_checkpoint
@@ -596,14 +578,11 @@ def _is_set(settings: Settings, name: str) -> bool:
 
 
 def check_numbers(settings: TrainSettings, ipu_config: IPUConfig) -> None:
-    """Raise UsageError for what an IPU could not compute, or not exactly.
-
-    Of PopTorch's optimizers, LAMB takes no max_grad_norm (python/optim.py). PopART computes the
-    norm in the type of the gradient that goes into the moments. It casts a float16 gradient to
-    float32 only if both moments are float32 (popart, patterns/adamdecompose.cpp); in float16 a sum
-    of squares beyond 65,504 would overflow. Automatic loss scaling finds nothing to track without
-    float16 gradients (popart, automaticlossscaling.cpp, getToTrackTensorsAuto).
-    """
+    """Raise UsageError for what an IPU could not compute, or not exactly."""
+    # PopTorch's LAMB takes no max_grad_norm (python/optim.py). PopART casts a float16 gradient to
+    # float32 before its norm only if both moments are float32 (patterns/adamdecompose.cpp); a sum
+    # of squares overflows in float16. Automatic loss scaling tracks float16 gradients alone
+    # (automaticlossscaling.cpp, getToTrackTensorsAuto).
     clips, half = settings.max_grad_norm is not None, settings.precision == "float16"
     norm, moment = (settings.named("max_grad_norm"),
                     ipu_config.source("enable_half_first_order_momentum"))
@@ -617,10 +596,7 @@ def check_numbers(settings: TrainSettings, ipu_config: IPUConfig) -> None:
 
 
 def _check_output(settings: Settings, name: str) -> None:
-    """Raise UsageError unless the file that the setting `name` names may be written.
-
-    It is written at the end of a run, perhaps after hours: an unsuitable path must be found early.
-    """
+    # It is written at the end of a run, perhaps after hours: an unsuitable path is found early.
     path, file = Path(getattr(settings, name)), settings.named(name)
     _refuse(path.is_dir(), f"{file} is no file that can be replaced: name another")
     _refuse(not path.parent.is_dir(),
@@ -644,7 +620,7 @@ def refuse_several_hosts(settings: DeviceSettings) -> None:
 
 
 def check_page(what: str, host: str, port: int) -> None:
-    """Raise UsageError if `what` cannot serve its page on host:port: early, before any work."""
+    """Raise UsageError if `what` cannot serve its page on host:port."""
     _refuse(find_spec("dash") is None,
             f"{what} needs the package dash: pip install -r requirements-pages.txt")
     listen(host, port).close()
@@ -661,7 +637,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _text(source: str, data: bytes) -> str:
-    """Return a text, with its line ends as they are. Raises UsageError if it is none, or empty."""
     try:
         text = data.decode(encoding_of(data))
     except UnicodeDecodeError as error:

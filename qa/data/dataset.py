@@ -1,24 +1,18 @@
 """Load question data sets from the hub or from files, and check every example.
 
-The result has SQuAD's columns: id, context, question, answers. A row without an id gets its number.
-An answer without a position is looked for in the context. An example is malformed if
-- a column is missing or null, or holds a number or NaN where text belongs (only an id may be an
-  integer);
-- its id, context or question is empty;
+The result has SQuAD's columns: id, context, question, answers. A row without an id gets its number,
+an answer without a position is looked for in the context. An example is malformed if
+- a column is missing, null, empty, or holds a number or NaN where text belongs (but for the id);
 - a text contains bytes that are not UTF-8, or lone surrogates;
-- an answer is empty, does not match the context at its answer_start, or has no answer_start and
-  stands in the context not once;
+- an answer is empty, does not match the context at its answer_start, or has none and stands in the
+  context not once;
 - an earlier example has the same id;
 - it has no answer and --version_2_with_negative is not set.
-Control characters and contexts of any length are allowed and kept unchanged.
+The first malformed example ends the run with its source, position and id. With on_bad_row="skip"
+they are left out, and the log reports how many and why.
 
-With on_bad_row="refuse" the first malformed example ends the run, and the error message gives the
-source, the position and the id. With "skip" malformed examples are left out, and the log reports
-how many and why.
-
-Examples are read, checked and written to an Arrow file one at a time, so that memory does not grow
-with the source, except for about 100 bytes per id to detect duplicates. The file name is a hash of
-the source's content and the settings, so that the next run finds and reuses the file.
+Examples are read, checked and written to an Arrow file one at a time; memory grows by 100 bytes per
+id, to detect duplicates. The file's name is a hash of source and settings, which finds it again.
 """
 from __future__ import annotations
 
@@ -66,17 +60,13 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
                   on_bad_row: str = "refuse", cache_dir: Optional[str] = None) -> datasets.Dataset:
     """Return the checked examples of `file`, or of a hub data set's `split` if no file is given.
 
-    file: a path; qa.data.readers lists the formats. dataset_name: on the hub, or a folder, whose
-    file of the split's name is read like `file`. max_samples: return only this many well-formed
-    examples, the first ones (default: all). need_answers: if false, `answers` is neither required
-    nor read; if None, it is read where an example has it. on_bad_row: "refuse" or "skip", see
-    the top of this file. cache_dir: where the Arrow file is written (default: the cache folder of
-    `datasets`).
+    dataset_name: on the hub, or a folder, whose file of the split's name is read like `file`.
+    max_samples: how many well-formed examples (default: all). need_answers: if false, `answers` is
+    neither required nor read; if None, it is read where an example has it. on_bad_row: "refuse" or
+    "skip". cache_dir: of the Arrow file (default: the cache folder of `datasets`).
 
     Returns a memory-mapped data set with the columns id (unique), context, question and answers
-    {text: list of strings, answer_start: list of int32 in code points}. Both lists are empty for a
-    question without an answer, and for every question if `need_answers` is false.
-
+    {text: list of strings, answer_start: list of int32 in code points}, empty lists without any.
     Raises UsageError if the source is malformed or contains no usable example, RunError if the hub
     cannot be reached or the cache cannot be written.
     """
@@ -102,18 +92,15 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
 def _cached(source, identity, rows, max_samples, cache_dir, checks):
     """Return the data set of `rows`, from its Arrow file if there is one.
 
-    source: what messages call the rows. identity: a hash of them. checks: the arguments of
-    `_checked`. The others are those of `load_examples`.
+    source: what messages call the rows. identity: a hash of them. checks: arguments of `_checked`.
     """
     key = hashlib.sha256(repr((_VERSION, identity, max_samples, *checks.values())).encode())
     key = key.hexdigest()[:32]
-    # `datasets` caches the windows beside this file, and each of its releases stores column types
-    # in its own way. Each release therefore gets a folder of its own.
+    # Each release of `datasets`, which caches the windows beside, stores column types in its way.
     folder = (Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
               / f"squad_rows-{datasets.__version__}")
     arrow_file = folder / f"{key}.arrow"
-    # The number of skipped examples is only known after reading the source, and the log of every
-    # run has to report it. With "skip" the source is therefore read even if the cache exists.
+    # Every run has to report how many it skips, which is only known after reading the source.
     if checks["on_bad_row"] == "skip" or not arrow_file.exists():
         checked = _checked(rows, source, **checks)
         try:
@@ -129,10 +116,7 @@ def _cached(source, identity, rows, max_samples, cache_dir, checks):
 
 
 def random_examples(examples: datasets.Dataset, n: int, seed: int) -> str:
-    """Return `n` random examples as text: the id, question, true answers and context of each.
-
-    seed: determines which examples are chosen.
-    """
+    """Return `n` random examples as text: the id, question, true answers and context of each."""
     picked = random.Random(seed).sample(range(len(examples)), min(n, len(examples)))
     return "\n\n".join(
         f"{example['id']}\n  question: {example['question']}\n"
@@ -150,10 +134,7 @@ def _hash(path, opened):
 
 
 def _file_of(folder, split):
-    """Return the file of a data set's local folder that holds `split`, if there is one such file.
-
-    Read as a file, each of its rows is checked, and named in messages.
-    """
+    """Return the file of a data set's local folder that holds `split`, if there is one such."""
     files = [path for place in (Path(folder), Path(folder, "data"))
              for path in place.glob(f"{split}.*") if path.suffix in FORMATS]
     return files[0] if len(files) == 1 else None
@@ -162,8 +143,7 @@ def _file_of(folder, split):
 def _load_from_hub(name, config_name, split):
     """Return one split of a hub data set.
 
-    Raises RunError if the data set cannot be fetched, UsageError if its files cannot be read or it
-    has no such split.
+    Raises RunError if it cannot be fetched, UsageError if it cannot be read or has no such split.
     """
     remedy = "give local files with --train_file and --validation_file"
     try:
@@ -193,10 +173,7 @@ def _load_from_hub(name, config_name, split):
 
 
 def _write_arrow(rows, arrow_file, source):
-    """Write the examples to `arrow_file`, which appears complete or not at all.
-
-    Raises UsageError if there are none, OSError if the file cannot be written.
-    """
+    """Write the examples to `arrow_file`. Raises UsageError if there are none, or OSError."""
     arrow_file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(arrow_file, "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         count = 0
@@ -210,8 +187,7 @@ def _write_arrow(rows, arrow_file, source):
 def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
     """Yield the well-formed examples in order, as dictionaries with the columns of _SCHEMA.
 
-    Malformed ones raise UsageError (on_bad_row="refuse"), or are counted and logged ("skip") when
-    the source has been read to its end or as far as `max_samples` asks for.
+    Skipped ones are logged when the source has been read to its end, or as far as was asked for.
     """
     seen, skipped, first, number = set(), Counter(), "", 0
     try:
@@ -220,8 +196,7 @@ def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
                 if isinstance(row, BadRow):
                     raise row
                 checked = _check({"id": number, **row}, need_answers, version_2_with_negative)
-                # Hashes have 64 bits: a collision among a million ids occurs less than once in
-                # 10^7 runs.
+                # Of 64 bits: a million ids collide less than once in 10^7 runs.
                 if hash(checked["id"]) in seen:
                     raise BadRow("has an id that another row has")
             except BadRow as problem:
@@ -290,16 +265,14 @@ def _text(value, name):
 
 
 def _a(name):
-    """Return `name` with its indefinite article."""
     return ("an " if name[0] in "ai" else "a ") + name
 
 
 def _answers(row, context, need_answers, version_2_with_negative):
     """Return (texts, starts) of a row's answers, both empty if it has none.
 
-    need_answers: whether it has to have some, unless it is of version 2. Exporters write an
-    unanswerable question with null, empty or no answers, or as is_impossible with answers that
-    are empty or begin at -1. Raises BadRow for anything else that is no list of answers.
+    Exporters write an unanswerable question with null, empty or no answers, or as is_impossible
+    with answers that are empty or begin at -1. Raises BadRow for anything else that is no list.
     """
     names = next((names for names in ANSWER_COLUMNS if names[0] in row), None)
     impossible = str(row.get("is_impossible")).lower() in ("true", "1", "1.0")
@@ -353,7 +326,7 @@ def _as_list(value, name):
 
 
 def _start(start, text, context):
-    """Return an answer's first character; None is looked for. Raises BadRow if there is none."""
+    """Return an answer's first character, found in the context if `start` is None."""
     if start is None:
         places = len(re.findall(f"(?={re.escape(text)})", context))
         if places != 1:
@@ -371,15 +344,13 @@ def _start(start, text, context):
 
 
 def _is_nothing(value):
-    """Return whether a value is null, NaN, or an empty text."""
     return value is None or value != value or isinstance(value, str) and not value.strip()
 
 
 def _parsed(text):
-    """Parse a string of JSON, or a list or dictionary as Python, numpy or pandas print it.
+    """Parse JSON, or what Python, numpy or pandas print; no code in the text is executed.
 
-    An example of the latter is {'text': array(['x'], dtype=object), 'answer_start': [np.int64(5)]}.
-    No code in the string is executed. Raises BadRow if the string is neither.
+    For example {'text': array(['x'], dtype=object), 'answer_start': [np.int64(5)]}. Raises BadRow.
     """
     try:
         return json.loads(text)

@@ -2,10 +2,8 @@
 
 A pipe has no suffix: its first characters tell the format. A .json file is held in memory as a
 whole, with five times its size (36 MB: 180 MiB and half a second); the others are read row by row.
-
-Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. Bytes that are not UTF-8 are decoded to
-lone surrogates (PEP 383), which the check of an example detects: they make one example malformed
-instead of the whole file unreadable.
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. Other bytes are decoded to lone
+surrogates (PEP 383), which make one example malformed instead of the whole file unreadable.
 """
 from __future__ import annotations
 
@@ -42,10 +40,7 @@ class BadRow(ValueError):
 
 
 def open_rows(path: Union[str, Path]) -> BinaryIO:
-    """Open a file for `read_rows`; what can be read only once, as a pipe, is read into memory.
-
-    Raises UsageError if the file cannot be read.
-    """
+    """Open a file for `read_rows`; a pipe is read into memory. Raises UsageError."""
     try:
         if Path(path).is_file():
             return open(path, "rb")
@@ -57,14 +52,10 @@ def open_rows(path: Union[str, Path]) -> BinaryIO:
 
 def read_rows(path: Union[str, Path], file: BinaryIO,
               need_answers: bool = True) -> Iterator[Union[Row, BadRow]]:
-    """Yield the examples of a file in order.
+    """Yield the examples of a file: dictionaries of unchecked values, or BadRow.
 
-    Each is a dictionary with any of the columns, whose values are not checked, or a BadRow if it
-    cannot be read. path: names the format and the file in messages. need_answers: whether a table
-    (.csv, .parquet) must have a column of answers.
-
-    Raises UsageError if the file as a whole cannot be read: it is empty, compressed or corrupt, its
-    suffix is unknown, or a table lacks a column.
+    path: names the format and the file in messages. need_answers: whether a table must have a
+    column of answers. Raises UsageError if the file as a whole cannot be read.
     """
     head = file.read(4096)
     file.seek(0)
@@ -128,7 +119,7 @@ def _read_json(path, text):
 
 
 def _cause(error):
-    """Return why JSON cannot be decoded. Python refuses integers of more than 4,300 digits."""
+    # Python refuses integers of more than 4,300 digits.
     return error.msg if isinstance(error, json.JSONDecodeError) else "a number of too many digits"
 
 
@@ -185,7 +176,6 @@ def _read_csv(path, text, need_answers):
 
 
 def _names(header, separator):
-    """Return the names of a table's columns, in lower case."""
     return [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
 
 
@@ -205,7 +195,6 @@ def _read_parquet(path, file, need_answers):
 
 
 def _check_columns(path, names, need_answers):
-    """Raise UsageError if a table with the columns `names` lacks any that it needs."""
     missing = missing_columns(names, need_answers)
     if missing:
         raise UsageError(f"{path}: has no column {', '.join(missing)}; "

@@ -95,14 +95,11 @@ class _Recipe(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """A data set (columns id, question, context, answers) and the windows made from it.
+    """A data set and its windows."""
 
-    prefix: of the names of files and metrics that answers to them get.
-    """
-
-    examples: datasets.Dataset
+    examples: datasets.Dataset  # columns id, question, context, answers
     windows: Windows
-    prefix: str = ""
+    prefix: str = ""  # of the names of files and metrics that answers to them get
 
 
 def load_questions(settings: TrainSettings, tokenizer: QATokenizer,
@@ -155,10 +152,7 @@ def _windows(settings: Union[TrainSettings, InferSettings], tokenizer: QATokeniz
 
 
 def stop_tokenizer_threads() -> None:
-    """Make the tokenizers library use a single thread from now on.
-
-    If it had used threads, it would print a warning for every process that is forked later.
-    """
+    # If the tokenizers library had used threads, it would print a warning for every later fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -216,10 +210,9 @@ def make_windows(examples: datasets.Dataset, tokenizer: QATokenizer, *, max_seq_
 
 
 def _check_read_back(examples: datasets.Dataset, recipe: _Recipe) -> None:
-    """Warn if labels, read back as text, are often not the answers: with figures and an example.
+    """Warn if labels, read back as text, are often not the answers: see `QATokenizer`.
 
-    A tokenizer's character offsets may lie, see `QATokenizer`. Some difference is usual: an answer
-    may be a part of a word, and so of a token.
+    Some difference is usual: an answer may be a part of a word, and so of a token.
     """
     rows = numpy.linspace(0, len(examples) - 1, min(len(examples), 200)).astype(int).tolist()
     sample = examples.with_format("arrow")[rows]
@@ -245,11 +238,9 @@ def _check_read_back(examples: datasets.Dataset, recipe: _Recipe) -> None:
 
 
 def _fill_cache(folder: Path, make: Callable) -> None:
-    """Write the windows' files to `folder`, which appears when it is complete.
+    """Write the windows' files to `folder`, by make(cache_file_name=...), whole or not at all.
 
-    make(cache_file_name=...): writes them, in as many shards as there are processes. What killed
-    processes of this machine have left half-written is removed. Raises RunError if the folder
-    cannot be written.
+    What killed processes of this machine have left half-written is removed. Raises RunError.
     """
     host = socket.gethostname().replace(".", "-")
     for left in folder.parent.glob(f".windows-*.{host}.*.tmp"):
@@ -288,10 +279,9 @@ class FewQuestions:
 
 def windows_for_answers(settings: InferSettings, tokenizer: QATokenizer,
                         examples: Union[datasets.Dataset, FewQuestions]) -> Windows:
-    """Return the windows, with character offsets, of the questions that infer.py answers.
+    """Collective: return the windows, with character offsets, of the questions to answer.
 
-    The windows of FewQuestions are made in memory and are not cached. Collective. Raises UsageError
-    as `make_windows` does.
+    Those of FewQuestions stay in memory. Raises UsageError as `make_windows` does.
     """
     if isinstance(examples, FewQuestions):
         recipe = _recipe(tokenizer, labels=False, offsets=True, on_bad_row=settings.on_bad_row,
@@ -538,14 +528,10 @@ class Windows:
     """Windows as numpy arrays.
 
     source: the result of `make_windows`, a memory-mapped Arrow file, or a table in memory. Token
-    ids and character offsets are views of it.
+    ids and character offsets are views of it; a loader's workers open its file again.
 
     Attributes, int32 [windows] each: lengths (in tokens), example, cls_position, context_start,
-    second_text (None without token types), and start_position and end_position (None without
-    labels). `make_windows` defines them.
-
-    Pickling stores a memory-mapped source by the name of its file, so that the worker processes of
-    a loader open the file again instead of receiving a copy.
+    second_text (None without token types), start_position and end_position (None without labels).
     """
 
     def __init__(self, source: Union[datasets.Dataset, pa.Table]):
@@ -575,19 +561,12 @@ class Windows:
         return self._tokens[window]
 
     def offsets(self, window: int) -> numpy.ndarray:
-        """Return the characters of a window's context tokens, int32 [context tokens, 2].
-
-        For each token: the index in the context of its first character, and of the one after its
-        last. Only for windows that were made with `offsets`.
-        """
+        """Return the first character of each context token, and the one after its last, [N, 2]."""
         return self._characters[window].reshape(-1, 2)
 
 
 class _Lists:
-    """A column of lists. Indexing returns list `index` as a view.
-
-    An Arrow file stores a column in several chunks, each with an array of values of its own.
-    """
+    """A column of lists in one or several chunks. Indexing returns a list as a view."""
 
     def __init__(self, column: pa.ChunkedArray):
         chunks = [chunk for chunk in column.chunks if len(chunk)]

@@ -33,9 +33,8 @@ _LOCAL = {"trust_remote_code": False, "local_files_only": True}
 def load_config(settings: Settings, weights: bool = True):
     """Return transformers' configuration of the checkpoint settings.model_name_or_path.
 
-    It is a local folder or a name on the hub. weights: whether they are needed as well, in
-    safetensors. Raises what `check_checkpoint` raises, UsageError for an unknown activation, and
-    RunError if the checkpoint cannot be read.
+    weights: whether they are needed, too. Raises what `check_checkpoint` raises, UsageError for an
+    unknown activation, and RunError if the checkpoint cannot be read.
     """
     check_checkpoint(settings, weights)
     folder, name = _folder_and_name(settings, "model_name_or_path", weights)
@@ -128,10 +127,9 @@ def save_model(model: ForSpans, folder: Union[str, Path],
                optimizer_state: Optional[Dict[str, Any]] = None) -> None:
     """Write config.json and model.safetensors to `folder`, for transformers' from_pretrained.
 
-    The weights are float32 whatever the model computes in: a program that trains on computes in the
-    file's type unless it is told otherwise, and in float16 most updates of a small learning rate
-    are rounded away. optimizer_state: see `_float32_weights`. Raises OSError, or what safetensors
-    raises in its place.
+    The weights are float32: a program that trains on computes in the file's type unless it is told
+    otherwise, and in float16 most updates of a small learning rate are rounded away. Raises
+    OSError, or what safetensors raises in its place.
     """
     with _quiet_transformers():
         model.save_pretrained(folder, state_dict=_float32_weights(model, optimizer_state or {}),
@@ -164,10 +162,7 @@ def _float32_weights(model: ForSpans, optimizer_state: Dict[str, Any]) -> Dict[s
 def write_checkpoint_files(model: ForSpans, folder: Union[str, Path],
                            optimizer_state: Dict[str, Any], tokenizer: QATokenizer,
                            ipu_config: IPUConfig, settings: TrainSettings) -> None:
-    """Write all that infer.py needs to `folder`: model, tokenizer, ipu_config.json, settings.
-
-    Raises OSError, or what safetensors and tokenizers raise in its place.
-    """
+    """Write all that infer.py needs to `folder`. Raises as `save_model` and `tokenizer.save`."""
     save_model(model, folder, optimizer_state)
     tokenizer.save(folder)
     ipu_config.write(Path(folder) / IPU_CONFIG_NAME)
@@ -175,10 +170,7 @@ def write_checkpoint_files(model: ForSpans, folder: Union[str, Path],
 
 
 def _folder_and_name(settings: Settings, kind: str, weights: bool) -> Tuple[Path, str]:
-    """Return the folder of the checkpoint that the setting `kind` names, and what to call it.
-
-    weights: whether they are needed, too. Raises what `checkpoint_folder` raises.
-    """
+    """Return the folder of the checkpoint that the setting `kind` names, and what to call it."""
     name, source = getattr(settings, kind), settings.source(kind)
     revision = settings.model_revision if kind == "model_name_or_path" else "main"
     return checkpoint_folder(name, source, revision, settings.hub_token,
@@ -189,8 +181,7 @@ def _folder_and_name(settings: Settings, kind: str, weights: bool) -> Tuple[Path
 def _explained(name: str, part: str) -> Iterator[None]:
     """Silence transformers in the block, and turn its errors into a RunError of one line.
 
-    name: what to call the checkpoint. part: what of it is loaded. transformers, tokenizers and
-    safetensors raise errors of their own, and a damaged file may cause any other.
+    name: what to call the checkpoint. part: what of it is loaded.
     """
     try:
         with _quiet_transformers():
@@ -201,10 +192,7 @@ def _explained(name: str, part: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers in the block; callers report what matters in one line of their own.
-
-    Its progress bars would add a line to the output for every checkpoint.
-    """
+    """Silence transformers in the block, its bars too; callers report what matters in one line."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -219,10 +207,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _check_tokenizer_files(folder: Path, name: str) -> None:
-    """Raise RunError if `folder` has no tokenizer, or one whose package is not installed.
-
-    transformers would name another package, or make a tokenizer that knows nothing.
-    """
+    # transformers would name another package, or make a tokenizer that knows nothing.
     pieces = sorted(path.name for path in folder.glob("*.model"))
     if pieces and find_spec("sentencepiece") is None:
         raise RunError(f"{name}: has its tokenizer only in {pieces[0]}, which needs the package "
@@ -256,7 +241,6 @@ def _check_loaded(model: ForSpans, info: Dict[str, Any], name: str) -> None:
 
 
 def _cause(error: Exception, part: str) -> str:
-    """Return why a part of a checkpoint could not be loaded, and what to do about it."""
     text = " ".join(str(error).split())
     package = re.search(r"requires the (\S+) library|No module named '?([\w.]+)|"
                         r"`pip install (\w[\w-]*)", text)

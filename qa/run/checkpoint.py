@@ -210,9 +210,8 @@ class Checkpoints:
             self.best = former
 
     def load_best(self, state: TrainingState, evaluate: Callable[[], Dict[str, float]]) -> int:
-        """Put the weights of the best evaluation into the model; return its step.
+        """Put the weights of the best evaluation, if asked for, into the model; return its step.
 
-        Without --load_best_model_at_end, or if the last step is the best, they stay as they are.
         evaluate: returns the metrics of `state`.
         """
         # The run may have been stopped while it evaluated the last step.
@@ -271,15 +270,14 @@ class Checkpoints:
 
     def newest_of_run(self) -> Checkpoint:
         """Return the newest complete checkpoint of this run. Raises RunError if there is none."""
-        return load_checkpoint(processes.on_first(self._newest_complete))
-
-    def _newest_complete(self) -> str:
-        for folder in reversed(self._of_this_run):
-            if find_fault(folder) is None:
-                return str(folder)
-        raise RunError(
-            f"there is no whole checkpoint of this run in {self.output_dir} to go back to; "
-            "save some with --save_steps")
+        complete = (str(folder) for folder in reversed(self._of_this_run)
+                    if find_fault(folder) is None)
+        newest = processes.on_first(next, complete, None)
+        if newest is None:
+            raise RunError(
+                f"there is no whole checkpoint of this run in {self.output_dir} to go back to; "
+                "save some with --save_steps")
+        return load_checkpoint(newest)
 
 
 def check_output_folder(settings: TrainSettings) -> None:
@@ -304,10 +302,9 @@ def check_output_folder(settings: TrainSettings) -> None:
 
 
 def find_checkpoint(output_dir: Union[str, Path], which: str) -> Optional[Path]:
-    """Return the folder of the checkpoint that --resume_from_checkpoint refers to.
+    """Return the folder of the checkpoint that --resume_from_checkpoint `which` refers to.
 
-    which: a path, or "auto" for the newest complete checkpoint in `output_dir`, None without one.
-    Raises UsageError if `which` is a path that is not a complete checkpoint.
+    "auto" is the newest complete one in `output_dir`, if any. Raises UsageError for a path of none.
     """
     if which == "auto":
         for folder in reversed(list_checkpoints(output_dir)):
@@ -388,8 +385,7 @@ def _check_match(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
 
 
 def _as_text(value: Any) -> str:
-    """Return a setting's value for a message. Without --max_steps, the rows have -1."""
-    return "not given" if value in (None, -1) else str(value)
+    return "not given" if value in (None, -1) else str(value)  # -1: the rows' --max_steps
 
 
 def _what_is_left(output_dir: Union[str, Path]) -> str:

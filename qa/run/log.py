@@ -4,7 +4,7 @@ run.json holds what is needed to repeat the run. Each line of log.jsonl is a JSO
 keys `event`, `step` and `time` (ISO 8601, UTC). The events and their further keys:
 
     started, resumed    device ("IPU" or "host"); from, the checkpoint
-    log                 epoch, loss (mean of the last --logging_steps steps), learning_rate,
+    log                 epoch, loss (mean over the windows since the last one), learning_rate,
                         windows_per_second, rows_per_second, and the shares of the time in which the
                         host waited for data, for the device, and did the rest (evaluating, saving):
                         data_share, step_share, rest_share
@@ -15,8 +15,8 @@ keys `event`, `step` and `time` (ISO 8601, UTC). The events and their further ke
     stopped             signal
     trained             the figures of train_results.json
 
-A run that continues from a checkpoint continues its log, without the lines of the steps that it
-repeats. One on synthetic data has synthetic_log.jsonl. TensorBoard and wandb get the same numbers.
+A resumed run continues its log, without the lines of the steps that it repeats. One on synthetic
+data has synthetic_log.jsonl. TensorBoard and wandb get the same numbers.
 """
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ import shlex
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Union
 
 import torch
 from tqdm import tqdm
@@ -78,7 +77,7 @@ class RunLog:
               resumed: Optional["Checkpoint"] = None) -> None:
         """Write run.json, and begin the log or continue the one of the run that saved `resumed`.
 
-        ipu_config: the training pipeline's, with all values resolved. Raises OSError for run.json.
+        ipu_config: the training pipeline's. Raises OSError for run.json.
         """
         if processes.is_first() and not self.settings.dry_run:
             write_json(self._folder / "run.json",
@@ -98,7 +97,9 @@ class RunLog:
             self._open(read_log(self._path), None)
         line = {"event": event, "step": step, "epoch": epoch, **values, "time": _now()}
         line = {key: value for key, value in line.items() if value is not None}
-        self._attempt(self._append, json.dumps(line) + "\n")
+        if processes.is_first():
+            with _warned(self._path), open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         if event in ("log", "evaluation"):
             group = _GROUPS.get(values.get("questions"), "train")
             numbers = {f"{group}/{key}": value for key, value in line.items()
@@ -111,27 +112,12 @@ class RunLog:
     def _open(self, lines: List[Dict[str, Any]], first_step: Optional[int]) -> None:
         """Start the file with `lines`. TensorBoard discards its events from `first_step` on."""
         self._begun = True
-        self._attempt(self._rewrite, lines)
+        if processes.is_first():
+            with _warned(self._path), written_whole(self._path) as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         if processes.is_first() and not self.settings.synthetic_data:
             self._reporters = [_REPORTERS[name](self.settings, first_step)
                                for name in self.settings.report_to if name in _REPORTERS]
-
-    def _rewrite(self, lines: List[Dict[str, Any]]) -> None:
-        with written_whole(self._path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-
-    def _append(self, text: str) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(text)
-
-    def _attempt(self, write: Callable, what: Any) -> None:
-        if not processes.is_first():
-            return
-        try:
-            write(what)
-        except OSError as error:
-            tqdm.write(f"warning: {self._path}: cannot write it ({error.strerror or error}); "
-                       "the run goes on")
 
     def __enter__(self) -> "RunLog":
         return self
@@ -139,8 +125,18 @@ class RunLog:
     def __exit__(self, kind: Any, *exception: Any) -> None:
         for reporter in self._reporters:
             reporter.close()
-        if kind is None and self._begun and not self.settings.synthetic_data:
-            self._attempt(partial(_draw_curves, read_log(self._path)), self._folder / CURVES)
+        if (kind is None and self._begun and processes.is_first()
+                and not self.settings.synthetic_data):
+            with _warned(self._folder / CURVES):
+                _draw_curves(read_log(self._path), self._folder / CURVES)
+
+
+@contextmanager
+def _warned(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"warning: {path}: cannot write it ({error.strerror or error}); the run goes on")
 
 
 def read_log(path: Union[str, Path]) -> List[Dict[str, Any]]:

@@ -92,8 +92,7 @@ class TrainingState:
     def restore(self, checkpoint: Optional[Checkpoint]) -> None:
         """Continue from `checkpoint`, if any. The model must have its weights, and be compiled.
 
-        Raises UsageError if its random state cannot be used, for instance that of another number of
-        replicas, or if another process has other weights.
+        Raises UsageError if its random state cannot be used, or if processes differ in weights.
         """
         if processes.count() > 1:
             checksum = 0
@@ -138,10 +137,7 @@ class TrainingState:
 
 
 def rng_of_process(checkpoint: Checkpoint, replicas: int) -> List[int]:
-    """Return this process's part of the checkpoint's rng_state.
-
-    Raises UsageError if it is of another number of replicas in all processes.
-    """
+    """Return this process's part of rng_state. Raises UsageError if it is of other replicas."""
     # How long a replica's state is, only the device knows, and before its first run PopTorch does
     # not ask it (_poplar_executor.py, rng_state).
     seed, *states = checkpoint.rng_state
