@@ -6,9 +6,9 @@ Its engine takes a Job, which holds counts of the real model, and returns a Plan
 their imports, from the bottom:
 
     phase                   training and inference: what differs between the two pipelines
-    count                   what each block of the model needs: parameters, FLOPs, saved bytes
     machine                 documented figures of Mk2 and Bow, and the fitted efficiencies
     job from_settings       Job: counted blocks, layout, IPU configuration; from flags
+    count                   what each block of the model needs: parameters, FLOPs, saved bytes
     totals memory           bytes on each IPU (weights, stash ...), from sums over a stage
     schedule throughput     steps of the pipeline, depth of the stash; seconds of a stage
     plan                    Plan: all of the above for one job

@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 from planner.flags import flags_text
 from planner.job import Job
 from planner.plan import Plan, make_plan
-from planner.search import best_split, split_settings
+from planner.search import FASTER, best_split, split_settings
 from runtime.errors import UsageError
 
 # Settings of the pipeline by their names in training, and what else to say of the change.
@@ -39,16 +39,16 @@ class Change(NamedTuple):
 
 
 def changes(plan: Plan) -> List[Change]:
-    """Return the changes that fit and are over 0.5 % faster than `plan`, the fastest first.
+    """Return the changes that fit and are FASTER than `plan`, the fastest first.
 
     Two changes together are among them where they beat any one. The best split is among the first
     four, which are what is shown.
     """
     planned = planned_changes(plan)
-    floor = 1.005 * plan.windows_per_second if plan.fits else 0
+    floor = FASTER * plan.windows_per_second if plan.fits else 0
     better = sorted((change for change in planned if change.fits_above(floor)),
                     key=lambda change: -change.plan.windows_per_second)
-    most = max([floor, *(1.005 * change.plan.windows_per_second for change in better)])
+    most = max([floor, *(FASTER * change.plan.windows_per_second for change in better)])
     pairs = [pair for pair in _pairs(plan, planned) if pair.fits_above(most)]
     shown = [max(pairs, key=lambda pair: pair.plan.windows_per_second)] if pairs else []
     split = [change for change in better if change.remark == SPLIT]
@@ -81,8 +81,7 @@ def _pairs(plan: Plan, planned: Sequence[Change]) -> Iterator[Change]:
         job = change.plan.job
         cut = best_split(job, plan.efficiencies)
         split = {} if cut is None else split_settings(job, cut)
-        if split.get("layers_per_ipu") not in (
-                None, job.layout.layers_per_ipu(job.config.num_ipus())):
+        if split.get("layers_per_ipu") not in (None, job.config.layers_per_ipu):
             yield from _planned(plan, {**change.settings, **split}, change.remark, SPLIT)
 
 

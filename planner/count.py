@@ -9,7 +9,7 @@ real model runs, the counts follow from the checkpoint, the row length and any e
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
 import torch
@@ -18,41 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ipu_options.ipu_kernels import IPU_KERNELS
 from ipu_options.layout import make_layout
+from planner.job import BlockCounter, CountedBlock
 from qa.families import row_kind
 from qa.model.parallelize import parallelize
 from qa.model.roberta import model_class
 
-
-@dataclass(frozen=True)
-class CountedBlock:
-    """The counts of one block for one micro-batch.
-
-    Bytes are those of the model's own types. A multiply-add counts as two FLOPs.
-    """
-
-    name: str
-    kind: str                # "embedding", "layer" or "head"
-    parameters: int = 0
-    largest_parameter: int = 0   # elements of the largest parameter tensor
-    forward_flops: int = 0
-    backward_flops: int = 0
-    forward_matmuls: int = 0     # number of matrix multiplications
-    backward_matmuls: int = 0
-    # What all other operations compute: the elements of their results, once for each pass over them
-    # (_PASSES).
-    forward_elements: int = 0
-    backward_elements: int = 0
-    # What is kept for the backward pass: each storage once, without parameters and dropout masks.
-    saved_bytes: int = 0
-    saved_results: int = 0   # those of them that are as large as result_bytes, in bytes
-    input_bytes: int = 0
-    output_bytes: int = 0
-    result_bytes: int = 0    # the largest result of an operation in the forward pass
-    linear_bytes: int = 0    # the largest result of a linear layer
-    matmul_bytes: int = 0    # operands and result of the largest matrix multiplication
-
-
-BlockCounter = Callable[..., Sequence[CountedBlock]]
 _COUNTS: Dict[Tuple, List[List[CountedBlock]]] = {}  # by all that it depends on
 
 

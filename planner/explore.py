@@ -155,9 +155,9 @@ def flags_to(base: Planned, plan: Plan) -> Dict[str, Any]:
 
 def best(base: Planned) -> Plan:
     """Return the best plan on the pod, or on the IPUs that a plan takes if those are more."""
-    job, request = base.plan.job, base.request
-    ipus = max(POD_IPUS[pod_of(job.ipus)], POD_IPUS[request.settings.pod_type])
-    return search(job, ipus, request.ipu_config, base.plan.efficiencies, 1)[0][0]
+    request = base.request
+    ipus = max(POD_IPUS[pod_of(base.plan.job.ipus)], POD_IPUS[request.settings.pod_type])
+    return search(base.plan, ipus, request.ipu_config, 1)[0][0]
 
 
 def serve_planner(request: Request, exploring: ExploreSettings) -> None:

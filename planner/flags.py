@@ -4,12 +4,13 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from ipu_options.config import POD_IPUS, IPUConfig
 from planner.phase import INFERENCE, TRAINING, Phase
-from qa.settings import TrainSettings, refuse_several_hosts
+from qa.settings import TrainSettings, check_writable, refuse_several_hosts
 from runtime.errors import UsageError
 from runtime.flags import Settings, flag
 
@@ -189,6 +190,20 @@ class ExploreSettings(PhaseFlags):
 @dataclass
 class CompareSettings(OutputFlags, PhaseFlags):
     """The comparison."""
+
+
+def check_output(output: Settings) -> None:
+    """Raise UsageError unless each file that a command's flags name can be written: before work."""
+    for name, endings in {"plot": (".png", ".svg", ".pdf"), "html": (".html", ".htm"),
+                          "write": "", "output": ""}.items():
+        path = getattr(output, name, None)
+        if path is not None:
+            if not path.lower().endswith(endings):
+                raise UsageError(f"--{name} {path}: name a {' or '.join(endings)} file")
+            check_writable(Path(path), f"--{name} {path}")
+    if getattr(output, "html", None) and find_spec("plotly") is None:
+        raise UsageError("--html needs plotly, which is not installed: "
+                         "pip install -r requirements-pages.txt")
 
 
 def flag_words(settings: Dict[str, Any]) -> List[str]:

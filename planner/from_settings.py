@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
@@ -19,6 +19,7 @@ from planner.phase import INFERENCE, PHASES, TRAINING, Phase
 from planner.plan import Plan, make_plan
 from planner.search import settings_in, settings_of
 from qa.data import demo
+from qa.families import check_checkpoint, check_config, check_row_length, family_of, most_tokens
 from qa.settings import TrainSettings, train_settings
 from runtime.errors import UsageError
 from runtime.files import read_json_object, writing
@@ -43,13 +44,12 @@ def make_job(request: Request) -> Job:
 
     Raises UsageError for a pipeline that is not possible, and what `planned_model` raises.
     """
-    from planner.count import make_counter
-    from qa.families import check_row_length, most_tokens
-
     settings, ipu_config, planning, phase, _ = request
     model = planned_model(request)
+    from planner.count import make_counter  # takes seconds, for torch
     config, layout, _ = vars(phase.pipeline(
         ipu_config, model.num_hidden_layers, planned_pod(request))).values()
+    config = replace(config, layers_per_ipu=layout.layers_per_ipu(config.num_ipus()))
     check_row_length(settings, most_tokens(model))
     packed = _packed_windows_per_row(request)
     if settings.pack and packed is None:
@@ -190,14 +190,13 @@ def planned_model(request: Request) -> Any:
 
     Raises UsageError for an unsuitable model, RunError if its configuration cannot be loaded.
     """
-    from qa.families import family_of
-
     settings, planning = request.settings, request.planning
     if planning.config_json is not None:
         model = _from_json(planning.config_json)
     elif settings.demo_data:
         model = _configuration({"model_type": "roberta", **demo.MODEL})
     elif planning.needs_checkpoint(settings):
+        check_checkpoint(settings, weights=False)  # before torch is imported
         from qa.model.pretrained import load_config
         model = load_config(settings, weights=False)
     else:
@@ -230,8 +229,6 @@ def planned_name(request: Request) -> str:
 
 def _from_json(path: str) -> Any:
     from transformers import AutoConfig
-
-    from qa.families import check_config
     source = f"--config_json {path}"
     if not Path(path).is_file():
         raise UsageError(f"{source}: no such file; name the config.json of a checkpoint")
@@ -244,8 +241,6 @@ def _from_json(path: str) -> Any:
 
 def _configuration(values: dict) -> Any:
     from transformers import AutoConfig
-
-    from qa.families import family_of
     names = family_of(SimpleNamespace(**values)).own_names
     return AutoConfig.for_model(**{names.get(name, name): value for name, value in values.items()})
 

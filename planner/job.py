@@ -2,13 +2,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 from ipu_options.config import IPUS_OF_A_HOST, IPUConfig, packed_accumulation, reserved_ipus
 from ipu_options.layout import Layout, least_accumulation
-from planner.count import BlockCounter, CountedBlock
 from planner.machine import Machine
 from planner.phase import TRAINING, Phase
+
+
+@dataclass(frozen=True)
+class CountedBlock:
+    """The counts of one block for one micro-batch.
+
+    Bytes are those of the model's own types. A multiply-add counts as two FLOPs.
+    """
+
+    name: str
+    kind: str                # "embedding", "layer" or "head"
+    parameters: int = 0
+    largest_parameter: int = 0   # elements of the largest parameter tensor
+    forward_flops: int = 0
+    backward_flops: int = 0
+    forward_matmuls: int = 0     # number of matrix multiplications
+    backward_matmuls: int = 0
+    # What all other operations compute: the elements of their results, once for each pass over them
+    # (_PASSES).
+    forward_elements: int = 0
+    backward_elements: int = 0
+    # What is kept for the backward pass: each storage once, without parameters and dropout masks.
+    saved_bytes: int = 0
+    saved_results: int = 0   # those of them that are as large as result_bytes, in bytes
+    input_bytes: int = 0
+    output_bytes: int = 0
+    result_bytes: int = 0    # the largest result of an operation in the forward pass
+    linear_bytes: int = 0    # the largest result of a linear layer
+    matmul_bytes: int = 0    # operands and result of the largest matrix multiplication
+
+
+BlockCounter = Callable[..., Sequence[CountedBlock]]
 
 
 @dataclass(frozen=True)
@@ -17,7 +48,7 @@ class Job:
 
     blocks: Tuple[CountedBlock, ...]     # of one micro-batch, in the order of execution
     layout: Layout
-    # As the user would give it, with by-pod values resolved; of inference, IPUConfig.inference().
+    # With by-pod values and equal shares of layers resolved; of inference, IPUConfig.inference().
     config: IPUConfig
     machine: Machine
     micro_batch_size: int                # in rows

@@ -2,27 +2,13 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from typing import Any, Optional, Sequence
 
 from planner.page import write_page
 from planner.pictures import draw
 from planner.sides import Side
 from planner.text import Ranking, comparison_text, legend, table, verdict
-from runtime.errors import UsageError
 from runtime.flags import Settings
-
-
-def check_output(output: Settings) -> None:
-    """Raise UsageError if --plot or --html names no file that can be written: before any work."""
-    plot, page = getattr(output, "plot", None), getattr(output, "html", None)
-    if plot and not plot.lower().endswith((".png", ".svg", ".pdf")):
-        raise UsageError(f"--plot {plot}: name a .png, .svg or .pdf file")
-    if page and find_spec("plotly") is None:
-        raise UsageError("--html needs plotly, which is not installed: "
-                         "pip install -r requirements-pages.txt")
-    if page and not page.lower().endswith((".html", ".htm")):
-        raise UsageError(f"--html {page}: name an .html file")
 
 
 def present(sides: Sequence[Side], output: Settings, title: str, record: Any = None,

@@ -48,13 +48,13 @@ def open_profile(path: str) -> Profile:
 
     Raises UsageError if pva or the profile is missing, RunError if pva cannot read it.
     """
+    file = profile_file(path)
     try:
         import pva
     except ImportError:
         raise UsageError(
             "reading a profile needs pva, which comes with the Poplar SDK and not from a package "
             "index: run this where the SDK is enabled (source its poplar enable.sh)")
-    file = profile_file(path)
     try:
         return read_profile(pva.openReport(str(file)))
     except Exception as error:  # pva has its own exceptions, and RuntimeError for a broken file
@@ -63,12 +63,17 @@ def open_profile(path: str) -> Profile:
 
 def profile_file(path: str) -> Path:
     """Return `path`, or the newest profile.pop below it, of training if there is one."""
-    files = [Path(path)] if Path(path).is_file() else Path(path).rglob("profile.pop")
+    folder = Path(path)
+    if not folder.exists():
+        raise UsageError(f"{path}: no such file or folder; name a profile.pop, or the folder that "
+                         "was given to --profile_dir")
+    files = [folder] if folder.is_file() else folder.rglob("profile.pop")
     newest = max(files, key=lambda file: ("training" in file.parts, file.stat().st_mtime),
                  default=None)
     if newest is None:
-        raise UsageError(f"{path}: no profile.pop there; `python train.py --profile_dir {path}` "
-                         "on an IPU writes one")
+        kind = "a run's folder, which has" if (folder / "run.json").is_file() else "a folder with"
+        raise UsageError(f"{path}: {kind} no profile.pop in it; name the folder that was given to "
+                         "--profile_dir, where a run on IPUs writes one")
     return newest
 
 

@@ -19,8 +19,7 @@ import numpy as np
 
 from ipu_options.config import IPUConfig, pod_of, reserved_ipus
 from ipu_options.layout import Layout, in_ipus, least_accumulation
-from planner.count import CountedBlock
-from planner.job import Job
+from planner.job import CountedBlock, Job
 from planner.machine import Efficiencies
 from planner.memory import stage_memory
 from planner.phase import INFERENCE
@@ -32,6 +31,7 @@ from runtime.flags import Source, make_settings
 
 SERIALIZATION_FACTORS = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+FASTER = 1.005  # a smaller gain is none
 ITERATIONS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches of an inference call
 MATMUL_PROPORTION = 0.25  # used if the job gives a proportion per IPU, for another number of IPUs
 
@@ -43,24 +43,26 @@ class Cut(NamedTuple):
     slowest_seconds: float    # of the slowest stage for one micro-batch, without copies
 
 
-def search(job: Job, ipus: int, whole: IPUConfig, efficiencies: Efficiencies = Efficiencies(),
-           keep: int = 5) -> Tuple[List[Plan], int]:
+def search(now: Plan, ipus: int, whole: IPUConfig, keep: int = 5) -> Tuple[List[Plan], int]:
     """Return the `keep` best plans that fit on `ipus` IPUs, and the number of settings tried.
 
-    job: gives all that is not searched, among it the batch size, which the learning rate was chosen
+    Where the plan `now` runs there, they are FASTER than it; if none is, it is the only one. Its
+    job gives all that is not searched, among it the batch size, which the learning rate was chosen
     for. Its `count` must be set, and for inference its `windows`. whole: the configuration of the
     run, with which train.py must take what is found. Training's plans are sorted by speed,
     inference's by the time for all windows in steps of 2 %, then by the rows of a call. Raises
     UsageError if nothing fits.
     """
-    plans, tried = [], 0
+    job, plans, tried = now.job, [], 0
     for candidate in (_candidates if job.training else _inference_candidates)(job, ipus):
         tried += 1
-        cut = best_split(candidate, efficiencies)
+        cut = best_split(candidate, now.efficiencies)
         if cut is not None:
-            plan = make_plan(with_cut(candidate, cut), efficiencies)
+            plan = make_plan(with_cut(candidate, cut), now.efficiencies)
             if _runs(plan, whole, ipus):
                 plans.append(plan)
+    if now.fits and job.ipus <= ipus and _runs(now, whole, ipus):
+        plans = [plan for plan in plans if gain(plan, now) > FASTER] or [now]
     if not plans:
         batch = f" with {job.batch_size} rows a weight update" if job.training else ""
         raise UsageError(
@@ -75,6 +77,15 @@ def search(job: Job, ipus: int, whole: IPUConfig, efficiencies: Efficiencies = E
         plans.sort(key=lambda plan: (
             round(np.log(plan.run_seconds) / 0.02), plan.job.rows_per_update))
     return _distinct(plans)[:keep], tried
+
+
+def gain(plan: Plan, now: Plan) -> float:
+    """Return how many times as fast as `now` a plan is.
+
+    An inference run is a whole number of calls: its duration is what counts.
+    """
+    return (plan.windows_per_second / now.windows_per_second if plan.job.training else
+            now.run_seconds / plan.run_seconds)
 
 
 def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:

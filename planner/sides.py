@@ -5,22 +5,24 @@ The plan of a side is a dictionary (`plan_record`): a saved one is as good as a 
 from __future__ import annotations
 
 import shlex
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig, pod_of
 from planner.advice import changes, describe, suggestion
 from planner.bound import bound_record, stage_composition
 from planner.confidence import CONFIDENCE, expected_error
-from planner.flags import SHAPE, JobSettings, Request
+from planner.flags import SHAPE, JobSettings, Request, check_output
 from planner.from_settings import planned, planned_model, planned_name, pod_note
 from planner.memory import reasons
 from planner.phase import INFERENCE, PHASES, TRAINING, Phase
 from planner.plan import Plan, latency_seconds
 from planner.profile import Profile, open_profile, profile_file
+from qa.families import family_of
 from qa.settings import TrainSettings, parse_train
-from runtime.errors import RunError, UsageError
+from runtime.errors import RunError, UsageError, one_line
 from runtime.files import read_json_object
 from runtime.flags import Parser, Source, add_flags, make_settings
 
@@ -31,8 +33,7 @@ USAGE = (
 RUN_RECORD, PROFILE_NOTE = "run.json", "framework.json"
 _NAMES_ONLY = ("config", "output_dir")  # settings that name a run rather than how it works
 THIS_HOST = "this host"  # where a sweep measured, if not on IPUs
-SAVED = ("phase", "title", "ipus", "stages", "blocks", "model", "update_parts_seconds",
-         "efficiencies", "group_seconds")  # what a saved plan must have
+_RECORDED = ("config", "model_name_or_path", "pod_type", "max_seq_length", "layers_per_ipu")
 DEVICES = {"IPU": "IPUs", "host": "a host without IPUs"}
 
 
@@ -96,25 +97,24 @@ class Side:
     @classmethod
     def from_saved_plan(cls, name: str, item: str, plan: Dict[str, Any]) -> "Side":
         """Return a plan that `plan --json` printed. Raises UsageError if parts are missing."""
-        missing = [key for key in SAVED if key not in plan]
-        if missing:
-            raise UsageError(f"not whole, without {', '.join(missing)}: give what `python -m "
-                             "planner plan --json` printed")
-        known = {PHASES[plan["phase"]].micro_batch_flag: plan["micro_batch_size"],
-                 "max_seq_length": plan["max_seq_length"], "precision": plan["precision"]}
-        return cls(name, item, "saved plan", f"{plan['title']}, {item}",
-                   {**known, **_recorded_settings(plan)}, plan)
+        with whole_plan():
+            known = {PHASES[plan["phase"]].micro_batch_flag: plan["micro_batch_size"],
+                     "max_seq_length": plan["max_seq_length"], "precision": plan["precision"]}
+            return cls(name, item, "saved plan", f"{plan['title']}, {item}",
+                       {**known, **_recorded_settings(plan)}, plan)
 
     @classmethod
     def from_run(cls, name: str, item: str, common: List[str], phase: Phase) -> "Side":
         if phase is INFERENCE:
             raise UsageError("a run's figures are those of training: leave out --inference, or "
                              "give its ipu_config.json")
-        record, values = read_json_object(Path(item, RUN_RECORD), f"{item}/{RUN_RECORD}"), {}
-        for key in ("settings", "ipu_config"):
-            if not isinstance(record.get(key), dict):
-                raise UsageError(f"{RUN_RECORD} has no {key}: it is not what train.py wrote")
-            values.update(record[key])
+        record = read_json_object(Path(item, RUN_RECORD), f"{item}/{RUN_RECORD}")
+        values = {name: value for key in ("settings", "ipu_config") for name, value in (
+            record[key].items() if isinstance(record.get(key), dict) else ())}
+        missing = [key for key in _RECORDED if values.get(key) is None]
+        if missing:
+            raise UsageError(f"{RUN_RECORD} has no {', '.join(missing)}: give the folder of a run "
+                             "as train.py wrote it")
         measured = _measured(Path(item))
         per_row = measured.get("windows_per_row") if values.get("pack") else None
         settings, plan, note = _replanned(values, f"{item}/{RUN_RECORD}", common, per_row)
@@ -152,6 +152,16 @@ class Side:
             self.measured.get("device") == device) else None
 
 
+@contextmanager
+def whole_plan(where: str = "") -> Iterator[None]:
+    """Turn the error of a block that misses something in a saved plan into a UsageError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UsageError(f"{where}not a whole plan ({one_line(error)}): give what `python -m "
+                         "planner plan --json` printed") from error
+
+
 def parse_around(argv: Sequence[str], group: type, command: str, description: str
                  ) -> Tuple[List[str], Any, List[str]]:
     """Return (further words, the flags `group` of a command, the words after "--") of `argv`."""
@@ -163,7 +173,9 @@ def parse_around(argv: Sequence[str], group: type, command: str, description: st
     # Otherwise `--json A B` would take A for the value of --json.
     flags, further = parser.parse_known_args(
         [f"{word}=true" if word in switches else word for word in words[:cut]])
-    return further, make_settings(group, [Source(vars(flags))]), words[cut + 1:]
+    own = make_settings(group, [Source(vars(flags))])
+    check_output(own)
+    return further, own, words[cut + 1:]
 
 
 def comparison_record(sides: Sequence[Side]) -> Dict[str, Any]:
@@ -191,19 +203,8 @@ def asked_for(sides: Sequence[Side], asked: bool) -> Sequence[Side]:
             for side in sides]
 
 
-def check_phases(sides: Sequence[Side]) -> None:
-    """Raise UsageError if there are plans of training and of inference."""
-    phases = {side.plan["phase"]: side for side in sides if side.plan}
-    if len(phases) > 1:
-        raise UsageError(" and ".join(f"{side.name} is of {phase}" for phase, side in
-                                      sorted(phases.items(), reverse=True)) +
-                         ": compare plans of one kind (--inference plans all for inference)")
-
-
 def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
     """Return a plan as a dictionary for JSON, with units in the keys."""
-    from qa.families import family_of
-
     job, config, settings, planning = plan.job, plan.job.config, request.settings, request.planning
     model, limit = planned_model(request), job.machine.memory_bytes
     family_names = family_of(model).own_names
@@ -247,15 +248,14 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         "blocks": [{"name": block.name, "ipu": ipu, **{name: getattr(block, name) for name in (
             "parameters", "forward_flops", "backward_flops", "saved_bytes", "output_bytes")}}
             for block, (_, ipu) in zip(job.blocks, job.layout.blocks())],
-        "machine": job.machine.name, "ipus_in_all": job.ipus, "hosts": job.hosts,
-        "instances": job.hosts, "micro_batches": job.micro_batches,
+        "machine": job.machine.name, "ipus_in_all": job.ipus, "instances": job.hosts,
         "ipus_per_replica": config.num_ipus(),
-        "layers_per_ipu": job.layout.layers_per_ipu(config.num_ipus()),
         **{name: getattr(job, name) for name in (
-            "precision", "max_seq_length", "micro_batch_size", "rows_per_update")},
+            "hosts", "precision", "max_seq_length", "micro_batch_size", "micro_batches",
+            "rows_per_update")},
         **{name: getattr(config, name) for name in (
-            "gradient_accumulation_steps", "replication_factor", "embedding_serialization_factor",
-            "optimizer_state_offchip")},
+            "layers_per_ipu", "gradient_accumulation_steps", "replication_factor",
+            "embedding_serialization_factor", "optimizer_state_offchip")},
         "ipu_config": config.values(), "efficiencies": dict(vars(plan.efficiencies))}
 
 
@@ -276,12 +276,12 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
     if windows_per_row is not None and planning.windows_per_row is None:
         planning.windows_per_row = max(1.0, windows_per_row)
     try:
-        record = Source({key: value for key, value in values.items() if value is not None}, source)
+        # With files of its own, a run has no data set, which no flag can say.
+        record = Source({key: value for key, value in values.items()
+                         if (key, value) != ("dataset_name", None)}, source)
         settings, ipu_config = make_settings(TrainSettings, [record]), make_settings(
             IPUConfig, [record])
-        # A run switches settings off that no flag can: dataset_name, if it has files of its own.
-        for key in set(settings.values()) & set(values):
-            setattr(settings, key, getattr(settings, key) if values[key] is not None else None)
+        settings.dataset_name = values.get("dataset_name")
         settings.config = str(values.get("config"))
         request = Request(settings, ipu_config, planning)
         side = Side.from_plan("", planned(request), request)

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
-from planner.flags import SweepSettings
-from planner.present import check_output, present
+from planner.flags import JobSettings, SweepSettings
+from planner.present import present
 from planner.sides import THIS_HOST, Side, parse_around
 from planner.text import ranking
 from planner.views import count, mib
+from qa.settings import parse_train, train_flags
 from runtime.errors import RunError, UsageError
 from runtime.files import writing, written_whole
 
@@ -30,18 +32,18 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def run_sweep(argv: Sequence[str]) -> int:
-    """Run the sweep that `argv` asks for (see USAGE), print its table and return the exit status.
+    """Plan every combination of some flags, and measure them with --run; return the exit status.
 
     The status is 1 if every combination was refused or failed. What the --output file holds as
     measured, for the same job, is not run again. Raises UsageError or RunError.
     """
     swept, sweeping, common = parse(argv)
-    check_output(sweeping)  # before a measurement of hours
+    combinations = [dict(zip(swept, values)) for values in itertools.product(*swept.values())]
+    _check_flags([_words(values) + common for values in combinations])
     output = Path(sweeping.output)
     rows, tried = read_rows(output), []
-    for combination in itertools.product(*swept.values()):
-        values = dict(zip(swept, combination))
-        words = [word for name, value in values.items() for word in (name, *value.split())]
+    for values in combinations:
+        words = _words(values)
         side, row = plan_row(words, common)
         earlier = [old for old in rows if _key(old) == _key(row)]
         done = [old for old in earlier if old["status"].startswith("measured")]
@@ -93,6 +95,21 @@ def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, Lis
         raise UsageError(f"{empty[0] if empty else 'sweep'}: give the values to try; "
                          f"usage: {USAGE}")
     return swept, sweeping, common
+
+
+def _words(combination: Dict[str, str]) -> List[str]:
+    return [word for name, value in combination.items() for word in (name, *value.split())]
+
+
+def _check_flags(combinations: Sequence[List[str]]) -> None:
+    """Raise UsageError, before any work, for flags that are wrong in each of the combinations."""
+    for words in combinations:
+        try:
+            parse_train(words, JobSettings, program="sweep", description=USAGE)
+            return
+        except UsageError as error:
+            wrong = error
+    raise wrong
 
 
 def plan_row(words: List[str], common: List[str]) -> Tuple[Side, Dict[str, Any]]:
@@ -155,18 +172,30 @@ def read_rows(path: Path, flag: str = "--output") -> List[Dict[str, str]]:
         return list(reader)
 
 
-def measured_runs(path: str) -> List[Tuple[List[str], float]]:
-    """Return (swept flags, windows/s) of each run in the table `path` that IPUs measured."""
-    if not Path(path).is_file():
-        raise UsageError(f"--measured {path}: no such file; `python -m planner sweep --run "
-                         f"--output {path}` writes one")
-    rows = read_rows(Path(path), "--measured")
+def measured_runs(measured: str) -> List[Tuple[Dict[str, Any], float]]:
+    """Return (flags beside the command's, windows/s) of each run that --measured gives.
+
+    It is windows_per_second=N, or a sweep's table, of which the rows count that IPUs measured.
+    """
+    source, path = f"--measured {measured}".strip(), Path(measured)
+    name, _, value = measured.partition("=")
+    with suppress(ValueError):
+        if name == "windows_per_second" and 0 < float(value) < float("inf"):
+            return [({}, float(value))]
+    if path.suffix != ".csv":
+        raise UsageError(f"{source}: give what the run reached, as --measured "
+                         "windows_per_second=1234, or a table of `sweep --run`")
+    if not path.is_file():
+        raise UsageError(f"{source}: no such file; `python -m planner sweep --run --output {path}` "
+                         "writes one")
+    rows = read_rows(path, "--measured")
     runs = [(row["setting"].split(), float(row["measured_windows_per_second"]))
             for row in rows if row["measured_on"] == "IPU"]
     if not runs:
-        raise UsageError(f"--measured {path}: none of its {len(rows)} rows was measured on an IPU; "
+        raise UsageError(f"{source}: none of its {len(rows)} rows was measured on an IPU; "
                          "`sweep --run` on an IPU host measures them")
-    return runs
+    return [(train_flags(words, JobSettings, program="calibrate", description=""), speed)
+            for words, speed in runs]
 
 
 def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:

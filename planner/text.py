@@ -6,14 +6,15 @@ import math
 import textwrap
 from typing import Any, Dict, List, Sequence, Tuple
 
+from ipu_options.layout import in_ipus
 from planner.calibrate import Comparison
 from planner.confidence import CONFIDENCE, PUBLISHED_RMS, expected_error
-from planner.flags import flags_text
 from planner.from_settings import hosts_text
-from planner.job import Job
 from planner.machine import MIB, Efficiencies
 from planner.phase import PHASES
-from planner.sides import DEVICES, Side, differences
+from planner.plan import Plan
+from planner.search import gain
+from planner.sides import DEVICES, Side, differences, whole_plan
 from planner.views import LEGEND, WORDS, View, count, duration, mib, percent, planned, views_of
 from runtime.errors import UsageError, counted
 
@@ -36,6 +37,19 @@ def comparison_text(sides: Sequence[Side]) -> str:
         sections.append(_differences(sides))
     sections += map(render, views_of(sides, names))
     return "\n\n".join(filter(None, sections))
+
+
+def check_sides(sides: Sequence[Side]) -> None:
+    """Raise UsageError for plans of training and of inference, and for a saved plan with holes."""
+    for side in sides:
+        if side.kind == "saved plan":
+            with whole_plan(f"{side.name}, {side.item}: "):
+                comparison_text([side])
+    phases = {side.plan["phase"]: side for side in planned(sides)}
+    if len(phases) > 1:
+        raise UsageError(" and ".join(f"{side.name} is of {phase}" for phase, side in
+                                      sorted(phases.items(), reverse=True)) +
+                         ": compare plans of one kind (--inference plans all for inference)")
 
 
 def render(view: View) -> str:
@@ -75,8 +89,10 @@ def profile_text(side: Side) -> str:
     """Return a profile beside the plan of its run. Raises UsageError if the IPUs differ."""
     ipus, of_plan = len(side.profile.total_bytes), len(side.plan["ipus"])
     if ipus != of_plan:
-        raise UsageError(f"the profile is of {ipus} IPUs, the plan of {of_plan}: give report the "
-                         "flags that the profiled run was started with")
+        raise UsageError(
+            f"{side.item}: its replica has {in_ipus(ipus)}, the plan of these flags {of_plan} "
+            f"(--layers_per_ipu {value_text(side.plan['layers_per_ipu'])}): give the flags that "
+            "the profiled run was started with; framework.json beside the profile has them")
     return "\n\n".join(map(render, views_of([side], ("memory", "profiled"))))
 
 
@@ -168,8 +184,9 @@ def _winner(plans: Sequence[Side]) -> List[str]:
     if a["ipus_in_all"] != b["ipus_in_all"]:
         lines[0] += f"; it takes {a['ipus_in_all']} IPUs in place of {b['ipus_in_all']}"
     elif more[most] > 0:
-        lines[0] += (f"; it costs {mib(more[most])} MiB on IPU {most}, and leaves "
-                     f"{mib(a['free_bytes'])} MiB free on the fullest")
+        lines[0] += (f"; it needs {mib(more[most])} MiB more than {other} on IPU {most}, and "
+                     f"leaves {mib(a['free_bytes'])} MiB free on IPU {a['fullest_ipu']}, its "
+                     "fullest")
     lines[0] += "."
     lines += [f"{side.name} does not fit: {'; '.join(side.plan['why_not'])}."
               for side in plans if not side.plan["fits"]]
@@ -280,31 +297,43 @@ def _short(value: Any) -> str:
     return " ".join(f"{one}x{times}" if times > 1 else f"{one}" for one, times in runs)
 
 
-def search_text(sides: Sequence[Side], flags: Sequence[Dict[str, Any]], tried: int, seconds: float,
-                job: Job) -> Tuple[str, Ranking]:
+def search_text(sides: Sequence[Side], changes: Sequence[Dict[str, Any]], plans: Sequence[Plan],
+                tried: int, seconds: float) -> Tuple[str, Ranking]:
     """Return the answer of a search as text, and its ranking.
 
-    sides: the settings as they are, then the plans from the best one on, with the `flags` of each.
-    tried: number of settings. job: of the best.
+    sides, plans: the settings as they are, then what was found, from the best one on. changes: the
+    flags of each. tried: number of settings.
     """
-    now, best = sides[0].plan, sides[1].plan
-    # An inference run is a whole number of calls: its duration is what counts.
-    ratios = [side.plan["windows_per_second"] / now["windows_per_second"] if job.training else
-              now["run_seconds"] / side.plan["run_seconds"] for side in sides]
+    now, best, job = sides[0].plan, sides[1].plan, plans[1].job
     what = "the weight updates" if job.training else f"all {now['windows']:,} windows"
-    shared = {name: value for name, value in flags[1].items()
-              if all(values.get(name) == value for values in flags[1:])}
-    lines = [f"1 does {what} {ratios[1]:.2f} times as fast as the settings now; it is the best of "
-             f"{tried}, each with its best split ({seconds:.1f} s).",
+    names = [name for name in dict.fromkeys(name for flags in changes for name in flags)
+             if not (job.training and name.startswith("inference_"))]
+    known = [{**side.settings, **job.phase.flags(
+        {**side.plan["ipu_config"], "micro_batch_size": side.plan["micro_batch_size"]})}
+        for side in sides]
+    settings = [{name: values[name] for name in names} for values in known]
+    shared = {name: value for name, value in settings[1].items()
+              if all(values[name] == value for values in settings[1:])}
+    tries = f"{tried} settings, each with its best split ({seconds:.1f} s)"
+    lines = [f"1 does {what} {gain(plans[1], plans[0]):.2f} times as fast as the settings now; it "
+             f"is the best of {tries}." if plans[1] is not plans[0] else
+             f"1 is the settings now: they are the fastest of {tries}.",
              fits_line(best), bound_line(best)]
+    if now["ipus_in_all"] > best["ipus_in_all"]:
+        lines.append(f"now takes {in_ipus(now['ipus_in_all'])}, more than the "
+                     f"{best['ipus_in_all']} searched for: it is shown to compare with.")
+    if not now["fits"]:
+        lines.append(f"now does not fit: {'; '.join(now['why_not'])}.")
     if job.hosts > 1:
         lines.append(f"1 takes {hosts_text(job)}")
-    lines.append("All have " + flags_text(shared) + "." if shared else "")
+    lines.append("All have " + ", ".join(
+        f"{name} {value_text(value)}" for name, value in shared.items()) + "." if shared else "")
     entries = []
-    for side, values, ratio in zip(sides, flags, ratios):
+    for side, values, one in zip(sides, settings, plans):
         plan = side.plan
         waits = plan["update_parts_seconds"]["waiting for the slowest IPU"]
-        cells = {"windows/s": count(plan["windows_per_second"]), "times": f"{ratio:.2f}",
+        cells = {"windows/s": count(plan["windows_per_second"]),
+                 "times": f"{gain(one, plans[0]):.2f}",
                  **({} if job.training else {"whole\nrun": duration(plan["run_seconds"])}),
                  "waits": percent(waits / plan["update_seconds"]),
                  "free\nMiB": mib(plan["free_bytes"])}

@@ -49,7 +49,8 @@ def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, index: i
     again = forward
     if index == stages - 1:
         if stages > 1 and job.config.recompute_checkpoint_every_layer:
-            again = forward - seconds(totals.tail_flops, totals.tail_matmuls, totals.tail_elements)
+            again = forward - seconds(totals.tail_forward_flops, totals.tail_forward_matmuls,
+                                      totals.tail_forward_elements)
         else:
             again = 0 * forward
     return forward, again, seconds(totals.backward_flops, totals.backward_matmuls,

@@ -596,11 +596,8 @@ def check_numbers(settings: TrainSettings, ipu_config: IPUConfig) -> None:
 
 
 def _check_output(settings: Settings, name: str) -> None:
-    # It is written at the end of a run, perhaps after hours: an unsuitable path is found early.
     path, file = Path(getattr(settings, name)), settings.named(name)
-    _refuse(path.is_dir(), f"{file} is no file that can be replaced: name another")
-    _refuse(not path.parent.is_dir(),
-            f"{file}: there is no folder {path.parent}; make it, or name another")
+    check_writable(path, file)
     if not path.exists():
         return
     for other in filter(partial(_is_set, settings), INPUT_FILES):
@@ -610,6 +607,18 @@ def _check_output(settings: Settings, name: str) -> None:
     _refuse(os.path.isdir(folder) and os.path.samefile(folder, path.resolve().parent)
             and any(fnmatch.fnmatch(path.name, pattern) for pattern in _OF_A_CHECKPOINT),
             f"{file} belongs to the checkpoint: name another")
+
+
+def check_writable(path: Path, file: str) -> None:
+    """Raise UsageError, which calls it `file`, unless the file `path` can be written.
+
+    It is written at the end of a run, perhaps after hours: an unsuitable path must be found early.
+    """
+    _refuse(path.is_dir(), f"{file} is no file that can be replaced: name another")
+    _refuse(not path.parent.is_dir(),
+            f"{file}: there is no folder {path.parent}; make it, or name another")
+    _refuse(not os.access(path if path.exists() else path.parent, os.W_OK),
+            f"{file}: it cannot be written there (permission denied); name another")
 
 
 def refuse_several_hosts(settings: DeviceSettings) -> None:

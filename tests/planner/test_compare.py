@@ -173,15 +173,24 @@ def test_a_profile_is_set_beside_its_own_plan(tmp_path, monkeypatch, capsys):
     (["nothing.json", ""], 'A, "nothing.json": there is no such file or folder'),
     (["", "--packk"], r'B, "--packk": --packk: there is no such flag \(did you mean --pack'),
     (["", '--config "'], 'B, "--config "": No closing quotation'),
-    (["{folder}", ""], "no profile.pop there|pva"),
+    (["{folder}", ""], "a folder with no profile.pop in it; name"),
     (["{folder}/list.json", ""], "holds a list"),
-    (["{folder}/part.json", ""], "not whole"),
+    (["{folder}/part.json", ""], r"A, .*part.json: not a whole plan \(KeyError: 'phase'\)"),
+    (["", "{folder}/hole.json", "--", *SHAPE], r"B, .*hole.json: not a whole plan \(KeyError: 'f"),
+    (["{folder}/run", ""], "A, .*run: run.json has no config, .*layers_per_ipu: give the folder"),
     (["{folder}/inference.json", FLAGS], "A is of inference|B is of training"),
     ([FLAGS, FLAGS, "--plot", "x.txt"], "--plot x.txt: name a .png"),
 ])
 def test_what_cannot_be_compared_is_refused_in_one_line(words, message, tmp_path, capsys):
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "part.json").write_text('{"update_parts_seconds": {"host": 1}, "ipus": 3}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"settings": {"pack": false}, "ipu_config": {}}')
+    if "hole" in " ".join(words):
+        plan = planned(capsys)
+        (tmp_path / "hole.json").write_text(json.dumps({**plan, "stages": [
+            {name: value for name, value in stage.items() if name != "forward_seconds"}
+            for stage in plan["stages"]]}))
     if "inference" in words[0]:
         (tmp_path / "inference.json").write_text(json.dumps(planned(capsys, "--inference")))
     with pytest.raises(UsageError, match=message) as refused:
@@ -222,5 +231,5 @@ def test_the_first_line_says_which_wins_by_how_much_through_what_at_what_price(c
     assert line == (
         f"B is {100 * (b['windows_per_second'] / a['windows_per_second'] - 1):.0f} % faster than "
         f"A: its slowest IPU takes {slowest[0]:.2f} against {slowest[1]:.2f} ms a micro-batch; it "
-        f"costs {more:.0f} MiB on IPU 0, and leaves {b['free_bytes'] / 2**20:.0f} MiB free on the "
-        "fullest.")
+        f"needs {more:.0f} MiB more than A on IPU 0, and leaves {b['free_bytes'] / 2**20:.0f} MiB "
+        f"free on IPU {b['fullest_ipu']}, its fullest.")

@@ -91,6 +91,6 @@ def test_another_ending_is_refused(tmp_path):
     pytest.importorskip("plotly")
     table = tmp_path / "sweep.csv"
     for words in (["plan", *SMALL], ["sweep", "--micro_batch_size", "1", "--output", str(table)]):
-        with pytest.raises(UsageError, match="--html page.txt: name an .html file"):
+        with pytest.raises(UsageError, match="--html page.txt: name a .html or .htm file"):
             main([*words, "--html", "page.txt"])
     assert not table.exists()  # nothing is measured first

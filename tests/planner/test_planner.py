@@ -306,6 +306,33 @@ def test_what_cannot_be_is_refused_with_what_would_work(flags, message):
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("command", [
+    "plan --plot {0}/plan.png", "plan --html {0}/plan.html", "plan --write {0}/ipu_config.json",
+    "search --write {0}/ipu_config.json", "explore --write {0}/ipu_config.json",
+    "sweep --micro_batch_size 1 --output {0}/sweep.csv",
+    "compare A B --plot {0}/sides.png",
+    "calibrate --measured windows_per_second=300 --calibration {0}/mine.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("planner.from_settings.make_job", None)
+    for place in (tmp_path / "nowhere", tmp_path / "file"):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UsageError, match=f"^--.* {place}/.*: there is no folder {place};"):
+            main(command.format(place).split())
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--micro_batch_size", "1", "2", "--", "--nosuch"], "--nosuch: there is no such flag"),
+    (["--micro_batch_size", "1", "2", "--", "--config", "nosuch"], "--config nosuch: no such conf"),
+    (["--nosuch", "1", "2"], "--nosuch: there is no such flag"),
+    (["--micro_batch_size", "many", "more"], "--micro_batch_size more: it should be a whole")])
+def test_a_sweep_that_no_flags_of_it_can_plan_is_refused_and_writes_nothing(
+        words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        main(["sweep", *words])
+    assert not list(tmp_path.glob("*.csv"))
+
+
 @pytest.mark.parametrize("kind, sizes", [
     ("bert", {}), ("electra", {"embedding_size": 32}),
     ("distilbert", {"dim": 64, "n_layers": 4, "n_heads": 4, "hidden_dim": 96})])
@@ -399,6 +426,7 @@ def test_a_config_json_that_no_model_has_is_refused_by_name(changed, message, tm
     # As packed rows reach it, with the flag forgotten.
     ("calibrate --measured windows_per_second=2640 --config squad_large_384 --pod_type pod16",
      "--measured windows_per_second=2640: the plan of these flags expects 644 to 808"),
+    ("plan --ipus 8", "--ipus: IPUs follow from --layers_per_ipu --replication_factor and --pod"),
     ("plan --hidden_size 1000000000", "65536"),
     ("plan --num_hidden_layers 100000", "256"),
     ("plan --micro_batch_size 99999999", "4096"),
@@ -561,6 +589,26 @@ def test_search_begins_with_settings_that_the_pod_has_too_few_ipus_for(capsys):
                  "--keep", "1", "--json"]) == 0
     best, = json.loads(capsys.readouterr().out)
     assert best["layers_per_ipu"] == [4] and best["pod_type"] == "pod1"
+    assert main(["search", *SMALL, "--gradient_accumulation_steps", "64", "--ipus", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "\nnow takes 4 IPUs, more than the 1 searched for: it is shown to compare" in said
+    assert "None" not in said and "--" not in re.search(r"(?m)^All have .*$", said)[0]
+
+
+@pytest.mark.slow
+def test_search_shows_nothing_slower_than_now_and_splits_in_layers(capsys):
+    """With equal shares (-1) as layers, and from the best settings on, the fastest there are."""
+    flags = [*SMALL[:6], *SMALL[11:], "--eval_windows", "500"]
+    for phase in (["--inference", "--inference_layers_per_ipu", "-1", "-1"], []):
+        assert main(["search", *flags, *phase]) == 0
+        said = capsys.readouterr().out
+        assert "-1" not in said and "not set" not in said
+        times = re.findall(r"(?m)^  (\w+) +[\d,]+ +(\d\.\d\d) ", said)
+        assert [name for name, _ in times][:2] == ["now", "1"]
+        assert all(float(ratio) > 1 for name, ratio in times if name != "now")
+        best = re.search(r"(?m)^1: (--.*)$", said)[1].split()
+        assert main(["search", *flags, *phase[:1], *best]) == 0
+        assert capsys.readouterr().out.startswith("1 is the settings now: they are the fastest of")
 
 
 @pytest.mark.slow
@@ -674,6 +722,16 @@ def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, mo
     full = ["--micro_batch_size", "5", "--gradient_accumulation_steps", "8"]
     assert main(["report", str(tmp_path), "--config", "squad_base_384", *full]) == 0
     assert "--layers_per_ipu 0 5 3 4, which fits" in capsys.readouterr().out
+    for words, message in (
+            (["nowhere"], "^nowhere: no such file or folder; name a profile.pop, or the folder"),
+            ([str(tmp_path / "run")], "run: a run's folder, which has no profile.pop in it; name"),
+            ([str(tmp_path), "--layers_per_ipu", "6", "6"],
+             f"^{tmp_path}: its replica has 4 IPUs, the plan of these flags 2 .--layers_per_ipu 6 "
+             "6.: give the flags that the profiled run was started with")):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "run.json").write_text("{}")
+        with pytest.raises(UsageError, match=message):
+            main(["report", *words])
     assert main(["report", str(tmp_path), "--config", "squad_base_384", "--pod_type", "pod16"]) == 0
     assert "--layers_per_ipu 1 4 3 4, which fits" in capsys.readouterr().out
     # Of two slowest IPUs one remains, so no layer moves.
@@ -694,6 +752,7 @@ def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, mo
 
 @pytest.mark.slow
 def test_report_says_in_one_line_that_pva_is_missing(tmp_path):
+    (tmp_path / "profile.pop").write_bytes(b"")
     command = [sys.executable, "-m", "planner", "report", str(tmp_path), *SMALL]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2 and "pva" in done.stderr and done.stderr.count("\n") == 1
