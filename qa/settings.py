@@ -598,22 +598,17 @@ def check_numbers(settings: TrainSettings, ipu_config: IPUConfig) -> None:
 def _check_output(settings: Settings, name: str) -> None:
     path, file = Path(getattr(settings, name)), settings.named(name)
     check_writable(path, file)
-    if not path.exists():
-        return
     for other in filter(partial(_is_set, settings), INPUT_FILES):
-        _refuse(os.path.samefile(getattr(settings, other), path),
+        _refuse(path.exists() and os.path.samefile(getattr(settings, other), path),
                 f"{file} is the file that --{other} reads: name another")
     folder = getattr(settings, "checkpoint", None) or getattr(settings, "model_name_or_path", "")
-    _refuse(os.path.isdir(folder) and os.path.samefile(folder, path.resolve().parent)
+    _refuse(folder and path.exists() and Path(folder).resolve() == path.resolve().parent
             and any(fnmatch.fnmatch(path.name, pattern) for pattern in _OF_A_CHECKPOINT),
             f"{file} belongs to the checkpoint: name another")
 
 
 def check_writable(path: Path, file: str) -> None:
-    """Raise UsageError, which calls it `file`, unless the file `path` can be written.
-
-    It is written at the end of a run, perhaps after hours: an unsuitable path must be found early.
-    """
+    """Raise UsageError, which calls it `file`, unless `path` can be written: found early."""
     _refuse(path.is_dir(), f"{file} is no file that can be replaced: name another")
     _refuse(not path.parent.is_dir(),
             f"{file}: there is no folder {path.parent}; make it, or name another")
