@@ -31,10 +31,7 @@ class Stopped(SystemExit):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the text of an error of ours, the file and reason of one of the operating system's.
-
-    Any other one gives its type and the first line of its text.
-    """
+    """Return an error's text, with its type and no more than a line if it is not one of ours."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     kind, lines = type(error).__name__, list(filter(None, map(str.strip, str(error).splitlines())))
@@ -49,21 +46,18 @@ def counted(number: Union[int, str], noun: str) -> str:
 
 
 def run_script(main: Callable[[], Optional[int]]) -> int:
-    """Run `main` and return the exit status of the script.
+    """Run `main`, print its error as one line, and return the exit status of the script.
 
     It is what `main` returns (None counts as 0), 2 for a UsageError, 1 for any other exception, 130
-    for a Ctrl-C that `main` does not handle, and 141 if the reader of the output has gone away. An
-    error is printed as one line on standard error, after its traceback if `--debug` is on the
-    command line. Characters that the terminal's encoding lacks are printed as escapes.
+    for a Ctrl-C that `main` does not handle, and 141 if the reader of the output has gone away.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed, as by >&-
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    # The imports make about a million objects, which all stay. Looking through them for garbage
-    # after every 700 more, as is Python's default, takes 0.6 of 4.5 s (measured).
+            stream.reconfigure(errors="backslashreplace")  # what its encoding lacks
+    # Looking through the imports' million objects for garbage takes 0.6 of 4.5 s (measured).
     gc.set_threshold(500_000)
     try:
         if sys.flags.optimize > 1:
@@ -91,16 +85,12 @@ def run_script(main: Callable[[], Optional[int]]) -> int:
 
 
 class LastingOutput:
-    """A text stream that drops what is written to it once its reader has gone away.
-
-    With it `train.py | head` does not end a training.
-    """
+    """A text stream that drops what is written to it once its reader has gone away."""
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write or drop `text`; returns its length."""
         self._attempt(self._stream.write, text)
         return len(text)
 
@@ -119,21 +109,18 @@ class LastingOutput:
 
 
 def keep_running_without_reader() -> None:
-    """From now on, drop output that nobody reads any more instead of ending the run."""
+    """From now on `train.py | head` does not end a training."""
     sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
 
 
 def _stopped(error: Optional[BaseException]) -> Optional[Stopped]:
-    """Return the Stopped in the error's chain of contexts, if any.
-
-    `datasets` has its worker processes finish in a `finally`, and raises another error there.
-    """
+    # `datasets` has its worker processes finish in a `finally`, and raises another error there.
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
     return error
 
 
 def _debug() -> bool:
-    """Return whether `--debug` is on the command line, which may not have been parsed yet."""
+    # The command line may not have been parsed yet.
     words = " ".join(sys.argv).lower()
     return bool(re.search(r" --debug(=(true|yes|1)\b| (?!(false|no|0)\b)|$)", words))

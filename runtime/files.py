@@ -66,10 +66,7 @@ def user_file(path: Union[str, Path]) -> Iterator[IO]:
 
 
 def encoding_of(head: bytes) -> str:
-    """Return the encoding of a text with these first bytes: that of its byte order mark, or UTF-8.
-
-    Decoding by this name drops the mark, which is no part of the text.
-    """
+    """Return the encoding of a text with these first bytes, which drops its byte order mark."""
     return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
 
 
@@ -106,8 +103,7 @@ def writing(what: str) -> Iterator[None]:
 def folder_written_aside(target: Path, tag: str = "") -> Iterator[Path]:
     """Context manager that yields an empty folder .NAME.tmp beside `target`, for `rename_folder`.
 
-    If the block fails, the folder is removed. `tag` goes between NAME and .tmp where several
-    processes may write the same target. Raises OSError.
+    If the block fails, it is removed. tag: of one of several processes. Raises OSError.
     """
     aside = target.with_name(f".{target.name}{tag}.tmp")
     try:
@@ -120,10 +116,9 @@ def folder_written_aside(target: Path, tag: str = "") -> Iterator[Path]:
 
 
 def rename_folder(aside: Path, target: Path) -> None:
-    """Rename the folder `aside` to `target`, replacing an earlier `target`.
+    """Rename the folder `aside` to `target`. If that fails (OSError), `target` is as before.
 
-    rename(2) cannot replace a folder that holds files, so an earlier `target` becomes
-    .NAME.replaced and is deleted afterwards. If a rename fails (OSError), `target` is as before.
+    rename(2) cannot replace a folder that holds files: an earlier one becomes .NAME.replaced first.
     """
     replaced = target.with_name(f".{target.name}.replaced")
     exists = os.path.lexists(target)
@@ -190,11 +185,9 @@ def sync_folder(folder: Union[str, Path]) -> None:
 
 
 def system_error(error: BaseException) -> Optional[str]:
-    """Return the operating system's reason for `error`, if it came from there.
-
-    The exceptions of safetensors and tokenizers, written in Rust, have its number in their text.
-    """
+    """Return the operating system's reason for `error`, if it came from there."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
+    # Those of safetensors and tokenizers, written in Rust, have the number in their text.
     number = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))
     return os.strerror(int(number.group(1) or number.group(2))) if number else None

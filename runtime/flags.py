@@ -1,8 +1,7 @@
 """Command-line flags from dataclasses: one flag for each field, checked by type and range.
 
-A field is declared with `flag(default, help, ...)`. Its value may come from the command line, from
-a YAML configuration or from a JSON file; `Settings.source` says which, for error messages. Without
-torch, `--help` takes a fraction of a second (transformers' HfArgumentParser takes two to import).
+A field is declared with `flag(default, help, ...)`. Its value may come from the command line, a
+YAML configuration or a JSON file; `Settings.source` says which, for error messages.
 """
 from __future__ import annotations
 
@@ -104,8 +103,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[str] = ()) -> None:
     """Add a flag to `parser` for each field of the dataclass `group`, except those in `without`.
 
-    The first line of the dataclass's docstring becomes the heading of its section in --help. A
-    boolean flag takes an optional true or false; one that is true by default also has a --no_ form.
+    The dataclass's docstring becomes the heading of its section in --help.
     """
     section = parser.add_argument_group(
         (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip("."))
@@ -155,8 +153,7 @@ def make_settings(group: Callable[..., S], sources: Iterable[Source]) -> S:
 def check_field(group: type, name: str, value: Any, source: Optional[str] = None) -> None:
     """Raise UsageError unless the field `name` of the dataclass `group` allows `value`.
 
-    Type, range and choices are checked, in a dictionary by pod type and in a list (`nargs`) for
-    each value. source: what the message calls the field, by default its flag.
+    source: what the message calls the field, by default its flag.
     """
     f = next(f for f in fields(group) if f.name == name)
     if "help" not in f.metadata:
@@ -186,7 +183,6 @@ def check_field(group: type, name: str, value: Any, source: Optional[str] = None
 
 
 def _check_value(f: Field, kind: type, value: Any, source: str) -> None:
-    """Raise UsageError unless a single value has the field's type, choices and bounds."""
     choices = f.metadata.get("choices")
     if isinstance(value, list):
         # Its content is not printed: a few YAML aliases can expand to more than fits in memory.
@@ -216,13 +212,12 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def _with_underscores(word: str) -> str:
-    """Return --max_steps for --max-steps."""
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 def _as_declared(group: type, name: str, value: Any) -> Any:
-    """Convert YAML 1.1's text 1e-5 to a number, and the one number of published files to a list."""
+    # YAML 1.1 reads 1e-5 as text, and published files have one number for a list.
     f = next(f for f in fields(group) if f.name == name)
     if isinstance(value, str) and "help" in f.metadata and _default_and_kind(f)[1] is float:
         with suppress(ValueError):
@@ -242,13 +237,11 @@ def _shown(value: Any) -> str:
 
 
 def _default_and_kind(f: Field) -> Tuple[Any, type]:
-    """Return the default of a field and the type of its value (of one element, for a list)."""
     default = f.default_factory() if callable(f.default_factory) else f.default
     return default, f.metadata.get("type") or (str if default is None else type(default))
 
 
 def _reader(kind: type) -> Callable[[str], Any]:
-    """Return a function for argparse's `type`, whose error message says what would be right."""
     def read(text: str) -> Any:
         if kind is bool:
             if text.lower() in ("true", "yes", "1", "false", "no", "0"):

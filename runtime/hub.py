@@ -29,10 +29,8 @@ _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.h5", "*.msgpack", "*.ckpt*")
 def offline_unless_reachable(needed: bool = True) -> None:
     """Have the Hugging Face libraries use only what is cached if the hub does not answer.
 
-    needed: whether anything may have to be fetched or sent; if not, nothing is tried.
-
     `datasets` would try again and again for half a minute. This must run before the libraries are
-    imported, which read their environment once. A variable that says what to do stands.
+    imported, which read their environment once.
     """
     if not needed or any(os.environ.get(name) for name in _OFF):
         return
@@ -72,12 +70,9 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
                       cache_dir: Optional[str] = None, weights: bool = True) -> Path:
     """Return the folder with the files of a checkpoint: `name` itself, or the hub's in the cache.
 
-    name: a folder, or a name on the hub. source: what messages call it. weights: whether they are
-    needed, too. Must run before the Hugging Face libraries are imported, as
-    `offline_unless_reachable` must.
-
-    Raises UsageError if the weights are in another format than safetensors, or if `name` is neither
-    a folder nor of a form that the hub knows; RunError if the hub does not give it.
+    source: what messages call it. weights: whether they are needed, too. Raises UsageError if they
+    are in another format than safetensors, or if `name` is neither a folder nor of a form that the
+    hub knows; RunError if the hub does not give it.
     """
     if Path(name).is_dir():
         files = os.listdir(name)
@@ -110,7 +105,6 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
 
 
 def _refuse_other_weights(name: str, source: str, files: list) -> None:
-    """Raise UsageError if some of `files` are weights in a format that is not read."""
     other = sorted(file for kind in _OTHER_WEIGHTS for file in fnmatch.filter(files, kind))
     if not other:
         return
@@ -124,7 +118,6 @@ def _refuse_other_weights(name: str, source: str, files: list) -> None:
 
 
 def _cached(name: str, revision: str, cache_dir: Optional[str]) -> str:
-    """Return what the cache has of a model that could not be fetched."""
     from huggingface_hub.constants import HF_HUB_CACHE
     refs = Path(cache_dir or HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs")
     revisions = [path.relative_to(refs).as_posix() for path in refs.rglob("*") if path.is_file()]
@@ -137,10 +130,7 @@ def _cached(name: str, revision: str, cache_dir: Optional[str]) -> str:
 
 def hub_cause(error: BaseException, revision: str = "main",
               cached: str = "the model is not in the cache") -> str:
-    """Return in a few words why the hub did not give something.
-
-    error: of any of its libraries. cached: what the cache has of it.
-    """
+    """Return in a few words why the hub did not give a thing. cached: what the cache has of it."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "RevisionNotFoundError" in kinds:
         return f"it has no revision {revision}"

@@ -152,7 +152,7 @@ class _NotMet(RunError):
 
 
 def _meet(timeout: float) -> None:
-    """Connect the processes. `timeout`, in seconds, holds for every later collective too."""
+    # The timeout, in seconds, holds for every later collective too.
     global _store
     import torch.distributed as dist
     address, here, limit = _address(), place(), timedelta(seconds=timeout)
@@ -237,7 +237,6 @@ def _fails_first(error: BaseException) -> bool:
 
 
 def _named(error: Exception, index: int) -> Exception:
-    """Return `error` with the number of its process, if that is not the first."""
     if index == 0:
         return error
     kind = UsageError if isinstance(error, UsageError) else RunError
@@ -263,9 +262,8 @@ def share(value: Any) -> List[Any]:
 def gather_rows(tensor: Any, width: int) -> Any:
     """Collective: return the rows of all processes' tensors in the order of the combined batch.
 
-    tensor: [groups x width, ...], or a scalar. width: consecutive rows from this process in one
-    pipeline step (its replicas x micro-batch size). A combined batch is ordered by step, then
-    replica.
+    tensor: [steps x width, ...], or a scalar. width: consecutive rows from this process in one
+    pipeline step (its replicas x micro-batch size).
     """
     if count() == 1:
         return tensor
@@ -276,7 +274,6 @@ def gather_rows(tensor: Any, width: int) -> Any:
 
 
 def _gathered(tensor: Any) -> List[Any]:
-    """Return the tensors of all processes, which have the same shape."""
     import torch
     parts = [torch.empty_like(tensor) for _ in range(count())]
     try:
@@ -287,9 +284,9 @@ def _gathered(tensor: Any) -> List[Any]:
 
 
 def on_first(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Collective: call `function` in the first process only, and return its result in all.
+    """Collective: call `function` in the first process, and return its result, JSON, in all.
 
-    The result is a JSON value. A UsageError, RunError or OSError of the function is raised in all.
+    A UsageError, RunError or OSError of the function is raised in all.
     """
     return share(_in_turn(is_first(), function, *arguments))[0]
 
@@ -305,7 +302,6 @@ def first_of_host_first(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _in_turn(takes_part: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Collective: call `function` in the processes that take part; its errors are raised in all."""
     if count() == 1:
         return function(*arguments) if takes_part else None
     result, error = None, None
@@ -318,7 +314,6 @@ def _in_turn(takes_part: bool, function: Callable[..., Any], *arguments: Any) ->
 
 
 def _raise_in_all(error: Optional[Exception]) -> None:
-    """Collective: raise the first of the processes' errors, if there is any."""
     for index, shared in enumerate(share(error and [isinstance(error, UsageError),
                                                     one_line(error)])):
         if shared:

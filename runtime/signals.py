@@ -9,7 +9,7 @@ import socket
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Union
 
 from runtime import processes
 from runtime.errors import Stopped, UsageError
@@ -18,9 +18,8 @@ from runtime.errors import Stopped, UsageError
 class StopSignals:
     """In its block SIGTERM, SIGINT and SIGHUP end the run in an orderly way; a second one kills.
 
-    Outside of `deferred` blocks a signal raises Stopped at once: nothing has to be saved, and each
-    phase cleans up after itself. In a `deferred` block, which is the training loop, it takes effect
-    at the next `poll`, which is collective: all processes stop after the same step and save.
+    It raises Stopped at once, for each phase cleans up after itself. In a `deferred` block, the
+    training loop, it waits for the next `poll`: all processes stop after the same step and save.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,6 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In this block a signal waits for `poll`."""
         self._deferring, self._with_others = True, processes.count() > 1
         try:
             yield
@@ -57,8 +55,7 @@ class StopSignals:
     def immediate(self) -> Iterator[None]:
         """In this part of a `deferred` block a signal raises Stopped, which ends the part.
 
-        `requested` is then set. With several processes the signal waits for `raise_stopped`, where
-        all of them leave the part.
+        With several processes the signal waits for `raise_stopped`, where all leave it.
         """
         global _immediate
         _immediate, self._deferring = self, self._with_others
@@ -110,14 +107,9 @@ _immediate: Optional[StopSignals] = None  # the one in whose `immediate` block t
 _handled: List[int] = []  # the signals of the StopSignals in whose block the run is
 
 
-@contextmanager
-def killable() -> Iterator[None]:
+def killable() -> ContextManager[None]:
     """In this block the signals of StopSignals have the system's default action."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _handled}
-    try:
-        yield
-    finally:
-        _restore(handlers)
+    return _acting(_handled, signal.SIG_DFL)
 
 
 def raise_stopped() -> None:
@@ -131,6 +123,15 @@ def _kill_self(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+@contextmanager
+def _acting(numbers: Sequence[int], action: Any) -> Iterator[None]:
+    handlers = {number: signal.signal(number, action) for number in numbers}
+    try:
+        yield
+    finally:
+        _restore(handlers)
+
+
 def _restore(handlers: Dict[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -139,19 +140,12 @@ def _restore(handlers: Dict[int, Any]) -> None:
 # ---- worker processes ----
 
 
-@contextmanager
-def workers_ignore_signals() -> Iterator[None]:
+def workers_ignore_signals() -> ContextManager[None]:
     """Have the processes that are started in this block ignore SIGINT, SIGTERM and SIGHUP.
 
-    Terminals and launchers send them to the whole process group, but the loader's worker has to
-    live on until the step is finished. Ignored signals stay so in another program (execve(2)).
+    Terminals and launchers send them to all, but the loader's worker has to finish the step.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        _restore(handlers)
+    return _acting((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN)
 
 
 @contextmanager
@@ -159,8 +153,7 @@ def forked_workers() -> Iterator[None]:
     """Have the processes that are forked in this block end with this one, however that ends.
 
     They ignore SIGINT, which a terminal sends to them too, and end at SIGTERM, by which their pool
-    ends them. When their parent is killed, the kernel kills them (prctl(2)): otherwise they would
-    wait for work for ever.
+    ends them. When their parent is killed, the kernel kills them (prctl(2)).
     """
     global _forking
     _forking = True
