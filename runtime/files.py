@@ -67,7 +67,8 @@ def user_file(path: Union[str, Path]) -> Iterator[IO]:
 
 def encoding_of(head: bytes) -> str:
     """Return the encoding of a text with these first bytes, which drops its byte order mark."""
-    return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+    plain = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be" if head[:1] == b"\0" else "utf-8"
+    return next((name for mark, name in _MARKS if head.startswith(mark)), plain)
 
 
 def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) -> None:

@@ -300,18 +300,15 @@ def _pairs(row, texts_name, starts_name):
     value = row[texts_name]
     if _is_nothing(value):
         return []
-    if starts_name:
-        texts, starts = (_as_list(row.get(name), name) for name in (texts_name, starts_name))
-        starts = starts or [None] * len(texts)
-    else:
+    if not starts_name:
         value = _parsed(value) if isinstance(value, str) else value
         if isinstance(value, list) and all(isinstance(answer, dict) for answer in value):
-            value = {name: [answer.get(name) for answer in value]
-                     for name in ("text", "answer_start")}
-        if not isinstance(value, dict) or not all(
-                isinstance(value.get(name), list) for name in ("text", "answer_start")):
+            return [(answer.get("text"), answer.get("answer_start")) for answer in value]
+        if not isinstance(value, dict) or "text" not in value:
             raise BadRow('has answers that are not {"text": [...], "answer_start": [...]}')
-        texts, starts = value["text"], value["answer_start"]
+        return _pairs(value, "text", "answer_start")
+    texts, starts = (_as_list(row.get(name), name) for name in (texts_name, starts_name))
+    starts = starts or [None] * len(texts)
     if len(texts) != len(starts):
         raise BadRow(f"has {counted(len(texts), 'answer text')} and "
                      f"{counted(len(starts), 'answer_start')}")

@@ -80,7 +80,7 @@ BAD = {
     "an id that is no text": {"id": 1.5},
     "2 answer texts and 1": {"answers": {"text": ["Zoë", "Oslo"], "answer_start": [0]}},
     "empty answer text": {"answers": {"text": [""], "answer_start": [0]}},
-    "answers that are not": {"answers": {"text": "Zoë", "answer_start": 0}},
+    "answers that are not": {"answers": ["Zoë"]},
     "neither JSON nor": {"answers": "__import__('os').abort()"},
 }
 
@@ -153,14 +153,17 @@ TABLES = {  # what a program's export begins with, and the answer in it
         "\"array(['Oslo'], dtype=object)\",\"array([14])\",x"}
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
+ENCODINGS = {",": "utf-8", ";": "utf-16-le", "\t": "utf-16"}
+
+
+@pytest.mark.parametrize("separator", ENCODINGS)
 @pytest.mark.parametrize("header", TABLES)
 def test_tables_as_programs_write_them(tmp_path, header, separator):
     """Answers in columns of their own, or without a place; no ids; other separators."""
     cells = [*(["7"] if header.startswith("id") else []), "Where?", CONTEXT]
     rows = [header.split(","), [*cells, *next(csv.reader([TABLES[header]]))]]
     file = tmp_path / "rows.csv"
-    with open(file, "w", newline="", encoding="utf-16" if separator == "\t" else None) as opened:
+    with open(file, "w", newline="", encoding=ENCODINGS[separator]) as opened:
         csv.writer(opened, delimiter=separator).writerows(rows)
     (row,) = load_examples(split="train", file=file, cache_dir=tmp_path)
     assert row["id"] == ("7" if header.startswith("id") else "1")
@@ -186,6 +189,10 @@ def test_other_layouts_of_json_are_read(tmp_path):
         assert load(tmp_path / "rows.json", json.dumps(content)) == ROWS
     numbered = [{**row, "id": str(number)} for number, row in enumerate(ROWS, 1)]
     assert load(tmp_path / "rows.json", json.dumps({"data": [paragraph]})) == numbered
+    one = {"id": "1", "question": "Where?", "context": "Ada lived in Oslo.",
+           "answers": {"text": ["Oslo"], "answer_start": [13]}}
+    for answers in ({"text": "Oslo", "answer_start": 13}, {"text": ["Oslo"]}, {"text": "Oslo"}):
+        assert load(tmp_path / "rows.json", json.dumps({**one, "answers": answers})) == [one]
 
 
 NO_ANSWERS = [
