@@ -33,6 +33,28 @@ class Group(NamedTuple):
 
 
 @for_the_host
+def take_tokens(window_ids: torch.Tensor, *rows: torch.Tensor) -> List[torch.Tensor]:
+    """Return the tokens of all windows as one row, without padding, [1, tokens] of each argument.
+
+    window_ids: int [B, S], which are numbered anew, since windows of two rows may now be
+    neighbours. rows: [B, S].
+    """
+    numbers = window_ids + torch.arange(len(window_ids)).unsqueeze(1) * (window_ids.max() + 1)
+    return [tokens[window_ids != 0].unsqueeze(0) for tokens in (numbers, *rows)]
+
+
+@for_the_host
+def put_tokens(values: torch.Tensor, window_ids: torch.Tensor) -> torch.Tensor:
+    """Return [1, tokens, n] of take_tokens' tokens at their places in the rows, [B, S, n].
+
+    window_ids: as given to `take_tokens`. Padding gets 0.
+    """
+    rows = values.new_zeros(*window_ids.shape, values.shape[-1])
+    rows[window_ids != 0] = values[0]
+    return rows
+
+
+@for_the_host
 def window_mask(window_ids: torch.Tensor, dtype: torch.dtype, stage: int = 0) -> List[Group]:
     """Return the windows that attention is restricted to, grouped by their length.
 
@@ -133,7 +155,7 @@ class _ByGroup(torch.autograd.Function):
                 value.mul_(ctx.kept_scale)
             _put(out, torch.bmm(_masked(probabilities, mask), value), group, 1, heads)
             ctx.saved.append((parts, probabilities, mask))
-        return out.view(rows, length, -1)
+        return out.view(rows, length, width // 3)
 
     @staticmethod
     def backward(ctx, grad):
@@ -164,7 +186,7 @@ class _ByGroup(torch.autograd.Function):
                 g_vectors.add_(torch.einsum("whln,whld->hnd", g_products, content))
             g_query.mul_(ctx.scale)
             _put(out, grads, group, 3, ctx.heads)
-        return (out.view(rows, length, -1), None, None, None,
+        return (out.view(rows, length, 3 * width), None, None, None,
                 *(g_vectors.mul_(scale).transpose(0, 1).flatten(1)
                   for g_vectors, scale in zip(g_by_distance, (1, ctx.scale))))
 
@@ -210,4 +232,4 @@ def _put(tokens: torch.Tensor, values: torch.Tensor, group: Group, parts: int, h
             values[:, window, :, :end - begin].permute(2, 0, 1, 3))
 
 
-HOST_KERNELS = Kernels(attention, dropout, window_mask)
+HOST_KERNELS = Kernels(attention, dropout, window_mask, take_tokens, put_tokens)

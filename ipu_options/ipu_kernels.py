@@ -40,11 +40,16 @@ class Kernels(NamedTuple):
 
     Their signatures are those of `attention` and `window_mask` in this file and of
     torch.nn.functional.dropout. The result of window_mask is only passed on to attention.
+
+    take_tokens, put_tokens: which tokens the encoder computes. An IPU computes all; the host's
+    host_kernels.take_tokens and put_tokens leave the padding out.
     """
 
     attention: Callable[..., torch.Tensor]
     dropout: Callable[..., torch.Tensor]
     window_mask: Callable[[torch.Tensor, torch.dtype, int], Any] = window_mask
+    take_tokens: Callable[..., Any] = lambda *rows: rows
+    put_tokens: Callable[..., torch.Tensor] = lambda values, window_ids: values
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:

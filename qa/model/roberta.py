@@ -165,17 +165,18 @@ class ForSpans:
         """
         encoder, masks = self.base_model, {}
         types = () if token_type_ids is None else (token_type_ids, )
-        hidden = encoder.embeddings(input_ids, position_ids, *types)
+        windows, *tokens = self.kernels.take_tokens(window_ids, input_ids, position_ids, *types)
+        hidden = encoder.embeddings(*tokens)
         if self.family.projection and hasattr(encoder, self.family.projection):
             hidden = getattr(encoder, self.family.projection)(hidden)
         distances = () if self.family.distances is None else (embeddings_of_distances(
             encoder, self.config, self.family.distances, input_ids), )
         for layer in self.layers:
-            hidden = layer(hidden, window_ids, *distances, masks=masks)
+            hidden = layer(hidden, windows, *distances, masks=masks)
         if self.family.head_dropout:
             hidden = self.kernels.dropout(hidden, getattr(self.config, self.family.head_dropout),
                                           self.training)
-        logits = self.qa_outputs(hidden).float()
+        logits = self.kernels.put_tokens(self.qa_outputs(hidden).float(), window_ids)
         both_logits = logits[..., 0], logits[..., 1]
         if start_positions is None:
             return both_logits

@@ -79,6 +79,19 @@ def test_attention_by_distance_equals_its_definition(kernels, lengths):
                                torch.autograd.grad(expected, [qkv, *by_distance], upstream))
 
 
+@pytest.mark.parametrize("lengths", [[[3, 2], [7], [], [9]], [[]]])
+def test_the_host_computes_no_padding_and_puts_every_token_back(lengths):
+    window_ids = rows_of(lengths, 12)
+    tokens = torch.arange(window_ids.numel()).view_as(window_ids)
+    numbers, taken = HOST_KERNELS.take_tokens(window_ids, tokens)
+    assert taken[0].tolist() == tokens[window_ids > 0].tolist()
+    # Windows stay apart, also where the first of a row follows the first of another.
+    _, counts = torch.unique_consecutive(numbers, return_counts=True)
+    assert counts.tolist() == [count for row in lengths for count in row]
+    rows = HOST_KERNELS.put_tokens(taken.unsqueeze(-1), window_ids)
+    assert torch.equal(rows[..., 0], tokens * (window_ids > 0))
+
+
 def test_attention_dropout_drops_probabilities_and_scales_the_others():
     """A value that is 1 at one token and place shows the probability of that token."""
     torch.manual_seed(0)
