@@ -99,13 +99,14 @@ def answers(windows=10_800, runs=3) -> None:
             unit="windows", warm_up=False)
 
 
-def inference(file=None, model=None, questions=10_000, width=256, layers=4, runs=1) -> None:
-    """Questions to answers, against transformers' model in a loop over batches.
+def inference(file=None, model=None, questions=1000, width=256, layers=4, runs=3) -> None:
+    """Questions to answers, against transformers' model in loops over batches.
 
-    The loop has 16 windows of similar length in a batch, padded to the longest, and run_qa's
-    postprocessing. Both in float32 and in half (bfloat16). Windows are made beforehand. file,
-    model: questions and a checkpoint; by default made-up questions as long as SQuAD's, and an
-    untrained model.
+    The loops have 16 windows in a batch, padded to the longest, and run_qa's postprocessing. One
+    has the windows in the order of the questions, the other by length. All in float32 and in half,
+    which transformers computes in bfloat16 and a host here in float32. Windows are made beforehand.
+    file, model: whose first `questions` are answered, and a checkpoint; by default made-up
+    questions as long as SQuAD's, and an untrained model.
     """
     from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -121,11 +122,11 @@ def inference(file=None, model=None, questions=10_000, width=256, layers=4, runs
             write_model(Path(folder), train_tokenizer(q["context"] for q in made_up(400, 1)),
                         layers, hidden_size=width, num_attention_heads=width // 64,
                         intermediate_size=4 * width)
-        examples = (load_examples(split="validation", file=file) if file
+        examples = (load_examples(split="validation", file=file, max_samples=questions) if file
                     else datasets.Dataset.from_list(list(made_up(questions))))
         for precision in ("float32", "float16"):
             settings, config = parse_infer([
-                "--checkpoint", model or folder, "--pack", "--precision",
+                "--checkpoint", model or folder, "--precision",
                 precision, *map(str, ONE_IPU), "--eval_micro_batch_size", "4"])
             model_config = load_config(settings)
             tokenizer = AutoTokenizer.from_pretrained(model or folder)
@@ -139,20 +140,21 @@ def inference(file=None, model=None, questions=10_000, width=256, layers=4, runs
                 load_model(settings, model_config),
                 inference_pipeline(config, model_config.num_hidden_layers, settings.pod_type),
                 settings)
-            collections.deque(ours.answers(windows, examples, progress=False), maxlen=0)
-            run({f"transformers, {precision}": lambda: collections.deque(
-                    padded_loop(theirs, tokenizer, windows, examples), maxlen=0),
-                 f"InferencePipeline, {precision}": lambda: collections.deque(
-                    ours.answers(windows, examples, progress=False), maxlen=0)},
-                {f"transformers, {precision}": 1.5}, runs=runs, amount=len(examples),
-                unit="questions")
+            loop = partial(padded_loop, theirs, tokenizer, windows, examples)
+            run({"transformers, in order": lambda: list(loop()),
+                 "transformers, by length": lambda: list(loop(by_length=True)),
+                 f"InferencePipeline, {precision}": lambda: list(
+                     ours.answers(windows, examples, progress=False))},
+                {"transformers, in order": 1.2} if precision == "float32" else {}, runs=runs,
+                amount=len(examples), unit="questions")
 
 
 @torch.inference_mode()
-def padded_loop(model, tokenizer, windows, examples) -> Iterator[dict]:
-    """Return the answers of transformers' model, from batches of windows of similar length."""
+def padded_loop(model, tokenizer, windows, examples, by_length=False) -> Iterator[dict]:
+    """Return the answers of transformers' model, from batches of windows padded to the longest."""
     logits = numpy.full((len(windows), 2, LENGTH), -1e4, numpy.float32)
-    order = numpy.argsort(windows.lengths, kind="stable")
+    order = numpy.argsort(windows.lengths if by_length else numpy.zeros(len(windows)),
+                          kind="stable")
     for first in range(0, len(order), BATCH):
         batch = order[first:first + BATCH].tolist()
         inputs = tokenizer.pad({"input_ids": [windows.input_ids(i).tolist() for i in batch]},

@@ -69,7 +69,8 @@ def make_job(request: Request) -> Job:
         tuple(count(micro_batch_size, config.embedding_serialization_factor)), layout, config,
         MACHINES[planning.ipu], micro_batch_size, settings.max_seq_length, settings.precision,
         phase, settings.max_grad_norm is not None,
-        windows_per_row=packed if settings.pack else 1.0, packed_windows_per_row=packed,
+        windows_per_row=packed if packed and (settings.pack or phase is INFERENCE) else 1.0,
+        packed_windows_per_row=packed,  # questions are answered in packed rows
         windows=_windows(request), epochs=settings.num_train_epochs,
         updates=steps and steps * config.device_iterations if phase is TRAINING else None,
         count=count)

@@ -49,7 +49,7 @@ MUST_MATCH = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_step
               "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_scaling", "precision",
               "max_grad_norm")
 # The settings that qa_settings.json keeps beside a checkpoint, for answering questions with it.
-QA_SETTINGS = ("max_seq_length", "doc_stride", "pack", "max_windows_per_row", "max_answer_length",
+QA_SETTINGS = ("max_seq_length", "doc_stride", "max_windows_per_row", "max_answer_length",
                "version_2_with_negative", "null_score_diff_threshold", "precision",
                "eval_micro_batch_size")
 # (setting, another that it excludes, why)
@@ -335,7 +335,7 @@ def parse_infer(argv: Optional[Sequence[str]] = None) -> Tuple[InferSettings, IP
         "Answer questions with a fine-tuned checkpoint: from flags, from a file, or interactively.",
         HINTS["infer.py"])
     # What makes no sense without training is not offered.
-    without = ("model_name_or_path", "compile_only", "synthetic_data")
+    without = ("model_name_or_path", "pack", "compile_only", "synthetic_data")
     flags = _parse(parser, argv, QuestionSettings, ModelSettings, RunSettings, IPUConfig,
                    without=without)
     return infer_settings(flags)

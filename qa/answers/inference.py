@@ -24,6 +24,8 @@ _ROWS_WORTH_A_WORKER = 10_000
 class InferencePipeline:
     """A model that is compiled once for inference and answers the questions of any data sets.
 
+    Rows are always packed, which changes no logits: a token sees its own window alone.
+
     model: is modified (annotated, converted to settings.precision) and must not be used elsewhere.
     settings: with the fields of ModelSettings and RunSettings, and eval_micro_batch_size.
     """
@@ -71,7 +73,7 @@ class InferencePipeline:
 
     def _rows(self, windows) -> InferenceRows:
         return InferenceRows(windows, row_length=self.settings.max_seq_length,
-                             max_windows_per_row=self.settings.row_capacity(),
+                             max_windows_per_row=self.settings.max_windows_per_row,
                              rows_per_step=self.rows_per_step, **row_kind(self.model.config))
 
 

@@ -13,6 +13,7 @@ from qa.answers.inference import predict
 from qa.answers.spans import AnswerFinder
 from qa.data.rows import InferenceRows
 from qa.model.roberta import RobertaForSpans
+from tests.on_ipu.variants import make_answering
 from tests.reference.answers import plain_answers
 from tests.reference.synthetic_windows import SyntheticWindows
 
@@ -56,3 +57,8 @@ def test_answers_are_those_of_each_window_alone(monkeypatch, most, rows_worth_a_
         assert answer["score"] == pytest.approx(wanted["score"], abs=1e-4)
         assert [entry["probability"] for entry in answer["nbest"]] == pytest.approx(
             [entry["probability"] for entry in wanted["nbest"]], abs=1e-4)
+
+
+def test_questions_are_answered_in_packed_rows_after_an_unpacked_training():
+    rows = make_answering(pack=False)._rows(SyntheticWindows([20, 20, 20, 30]))
+    assert [len(rows.slices(row)) for row in range(2)] == [2, 2]

@@ -137,7 +137,7 @@ def logits_of(answering, windows):
     """Return the (start, end) logits of each window from an InferencePipeline; frees the IPUs."""
     rows, found = InferenceRows(
         windows, row_length=answering.settings.max_seq_length, pad_token_id=1,
-        max_windows_per_row=answering.settings.row_capacity(),
+        max_windows_per_row=answering.settings.max_windows_per_row,
         rows_per_step=answering.rows_per_step), {}
     for first in range(0, len(rows), answering.rows_per_step):
         indices = range(first, first + answering.rows_per_step)
