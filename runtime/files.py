@@ -81,7 +81,7 @@ def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) ->
 def read_json_object(path: Union[str, Path], source: str) -> Dict[str, Any]:
     """Return the JSON object in a file. Raises UsageError, which calls the file `source`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_bytes())  # in any encoding of Unicode
     except RecursionError as error:
         raise UsageError(f"{source}: its values are nested too deep") from error
     except (OSError, ValueError) as error:

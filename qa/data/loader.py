@@ -17,13 +17,11 @@ def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
                 num_workers: int = 0, *, asynchronous: bool = True) -> Iterator[Iterator[dict]]:
     """Open a loader for the duration of a `with` block.
 
-    options: the poptorch.Options of the model that runs the rows. rows: a data set of
-    qa/data/rows.py with the rows of all processes. num_workers: processes that make rows, in
-    addition to the one process of an asynchronous loader.
+    rows: a data set of qa/data/rows.py with the rows of all processes. num_workers: processes that
+    make rows, in addition to the one process of an asynchronous loader.
 
     Gives an iterator over this process's combined batches, {name: tensor [rows, ...]}, once the
-    first one is there: workers take seconds to start. An asynchronous loader reuses the shared
-    memory of its tensors: clone whatever is needed after the iteration that gave it.
+    first one is there. An asynchronous loader reuses the shared memory of its tensors.
     """
     # A run that is resumed after its last step has no rows left to load.
     if not len(rows):
@@ -45,7 +43,7 @@ def open_loader(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
 
 def rows_of_process(options: Any, rows: torch.utils.data.Dataset,
                     micro_batch_size: int) -> torch.utils.data.Dataset:
-    """Return those of `rows` that the replicas of this process take."""
+    """Return this process's share of `rows`."""
     here = options.Distributed
     if here.numProcesses == 1:
         return rows
@@ -61,8 +59,5 @@ def first_batch(options: Any, rows: torch.utils.data.Dataset, micro_batch_size: 
 
 
 def collate(rows):
-    """Make a batch of rows, as the `collate_fn` of a DataLoader.
-
-    Rows that were made as one batch (a dictionary, from `__getitems__`) are returned unchanged.
-    """
+    """Make a batch of rows, unless they were made as one by `__getitems__`."""
     return rows if isinstance(rows, dict) else torch.utils.data.default_collate(rows)

@@ -161,26 +161,18 @@ def make_windows(examples: datasets.Dataset, tokenizer: QATokenizer, *, max_seq_
                  on_bad_row: str = "refuse", overwrite_cache: bool = False) -> datasets.Dataset:
     """Cut every example into windows of at most `max_seq_length` tokens.
 
-    examples: a data set with the columns id, question, context and, for labels, answers. tokenizer:
-    a QATokenizer. num_proc: how many processes share the work.
+    examples: a data set with the columns id, question, context and, for labels, answers. num_proc:
+    how many processes share the work.
 
-    Returns a data set with one entry per window; the windows of an example follow each other in
-    order. Its columns are
-        input_ids          list of token ids, without padding
-        example            index in `examples`
-        cls_position       index of the CLS token in input_ids
-        context_start      index of the first context token in input_ids
-    with a tokenizer that gives the two texts different token types, 0 and 1
-        second_text        index of the second text's first token in input_ids
-    with `labels`
-        start_position     indices of the labels in input_ids, as defined at the top of this file
-        end_position
-    and with `offsets`
-        offsets            flattened [context tokens, 2]: the first character of each context token,
-                           and the one after its last
-    The result is cached beside the examples' own file, and reused if the examples, the tokenizer
-    and the settings are the same, unless `overwrite_cache` is set. Examples in memory are not
-    cached.
+    Returns a data set with one entry per window, in the examples' order. Its columns are
+        input_ids      list of token ids, without padding
+        example        index in `examples`
+        cls_position, context_start, second_text (if the tokenizer has two token types),
+                       and with `labels` start_position, end_position: indices in input_ids
+        offsets        with `offsets`, flattened [context tokens, 2]: the first character of each
+                       context token, and the one after its last
+    It is cached beside the examples' own file unless they are in memory, and found again there if
+    nothing differs, unless `overwrite_cache` is set.
 
     Raises UsageError if `max_seq_length` and `doc_stride` are out of range, and for a question so
     long that its context cannot be cut into windows that overlap by `doc_stride`; with

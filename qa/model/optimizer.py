@@ -28,17 +28,9 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
     by torch.nn.utils.clip_grad_norm_. It is the mean gradient of the whole update: PopART clips
     what goes into the moments (transforms/clipweightgradientsbynorm.cpp, getGrads), after the
     gradient was accumulated, reduced over the replicas and freed of the loss scaling
-    (patterns/adamdecompose.cpp, AdamDecompose::apply). The sums of squares of all pipeline stages
-    meet on one IPU, from which the factor goes back to the others (copyToSameVGraph); a replica
-    that holds a shard of the optimizer's state adds up those of all shards (op/reducesumsquare.cpp,
-    configureForReplicatedTensorSharding). Unlike torch, PopART adds no 1e-6 to the norm.
-    accumulateOuterFragmentSettings.schedule must not be Serial; with the one that
-    ipu_options/options.py sets, PopART tests clipping in a pipeline with accumulation
-    (tests/integration/clip_by_norm_test.py, test_pipelined).
-
-    Weight decay, betas and epsilon never change and are marked as constants, so that PopART can
-    compile them in (popart, popx/op/adamupdaterx.cpp). PopTorch takes every argument that is given
-    for a variable (python/optim.py, _parseArgs).
+    (patterns/adamdecompose.cpp, AdamDecompose::apply), over all stages (copyToSameVGraph) and
+    shards (op/reducesumsquare.cpp, configureForReplicatedTensorSharding). Unlike torch, it adds no
+    1e-6 to the norm. accumulateOuterFragmentSettings.schedule must not be Serial for it.
     """
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
@@ -52,6 +44,8 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings,
         eps=settings.adam_epsilon, loss_scaling=settings.loss_scaling, accum_type=decayed[0].dtype,
         first_order_momentum_accum_type=torch.float16 if half_first_moment else torch.float32,
         second_order_momentum_accum_type=torch.float32, **clipping)
+    # PopART compiles constants in (popx/op/adamupdaterx.cpp); PopTorch takes every argument that is
+    # given for a variable (python/optim.py, _parseArgs).
     for name in ("weight_decay", "betas", "eps"):
         optimizer.variable_attrs.markAsConstant(name)
     return optimizer

@@ -36,8 +36,7 @@ class NonfiniteGuard:
 
         look_at_weights: whether to read the weights, a transfer from the device. With
         --on_nonfinite skip, weights and optimizer are reset to the last checkpoint. Raises RunError
-        with stop, without a checkpoint, or if the previous step was skipped as well or the run
-        would go back to the same checkpoint again: then it is not just one bad batch.
+        with stop, without a checkpoint, or if it is not just one bad batch.
         """
         settings, state = self.settings, self.state
         # With synthetic data the loss is memory that PopTorch has never written
@@ -83,12 +82,10 @@ def explain_nonfinite(*, step: int, loss: float, earlier_losses: List[float], le
     """Return a line on a loss, gradient or weight that is not finite: overflow, or divergence?
 
     The losses before it rise in a run that diverges, whereas an overflow happens while they are
-    steady. float16 ends at 65,504; beyond, a number becomes NaN on an IPU, because options.py sets
-    the engine option debug.nanOverflowMode.
+    steady. Beyond 65,504 a float16 number becomes NaN on an IPU (options.py, nanOverflowMode).
 
-    earlier_losses: the finite losses before `step`, in order. loss_scaling: None if the device
-    adjusts it. bad_tensor: of `find_nonfinite`, a gradient ("Gradient___" and the name of a
-    parameter) or a weight; required if the loss is finite.
+    loss_scaling: None if the device adjusts it. bad_tensor: of `find_nonfinite`, a gradient
+    ("Gradient___" and the name of a parameter) or a weight; required if the loss is finite.
     """
     sound_forward = math.isfinite(loss)
     bad_gradient = sound_forward and bad_tensor.startswith("Gradient___")

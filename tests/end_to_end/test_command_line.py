@@ -290,7 +290,7 @@ def test_the_flags_that_people_come_with_say_what_does_their_work_here(monkeypat
     for script, parse in (("train.py", parse_train), ("infer.py", parse_infer)):
         with pytest.raises(SystemExit):
             parse(["--help"])
-        flags = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+        flags = set(re.findall(r"(?m)^  --(\w+)", capsys.readouterr().out))
         for hint, names in HINTS[script].items():
             assert not set(names) & flags and len(names) == len(set(names)), hint
             if "planner" not in hint:
@@ -310,7 +310,7 @@ def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
     # A published file of optimum-graphcore: what means something here is read, the rest is named.
     (tmp_path / "ipu_config.json").write_text(json.dumps({
         "optimum_version": "1.6", "training_layers_per_ipu": [5, 7], "ipus_per_replica": None,
-        "wibble": 3}))
+        "wibble": 3}), encoding="utf-8-sig")
     _, ipu_config = parse_train(["--ipu_config", str(tmp_path)])
     assert ipu_config.layers_per_ipu == [5, 7] and ipu_config.ipus_per_replica is None
     assert "wibble" in caplog.text and "optimum_version" not in caplog.text
