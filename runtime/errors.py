@@ -15,8 +15,6 @@ import traceback
 from contextlib import suppress
 from typing import Any, Callable, Optional, Union
 
-_BROKEN_PIPE = 141  # what a shell reports for a process that was killed by SIGPIPE
-
 
 class UsageError(ValueError):
     """A flag, a value or an input file is wrong; the message says what would be right."""
@@ -71,7 +69,7 @@ def run_script(main: Callable[[], Optional[int]]) -> int:
     except BrokenPipeError:
         with suppress(OSError):  # what is still buffered would fail again when Python exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        return 141  # what a shell reports for a process that SIGPIPE has killed
     except Exception as error:  # pylint: disable=broad-except
         stopped = _stopped(error)
         if stopped:

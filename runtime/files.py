@@ -1,7 +1,4 @@
-"""Atomic writes of files and folders.
-
-A reader finds either the old content or the new content and never a part of it, even after a crash.
-"""
+"""Atomic writes: a reader finds the old content or the new, never a part, even after a crash."""
 from __future__ import annotations
 
 import codecs
@@ -53,8 +50,7 @@ def written_whole(path: Union[str, Path], mode: str = "w") -> Iterator[IO]:
 def user_file(path: Union[str, Path]) -> Iterator[IO]:
     """Context manager that yields a text file for output to a path that the user has named.
 
-    A new or regular file is written as by `written_whole`, where a link points to; a pipe, a
-    terminal or another device as it is. Raises OSError.
+    A regular file is written whole, where a link points to; a pipe or a device as it is.
     """
     path = Path(path)
     if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
@@ -153,10 +149,7 @@ def delete(path: Path) -> None:
 
 
 def sync_and_hash(folder: Path) -> Dict[str, Dict[str, Any]]:
-    """Flush every file in `folder` to disk; returns {name: {"size": bytes, "sha256": hex digits}}.
-
-    Hashing takes about 0.6 s per gigabyte, a fraction of the time to write it. Raises OSError.
-    """
+    """Flush all files in `folder` to disk; returns {name: {"size": bytes, "sha256": digits}}."""
     files = {}
     for path in sorted(folder.iterdir()):
         # Newer releases of safetensors make their files readable by the owner alone.

@@ -66,8 +66,8 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError with a one-line message instead of exiting.
 
-    It accepts no abbreviated flags, but dashes for underscores. Its result holds only flags of the
-    command line. hints: {what does the work here: flags of other programs, without dashes}.
+    It accepts dashes for underscores, and its result holds only flags of the command line. hints:
+    {what does the work here: flags of other programs, without dashes}.
     """
 
     def __init__(self, program: str, description: str,
@@ -101,10 +101,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[str] = ()) -> None:
-    """Add a flag to `parser` for each field of the dataclass `group`, except those in `without`.
-
-    The dataclass's docstring becomes the heading of its section in --help.
-    """
+    """Add flags for the fields of a dataclass, under its docstring as their heading in --help."""
     section = parser.add_argument_group(
         (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip("."))
     for f in fields(group):
@@ -133,10 +130,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[st
 
 
 def make_settings(group: Callable[..., S], sources: Iterable[Source]) -> S:
-    """Return an instance of the dataclass `group` with the values of `sources`; later ones win.
-
-    Values of no field are ignored. Raises UsageError as `check_field` does.
-    """
+    """Return an instance of `group` with its values of `sources`; later ones win."""
     values, source_of = {}, {}
     known = {f.name for f in fields(group)} - {"sources"}
     for source in sources:

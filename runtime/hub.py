@@ -16,7 +16,7 @@ _SECONDS = 3
 _OFF = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 # A name on the hub (huggingface_hub, utils/_validators.py, validate_repo_id).
 _NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-# The files of a checkpoint that are read: those of its root, and weights in one format only.
+# The files of a checkpoint that are read.
 _FILES = ("*.json", "*.txt", "*.model", "README.md")
 _WEIGHTS = "model*.safetensors"
 # What the status of an answer means; all from 500 on are the hub's own troubles.
@@ -29,8 +29,7 @@ _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.h5", "*.msgpack", "*.ckpt*")
 def offline_unless_reachable(needed: bool = True) -> None:
     """Have the Hugging Face libraries use only what is cached if the hub does not answer.
 
-    `datasets` would try again and again for half a minute. This must run before the libraries are
-    imported, which read their environment once.
+    They would try for half a minute. They read their environment once, when they are imported.
     """
     if not needed or any(os.environ.get(name) for name in _OFF):
         return
@@ -71,8 +70,7 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
     """Return the folder with the files of a checkpoint: `name` itself, or the hub's in the cache.
 
     source: what messages call it. weights: whether they are needed, too. Raises UsageError if they
-    are in another format than safetensors, or if `name` is neither a folder nor of a form that the
-    hub knows; RunError if the hub does not give it.
+    are not in safetensors, or if `name` can be none of the hub; RunError if the hub refuses it.
     """
     if Path(name).is_dir():
         files = os.listdir(name)

@@ -1,11 +1,10 @@
 """The processes of one run: which of them this is, and what they tell each other.
 
-`poprun` starts several processes on IPU hosts, `torchrun` on hosts without IPUs. Both run the same
-command line in each of them. The first process prints, and writes all files; the others compute.
+`poprun` starts several processes on IPU hosts, `torchrun` on hosts without IPUs, all with the same
+command line. The first process prints, and writes all files; the others compute.
 
-Messages travel over gloo (torch.distributed) as JSON: nothing is pickled. IPUs exchange gradients
-among themselves; poptorch_host does it in _reduction.py. A "collective" function must be called by
-every process, in the same order; with one process it does nothing. torch is imported by `join`.
+Messages travel over gloo (torch.distributed) as JSON: nothing is pickled. A "collective" function
+must be called by every process, in the same order; with one process it does nothing.
 
 A process that fails prints one line and ends. The others' next collective raises ConnectionError,
 and they end in silence. The launcher ends those that compute meanwhile, and reports a process that
@@ -48,10 +47,7 @@ class Place(NamedTuple):
 
 @lru_cache(maxsize=None)
 def place() -> Place:
-    """Return this process's place, from the environment. Raises UsageError if it makes no sense.
-
-    torchrun's variables are in PyTorch's "torchrun (Elastic Launch)".
-    """
+    """Return this process's place, from the environment. Raises UsageError if it makes no sense."""
     if "POPDIST_NUM_TOTAL_REPLICAS" in os.environ:
         total, local, offset = map(_number, (
             "POPDIST_NUM_TOTAL_REPLICAS", "POPDIST_NUM_LOCAL_REPLICAS",
@@ -215,11 +211,7 @@ def _leave(status: int) -> None:
 
 
 def _fails_first(error: BaseException) -> bool:
-    """Tell the others that this process fails; returns whether it is the first to do so.
-
-    If the holder of the store has ended, or is stopped and lets everybody wait (without limit in
-    torch 2.13), the second process tells of the loss.
-    """
+    """Tell the others that this process fails; returns whether it is the first to do so."""
     failures: List[int] = []
 
     def count_failure() -> None:
@@ -233,6 +225,7 @@ def _fails_first(error: BaseException) -> bool:
     thread.join(_STORE_TIMEOUT)
     if failures:
         return failures == [1]
+    # The store's holder has ended, or is stopped: the second process tells of the loss.
     return isinstance(error, ConnectionError) and place().index == 1
 
 
@@ -292,9 +285,9 @@ def on_first(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def first_of_host_first(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Collective: call `function` in one process per host first, then in the others.
+    """Collective: call `function` in one process per host, then in the others, with its cache.
 
-    The others find its cache filled. A UsageError, RunError or OSError is raised in all.
+    A UsageError, RunError or OSError is raised in all.
     """
     leads = place().local_index == 0
     results = [_in_turn(leads == turn, function, *arguments) for turn in (True, False)]
@@ -325,10 +318,7 @@ def _raise_in_all(error: Optional[Exception]) -> None:
 
 
 def agree(facts: Dict[str, Any]) -> None:
-    """Collective: raise UsageError, in all processes, unless `facts` are the same in all.
-
-    facts: JSON values by what to call them.
-    """
+    """Collective: raise UsageError in all unless all have the same facts, {name: JSON value}."""
     if count() == 1:
         return
     first, *others = share(facts)

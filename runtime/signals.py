@@ -18,8 +18,8 @@ from runtime.errors import Stopped, UsageError
 class StopSignals:
     """In its block SIGTERM, SIGINT and SIGHUP end the run in an orderly way; a second one kills.
 
-    It raises Stopped at once, for each phase cleans up after itself. In a `deferred` block, the
-    training loop, it waits for the next `poll`: all processes stop after the same step and save.
+    A signal raises Stopped at once, for each phase cleans up after itself. In the training loop, a
+    `deferred` block, it waits for the next `poll`: all processes stop after the same step and save.
     """
 
     def __init__(self) -> None:
@@ -152,8 +152,7 @@ def workers_ignore_signals() -> ContextManager[None]:
 def forked_workers() -> Iterator[None]:
     """Have the processes that are forked in this block end with this one, however that ends.
 
-    They ignore SIGINT, which a terminal sends to them too, and end at SIGTERM, by which their pool
-    ends them. When their parent is killed, the kernel kills them (prctl(2)).
+    They ignore a terminal's SIGINT, and end at their pool's SIGTERM or with their parent.
     """
     global _forking
     _forking = True
@@ -168,8 +167,7 @@ def _after_fork() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with suppress(OSError, AttributeError):
-            pr_set_pdeathsig = 1  # sys/prctl.h
-            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG (sys/prctl.h)
 
 
 _forking = False
@@ -181,10 +179,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @contextmanager
 def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
-    """Collective: create `output_dir` if necessary, and hold a lock on it while the block runs.
-
-    Raises UsageError as `_lock` does, and if another process does not see the first one's folder.
-    """
+    """Collective: create `output_dir` if necessary, and hold a lock on it. Raises UsageError."""
     with ExitStack() as stack:
         holder = processes.on_first(lambda: stack.enter_context(_lock(output_dir)))
         lock = Path(output_dir) / ".lock"
@@ -200,11 +195,10 @@ def output_lock(output_dir: Union[str, Path]) -> Iterator[None]:
 
 @contextmanager
 def _lock(output_dir: Union[str, Path]) -> Iterator[str]:
-    """Hold the lock; gives the text of the lock file, which names this process.
+    """Hold the lock, a POSIX record lock (fcntl(2)): forked workers do not inherit it.
 
-    It is a POSIX record lock (fcntl(2)), which forked workers do not inherit, unlike one of
-    flock(2). A folder that was created here and got no other file is removed at the end. Raises
-    UsageError if another running process holds the lock, or if the folder is not writable.
+    Gives the text of its file, which names this process. A folder that was created here and got no
+    other file is removed at the end. Raises UsageError if another running process holds the lock.
     """
     path = Path(output_dir) / ".lock"
     try:

@@ -33,14 +33,8 @@ from typing import Optional
 import datasets
 import pyarrow as pa
 
-from qa.data.readers import (
-    ANSWER_COLUMNS,
-    FORMATS,
-    BadRow,
-    missing_columns,
-    open_rows,
-    read_rows,
-)
+from qa.data import readers
+from qa.data.readers import BadRow
 from runtime.errors import RunError, UsageError, counted, one_line
 from runtime.files import written_whole
 
@@ -77,11 +71,12 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
     if not file and not dataset_config_name and Path(dataset_name).is_dir():
         file = _file_of(dataset_name, split)
     if file:
-        with open_rows(file) as opened:
-            return _cached(str(file), _hash(file, opened), read_rows(file, opened, need_answers),
-                           max_samples, cache_dir, checks)
+        with readers.open_rows(file) as opened:
+            return _cached(str(file), _hash(file, opened),
+                           readers.read_rows(file, opened, need_answers), max_samples, cache_dir,
+                           checks)
     hub = _load_from_hub(dataset_name, dataset_config_name, split)
-    missing = missing_columns(hub.column_names, need_answers)
+    missing = readers.missing_columns(hub.column_names, need_answers)
     if missing:
         raise UsageError(f"--dataset_name {dataset_name} has no column {', '.join(missing)}; "
                          f"it has {', '.join(hub.column_names)}")
@@ -136,7 +131,7 @@ def _hash(path, opened):
 def _file_of(folder, split):
     """Return the file of a data set's local folder that holds `split`, if there is one such."""
     files = [path for place in (Path(folder), Path(folder, "data"))
-             for path in place.glob(f"{split}.*") if path.suffix in FORMATS]
+             for path in place.glob(f"{split}.*") if path.suffix in readers.FORMATS]
     return files[0] if len(files) == 1 else None
 
 
@@ -274,7 +269,7 @@ def _answers(row, context, need_answers, version_2_with_negative):
     Exporters write an unanswerable question with null, empty or no answers, or as is_impossible
     with answers that are empty or begin at -1. Raises BadRow for anything else that is no list.
     """
-    names = next((names for names in ANSWER_COLUMNS if names[0] in row), None)
+    names = next((names for names in readers.ANSWER_COLUMNS if names[0] in row), None)
     impossible = str(row.get("is_impossible")).lower() in ("true", "1", "1.0")
     answers = _pairs(row, *names) if names else []
     lenient = impossible or version_2_with_negative
