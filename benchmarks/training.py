@@ -19,8 +19,8 @@ from benchmarks.questions import (
 from tests.reference.windows import plain_windows
 
 PADDED = "Trainer, padded"
-BY_LENGTH = {f"Trainer, {kind}, by length": ["--padding", "longest", "--precision", kind,
-                                             "--max_grad_norm", 0]
+BY_LENGTH = {f"Trainer, {kind}, by length": ["--padding", "longest", "--by_length", "--precision",
+                                             kind, "--max_grad_norm", 0]
              for kind in ("float32", "bfloat16")}
 
 
@@ -66,14 +66,14 @@ def trainer_on_demo(folder: Path) -> List:
             "--learning_rate", 2e-3, "--num_train_epochs", 3]
 
 
-def trainer(model, train_file, output_dir, padding="max_length", precision="float32",
-            max_seq_length=384, doc_stride=128, batch_size=8, windows_per_update=32,
-            num_train_epochs=1.0, max_steps=-1, learning_rate=2e-5, warmup=0.1, max_grad_norm=1.0,
-            seed=42) -> None:
+def trainer(model, train_file, output_dir, padding="max_length", by_length=False,
+            precision="float32", max_seq_length=384, doc_stride=128, batch_size=8,
+            windows_per_update=32, num_train_epochs=1.0, max_steps=-1, learning_rate=2e-5,
+            warmup=0.1, max_grad_norm=1.0, logging_steps=500, seed=42) -> None:
     """Fine-tune with Trainer and run_qa's preprocessing.
 
-    padding: max_length or longest, then windows of similar length are in a batch. precision:
-    float32 or bfloat16.
+    padding: to max_length, or to the longest in the batch. by_length: windows of similar length
+    are in a batch. precision: float32, or bfloat16 by autocast.
     """
     from transformers import (
         AutoModelForQuestionAnswering,
@@ -92,12 +92,12 @@ def trainer(model, train_file, output_dir, padding="max_length", precision="floa
     windows = [{names[key]: window[key] for key in names if window[key] is not None}
                for window in plain_windows(examples, tokenizer, max_seq_length, doc_stride)]
     if "train_sampling_strategy" in signature(TrainingArguments).parameters:  # transformers 5
-        by_length, warmup = {"train_sampling_strategy": "group_by_length"}, {"warmup_steps": warmup}
+        order, warmup = {"train_sampling_strategy": "group_by_length"}, {"warmup_steps": warmup}
     else:
-        by_length, warmup = {"group_by_length": True}, {"warmup_ratio": warmup}
+        order, warmup = {"group_by_length": True}, {"warmup_ratio": warmup}
     arguments = TrainingArguments(
         output_dir, use_cpu=True, bf16=precision == "bfloat16",
-        **(by_length if padding == "longest" else {}), **warmup,
+        **(order if by_length else {}), **warmup, logging_steps=logging_steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=windows_per_update // batch_size,
         num_train_epochs=num_train_epochs, max_steps=max_steps, learning_rate=learning_rate,
@@ -108,3 +108,4 @@ def trainer(model, train_file, output_dir, padding="max_length", precision="floa
             tokenizer, padding, max_length=max_seq_length))
     print(f"{job.train().metrics['train_samples_per_second']} windows/s")
     job.save_model()
+    job.save_state()

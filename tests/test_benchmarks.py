@@ -27,5 +27,6 @@ def test_sides_run_in_turn_and_the_last_is_compared_with_each_other(capsys):
 def test_every_benchmark_is_there_and_has_flags(name, module):
     parser = ArgumentParser()
     add_flags(parser, getattr(import_module(f"benchmarks.{module}"), name))
-    required = {"trainer": ["--model", "m", "--train_file", "f", "--output_dir", "o"]}
+    flags = ["--model", "m", "--train_file", "f", "--output_dir", "o"]
+    required = {"trainer": flags, "quality": [*flags, "--validation_file", "v"]}
     parser.parse_args(required.get(name, []))
