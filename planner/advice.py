@@ -138,9 +138,8 @@ def _inference_changes(plan: Plan) -> Iterator[Candidate]:
 
 
 def _packing(job: Job, remark: str = "") -> Iterator[Candidate]:
-    packed = job.packed_windows_per_row
-    if packed and packed > 1.05 * job.windows_per_row:
-        yield {"pack": True}, f"{packed:.2f} windows in a row{remark}"
+    if job.gains_by_packing:
+        yield {"pack": True}, f"{job.packed_windows_per_row:.2f} windows in a row{remark}"
 
 
 def _balance(plan: Plan) -> Iterator[Candidate]:

@@ -49,17 +49,15 @@ class PublishedRun(NamedTuple):
 
     @property
     def publisher(self) -> str:
-        """Who published the run: runs of one publisher may share an unknown."""
-        return self.source.split(":")[0]
+        return self.source.split(":")[0]  # whose runs may share an unknown
 
 
 def fit(runs: Sequence[Tuple[Job, float]], start: Efficiencies, freedom: Sequence[float],
         error: Callable[[Plan], float], source: str) -> Efficiencies:
-    """Return the efficiencies that best explain `runs`, with a prior centred on `start`.
+    """Return the efficiencies that best explain `runs`, by Gauss-Newton on their logarithms.
 
-    runs: (job, measured rows/s). freedom, error(plan): standard deviations, of the prior of each
-    number's logarithm and of a run's relative error. source: what to call the runs. Gauss-Newton on
-    the logarithms minimises what the top of this file says.
+    runs: (job, measured rows/s). start, freedom: centre of the prior, and the standard deviation of
+    each logarithm. error(plan): standard deviation of a run's relative error.
     """
     x, prior = np.zeros(len(FITTED)), np.diag(1 / np.asarray(freedom))
     for _ in range(8):
@@ -84,25 +82,23 @@ def fit_published(runs: Sequence[PublishedRun]) -> Efficiencies:
 
 
 def fit_own(runs: Sequence[Tuple[Job, float]]) -> Efficiencies:
-    """Return the fit to the user's own `runs`, (job, measured windows/s) of each.
+    """Return the fit to the user's own `runs`, (job, measured windows/s).
 
-    Raises UsageError for a run that is far outside of what its plan expects, or that the fit
-    misses: it is another run than its flags say.
+    Raises UsageError for one far outside of what its plan expects, or that the fit misses.
     """
     source = (f"your run at {runs[0][1]:g} windows/s" if len(runs) == 1 else
               f"your {len(runs)} runs")
     fitted = fit([(job, measured / job.windows_per_row) for job, measured in runs], Efficiencies(),
                  OWN_FREEDOM, lambda plan: OWN_ERROR, source)
     for job, measured in runs:
-        before, after = make_plan(job), make_plan(job, fitted)
-        low, high = (before.windows_per_second * (1 + error) for error in expected_error(before))
-        if not (low / before.windows_per_second) ** FAR <= measured / before.windows_per_second <= (
-                high / before.windows_per_second) ** FAR or (
-                    abs(math.log(measured / after.windows_per_second)) > LARGEST_MISS):
+        before, after = (make_plan(job, by).windows_per_second for by in (Efficiencies(), fitted))
+        low, high = (before * (1 + error) for error in expected_error(make_plan(job)))
+        if not (low / before) ** FAR <= measured / before <= (high / before) ** FAR or (
+                abs(math.log(measured / after)) > LARGEST_MISS):
             raise UsageError(
                 f"--measured windows_per_second={measured:g}: the plan of these flags expects "
                 f"{low:,.0f} to {high:,.0f}, and the nearest fit reaches "
-                f"{after.windows_per_second:,.0f}; give the flags of that run (--pack, --ipu, "
+                f"{after:,.0f}; give the flags of that run (--pack, --ipu, "
                 "--pod_type, --replication_factor), and its windows/s, not its rows/s")
     return fitted
 
@@ -115,7 +111,6 @@ class Comparison(NamedTuple):
     blind: Optional[Plan]       # without the runs of its publisher
 
     def error(self, plan: Plan) -> float:
-        """Return the relative error of a plan's throughput."""
         return plan.rows_per_second / self.run.rows_per_second - 1
 
     @property
@@ -132,10 +127,7 @@ class Comparison(NamedTuple):
 
 
 def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Comparison]:
-    """Return each of `runs` beside its plan.
-
-    Cross-validation: a measured run is also planned with the fit to all other publishers' runs.
-    """
+    """Return each of `runs` beside its plan, a measured one also beside a cross-validated one."""
     others = {
         publisher: fit_published([run for run in runs if run.publisher != publisher])
         for publisher in {run.publisher for run in runs if run.use == "measured"}}
@@ -163,7 +155,7 @@ def save(efficiencies: Efficiencies, path: Path) -> None:
 def load(path: Optional[str] = None) -> Efficiencies:
     """Return the user's calibration if there is one, else the fit to published runs.
 
-    Raises UsageError if a given `path` does not exist, or if the file is not a calibration.
+    Raises UsageError for a `path` that does not exist, and for what is no calibration.
     """
     file = calibration_file(path)
     if not file.is_file():

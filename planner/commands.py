@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import string
 import sys
-import time
 from dataclasses import asdict, replace
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -99,18 +98,16 @@ def search(argv: List[str]) -> int:
     ipus = searching.ipus or POD_IPUS[request.settings.pod_type]
     # The settings as they are may take a larger pod than the one that is searched for.
     request.settings.sources.pop("pod_type", None)
-    begin = time.perf_counter()
     now = planned(request)
     if searching.inference and now.job.windows is None:
         raise UsageError("how many windows there are to answer is not known: give --eval_windows, "
                          "for the number of micro-batches of a call depends on it")
     plans, tried = best_plans(now, ipus, request.ipu_config, searching.keep)
-    seconds = time.perf_counter() - begin
     changes = [settings_in(plan, request.ipu_config, ipus) for plan in [now, *plans]]
     found = [replace(Side.from_plan(str(place) if place else "now", plan, request),
                      title=flags.flags_text(change))
              for place, (plan, change) in enumerate(zip([now, *plans], changes))]
-    text, ranking = search_text(found, changes, [now, *plans], tried, seconds)
+    text, ranking = search_text(found, changes, [now, *plans], tried)
     present(found, searching, "Search", [side.plan for side in found[1:]], text, ranking,
             ["", *(f"{side.name}: {side.title}" for side in found[1:])])
     if searching.write:

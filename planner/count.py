@@ -9,7 +9,8 @@ real model runs, the counts follow from the checkpoint, the row length and any e
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
 import torch
@@ -28,18 +29,15 @@ _COUNTS: Dict[Tuple, List[List[CountedBlock]]] = {}  # by all that it depends on
 
 def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
                  precision: str = "float16", training: bool = True) -> BlockCounter:
-    """Return a function that counts the blocks of a model for given settings.
+    """Return count(micro_batch_size, embedding_serialization_factor=1, halves=False).
 
-    Its signature is count(micro_batch_size, embedding_serialization_factor=1, halves=False), and it
-    returns the CountedBlocks in the order of execution. Rows have `max_seq_length` tokens and room
-    for `windows_per_row` windows. precision: "float16" or "float32". training: False counts the
-    forward pass in evaluation mode. halves: count attention and feed-forward of each layer as two
-    blocks.
+    It returns the CountedBlocks in the order of execution. Rows have `max_seq_length` tokens and
+    room for `windows_per_row` windows. training: False counts the forward pass in evaluation mode.
+    halves: count attention and feed-forward of each layer as two blocks.
 
-    The model is counted for two and for three rows, from which the counts of any micro-batch
-    follow. Of its layers, only the first, the second and the last are run: those in between are
-    like the second. The factor changes the embedding alone, for which one layer is run. What was
-    counted once is not counted again by another counter of such a model.
+    The model is counted for two and for three rows, from which any micro-batch follows. Of its
+    layers, the first, the second and the last are run: those in between are like the second. The
+    factor changes the embedding alone, for which one layer is run. What was counted once is kept.
     """
     layers = model_config.num_hidden_layers
     of_all = (type(model_config), model_config.to_json_string(), max_seq_length, windows_per_row,
@@ -54,12 +52,13 @@ def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
                                         training, halves)
         return _COUNTS[key]
 
+    @lru_cache(maxsize=256)
     def count(micro_batch_size: int, embedding_serialization_factor: int = 1,
-              halves: bool = False) -> List[CountedBlock]:
+              halves: bool = False) -> Tuple[CountedBlock, ...]:
         embeddings = counted(1, embedding_serialization_factor, False)
         both = [_with_layers([embedding, *blocks], layers, 2 if halves else 1)
                 for (embedding, *_), (_, *blocks) in zip(embeddings, counted(3, 1, halves))]
-        return for_micro_batch(*both, micro_batch_size)
+        return tuple(for_micro_batch(*both, micro_batch_size))
 
     return count
 
@@ -67,11 +66,9 @@ def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
 def count_model(model_config, max_seq_length: int, windows_per_row: int, precision: str,
                 embedding_serialization_factor: int, training: bool = True,
                 halves: bool = False) -> List[List[CountedBlock]]:
-    """Return two lists of counted blocks, for micro-batches of two and of three rows.
+    """Return two lists of counted blocks, for two and for three rows. Arguments: `make_counter`.
 
-    The model is built on the meta device with the kernels that an IPU runs, and annotated as for
-    training. The counts do not depend on which block is on which IPU. See `make_counter` for the
-    arguments.
+    The model has the kernels that an IPU runs; which block is on which IPU changes no count.
     """
     with torch.device("meta"):
         model = model_class(model_config)(model_config, IPU_KERNELS)
@@ -93,8 +90,8 @@ def count_model(model_config, max_seq_length: int, windows_per_row: int, precisi
 def _with_projection(model, blocks: List[CountedBlock]) -> List[CountedBlock]:
     """Return the blocks with all parameters of the model.
 
-    A linear layer between the embeddings and the first layer (ELECTRA) runs in the embedding's
-    block, but is no part of its module. What it passes on has the shape of a layer's output.
+    A linear layer after the embeddings (ELECTRA) runs in their block, but not in its module. Its
+    output has the shape of a layer's.
     """
     rest = sum(p.numel() for p in model.parameters()) - sum(block.parameters for block in blocks)
     if not rest:
@@ -105,10 +102,7 @@ def _with_projection(model, blocks: List[CountedBlock]) -> List[CountedBlock]:
 
 
 def _with_layers(blocks: List[CountedBlock], layers: int, parts: int) -> List[CountedBlock]:
-    """Return the blocks of a model of `layers` layers, given those of a model of at most 3.
-
-    parts: blocks of a layer.
-    """
+    """Return the blocks of a model of `layers` layers of `parts` blocks, from at most 3 layers."""
     more = [blocks[1 + parts + i % parts] for i in range(parts * max(0, layers - 3))]
     every = blocks[1:1 + 2 * parts] + more + blocks[1 + 2 * parts:-1]
     return [blocks[0], *(replace(block, name=f"Encoder {i}") for i, block in enumerate(every)),
@@ -116,11 +110,10 @@ def _with_layers(blocks: List[CountedBlock], layers: int, parts: int) -> List[Co
 
 
 def _count_halves(model, named, inputs) -> List[CountedBlock]:
-    """Return what count_blocks returns, with two blocks for each layer.
+    """Return what count_blocks does, with attention and feed-forward of a layer as two blocks.
 
-    They are attention and feed-forward; the latter begins where the model calls its first linear
-    layer. The hooks count the whole layer's parameters for the first, and that linear layer's
-    parameters and output for the second, which is corrected here.
+    The second begins where the layer calls its first linear layer. The hooks count all parameters
+    for the first, and the linear layer's parameters and output for the second: corrected here.
     """
     embedding, *layers, head = named
     parts = [embedding]
@@ -138,10 +131,7 @@ def _count_halves(model, named, inputs) -> List[CountedBlock]:
 
 
 def _meta_rows(rows: int, length: int, windows: int, training: bool, token_types: bool) -> dict:
-    """Return a micro-batch of rows (qa/data/rows.py) with shapes but without values.
-
-    Rows for inference have no labels.
-    """
+    """Return a micro-batch of rows (qa/data/rows.py) without values; inference has no labels."""
     def ints(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device="meta")
 
@@ -159,12 +149,9 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
                  inputs: Dict[str, torch.Tensor]) -> List[CountedBlock]:
     """Run the model once and return the counts of each of `blocks`.
 
-    model: in training mode, `model(**inputs)` must return the loss, and the backward pass follows;
-    in evaluation mode only the forward pass is counted. blocks: (name, kind, module) in the order
-    of execution; the model must call each module once. inputs: one micro-batch.
-
-    Counted is what PopART computes and keeps (tests/planner/test_popart_facts.py), not what torch
-    does in its place, see `_OperationCounter`.
+    model: in training mode, `model(**inputs)` returns the loss, and the backward pass follows.
+    blocks: (name, kind, module) in the order of execution; each module is called once. Counted is
+    what PopART computes and keeps (tests/planner/test_popart_facts.py), see `_OperationCounter`.
     """
     counts = [dict.fromkeys(_COUNTED, 0) for _ in blocks]
     current = [0]
@@ -204,36 +191,26 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
 
 def for_micro_batch(two: Sequence[CountedBlock], three: Sequence[CountedBlock],
                     micro_batch_size: int) -> List[CountedBlock]:
-    """Return the counts for `micro_batch_size` rows, given those for two rows and for three rows.
+    """Return the counts for `micro_batch_size` rows from two's and three's: all are linear in it.
 
-    Every count is linear in the number of rows: a constant and an amount per row. One row is not
-    counted by itself, because torch leaves out some copies for it.
+    One row is not counted by itself, because torch leaves out some copies for it.
     """
-    def scaled(a: CountedBlock, b: CountedBlock) -> CountedBlock:
-        values = {
-            name: getattr(a, name) + (micro_batch_size - 2) * (getattr(b, name) - getattr(a, name))
-            for name in _COUNTED}
-        return replace(a, **values)
-    return [scaled(a, b) for a, b in zip(two, three)]
+    return [replace(a, **{
+        name: getattr(a, name) + (micro_batch_size - 2) * (getattr(b, name) - getattr(a, name))
+        for name in _COUNTED}) for a, b in zip(two, three)]
 
 
-_COUNTED = ("forward_flops", "backward_flops", "forward_matmuls", "backward_matmuls",
-            "forward_elements", "backward_elements", "saved_bytes", "saved_results", "input_bytes",
-            "output_bytes",
-            "result_bytes", "linear_bytes", "matmul_bytes")
+_COUNTED = [f.name for f in fields(CountedBlock)][4:]  # from forward_flops on
 
 
 class _OperationCounter(TorchDispatchMode):
-    """Adds the operations that reach the dispatcher to the counts of a block.
+    """Adds the operations that reach the dispatcher to block(), the counts of the block at hand.
 
-    block(): returns the counts of the block at hand. direction: "forward" or "backward".
-    torch.utils.flop_counter is not used because it came after torch 2.0 and counts matrix
-    multiplications only.
+    torch.utils.flop_counter came after torch 2.0 and counts matrix multiplications only.
 
     free: the storages that PopART neither computes nor keeps: parameters, parameters joined to one,
     whose gradient is cut into theirs, and dropout masks, which it makes again from the seed in the
-    backward pass (popart, willow/src/op/dropout.cpp, getGradOps). They stay alive here, so that no
-    other tensor can reuse a storage.
+    backward pass (popart, willow/src/op/dropout.cpp, getGradOps). Kept alive, none is reused.
     """
 
     def __init__(self, block: Callable[[], Dict[str, int]], parameters: Iterable[torch.Tensor]):
@@ -296,10 +273,7 @@ def _is_view(function, result: torch.Tensor, args: Sequence[Any]) -> bool:
 
 def _watch(module: torch.nn.Module, index: int, count: Dict[str, int],
            current: List[int]) -> List[Any]:
-    """Hook the module of block `index` and return the handles of the hooks.
-
-    They set current[0] to `index` when the block begins, and count its input and output bytes.
-    """
+    """Have the block set current[0] to `index` and count its bytes; return the hooks' handles."""
     def begin(module, args):
         current[0] = index
         count["input_bytes"] = sum(_bytes(arg) for arg in args)

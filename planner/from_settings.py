@@ -66,11 +66,12 @@ def make_job(request: Request) -> Job:
                          training=phase is TRAINING)
     micro_batch_size, steps = getattr(settings, phase.micro_batch_flag), settings.max_steps
     return Job(
-        tuple(count(micro_batch_size, config.embedding_serialization_factor)), layout, config,
+        count(micro_batch_size, config.embedding_serialization_factor), layout, config,
         MACHINES[planning.ipu], micro_batch_size, settings.max_seq_length, settings.precision,
         phase, settings.max_grad_norm is not None,
-        windows_per_row=packed if packed and (settings.pack or phase is INFERENCE) else 1.0,
-        packed_windows_per_row=packed,  # questions are answered in packed rows
+        # Questions are answered in packed rows.
+        pack=packed is not None and (settings.pack or phase is INFERENCE),
+        packed_windows_per_row=packed,
         windows=_windows(request), epochs=settings.num_train_epochs,
         updates=steps and steps * config.device_iterations if phase is TRAINING else None,
         count=count)
@@ -122,6 +123,19 @@ def pod_note(request: Request, job: Job) -> Optional[str]:
                 "finds what fits there.")
     return (f"That takes {pod}: a run needs --pod_type {pod} --replication_factor "
             f"{job.config.replication_factor} as well.")
+
+
+def packing_note(request: Request, job: Job) -> Optional[str]:
+    """Return what is assumed of packed rows, which the job has not, but would gain from."""
+    data = _data(request.settings)
+    if not job.gains_by_packing:
+        return None if data or job.pack or not job.training else (
+            "--pack is not tried: how many windows share a row of your own data is not known; "
+            "--windows_per_row says it.")
+    how = ("as --windows_per_row says" if request.planning.windows_per_row else
+           f"assumed: a window of {data} has {REAL_TOKENS[data]} tokens on average, and rows are "
+           f"{100 * PACKING_EFFICIENCY:.0f} % full")
+    return f"With --pack a row holds {job.packed_windows_per_row:.2f} windows, {how}."
 
 
 def hosts_text(job: Job) -> str:
@@ -177,7 +191,7 @@ def published() -> List[calibrate.PublishedRun]:
                              training=phase is TRAINING)
         halves = [ipu for ipu, parts in run.get("att_ffn_placement", ())
                   for _ in range(sum(parts))]
-        blocks = tuple(count(size, config.embedding_serialization_factor, bool(halves)))
+        blocks = count(size, config.embedding_serialization_factor, bool(halves))
         layout = Layout(config.embedding_ipu, tuple(halves), config.head_ipu) if halves else (
             config.layout(sum(block.kind == "layer" for block in blocks)))
         job = Job(blocks, layout, config, MACHINES[run["machine"]], size, length, phase=phase)
@@ -249,6 +263,8 @@ def _configuration(values: dict) -> Any:
 def _packed_windows_per_row(request: Request) -> Optional[float]:
     """Return the mean number of windows in a packed row; None for data that is not known."""
     settings, windows = request.settings, request.planning.windows_per_row
+    if request.phase is TRAINING and "--pack" == settings.sources.get("pack") and not settings.pack:
+        return None  # --pack false: it is not to be considered
     if windows is not None:
         if windows > settings.max_windows_per_row:
             raise UsageError(

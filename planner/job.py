@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 from ipu_options.config import IPUS_OF_A_HOST, IPUConfig, packed_accumulation, reserved_ipus
 from ipu_options.layout import Layout, least_accumulation
@@ -39,7 +39,7 @@ class CountedBlock:
     matmul_bytes: int = 0    # operands and result of the largest matrix multiplication
 
 
-BlockCounter = Callable[..., Sequence[CountedBlock]]
+BlockCounter = Callable[..., Tuple[CountedBlock, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Job:
     precision: str = "float16"           # or "float32"
     phase: Phase = TRAINING
     clips: bool = False                  # the gradient's norm, of all parameters (max_grad_norm)
-    windows_per_row: float = 1.0         # mean of the real ones; more than 1 with packing
-    packed_windows_per_row: Optional[float] = None   # the same with packing, None if not known
+    pack: bool = False                   # several windows in a row
+    packed_windows_per_row: Optional[float] = None   # mean of the real ones, None if not known
     windows: Optional[int] = None        # of an epoch, or to answer; None if not known
     epochs: float = 1.0
     updates: Optional[int] = None        # of the run, if given in place of epochs
@@ -67,6 +67,15 @@ class Job:
     @property
     def training(self) -> bool:
         return self.phase is TRAINING
+
+    @property
+    def windows_per_row(self) -> float:
+        """Mean number of real windows in a row."""
+        return self.packed_windows_per_row if self.pack else 1.0
+
+    @property
+    def gains_by_packing(self) -> bool:
+        return not self.pack and (self.packed_windows_per_row or 1.0) > 1.05
 
     @property
     def element_bytes(self) -> int:
@@ -122,10 +131,10 @@ class Job:
         job = replace(self, config=replace(self.config, **changes), micro_batch_size=size)
         factor = job.config.embedding_serialization_factor
         if (size, factor) != (self.micro_batch_size, self.config.embedding_serialization_factor):
-            job = replace(job, blocks=tuple(self.count(size, factor)))
+            job = replace(job, blocks=self.count(size, factor))
         if "layers_per_ipu" in changes:
             job = replace(job, layout=job.config.layout(len(self.layout.layer_ipus)))
-        return replace(job, windows_per_row=self.packed_windows_per_row) if pack else job
+        return replace(job, pack=pack or job.pack)
 
     def state_bytes_per_parameter(self) -> float:
         """Return the bytes of optimizer state per parameter on each replica.

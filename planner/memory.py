@@ -21,20 +21,15 @@ from planner.totals import Totals, stage_totals
 ALWAYS = ("weights", "gradients", "optimizer_state", "stash", "code")
 IN_STEP = ("activations", "matmul_temporaries", "embedding_gradient")
 CATEGORIES = ALWAYS + IN_STEP + ("update_temporaries",)
-# Size of the rearranged operands and the partial sums of a matrix multiplication, as a multiple of
-# the size of its operands and result. This is an estimate. Poplar plans a multiplication within
-# matmul_proportion, which is therefore the upper limit.
+# Estimates: rearranged operands and partial sums of a multiplication, as a multiple of operands and
+# result, up to matmul_proportion, within which Poplar plans it; the share of a training program's
+# code that an inference program has, without backward pass and weight update.
 MATMUL_COPIES = 8
-# Share of a training program's code that an inference program has: the forward pass without its
-# backward pass and the weight update. This is an estimate as well.
 INFERENCE_CODE = 0.5
 
 
 def ipu_memory(job: Job, code_bytes: int) -> Dict[int, Dict[str, int]]:
-    """Return {IPU: {category: bytes}} for the IPUs of one replica and all CATEGORIES.
-
-    code_bytes: size of code, control code and exchange code of one IPU.
-    """
+    """Return {IPU: {category: bytes}} of one replica. code_bytes: of all code of one IPU."""
     stages = job.stages()
     memory: Dict[int, Dict[str, int]] = {}
     for index, (ipu, blocks) in enumerate(stages):
@@ -46,10 +41,9 @@ def ipu_memory(job: Job, code_bytes: int) -> Dict[int, Dict[str, int]]:
 
 def stage_memory(job: Job, totals: Totals, matmul_proportion: float, index: int, stages: int,
                  code_bytes: int) -> Dict[str, Any]:
-    """Return {category: bytes} of one forward stage and its backward stage, alone on an IPU.
+    """Return {category: bytes} of stage `index` of `stages`, forward and backward, on its own IPU.
 
-    totals: of the stage, or of all possible stages; in that case the bytes are arrays, too.
-    matmul_proportion: of the stage's IPU. index: of the stage among the `stages` of the pipeline.
+    totals: of the stage, or arrays of all possible stages, as the bytes then are.
     """
     config, size = job.config, job.element_bytes
     if not job.training:
@@ -82,10 +76,9 @@ def stage_memory(job: Job, totals: Totals, matmul_proportion: float, index: int,
 def _most_gradients(totals: Totals, size: int) -> Any:
     """Return the most bytes that a layer's backward pass adds to what the forward pass has saved.
 
-    size: of an element. It adds most at one of three places. Where the largest weight's gradient is
-    computed, that and the gradient of the layer's output are there. At the activation function,
-    its gradient takes its output's place, and there is one more. At the softmax, three tensors of
-    its size are there, and all is gone that belongs to what follows it in the layer.
+    It is at one of three places. The largest weight's gradient comes with the gradient of the
+    layer's output. At the activation function, its gradient takes its output's place, and there is
+    one more. At the softmax are three tensors of its size; what follows it in the layer is gone.
     """
     return np.maximum(
         np.maximum(totals.layer_parameter * size + totals.output_bytes, totals.linear_bytes),
@@ -142,25 +135,20 @@ def _update_bytes(job: Job, totals: Totals) -> Any:
 def join(one: Dict[str, Any], other: Dict[str, Any]) -> Dict[str, Any]:
     """Return {category: bytes} of two stages on one IPU, from what each needs alone.
 
-    Permanent categories add up, except for the code, which is one program. Temporary ones share
-    their memory, so that the larger counts.
+    What is permanent adds up, but for the code, one program; what is temporary shares its memory.
     """
     memory = {
         name: one[name] + other[name] if name in ALWAYS else max(one[name], other[name])
         for name in CATEGORIES}
     memory["code"] = one["code"]
-    update = max(stage["update_temporaries"] + _in_step(stage) for stage in (one, other)
-                 if stage["update_temporaries"]) \
-        if one["update_temporaries"] or other["update_temporaries"] else 0
+    update = max([stage["update_temporaries"] + _in_step(stage) for stage in (one, other)
+                  if stage["update_temporaries"]], default=0)
     memory["update_temporaries"] = _beyond_step(memory, update)
     return memory
 
 
 def reasons(job: Job, memory: Dict[int, Dict[str, int]]) -> List[str]:
-    """Return one line for each IPU that does not fit: by how much, and its largest category.
-
-    memory: what `ipu_memory` returns.
-    """
+    """Return a line for each IPU that does not fit: by how much, and its largest category."""
     lines = []
     for ipu, parts in memory.items():
         over = sum(parts.values()) - job.machine.memory_bytes
@@ -173,13 +161,9 @@ def reasons(job: Job, memory: Dict[int, Dict[str, int]]) -> List[str]:
 
 
 def _in_step(memory: Dict[str, Any]) -> Any:
-    """Return the bytes of all that is temporary in a pipeline step."""
     return sum(memory[name] for name in IN_STEP)
 
 
 def _beyond_step(memory: Dict[str, Any], update: Any) -> Any:
-    """Return the part of the `update` bytes that exceeds what is temporary in the pipeline steps.
-
-    The weight update follows the steps and reuses their temporary memory.
-    """
+    # The weight update follows the steps and reuses their temporary memory.
     return np.maximum(0, update - _in_step(memory))

@@ -12,6 +12,7 @@ its IPU takes less, by the window ids (0.3 % of the copies with a width of 768).
 """
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields, replace
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from ipu_options.config import IPUConfig, pod_of, reserved_ipus
 from ipu_options.layout import Layout, in_ipus, least_accumulation
-from planner.job import CountedBlock, Job
+from planner.job import Job
 from planner.machine import Efficiencies
 from planner.memory import stage_memory
 from planner.phase import INFERENCE
@@ -54,7 +55,7 @@ def search(now: Plan, ipus: int, whole: IPUConfig, keep: int = 5) -> Tuple[List[
     UsageError if nothing fits.
     """
     job, plans, tried = now.job, [], 0
-    for candidate in (_candidates if job.training else _inference_candidates)(job, ipus):
+    for candidate in _candidates(job, ipus):
         tried += 1
         cut = best_split(candidate, now.efficiencies)
         if cut is not None:
@@ -91,8 +92,7 @@ def gain(plan: Plan, now: Plan) -> float:
 def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
     """Return the run's configuration, before the search `whole`, that carries out `plan`.
 
-    A plan of training changes the inference pipeline only where `ipus` IPUs could not run it: it
-    may inherit the training's stages, which need as many iterations, or have too many replicas.
+    A plan of training changes the inference pipeline only where `ipus` IPUs could not run it.
     """
     config = plan.job.config
     if not plan.job.training:
@@ -120,10 +120,7 @@ def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
 
 
 def settings_in(plan: Plan, whole: IPUConfig, ipus: int) -> Dict[str, Any]:
-    """Return {flag: value} that carry out `plan` as `settings_of` does: layout and batch.
-
-    All other values of the plan's pipeline are among them that differ from `whole`.
-    """
+    """Return {flag: value} that carry out `plan`: layout, batch, and what differs from `whole`."""
     phase, config, old = plan.job.phase, settings_of(plan, whole, ipus), whole.values()
     batches = "gradient_accumulation_steps" if plan.job.training else "device_iterations"
     names = list(phase.flags(dict.fromkeys(("layers_per_ipu", "replication_factor", batches))))
@@ -134,14 +131,12 @@ def settings_in(plan: Plan, whole: IPUConfig, ipus: int) -> Dict[str, Any]:
                 not follows and getattr(config, f.name) != old[f.name]):
             names.append(f.name)
     return {**{name: getattr(config, name) for name in names if getattr(config, name) is not None},
+            **({"pack": True} if plan.job.pack and plan.job.training else {}),
             phase.micro_batch_flag: plan.job.micro_batch_size}
 
 
 def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
-    """Return the contiguous split over job.config.num_ipus() IPUs with the shortest update or call.
-
-    None if no split fits.
-    """
+    """Return the fitting split over job.config.num_ipus() IPUs with the shortest update or call."""
     totals = range_totals(job.blocks)
     stages = job.config.num_ipus()
     if stages > len(job.blocks):
@@ -177,8 +172,15 @@ def with_cut(job: Job, cut: Cut) -> Job:
                                   ipus_per_replica=ipus, embedding_ipu=0, head_ipu=head_ipu))
 
 
+def with_replicas(plan: Plan, replicas: int) -> Optional[Plan]:
+    """Return the plan with so many replicas and the best split for them, if one fits."""
+    job = plan.job.changed(replication_factor=replicas)
+    cut = best_split(job, plan.efficiencies)
+    return None if cut is None else make_plan(with_cut(job, cut), plan.efficiencies)
+
+
 def split_settings(job: Job, cut: Cut) -> Dict[str, Any]:
-    """Return the fields of the job's configuration, with their values, that `cut` changes."""
+    """Return {field of the job's configuration: value} that `cut` changes."""
     config, changed = job.config, with_cut(job, cut).config
     return {name: getattr(changed, name) for name in ("layers_per_ipu", "embedding_ipu", "head_ipu")
             if name == "layers_per_ipu" or getattr(changed, name) != getattr(config, name)}
@@ -197,39 +199,34 @@ def _runs(plan: Plan, whole: IPUConfig, ipus: int) -> bool:
 
 
 def _candidates(job: Job, ipus: int) -> Iterator[Job]:
-    for stages in _powers_of_two(min(ipus, len(job.blocks))):
-        replicas = ipus // stages
-        for micro_batch in MICRO_BATCHES:
-            accumulation, rest = divmod(job.batch_size, micro_batch * replicas)
-            if rest or round(accumulation / job.windows_per_row) < least_accumulation(stages):
-                continue
-            for factor in SERIALIZATION_FACTORS:
-                blocks = tuple(job.count(micro_batch, factor))
-                for offchip in (False, True):
-                    for checkpoints in (True, False):
-                        yield _candidate(
-                            job, blocks, micro_batch, ipus_per_replica=stages,
-                            replication_factor=replicas, gradient_accumulation_steps=accumulation,
-                            embedding_serialization_factor=factor, optimizer_state_offchip=offchip,
-                            recompute_checkpoint_every_layer=checkpoints)
+    jobs = [job, job.changed(pack=True)] if job.gains_by_packing else [job]
+    for one, stages, micro_batch in itertools.product(
+            jobs, _powers_of_two(min(ipus, len(job.blocks))), MICRO_BATCHES):
+        for changes in (_training_choices if job.training else _inference_choices)(
+                one, stages, ipus // stages, micro_batch):
+            config = replace(one.config, ipus_per_replica=stages,
+                             replication_factor=ipus // stages, **changes)
+            if len(config.matmul_shares()) != stages:
+                config = replace(config, matmul_proportion=MATMUL_PROPORTION)
+            blocks = job.count(micro_batch, config.embedding_serialization_factor)
+            yield replace(one, blocks=blocks, micro_batch_size=micro_batch, config=config)
 
 
-def _inference_candidates(job: Job, ipus: int) -> Iterator[Job]:
-    for stages in _powers_of_two(min(ipus, len(job.blocks))):
-        for micro_batch in MICRO_BATCHES:
-            blocks = tuple(job.count(micro_batch, job.config.embedding_serialization_factor))
-            for iterations in ITERATIONS:
-                if iterations >= stages:
-                    yield _candidate(
-                        job, blocks, micro_batch, ipus_per_replica=stages,
-                        replication_factor=ipus // stages, device_iterations=iterations)
+def _training_choices(job: Job, stages: int, replicas: int, micro_batch: int
+                      ) -> Iterator[Dict[str, Any]]:
+    accumulation, rest = divmod(job.batch_size, micro_batch * replicas)
+    if rest or round(accumulation / job.windows_per_row) < least_accumulation(stages):
+        return
+    for factor, offchip, checkpoints in itertools.product(
+            SERIALIZATION_FACTORS, (False, True), (True, False)):
+        yield {"gradient_accumulation_steps": accumulation,
+               "embedding_serialization_factor": factor, "optimizer_state_offchip": offchip,
+               "recompute_checkpoint_every_layer": checkpoints}
 
 
-def _candidate(job: Job, blocks: Tuple[CountedBlock, ...], micro_batch: int, **changes) -> Job:
-    config = replace(job.config, **changes)
-    if len(config.matmul_shares()) != config.num_ipus():
-        config = replace(config, matmul_proportion=MATMUL_PROPORTION)
-    return replace(job, blocks=blocks, micro_batch_size=micro_batch, config=config)
+def _inference_choices(job: Job, stages: int, replicas: int, micro_batch: int
+                       ) -> Iterator[Dict[str, Any]]:
+    return ({"device_iterations": number} for number in ITERATIONS if number >= stages)
 
 
 def _powers_of_two(most: int) -> List[int]:
@@ -238,7 +235,7 @@ def _powers_of_two(most: int) -> List[int]:
 
 def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
                  stages: int) -> np.ndarray:
-    """Return [i, j]: the seconds of blocks[i:j] as stage `index`; infinite if they do not fit."""
+    """Return [i, j]: seconds of blocks[i:j] as stage `index`; infinite if they do not fit."""
     memory = stage_memory(job, totals,
                           job.config.matmul_shares()[index], index, stages, efficiencies.code_bytes)
     seconds = sum(stage_seconds(job, efficiencies, totals, index, stages))
@@ -266,9 +263,9 @@ def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
 
 
 def _distinct(plans: Sequence[Plan]) -> List[Plan]:
-    """Return the first plan of each layout, micro-batch size and place of the optimizer state."""
+    """Return the first plan of each layout, kind of rows and place of the optimizer state."""
     kept: Dict[Any, Plan] = {}
     for plan in plans:
-        kept.setdefault((plan.job.layout, plan.job.micro_batch_size,
+        kept.setdefault((plan.job.layout, plan.job.micro_batch_size, plan.job.pack,
                          plan.job.config.optimizer_state_offchip), plan)
     return list(kept.values())

@@ -15,7 +15,7 @@ from planner.advice import changes, describe, suggestion
 from planner.bound import bound_record, stage_composition
 from planner.confidence import CONFIDENCE, expected_error
 from planner.flags import SHAPE, JobSettings, Request, check_output
-from planner.from_settings import planned, planned_model, planned_name, pod_note
+from planner.from_settings import packing_note, planned, planned_model, planned_name, pod_note
 from planner.memory import reasons
 from planner.phase import INFERENCE, PHASES, TRAINING, Phase
 from planner.plan import Plan, latency_seconds
@@ -217,12 +217,13 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         else settings.model_name_or_path,
         "model": {name: getattr(model, family_names.get(name, name)) for name in SHAPE},
         "pod_type": pod_of(job.ipus), "pod_note": pod_note(request, job),
+        "packing_note": packing_note(request, job),
         "phase": job.phase.name,
         **{name: getattr(plan, name) for name in (
             "fits", "free_bytes", "fullest_ipu", "windows_per_second", "rows_per_second",
             "run_seconds", "update_seconds")},
         **{name: getattr(job, name) for name in (
-            "windows_per_row", "windows", "epochs", "updates")},
+            "pack", "windows_per_row", "windows", "epochs", "updates")},
         "windows_per_second_low": low, "windows_per_second_high": high, "confidence": CONFIDENCE,
         "bubble_fraction": plan.schedule.bubble_fraction, "pipeline_steps": plan.schedule.steps,
         "step_seconds": plan.schedule.step_seconds, "update_parts_seconds": plan.parts(),

@@ -13,7 +13,7 @@ from planner.from_settings import hosts_text
 from planner.machine import MIB, Efficiencies
 from planner.phase import PHASES
 from planner.plan import Plan
-from planner.search import gain
+from planner.search import gain, with_replicas
 from planner.sides import DEVICES, Side, differences, whole_plan
 from planner.views import LEGEND, WORDS, View, count, duration, mib, percent, planned, views_of
 from runtime.errors import UsageError, counted
@@ -298,7 +298,7 @@ def _short(value: Any) -> str:
 
 
 def search_text(sides: Sequence[Side], changes: Sequence[Dict[str, Any]], plans: Sequence[Plan],
-                tried: int, seconds: float) -> Tuple[str, Ranking]:
+                tried: int) -> Tuple[str, Ranking]:
     """Return the answer of a search as text, and its ranking.
 
     sides, plans: the settings as they are, then what was found, from the best one on. changes: the
@@ -308,13 +308,12 @@ def search_text(sides: Sequence[Side], changes: Sequence[Dict[str, Any]], plans:
     what = "the weight updates" if job.training else f"all {now['windows']:,} windows"
     names = [name for name in dict.fromkeys(name for flags in changes for name in flags)
              if not (job.training and name.startswith("inference_"))]
-    known = [{**side.settings, **job.phase.flags(
-        {**side.plan["ipu_config"], "micro_batch_size": side.plan["micro_batch_size"]})}
-        for side in sides]
+    known = [{**side.settings, **job.phase.flags({**side.plan["ipu_config"], **{
+        name: side.plan[name] for name in ("micro_batch_size", "pack")}})} for side in sides]
     settings = [{name: values[name] for name in names} for values in known]
     shared = {name: value for name, value in settings[1].items()
               if all(values[name] == value for values in settings[1:])}
-    tries = f"{tried} settings, each with its best split ({seconds:.1f} s)"
+    tries = f"{tried} settings, each with its best split"
     lines = [f"1 does {what} {gain(plans[1], plans[0]):.2f} times as fast as the settings now; it "
              f"is the best of {tries}." if plans[1] is not plans[0] else
              f"1 is the settings now: they are the fastest of {tries}.",
@@ -324,6 +323,8 @@ def search_text(sides: Sequence[Side], changes: Sequence[Dict[str, Any]], plans:
                      f"{best['ipus_in_all']} searched for: it is shown to compare with.")
     if not now["fits"]:
         lines.append(f"now does not fit: {'; '.join(now['why_not'])}.")
+    lines += _replicas_note(plans[1])
+    lines.append(now["packing_note"])
     if job.hosts > 1:
         lines.append(f"1 takes {hosts_text(job)}")
     lines.append("All have " + ", ".join(
@@ -340,6 +341,19 @@ def search_text(sides: Sequence[Side], changes: Sequence[Dict[str, Any]], plans:
         differing = {name: value for name, value in values.items() if name not in shared}
         entries.append((side.name, differing, cells))
     return "\n".join(filter(None, lines)), ranking(entries)
+
+
+def _replicas_note(plan: Plan) -> List[str]:
+    """Return why another number of replicas has another best split, if it has."""
+    now = plan.job.config.replication_factor
+    other = with_replicas(plan, 1 if now > 1 else 4) if plan.job.training else None
+    if other is None or other.job.config.layers_per_ipu == plan.job.config.layers_per_ipu:
+        return []
+    shares = [percent(one.weight_update_seconds / one.update_seconds) for one in (other, plan)]
+    return [f"With a replication factor of {other.job.config.replication_factor} in place of {now} "
+            f"the best split is {value_text(other.job.config.layers_per_ipu)}: the weight update, "
+            "as long as the IPU with most parameters takes, is "
+            f"{shares[0]} of the time in place of {shares[1]}."]
 
 
 def legend(sides: Sequence[Side]) -> str:

@@ -19,57 +19,44 @@ def stage_work(job: Job, efficiencies: Efficiencies) -> List[StageWork]:
 
 def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
                   stages: int) -> Tuple[Any, Any, Any]:
-    """Return (forward, recompute, backward) seconds of a stage for one micro-batch.
+    """Return (forward, recompute, backward) seconds of stage `index` of `stages` for a micro-batch.
 
-    totals: of the stage, or of all possible stages; in that case the results are arrays, too.
-    index: of the stage among the `stages` of the pipeline. See machine.Efficiencies for the
-    formula; float32 elements take twice as long, since they are twice as wide.
+    totals: of the stage, or arrays of all possible stages, as the results then are. The formula is
+    that of machine.Efficiencies; float32 elements are twice as wide and take twice as long. The
+    backward pass ends with adding the gradient of each parameter to its accumulator.
 
-    The backward pass ends with adding the gradient of each parameter to its accumulator.
-
-    Recomputation repeats the forward pass, except for the operations between the last checkpoint
-    and the loss, which PopART does not recompute (popart, transforms/pipeline.cpp,
-    setFinalFwdStageRecomputation). These are the last encoder layer and the QA head, because the
-    output of the last layer is no checkpoint, or without checkpoints the whole last stage. Without
-    a pipeline, on one IPU, PopTorch does not turn on recomputation (poptorch,
-    popart_compiler/source/Compiler.cpp).
+    Recomputation repeats the forward pass but for what lies between the last checkpoint and the
+    loss (popart, transforms/pipeline.cpp, setFinalFwdStageRecomputation): the last encoder layer
+    and the QA head, without checkpoints the whole last stage. On one IPU, without a pipeline,
+    PopTorch does not turn on recomputation (poptorch, popart_compiler/source/Compiler.cpp).
     """
     machine = job.machine
-    width = job.element_bytes / 2
 
-    def seconds(flops: Any, matmuls: Any, elements: Any) -> Any:
-        cycles = (matmuls * efficiencies.matmul_cycles +
-                  elements * width * efficiencies.element_cycles / machine.tiles)
+    def seconds(part: str, more_elements: Any = 0) -> Any:
+        flops, matmuls, elements = (
+            getattr(totals, f"{part}_{count}") for count in ("flops", "matmuls", "elements"))
+        cycles = (matmuls * efficiencies.matmul_cycles + (elements + more_elements) *
+                  job.element_bytes / 2 * efficiencies.element_cycles / machine.tiles)
         return (flops / (machine.flops(job.precision) * efficiencies.peak_utilisation) +
                 cycles / machine.clock_hz)
 
-    forward = seconds(totals.forward_flops, totals.forward_matmuls, totals.forward_elements)
+    forward = seconds("forward")
     if not job.training:
         return forward, 0 * forward, 0 * forward
     again = forward
     if index == stages - 1:
-        if stages > 1 and job.config.recompute_checkpoint_every_layer:
-            again = forward - seconds(totals.tail_forward_flops, totals.tail_forward_matmuls,
-                                      totals.tail_forward_elements)
-        else:
-            again = 0 * forward
-    return forward, again, seconds(totals.backward_flops, totals.backward_matmuls,
-                                   totals.backward_elements + totals.parameters)
+        by_layer = stages > 1 and job.config.recompute_checkpoint_every_layer
+        again = forward - seconds("tail_forward") if by_layer else 0 * forward
+    return forward, again, seconds("backward", totals.parameters)
 
 
 def copy_seconds(job: Job) -> float:
-    """Return the seconds of the copies between IPUs that end a step.
-
-    The IPU that sends most determines the time.
-    """
+    """Return the seconds of the copies that end a step: those of the IPU that sends most."""
     return max(sent_bytes(job).values()) / (job.machine.link_bytes_per_second * LINK_SHARE)
 
 
 def sent_bytes(job: Job) -> Dict[int, int]:
-    """Return {IPU: bytes that it sends to other IPUs in a step}.
-
-    Each IPU sends what the next stage takes and, in training, the gradients of what it has taken
-    back to the previous one.
+    """Return {IPU: bytes that it sends in a step}: the next stage's input, and its gradient back.
     """
     stages = job.stages()
     sent: Dict[int, int] = dict.fromkeys((ipu for ipu, _ in stages), 0)
@@ -80,19 +67,16 @@ def sent_bytes(job: Job) -> Dict[int, int]:
 
 
 def update_seconds(job: Job) -> Tuple[float, float]:
-    """Return the seconds of (gradient reduction over the replicas, weight update).
-
-    Both are those of the slowest IPU, the one with most parameters.
-    """
+    """Return seconds of (gradient reduction, weight update) of the IPU with most parameters."""
     return update_seconds_of(job, _most_parameters(job))
 
 
 def between_hosts_seconds(job: Job, parameters: Optional[int] = None) -> float:
     """Return the part of the gradient reduction that travels between the racks of several hosts.
 
-    parameters: of an IPU; by default of the one with most. Assumed is a reduction in phases: a
-    reduce-scatter within each rack over its IPU-Links, a ring all-reduce of each IPU's share over
-    the GW-Links, and an all-gather within each rack. No published run tells how good this is.
+    parameters: of an IPU; by default of the one with most. Assumed are a reduce-scatter within each
+    rack over its IPU-Links, a ring all-reduce of each IPU's share over the GW-Links, and an
+    all-gather within each rack. No published run tells how good this is.
     """
     racks = min(job.hosts, job.config.replication_factor)
     if not job.training or racks == 1:
@@ -110,13 +94,12 @@ def _most_parameters(job: Job) -> int:
 
 
 def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
-    """Return what `update_seconds` does, for an IPU with the given number of parameters.
+    """Return what `update_seconds` does, for an IPU with so many parameters.
 
-    A ring all-reduce over R replicas moves 2 (R - 1) / R of the gradients over each IPU's links
-    (Patarasuk and Yuan 2009). Over several hosts, R are those of one of them, and what travels
-    between hosts is added (`between_hosts_seconds`). Optimizer state off chip is read from and
-    written back to streaming memory. State on chip passes through the exchange, as weights and
-    gradients do.
+    A ring all-reduce over R replicas, those of one host, moves 2 (R - 1) / R of the gradients over
+    each IPU's links (Patarasuk and Yuan 2009); `between_hosts_seconds` are added. Optimizer state
+    off chip is read from and written to streaming memory. State on chip passes through the
+    exchange, as weights and gradients do.
     """
     if not job.training:
         return 0.0, 0.0
@@ -135,7 +118,7 @@ def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
 def host_seconds(job: Job, efficiencies: Efficiencies) -> float:
     """Return the seconds that the host adds to one weight update, or to one inference call.
 
-    Of several hosts each has an instance, and feeds its own replicas at the same time.
+    Several hosts feed their own replicas at the same time.
     """
     tokens = job.rows_per_update * job.max_seq_length / job.hosts
     call = (efficiencies.call_seconds / job.config.device_iterations if job.training else
