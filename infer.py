@@ -42,21 +42,22 @@ def main(argv=None):
 
 def answer_file(settings, answerer):
     """Answer the questions of --input_file, and evaluate the answers if it has the true ones."""
-    from qa.answers.evaluation import as_text, metrics_of, prediction_of
+    from qa.answers.evaluation import as_text, metrics_of
     from qa.data.dataset import load_examples
 
-    version_2, predictions = settings.version_2_with_negative, []
+    version_2, kept = settings.version_2_with_negative, []
     examples = processes.first_of_host_first(lambda: load_examples(
         split="test", file=settings.input_file, need_answers=None,  # the file may have them
         on_bad_row=settings.on_bad_row, version_2_with_negative=version_2))
 
-    def noting_predictions():
+    def keeping():
         for answer in answerer.answers(examples, progress=True):
-            predictions.append(prediction_of({**answer, "text": answer["answer"]}))
+            kept.append({"text": answer["answer"],
+                         **{key: answer[key] for key in ("id", "null_odds")}})
             yield answer
 
-    print_answers(settings, noting_predictions())
-    metrics = processes.on_first(metrics_of, examples, predictions, version_2)
+    print_answers(settings, keeping())
+    metrics = processes.on_first(metrics_of, examples, kept, version_2)
     if metrics:
         print(f"{counted(len(examples), 'question')}: {as_text(metrics)}", file=sys.stderr)
 

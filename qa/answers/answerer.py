@@ -4,7 +4,7 @@
 
     answerer = Answerer.load("output/demo")
     answer = answerer.ask("What frightened Ada?", "Ada was born in Oslo. She was afraid of geese.")
-    print(answer["answer"], answer["start"], answer["end"], answer["score"])
+    print(answer["answer"], answer["start"], answer["end"], answer["confidence"])
 """
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import Any, Dict, Iterator, List, Optional, Union
 
 from ipu_options.config import IPUConfig, inference_pipeline
 from ipu_options.popvision import PhaseTimer
+from qa.answers.confidence import confidence, read_table
 from qa.answers.inference import InferencePipeline
 from qa.data.windows import FewQuestions, windows_for_answers
 from qa.model.pretrained import load_config, load_model, load_tokenizer
 from qa.settings import InferSettings, infer_settings
 from runtime.errors import UsageError
 from runtime.flags import check_field, did_you_mean
+from runtime.hub import checkpoint_folder
 
 _KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list",
           dict: "an object"}
@@ -36,6 +38,8 @@ class Answerer:
         pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers,
                                       settings.pod_type, single_rows=not settings.input_file)
         self._tokenizer = load_tokenizer(settings, model_config)
+        self._table = read_table(checkpoint_folder(
+            settings.checkpoint, "--checkpoint", settings.model_revision, settings.hub_token))
         self._pipeline = InferencePipeline(load_model(settings, model_config), pipeline, settings)
 
     @classmethod
@@ -68,10 +72,12 @@ class Answerer:
 
             id, question
             answer       its text; empty if there is none
-            score        its probability among the n_best_size best spans of this text
+            confidence   how many answers as sure as this one were right, of 1, on the validation
+                         questions; None without a text or if nothing was measured
+            score        its share among the n_best_size best spans of this text, right or wrong
             start, end   the characters of the context that it spans, end not included
             nbest        the best answers, best first: text, probability, start, end
-            null_odds    only for version 2 data: see qa.answers.spans.AnswerFinder.add
+            null_odds    less is surer: see qa.answers.spans.AnswerFinder.add
         """
         n_best = self.settings.n_best if n_best is None else n_best
         check_field(InferSettings, "n_best", n_best, "n_best")
@@ -83,9 +89,9 @@ class Answerer:
                 keys = ("text", "probability", "start", "end")
                 nbest = [{key: entry[key] for key in keys} for entry in answer["nbest"][:n_best]]
                 yield {"id": answer["id"], "question": question, "answer": answer["text"],
-                       "score": answer["score"], "start": answer["start"], "end": answer["end"],
-                       "nbest": nbest,
-                       **{key: answer[key] for key in ("null_odds",) if key in answer}}
+                       "confidence": confidence(self._table, answer), "score": answer["score"],
+                       "start": answer["start"], "end": answer["end"], "nbest": nbest,
+                       "null_odds": answer["null_odds"]}
 
 
 def questions_about(question: Any, context: Any) -> FewQuestions:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ipu_options.config import Pipeline
 from ipu_options.popvision import PhaseTimer
+from qa.answers.confidence import write_table
 from qa.answers.inference import InferencePipeline
 from qa.answers.metrics import squad_metrics
 from qa.data.windows import Questions, Windows
@@ -42,8 +43,8 @@ class Evaluation:
                epoch: Optional[float] = None) -> None:
         """Evaluate validation and test questions like `validate`, and print some with answers."""
         for questions in filter(None, self.questions):
-            _, predictions = self._evaluate(weights, questions, step, epoch)
-            print(self._samples(questions.examples, predictions))
+            _, answers = self._evaluate(weights, questions, step, epoch)
+            print(self._samples(questions.examples, answers))
 
     def validate(self, weights: Dict[str, torch.Tensor], step: int, epoch: float,
                  ) -> Dict[str, float]:
@@ -58,7 +59,7 @@ class Evaluation:
 
     def _evaluate(self, weights: Dict[str, torch.Tensor], questions: Questions, step: Optional[int],
                   epoch: Optional[float]) -> Tuple[Dict[str, float], List[dict]]:
-        """Return the metrics, and in the first process the predictions."""
+        """Return the metrics, and in the first process the answers without their n-best lists."""
         folder, prefix = Path(self.settings.output_dir), questions.prefix
         begin = time.perf_counter()
         with self.timer("evaluate"):
@@ -68,11 +69,11 @@ class Evaluation:
             answers = self.answerer.answers(windows, examples)
             if processes.is_first():
                 with writing(f"--output_dir {folder}"):
-                    predictions = write_answers(answers, folder, version_2, prefix)
+                    answers = write_answers(answers, folder, version_2, prefix)
             else:
-                predictions = list(answers)  # computes its share
+                answers = list(answers)  # computes its share
             self.answerer.detach()
-            metrics = processes.on_first(metrics_of, examples, predictions, version_2)
+            metrics = processes.on_first(metrics_of, examples, answers, version_2)
         if metrics:
             where = {} if step is None else {"step": step, "epoch": epoch}
             at = "" if step is None else f" at step {step}"
@@ -80,11 +81,14 @@ class Evaluation:
             with writing(f"--output_dir {folder}"):
                 processes.on_first(write_json, folder / f"{prefix}metrics.json",
                                    {**metrics, **where})
+                if not prefix:
+                    processes.on_first(write_table, folder, answers,
+                                       [true["text"] for true in examples["answers"]])
             self.log.add("evaluation", step or 0, epoch, seconds=time.perf_counter() - begin,
                          questions="test" if prefix else "validation", **metrics)
-        return metrics, predictions
+        return metrics, answers
 
-    def _samples(self, examples: Any, predictions: List[dict]) -> str:
+    def _samples(self, examples: Any, answers: List[dict]) -> str:
         """Return --show_predictions of the questions with predicted and true answers, as text."""
         if not processes.is_first():
             return ""
@@ -93,29 +97,28 @@ class Evaluation:
         for index in sorted(sample):
             example = examples[index]
             true = " / ".join(sorted(set(example["answers"]["text"]))) or "(no answer)"
-            predicted = predictions[index]["prediction_text"] or "(no answer)"
+            predicted = answers[index]["text"] or "(no answer)"
             lines.append(
                 f"  {example['question']}\n      predicted: {predicted}\n      true:      {true}")
         return "\n".join(lines)
 
 
-def prediction_of(answer: Dict[str, Any]) -> Dict[str, Any]:
-    """Return one of `InferencePipeline.answers` as `squad_metrics` takes it."""
-    odds = {"no_answer_probability": answer["null_odds"]} if "null_odds" in answer else {}
-    return {"id": answer["id"], "prediction_text": answer["text"], **odds}
-
-
-def metrics_of(examples: Any, predictions: List[dict], version_2_with_negative: bool,
+def metrics_of(examples: Any, answers: List[dict], version_2_with_negative: bool,
                ) -> Dict[str, float]:
-    """Return the SQuAD metrics of predictions; {} where true answers are missing.
+    """Return the SQuAD metrics of answers; {} where true answers are missing.
 
-    examples: a data set with the columns id and answers, in the order of the predictions.
+    examples: a data set with the columns id and answers, in the order of the answers, which have
+    the keys id, text and null_odds.
     """
-    references = [{"id": name, "answers": answers}
-                  for name, answers in zip(examples["id"], examples["answers"])]
+    references = [{"id": name, "answers": true}
+                  for name, true in zip(examples["id"], examples["answers"])]
     answered = [bool(reference["answers"]["text"]) for reference in references]
     if not (any if version_2_with_negative else all)(answered):
         return {}
+    predictions = [
+        {"id": answer["id"], "prediction_text": answer["text"],
+         **({"no_answer_probability": answer["null_odds"]} if version_2_with_negative else {})}
+        for answer in answers]
     return squad_metrics(references, predictions, version_2_with_negative)
 
 
@@ -130,7 +133,7 @@ def write_answers(answers: Iterable[dict], folder: Path, version_2_with_negative
 
     predictions.json, nbest_predictions.json and, for version 2 data, null_odds.json map the id of a
     question to its text, its n-best list and its null odds. prefix: of the files' names. answers:
-    of `InferencePipeline.answers`. Returns `prediction_of` each. Raises OSError.
+    of `InferencePipeline.answers`. Returns them without nbest. Raises OSError.
     """
     def entries(answer):
         yield answer["text"]
@@ -139,7 +142,7 @@ def write_answers(answers: Iterable[dict], folder: Path, version_2_with_negative
         if version_2_with_negative:
             yield answer["null_odds"]
 
-    predictions = []
+    kept = []
     names = ["predictions", "nbest_predictions", *["null_odds"] * version_2_with_negative]
     with contextlib.ExitStack() as files:
         writers = [files.enter_context(_json_object(folder / f"{prefix}{name}.json"))
@@ -147,8 +150,8 @@ def write_answers(answers: Iterable[dict], folder: Path, version_2_with_negative
         for answer in answers:
             for write, entry in zip(writers, entries(answer)):
                 write(answer["id"], entry)
-            predictions.append(prediction_of(answer))
-    return predictions
+            kept.append({key: value for key, value in answer.items() if key != "nbest"})
+    return kept
 
 
 @contextlib.contextmanager

@@ -85,6 +85,13 @@ def normalized(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
+def best_f1(text: str, references: List[str]) -> float:
+    """Return the F1 of a text, 0 to 1: the best over its reference answers, 0 without any."""
+    tokens = normalized(text).split()
+    return max((_f1(tokens, normalized(reference).split()) for reference in references),
+               default=0.0)
+
+
 def _f1(tokens: List[str], gold: List[str]) -> float:
     common = sum((collections.Counter(tokens) & collections.Counter(gold)).values())
     if not common:

@@ -6,14 +6,17 @@ import sys
 from contextlib import suppress
 from typing import Any, Dict
 
+from qa.answers.confidence import judgement
+
 
 def as_text(answer: Dict[str, Any]) -> str:
     """Return an answer of `Answerer.ask` as a line, with the n-best list below it if it is one."""
-    def line(text, score, start, end):
+    def line(text, score, start, end, more=""):
         where = f", characters {start}-{end}" if text else ""
-        return f"{text or '(no answer)'}   ({score:.3f}{where})"
+        return f"{text or '(no answer)'}   (score {score:.3f}{where}{more and ', ' + more})"
 
-    lines = [line(answer["answer"], answer["score"], answer["start"], answer["end"])]
+    lines = [line(answer["answer"], answer["score"], answer["start"], answer["end"],
+                  judgement(answer))]
     if len(answer["nbest"]) > 1:
         lines += [
             f"  {rank}. {line(entry['text'], entry['probability'], entry['start'], entry['end'])}"

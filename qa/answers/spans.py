@@ -147,8 +147,8 @@ class AnswerFinder:
                          there is no answer
             nbest        a list of {text, start_logit, end_logit, probability, start, end}, best
                          first
-            null_odds    only for version 2 data: the null score minus the sum of the two logits of
-                         the best span with a text, or the null score if there is no such span
+            null_odds    the null score minus the sum of the two logits of the best span with a
+                         text, or the null score if there is no such span
         """
         logits = torch.stack((start_logits, end_logits)).float().numpy()
         for row, slices in enumerate(row_slices):
@@ -263,18 +263,17 @@ def question_answers(names: List[str], contexts: List[str], spans: numpy.ndarray
                 "text": context[start:end], "start_logit": start_logit, "end_logit": end_logit,
                 "probability": probability, "start": start, "end": end}
             for _, start, end, start_logit, end_logit, probability in zip(range(count), *lists)]
-        chosen, odds = nbest[0], {}
+        chosen, null_odds = nbest[0], null_score
+        best = next((entry for entry in nbest if entry["text"]), None)
+        if best:
+            null_odds = null_score - numpy.float32(best["start_logit"]) - numpy.float32(
+                best["end_logit"])
         if threshold is not None:
-            best = next((entry for entry in nbest if entry["text"]), None)
-            null_odds = null_score
-            if best:
-                null_odds = null_score - numpy.float32(best["start_logit"]) - numpy.float32(
-                    best["end_logit"])
             chosen = best if best and null_odds <= threshold else nbest[null_place]
-            odds = {"null_odds": float(null_odds)}
         yield {
             "id": name, "text": chosen["text"], "score": chosen["probability"],
-            "start": chosen["start"], "end": chosen["end"], "nbest": nbest, **odds}
+            "start": chosen["start"], "end": chosen["end"], "nbest": nbest,
+            "null_odds": float(null_odds)}
 
 
 def _merge_windows(spans: numpy.ndarray, bounds: numpy.ndarray) -> numpy.ndarray:

@@ -21,7 +21,7 @@ import os
 import re
 import signal
 import stat
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -243,9 +243,9 @@ class Checkpoints:
         with _written(self.output_dir / "final-model") as aside:
             self._write_model(model, aside, device_state["optimizer"])
             files.sync_and_hash(aside)
-            metrics = self.output_dir / "metrics.json"
-            if metrics.is_file():  # of the model that is replaced
-                metrics.unlink()
+            for name in ("metrics.json", "confidence.json"):  # of the model that is replaced
+                with suppress(FileNotFoundError):
+                    (self.output_dir / name).unlink()
             for path in sorted(aside.iterdir()):
                 os.replace(path, self.output_dir / path.name)
             aside.rmdir()

@@ -20,7 +20,8 @@ from runtime.hub import http_status
 _SHARED = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json",
            "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model",
            "ipu_config.json", "qa_settings.json")
-_RESULTS = ("README.md", "metrics.json")  # of the run that shares it, which may only evaluate
+# Of the run that shares it, which may only evaluate.
+_RESULTS = ("README.md", "metrics.json", "confidence.json")
 _SHOWN_SETTINGS = ("max_seq_length", "doc_stride", "pack", "num_train_epochs", "max_steps",
                    "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
                    "optimizer", "loss_scaling", "precision", "micro_batch_size", "seed")
@@ -93,8 +94,8 @@ def model_card(folder: Path, repo_id: str, settings: TrainSettings) -> str:
     """
     run, config = (json.loads((folder / name).read_text("utf-8"))
                    for name in ("run.json", "config.json"))
-    metrics = Path(settings.output_dir) / "metrics.json"
-    metrics = json.loads(metrics.read_text("utf-8")) if metrics.exists() else {}
+    metrics, confidence = (json.loads(path.read_text("utf-8")) if path.exists() else {}
+                           for path in map(Path(settings.output_dir).joinpath, _RESULTS[1:]))
     trained, layout, name = run["settings"], run["ipu_config"], repo_id.split("/")[-1]
     base = trained["model_name_or_path"]
     train_file, validation_file = (file and Path(file).name for file in (
@@ -118,7 +119,7 @@ def model_card(folder: Path, repo_id: str, settings: TrainSettings) -> str:
         training_data=train_file or f"the data set `{trained['dataset_name']}`",
         evaluation_data=validation_file or f"the data set `{evaluated}`",
         base="A local model" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})",
-        figures={key: f"{value:.2f}" if isinstance(value, float) else value
+        confidence=confidence, figures={key: f"{value:.2f}" if isinstance(value, float) else value
                  for key, value in metrics.items() if key not in ("step", "epoch")},
         shown_settings={key: trained.get(key) for key in _SHOWN_SETTINGS},
         shown_layout={key: layout.get(key) for key in _SHOWN_LAYOUT}).content

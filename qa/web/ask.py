@@ -10,6 +10,7 @@ import flask
 from dash import Input, Output, State, ctx, dcc, html, no_update
 
 from qa.answers.answerer import Answerer, questions_about
+from qa.answers.confidence import judgement
 from qa.web.server import new_page, serve
 from runtime.errors import RunError, UsageError
 from runtime.files import encoding_of
@@ -119,7 +120,7 @@ def marked(answer: Dict[str, Any], context: str) -> List[Any]:
             for entry in answer["nbest"]]
     return [
         html.H2(answer["answer"] or "(no answer)", id="best"),
-        html.P(f"score {answer['score']:.3f}"),
+        html.P(judgement(answer) or f"score {answer['score']:.3f}", id="judgement"),
         html.Div([context[:start], *([html.Mark(context[start:end])] if end else []),
                   context[end:]], id="marked"),
         html.Table([html.Caption("The best answers"),

@@ -84,7 +84,7 @@ def test_files_have_the_layouts_of_run_qa(tmp_path, version_2):
     finder = AnswerFinder(windows, examples, version_2_with_negative=version_2)
     batches = list(rows_of(windows, logits, 1, batch=20))
     answers = [answer for batch in batches for answer in finder.add(*batch)] + list(finder.finish())
-    predictions = write_answers(answers, tmp_path, version_2)
+    kept = write_answers(answers, tmp_path, version_2)
     files = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert set(files) == {"predictions.json", "nbest_predictions.json"
                           } | ({"null_odds.json"} if version_2 else set())
@@ -92,11 +92,9 @@ def test_files_have_the_layouts_of_run_qa(tmp_path, version_2):
     assert list(files["predictions.json"]) == examples["id"][:]
     assert all(set(entry) == {"text", "probability", "start_logit", "end_logit"}
                for nbest in files["nbest_predictions.json"].values() for entry in nbest)
-    assert [prediction["prediction_text"] for prediction in predictions] == list(
-        files["predictions.json"].values())
+    assert [answer["text"] for answer in kept] == list(files["predictions.json"].values())
     if version_2:
-        assert [prediction["no_answer_probability"] for prediction in predictions] == list(
-            files["null_odds.json"].values())
+        assert [answer["null_odds"] for answer in kept] == list(files["null_odds.json"].values())
 
 
 def test_a_run_that_breaks_off_leaves_the_files_as_they_were(tmp_path):

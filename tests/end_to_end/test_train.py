@@ -147,7 +147,8 @@ def test_a_float16_model_loads_with_transformers_and_answers_as_infer_does(demo,
     assert (answer["start"], answer["end"]) == best_span(out, question)
     assert answer["answer"] == question["context"][answer["start"]:answer["end"]] and len(
         answer["nbest"]) == 3
-    assert set(answer) == {"id", "question", "answer", "score", "start", "end", "nbest"}
+    assert set(answer) == {"id", "question", "answer", "confidence", "score",
+                           "start", "end", "nbest", "null_odds"}
 
     # For a file of these questions without answers, infer.py gives what the evaluation predicted.
     predictions = json.loads((out / "predictions.json").read_text())

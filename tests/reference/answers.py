@@ -55,16 +55,16 @@ def plain_answers(windows, examples, logits, n_best_size, max_answer_length, ver
              "end_logit": float(candidate["end_logit"]), "probability": float(probability),
              "start": candidate["start"], "end": candidate["end"]}
             for candidate, probability in zip(best, probabilities)]
-        chosen, odds = nbest[0], {}
+        chosen = nbest[0]
+        with_text = [place for place, entry in enumerate(nbest) if entry["text"]]
+        logits_of_best = [best[with_text[0]][name]
+                          for name in ("start_logit", "end_logit")] if with_text else [0, 0]
+        difference = (null["score"] - numpy.float32(logits_of_best[0])
+                      - numpy.float32(logits_of_best[1]))
         if version_2:
-            with_text = [place for place, entry in enumerate(nbest) if entry["text"]]
-            logits_of_best = [best[with_text[0]][name]
-                              for name in ("start_logit", "end_logit")] if with_text else [0, 0]
-            difference = (null["score"] - numpy.float32(logits_of_best[0])
-                          - numpy.float32(logits_of_best[1]))
             no_answer = next(entry for entry, candidate in zip(nbest, best) if candidate is null)
             chosen = no_answer if not with_text or difference > threshold else nbest[with_text[0]]
-            odds = {"null_odds": float(difference)}
         yield {
             "id": example["id"], "text": chosen["text"], "score": chosen["probability"],
-            "start": chosen["start"], "end": chosen["end"], "nbest": nbest, **odds}
+            "start": chosen["start"], "end": chosen["end"], "nbest": nbest,
+            "null_odds": float(difference)}

@@ -171,6 +171,9 @@ def test_a_run_that_only_evaluates_shares_the_model_with_its_new_metrics(hub, tr
     scores = tmp_path / "scores"
     scores.mkdir()
     (scores / "metrics.json").write_text('{"exact_match": 12.5, "f1": 25.0}')
+    (scores / "confidence.json").write_text(
+        '{"measure": "score", "right_from_f1": 0.5, "rows": [{"from": 0.25, "answers": 10, '
+        '"right": 0.75}]}')
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     settings = {"output_dir": scores, "do_eval": True, "model_name_or_path": trained,
                 "validation_file": "/home/ada/new.csv", "hub_token": "hf_good"}
@@ -180,7 +183,10 @@ def test_a_run_that_only_evaluates_shares_the_model_with_its_new_metrics(hub, tr
     (commit,) = hub.commits
     small = {line["value"]["path"]: base64.b64decode(line["value"]["content"]).decode()
              for line in commit if line["key"] == "file"}
-    assert set(small) == {"README.md", "config.json", "tokenizer.json", "metrics.json"}
+    assert set(small) == {"README.md", "config.json", "tokenizer.json", "metrics.json",
+                          "confidence.json"}
+    assert "right |\n| ---: | ---: | ---: |\n| 0.250 | 10 | 75 % |\n\n## Data" in (
+        small["README.md"])
     assert json.loads(small["metrics.json"])["f1"] == 25.0 and hub.large
     assert "| f1 | 25.00 |" in small["README.md"] and "evaluated on new.csv" in small["README.md"]
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
