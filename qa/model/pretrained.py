@@ -51,8 +51,7 @@ def load_config(settings: Settings, weights: bool = True):
 def load_tokenizer(settings: Settings, model_config) -> QATokenizer:
     """Return the tokenizer that settings.tokenizer_name names, or else the checkpoint's own.
 
-    Raises UsageError unless it is a fast one that joins two texts with special tokens and knows
-    fewer tokens than the model has embeddings; RunError if it cannot be fetched.
+    Raises UsageError unless it suits questions and the model; RunError if it cannot be fetched.
     """
     folder, name = _folder_and_name(
         settings, "tokenizer_name" if settings.tokenizer_name else "model_name_or_path", False)
@@ -79,9 +78,9 @@ def load_tokenizer(settings: Settings, model_config) -> QATokenizer:
 def load_model(settings: Settings, model_config, folder: Optional[Path] = None) -> ForSpans:
     """Return the model of `folder`, or else of settings.model_name_or_path, in float32.
 
-    model_config: the return value of `load_config`. A QA head that the checkpoint lacks is
-    initialised at random, which is said in one line. Raises RunError if the checkpoint cannot be
-    had or read, if its weights are not those of its config.json, or if one is not finite.
+    A QA head that the checkpoint lacks is initialised at random, which a note says. Raises RunError
+    if the checkpoint cannot be read, if its weights are not those of its config.json, or if one is
+    not finite.
     """
     if folder is None:
         folder, name = _folder_and_name(settings, "model_name_or_path", True)
@@ -116,10 +115,7 @@ def _read_weights(folder: Path) -> Dict[str, torch.Tensor]:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all elements of a floating-point tensor are finite.
-
-    Their sum is finite only if they are, and takes a tenth of the time.
-    """
+    """Return whether all elements are finite: only then their sum is, in a tenth of the time."""
     return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
 
 
@@ -146,9 +142,8 @@ def save_model(model: ForSpans, folder: Union[str, Path],
 def _float32_weights(model: ForSpans, optimizer_state: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     """Return the weights under Hugging Face's names.
 
-    An IPU updates float16 weights in float16, with stochastic rounding: there is nothing more to
-    save. poptorch_host updates them in float32, and the optimizer's state has them unrounded; it
-    does not count for weights that were put into the model since (those of the best evaluation).
+    An IPU updates float16 weights in float16, with stochastic rounding. poptorch_host updates them
+    in float32, unrounded in the optimizer's state unless others were put into the model since.
     """
     unrounded = optimizer_state.get("ipu_state", {})
     weights = {}
@@ -219,8 +214,7 @@ def _check_tokenizer_files(folder: Path, name: str) -> None:
 def _check_loaded(model: ForSpans, info: Dict[str, Any], name: str) -> None:
     """Raise RunError unless the weights were those that config.json describes.
 
-    A head may be missing. Layers that config.json does not count are left out with a note, as
-    transformers leaves them out without one. info: transformers' loading info.
+    A head may be missing. Layers that config.json does not count are left out, with a note.
     """
     for key, stored, wanted in sorted(info["mismatched_keys"]):
         sizes = " and ".join(" x ".join(map(str, shape)) for shape in (stored, wanted))

@@ -5,12 +5,12 @@ A checkpoint is the folder OUTPUT_DIR/checkpoint-STEP with these files:
     config.json, model.safetensors,   the model in Hugging Face's layout, as qa/model/pretrained.py
     tokenizer files, ipu_config.json  (write_checkpoint_files) writes it
     training_state.safetensors,       the states of the optimizer and of the random generators
-    training_state.json               (qa/run/state_files.py)
+    training_state.json               (qa.run.state.write_state)
     trainer_state.json                the other fields of qa.run.state.Checkpoint
     manifest.json                     size and SHA-256 of every file above
 
 A checkpoint is written to a temporary folder in OUTPUT_DIR, flushed to disk and renamed. Nothing is
-pickled: a checkpoint from an untrusted source is numbers and text, and cannot run code.
+pickled: it is numbers and text, and cannot run code.
 """
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ from ipu_options.config import IPUConfig
 from ipu_options.popvision import PhaseTimer
 from qa.data.rows import TrainingRows
 from qa.run.log import RunLog
-from qa.run.state import Checkpoint, TrainingState, another_run_from
-from qa.run.state_files import STRUCTURE, TENSORS, read_state, write_state
+from qa.run.state import STATE_FILES, Checkpoint, TrainingState, read_state, write_state
 from qa.settings import MUST_MATCH, TrainSettings
 from runtime import files, processes
 from runtime.errors import RunError, UsageError, counted
@@ -348,7 +347,7 @@ def find_fault(folder: Path) -> Optional[str]:
         if folder.is_symlink():
             return "it is a symbolic link"
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))["files"]
-        absent = [name for name in (TENSORS, STRUCTURE, TRAINER_STATE) if name not in manifest]
+        absent = [name for name in (*STATE_FILES, TRAINER_STATE) if name not in manifest]
         if absent:
             return f"its manifest.json does not name {absent[0]}"
         for name, expected in manifest.items():
@@ -381,7 +380,7 @@ def _check_match(checkpoint: Checkpoint, now: Dict[str, Any]) -> None:
     if differences:
         raise UsageError(
             f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differences)}. "
-            f"Go on with what it was begun with, or {another_run_from(checkpoint)}")
+            f"Go on with what it was begun with, or {checkpoint.another_run()}")
 
 
 def _as_text(value: Any) -> str:

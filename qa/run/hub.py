@@ -58,9 +58,8 @@ def check_push(settings: TrainSettings) -> None:
 def push(settings: TrainSettings) -> None:
     """With --push_to_hub, upload the model with its card and metrics; print the commit's URL.
 
-    A run that does not train shares the model that it has evaluated. The card is also written to
-    the output folder, as README.md. Raises UsageError if the repository's name is not valid,
-    RunError if the upload fails.
+    The card is also written to the output folder, as README.md. Raises UsageError if the
+    repository's name is not valid, RunError if the upload fails.
     """
     if not settings.push_to_hub or not processes.is_first():
         return
@@ -89,8 +88,7 @@ def push(settings: TrainSettings) -> None:
 def model_card(folder: Path, repo_id: str, settings: TrainSettings) -> str:
     """Return the text of the model card, by the template model_card.md. Raises OSError.
 
-    folder: the model's, with run.json and config.json. settings: of this run, which say what it was
-    evaluated on; its output folder may have metrics. Local files are named without their folders.
+    folder: the model's, with run.json and config.json. settings: of this run, which evaluated it.
     """
     run, config = (json.loads((folder / name).read_text("utf-8"))
                    for name in ("run.json", "config.json"))

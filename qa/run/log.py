@@ -1,7 +1,7 @@
 """What a run leaves about itself in its output folder: run.json, log.jsonl and training.png.
 
-run.json holds what is needed to repeat the run. Each line of log.jsonl is a JSON object with the
-keys `event`, `step` and `time` (ISO 8601, UTC). The events and their further keys:
+Each line of log.jsonl is an object with the keys `event`, `step` and `time` (ISO 8601, UTC). The
+events and their further keys:
 
     started, resumed    device ("IPU" or "host"); from, the checkpoint
     log                 epoch, loss (mean over the windows since the last one), learning_rate,
@@ -62,10 +62,7 @@ _PANELS = (
 
 
 class RunLog:
-    """Writes the log of a run in its first process, and passes its numbers on to --report_to.
-
-    A log that cannot be written is no reason to lose a run: a warning says so.
-    """
+    """Writes the log of a run in its first process, and passes its numbers on to --report_to."""
 
     def __init__(self, settings: TrainSettings):
         self.settings, self._folder = settings, Path(settings.output_dir)
@@ -75,10 +72,7 @@ class RunLog:
 
     def begin(self, ipu_config: IPUConfig, rows: TrainingRows,
               resumed: Optional["Checkpoint"] = None) -> None:
-        """Write run.json, and begin the log or continue the one of the run that saved `resumed`.
-
-        ipu_config: the training pipeline's. Raises OSError for run.json.
-        """
+        """Write run.json, and begin the log or continue the one of the run that saved `resumed`."""
         if processes.is_first() and not self.settings.dry_run:
             write_json(self._folder / "run.json",
                        _run_record(self.settings, ipu_config, rows, resumed))
@@ -112,10 +106,11 @@ class RunLog:
     def _open(self, lines: List[Dict[str, Any]], first_step: Optional[int]) -> None:
         """Start the file with `lines`. TensorBoard discards its events from `first_step` on."""
         self._begun = True
-        if processes.is_first():
-            with _warned(self._path), written_whole(self._path) as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        if processes.is_first() and not self.settings.synthetic_data:
+        if not processes.is_first():
+            return
+        with _warned(self._path), written_whole(self._path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        if not self.settings.synthetic_data:
             self._reporters = [_REPORTERS[name](self.settings, first_step)
                                for name in self.settings.report_to if name in _REPORTERS]
 
@@ -133,6 +128,7 @@ class RunLog:
 
 @contextmanager
 def _warned(path: Path) -> Iterator[None]:
+    """A log that cannot be written is no reason to lose a run."""
     try:
         yield
     except OSError as error:
@@ -188,7 +184,6 @@ def _now() -> str:
 
 
 def _git_revision() -> Optional[str]:
-    """Return the project's commit, with "-dirty" if tracked files differ; None outside a clone."""
     try:
         revision = subprocess.run(
             ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40",

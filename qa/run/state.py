@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
 import shlex
 import zlib
@@ -18,6 +19,10 @@ from qa.model.optimizer import optimizer_state, set_optimizer_state
 from qa.model.parallelize import set_weights, weights_of
 from runtime import processes
 from runtime.errors import UsageError
+from runtime.files import write_json
+
+# The files of a state: its tensors, and all around them.
+STATE_FILES = ("training_state.safetensors", "training_state.json")
 
 
 class Checkpoint(NamedTuple):
@@ -34,6 +39,11 @@ class Checkpoint(NamedTuple):
     optimizer: Dict[str, Any]  # qa.model.optimizer.optimizer_state
     rng_state: List[int]  # the seed, then the device's random state of each replica
     random_state: Dict[str, Any]  # of `random_state`
+
+    def another_run(self) -> str:
+        """Return what to do where a run cannot continue from it."""
+        return ("start another run from its weights: --model_name_or_path "
+                f"{shlex.quote(str(self.folder))} and a new --output_dir")
 
 
 class MeanLoss(NamedTuple):
@@ -90,10 +100,7 @@ class TrainingState:
         return {"optimizer": optimizer, "rng_state": rng_state, "random_state": random_state()}
 
     def restore(self, checkpoint: Optional[Checkpoint]) -> None:
-        """Continue from `checkpoint`, if any. The model must have its weights, and be compiled.
-
-        Raises UsageError if its random state cannot be used, or if processes differ in weights.
-        """
+        """Continue from `checkpoint`, if any. The model must have its weights, and be compiled."""
         if processes.count() > 1:
             checksum = 0
             for weight in weights_of(self.model).values():
@@ -113,9 +120,8 @@ class TrainingState:
     def go_back(self, checkpoint: Checkpoint) -> None:
         """Reset weights and optimizer to `checkpoint`; step, losses and random states stay.
 
-        A step that is not finite cannot be left out, because the device has updated the weights
-        before the host sees the loss. The batches since the checkpoint are skipped, as in the
-        training of PaLM (Chowdhery et al. 2022, section 5.1).
+        The device has updated the weights before the host sees the loss. The batches since then are
+        skipped, as in the training of PaLM (Chowdhery et al. 2022, section 5.1).
         """
         # The next call attaches again. Only that initialises the gradient accumulators: with
         # accumulators of float16 their mean is a running one (PopTorch, _optimizer_attributes.py,
@@ -145,16 +151,10 @@ def rng_of_process(checkpoint: Checkpoint, replicas: int) -> List[int]:
         raise UsageError(
             f"--resume_from_checkpoint {checkpoint.folder}: holds the random state of another "
             "number of replicas; go on with the --replication_factor that it was begun with, or "
-            f"{another_run_from(checkpoint)}")
+            f"{checkpoint.another_run()}")
     length = len(states) // processes.count()
     first = processes.place().index * length
     return [seed, *states[first:first + length]]
-
-
-def another_run_from(checkpoint: Checkpoint) -> str:
-    """Return what to do where a run cannot continue from `checkpoint`."""
-    return ("start another run from its weights: --model_name_or_path "
-            f"{shlex.quote(str(checkpoint.folder))} and a new --output_dir")
 
 
 def random_state() -> Dict[str, Any]:
@@ -177,3 +177,54 @@ def set_random_state(state: Dict[str, Any]) -> None:
             torch.frombuffer(bytearray(base64.b64decode(state["torch"])), dtype=torch.uint8))
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OverflowError) as error:
         raise UsageError(f"the checkpoint's random state cannot be used ({error})") from error
+
+
+def write_state(folder: Path, state: Dict[str, Any]) -> None:
+    """Write dictionaries, lists and tuples of tensors, numbers, texts and None, without pickle."""
+    tensors: Dict[str, torch.Tensor] = {}
+    structure, memory = _encode(state, "", tensors), set()
+    # safetensors refuses tensors that share memory: copy the few that do.
+    for key, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() in memory:
+            tensors[key] = tensor.clone()
+        memory.add(tensor.untyped_storage().data_ptr())
+    safetensors.torch.save_file(tensors, folder / STATE_FILES[0])
+    write_json(folder / STATE_FILES[1], structure, indent=None)
+
+
+def read_state(folder: Path) -> Any:
+    """Return what `write_state` wrote; a damaged one raises what `load_checkpoint` catches."""
+    structure = json.loads((folder / STATE_FILES[1]).read_text("utf-8"))
+    return _decode(structure, safetensors.torch.load_file(folder / STATE_FILES[0]))
+
+
+def _encode(value: Any, name: str, tensors: Dict[str, torch.Tensor]) -> Any:
+    """Return `value`, at `name` in the state, as JSON; its tensors go into `tensors`."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        key = f"{len(tensors)}{name}"
+        tensors[key] = value.detach().cpu().contiguous()
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {
+            "dict": [[key, _encode(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    raise TypeError(f"training state{name}: cannot save a {type(value).__name__}")
+
+
+def _decode(value: Any, tensors: Dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_decode(item, tensors) for item in content)
+    if kind == "dict":
+        return {key: _decode(item, tensors) for key, item in content}
+    raise ValueError(f"unknown kind {kind!r}")

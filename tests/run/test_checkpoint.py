@@ -26,7 +26,8 @@ from ipu_options import poptorch
 from ipu_options.config import DeviceSettings, IPUConfig
 from ipu_options.options import training_options
 from qa.data.rows import TrainingRows
-from qa.run import checkpoint, state_files
+from qa.run import checkpoint
+from qa.run import state as state_module
 from qa.run.checkpoint import (
     _AS_FLAGS,
     Checkpoints,
@@ -252,8 +253,8 @@ def test_killed_before_any_line_of_saving_leaves_whole_checkpoints(tmp_path, ste
 
     def trace(frame, event, argument):
         code = frame.f_code
-        if code.co_filename not in (checkpoint.__file__, state_files.__file__, files.__file__,
-                                    shutil.__file__) or code is state_files._encode.__code__:
+        if code.co_filename not in (checkpoint.__file__, state_module.__file__, files.__file__,
+                                    shutil.__file__) or code is state_module._encode.__code__:
             return None  # not a line of saving, or in `_encode`: thousands that touch no file
         if event == "line" and code.co_name != "<listcomp>":
             copies.append(tmp_path / str(len(copies)))
