@@ -135,10 +135,7 @@ _DECODER = ("it is a decoder, whose tokens do not see what follows them; an enco
 
 
 def family_of(config: Any, name: str = "the model") -> Family:
-    """Return the family of the model with this configuration of transformers.
-
-    name: what to call the model in messages. Raises UsageError if it is of none, with the reason.
-    """
+    """Return the family of a model, `name` in messages. Raises UsageError if it is of none."""
     kind, families = config.model_type, ", ".join(FAMILIES)
     decodes = any(getattr(config, name, False) for name in (
         "is_decoder", "is_encoder_decoder", "add_cross_attention"))
@@ -157,11 +154,7 @@ def _is_decoder(kind: str) -> bool:
 
 
 def refuse_early(settings: Settings) -> None:
-    """Find out whether the hub answers, if it is needed, and refuse a model that cannot be run.
-
-    This is before torch is imported, which takes seconds, and before any work. Raises what
-    `check_checkpoint` raises.
-    """
+    """Before torch is imported: find out whether the hub answers, and `check_checkpoint`."""
     offline_unless_reachable(settings.needs_hub)
     if not settings.demo_data:
         check_checkpoint(settings)
@@ -170,8 +163,7 @@ def refuse_early(settings: Settings) -> None:
 def check_checkpoint(settings: Settings, weights: bool = True) -> None:
     """Refuse the checkpoint settings.model_name_or_path by its files, fetched if need be.
 
-    weights: whether they are needed, too. Raises what `checkpoint_folder` and `check_config` raise,
-    and UsageError for rows that are longer than the model has positions for.
+    weights: whether they are needed, too. Raises what `checkpoint_folder` and `check_config` raise.
     """
     name, source = settings.model_name_or_path, settings.source("model_name_or_path")
     path = checkpoint_folder(name, source, settings.model_revision, settings.hub_token,
@@ -189,8 +181,7 @@ def check_checkpoint(settings: Settings, weights: bool = True) -> None:
 def check_config(config: Any, name: str) -> None:
     """Raise UsageError if a model is of no family here, or if no model has its sizes.
 
-    config: transformers' configuration, or what config.json holds of it. name: what to call the
-    model in messages.
+    config: transformers' configuration, or what config.json holds of it.
     """
     family = family_of(config, name)
 
@@ -241,7 +232,6 @@ def check_row_length(settings: Settings, most: int) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Return a value of config.json as a message shows it, which it cannot make long."""
     text = repr(value)
     return text if len(text) <= 40 else f"a {type(value).__name__}"
 
@@ -268,10 +258,7 @@ def farthest_distance(config: Any) -> int:
 
 
 def row_kind(config: Any) -> Dict[str, Any]:
-    """Return what the rows of qa/data/rows.py need to know of a model, as their arguments.
-
-    They are left out where they are RoBERTa's, which are the rows' defaults.
-    """
+    """Return what qa/data/rows.py needs to know of a model, as arguments other than RoBERTa's."""
     wanted: Dict[str, Any] = {"pad_token_id": config.pad_token_id}
     if not family_of(config).positions_after_padding:
         wanted["first_position"] = 0
