@@ -161,14 +161,10 @@ def before_resume(lines: List[Dict[str, Any]], step: int) -> List[Dict[str, Any]
 
 def _run_record(settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
                 resumed: Optional["Checkpoint"]) -> Dict[str, Any]:
-    command, hide = [], False
-    for word in sys.argv:
-        command.append(
-            "***" if hide else "--hub_token=***" if word.startswith("--hub_token=") else word)
-        hide = word == "--hub_token"
+    command, token = shlex.join(sys.argv), settings.hub_token
     return {
-        "command": " ".join(map(shlex.quote, command)),
-        "settings": {**settings.values(), "hub_token": "***" if settings.hub_token else None},
+        "command": command.replace(token, "***") if token else command,
+        "settings": {**settings.values(), "hub_token": "***" if token else None},
         "ipu_config": ipu_config.values(), "data_fingerprint": rows.windows.fingerprint,
         "resumed_from": str(resumed.folder) if resumed else None, "time": _now(),
         "git_revision": _git_revision(),

@@ -73,7 +73,8 @@ def test_a_line_of_the_log_is_plain_json(tmp_path):
     assert json.loads(line)["why"] == 'the loss is nan: "é"'
 
 
-@pytest.mark.parametrize("flag", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
+@pytest.mark.parametrize("flag", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"],
+                                  ["--token", "hf_secret"], ["--hub-token=hf_secret"]])
 def test_the_record_of_a_run_repeats_it_and_keeps_no_token(tmp_path, monkeypatch, flag):
     monkeypatch.setattr(sys, "argv", ["train.py", *flag, "--output_dir", "a folder"])
     RunLog(TrainSettings(output_dir=str(tmp_path), seed=43, hub_token="hf_secret")).begin(
