@@ -9,7 +9,7 @@ their imports, from the bottom:
     machine                 documented figures of Mk2 and Bow, and the fitted efficiencies
     job from_settings       Job: counted blocks, layout, IPU configuration; from flags
     count                   what each block of the model needs: parameters, FLOPs, saved bytes
-    totals memory           bytes on each IPU (weights, stash ...), from sums over a stage
+    totals matmul memory    bytes on each IPU (weights, stash ...), from sums over a stage
     schedule throughput     steps of the pipeline, depth of the stash; seconds of a stage
     plan                    Plan: all of the above for one job
     search advice bound     the best split; the change that would help most; what bounds a plan

@@ -10,9 +10,10 @@ from planner.throughput import stage_work
 
 # The terms of machine.Efficiencies' formula, by the numbers that leave the others out of it.
 WORK = {
-    "multiplications": {"matmul_cycles": 0.0, "element_cycles": 0.0},
+    "multiplications": {"matmul_cycles": 0.0, "element_cycles": 0.0, "exchange_cycles": 0.0},
     "fixed_cost": {"peak_utilisation": float("inf"), "element_cycles": 0.0},
-    "element_wise": {"peak_utilisation": float("inf"), "matmul_cycles": 0.0}}
+    "element_wise": {"peak_utilisation": float("inf"), "matmul_cycles": 0.0,
+                     "exchange_cycles": 0.0}}
 UPDATE = ("gradient reduction", "gradient reduction between hosts", "weight update")
 ROOFLINE = ("as planned", "balanced, no ramp, no host", "multiplications alone at the peak")
 
@@ -74,8 +75,9 @@ def _fixed_seconds(plan: Plan) -> Optional[float]:
     if plan.job.count is None:
         return None
     slowest = max(plan.schedule.load, key=plan.schedule.load.get)
-    # The counts are linear in the rows.
+    # The counts are linear in the rows; what memory costs a multiplication is not.
+    linear = replace(plan.efficiencies, exchange_cycles=0.0)
     once, twice = (
-        sum(sum(work[1:]) for work in stage_work(job, plan.efficiencies) if work.ipu == slowest)
+        sum(sum(work[1:]) for work in stage_work(job, linear) if work.ipu == slowest)
         for job in (plan.job, plan.job.changed(micro_batch_size=2 * plan.job.micro_batch_size)))
     return 2 * once - twice

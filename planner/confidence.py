@@ -24,7 +24,7 @@ INFERENCE_ERROR = 0.20  # of inference, of which no throughput is published with
 QUANTILE = 2.02
 # Relative errors of the default efficiencies against the measured published runs, root of the mean
 # square: as fitted, and in cross-validation (`calibrate --show` prints both).
-PUBLISHED_RMS = (0.034, 0.049)
+PUBLISHED_RMS = (0.032, 0.045)
 
 
 def sensitivity(plan: Plan) -> np.ndarray:

@@ -240,11 +240,12 @@ class _OperationCounter(TorchDispatchMode):
         return result
 
     def _add_matmul(self, left: torch.Tensor, right: torch.Tensor, result: torch.Tensor) -> None:
-        block = self.block()
-        block[self.direction + "_flops"] += 2 * result.numel() * left.shape[-1]
+        block, flops = self.block(), 2 * result.numel() * left.shape[-1]
+        block[self.direction + "_flops"] += flops
         block[self.direction + "_matmuls"] += 1
-        block["matmul_bytes"] = max(block["matmul_bytes"],
-                                    _bytes(left) + _bytes(right) + _bytes(result))
+        if flops > block["matmul_flops"]:
+            block["matmul_flops"], block["large_flops"] = flops, 0
+        block["large_flops"] += flops * (flops == block["matmul_flops"])
         if self.direction == "forward" and left.dim() == 2:
             block["linear_bytes"] = max(block["linear_bytes"], _bytes(result))
 

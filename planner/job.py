@@ -36,7 +36,8 @@ class CountedBlock:
     output_bytes: int = 0
     result_bytes: int = 0    # the largest result of an operation in the forward pass
     linear_bytes: int = 0    # the largest result of a linear layer
-    matmul_bytes: int = 0    # operands and result of the largest matrix multiplication
+    matmul_flops: int = 0    # of the largest matrix multiplication
+    large_flops: int = 0     # of all that are as large, forward and backward
 
 
 BlockCounter = Callable[..., Tuple[CountedBlock, ...]]

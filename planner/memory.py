@@ -15,16 +15,14 @@ from typing import Any, Dict, List
 import numpy as np
 
 from planner.job import Job
+from planner.matmul import temporary_bytes
 from planner.schedule import stash_depth
 from planner.totals import Totals, stage_totals
 
 ALWAYS = ("weights", "gradients", "optimizer_state", "stash", "code")
 IN_STEP = ("activations", "matmul_temporaries", "embedding_gradient")
 CATEGORIES = ALWAYS + IN_STEP + ("update_temporaries",)
-# Estimates: rearranged operands and partial sums of a multiplication, as a multiple of operands and
-# result, up to matmul_proportion, within which Poplar plans it; the share of a training program's
-# code that an inference program has, without backward pass and weight update.
-MATMUL_COPIES = 8
+# An estimate: the share of a training program's code that forward passes alone have.
 INFERENCE_CODE = 0.5
 
 
@@ -64,7 +62,7 @@ def stage_memory(job: Job, totals: Totals, matmul_proportion: float, index: int,
         "stash": (0 if last else stash_depth(index, stages)) * kept,
         "code": code_bytes,
         "activations": live + _most_gradients(totals, size) + (0 if last else totals.output_bytes),
-        "matmul_temporaries": _matmul_temporaries(job, totals, matmul_proportion)}
+        "matmul_temporaries": temporary_bytes(job, totals.matmul_flops, matmul_proportion)}
     # The embedding's gradient comes last, when all that is free again.
     embedding = totals.embedding_parameter * size
     memory["embedding_gradient"] = np.maximum(0, (
@@ -99,17 +97,12 @@ def _inference_memory(job: Job, totals: Totals, matmul_proportion: float,
         "weights": totals.parameters * job.element_bytes,
         "code": round(INFERENCE_CODE * code_bytes),
         "activations": totals.result_bytes + 5 * totals.output_bytes + _mask_bytes(job),
-        "matmul_temporaries": _matmul_temporaries(job, totals, matmul_proportion)}
+        "matmul_temporaries": temporary_bytes(job, totals.matmul_flops, matmul_proportion)}
 
 
 def _mask_bytes(job: Job) -> int:
     """Return the bytes of a micro-batch's attention mask, [rows, 1, tokens, tokens]."""
     return job.micro_batch_size * job.max_seq_length ** 2 * job.element_bytes
-
-
-def _matmul_temporaries(job: Job, totals: Totals, matmul_proportion: float) -> Any:
-    return np.minimum(matmul_proportion * job.machine.memory_bytes,
-                      MATMUL_COPIES * totals.matmul_bytes)
 
 
 def _update_bytes(job: Job, totals: Totals) -> Any:

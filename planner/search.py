@@ -236,9 +236,9 @@ def _powers_of_two(most: int) -> List[int]:
 def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
                  stages: int) -> np.ndarray:
     """Return [i, j]: seconds of blocks[i:j] as stage `index`; infinite if they do not fit."""
-    memory = stage_memory(job, totals,
-                          job.config.matmul_shares()[index], index, stages, efficiencies.code_bytes)
-    seconds = sum(stage_seconds(job, efficiencies, totals, index, stages))
+    share = job.config.matmul_shares()[index]
+    memory = stage_memory(job, totals, share, index, stages, efficiencies.code_bytes)
+    seconds = sum(stage_seconds(job, efficiencies, totals, share, index, stages))
     fits = (sum(memory.values()) <= job.machine.memory_bytes) & (totals.parameters > 0)
     return np.where(fits, seconds, np.inf)
 

@@ -3,8 +3,11 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
+
 from planner.job import Job
 from planner.machine import INFERENCE_CALL_SECONDS, LINK_SHARE, Efficiencies
+from planner.matmul import serial_bytes
 from planner.schedule import StageWork
 from planner.totals import Totals, stage_totals
 
@@ -13,12 +16,13 @@ def stage_work(job: Job, efficiencies: Efficiencies) -> List[StageWork]:
     """Return the StageWork of each forward stage, in order: its seconds for one micro-batch."""
     stages = job.stages()
     return [
-        StageWork(ipu, *stage_seconds(job, efficiencies, stage_totals(blocks), index, len(stages)))
+        StageWork(ipu, *stage_seconds(job, efficiencies, stage_totals(blocks),
+                                      job.config.matmul_shares()[ipu], index, len(stages)))
         for index, (ipu, blocks) in enumerate(stages)]
 
 
-def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
-                  stages: int) -> Tuple[Any, Any, Any]:
+def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, matmul_proportion: float,
+                  index: int, stages: int) -> Tuple[Any, Any, Any]:
     """Return (forward, recompute, backward) seconds of stage `index` of `stages` for a micro-batch.
 
     totals: of the stage, or arrays of all possible stages, as the results then are. The formula is
@@ -31,12 +35,15 @@ def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, index: i
     PopTorch does not turn on recomputation (poptorch, popart_compiler/source/Compiler.cpp).
     """
     machine = job.machine
+    large = totals.large_flops / np.maximum(totals.forward_flops + totals.backward_flops, 1)
 
     def seconds(part: str, more_elements: Any = 0) -> Any:
         flops, matmuls, elements = (
             getattr(totals, f"{part}_{count}") for count in ("flops", "matmuls", "elements"))
-        cycles = (matmuls * efficiencies.matmul_cycles + (elements + more_elements) *
-                  job.element_bytes / 2 * efficiencies.element_cycles / machine.tiles)
+        exchanged = serial_bytes(job, large * flops, totals.matmul_flops, matmul_proportion)
+        cycles = (matmuls * efficiencies.matmul_cycles + (
+            (elements + more_elements) * job.element_bytes / 2 * efficiencies.element_cycles +
+            exchanged * efficiencies.exchange_cycles) / machine.tiles)
         return (flops / (machine.flops(job.precision) * efficiencies.peak_utilisation) +
                 cycles / machine.clock_hz)
 

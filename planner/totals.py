@@ -17,10 +17,10 @@ from planner.job import CountedBlock
 # Fields of CountedBlock of which a stage has sums, sums over the blocks after the last checkpoint
 # (the last encoder layer and the QA head), and maxima.
 SUMS = ("parameters", "saved_bytes", "forward_flops", "forward_matmuls", "forward_elements",
-        "backward_flops", "backward_matmuls", "backward_elements")
+        "backward_flops", "backward_matmuls", "backward_elements", "large_flops")
 TAIL = ("forward_flops", "forward_matmuls", "forward_elements", "saved_bytes")
 MAXIMA = ("largest_parameter", "saved_results", "output_bytes", "result_bytes", "linear_bytes",
-          "matmul_bytes")
+          "matmul_flops")
 # The totals of a stage. The others are the saved bytes of the block that saves most, the largest
 # parameter of an embedding and of another block, the first block's input, and that with the outputs
 # of layers that other layers take.

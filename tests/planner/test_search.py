@@ -38,7 +38,8 @@ def random_job(choose: random.Random) -> Job:
             backward_flops=choose.randint(2, 80) * 10 ** 9, forward_matmuls=6, backward_matmuls=12,
             forward_elements=choose.randint(1, 9) * 10 ** 7, backward_elements=10 ** 7,
             saved_bytes=choose.randint(1, 40) * 2 ** 20, input_bytes=taken,
-            output_bytes=2 ** 20, matmul_bytes=choose.randint(1, 12) * 2 ** 20)
+            output_bytes=2 ** 20, matmul_flops=choose.randint(1, 12) * 10 ** 9,
+            large_flops=choose.randint(1, 20) * 10 ** 9)
         for name, kind in names)
     config = IPUConfig(
         layers_per_ipu=[0] * stages, gradient_accumulation_steps=choose.randint(7, 40),
