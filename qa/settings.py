@@ -34,7 +34,7 @@ from ipu_options.config import (
 from qa.families import check_config, most_tokens
 from runtime import processes
 from runtime.errors import UsageError
-from runtime.files import encoding_of, read_json_object, write_json
+from runtime.files import encoding_of, read_json_object
 from runtime.flags import Parser, Settings, Source, add_flags, did_you_mean, flag, make_settings
 from runtime.hub import checkpoint_folder
 
@@ -426,12 +426,6 @@ def named_configs() -> List[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def write_qa_settings(settings: ModelSettings, folder: Any) -> None:
-    """Write `folder`/qa_settings.json, which `parse_infer` reads. Raises OSError."""
-    write_json(
-        Path(folder) / QA_SETTINGS_NAME, {name: getattr(settings, name) for name in QA_SETTINGS})
-
-
 def _parse(parser: Parser, argv: Optional[Sequence[str]], *groups: type,
            without: Sequence[str] = ()) -> Dict[str, Any]:
     parser.add_argument("--ipu_config", metavar="PATH",
@@ -465,7 +459,7 @@ def _read_config(name_or_path: str) -> Source:
             raise UsageError(f"{source}: no such configuration; choose from "
                              f"{', '.join(named_configs())}, or name a YAML file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
+        values = yaml.load(path.read_bytes(), _UniqueKeys) or {}
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{source}: not readable as YAML "
                          f"({' '.join(str(error).split())[:200]})") from error

@@ -21,8 +21,9 @@ from qa.data.tokenizer import QATokenizer
 from qa.families import check_checkpoint, family_of
 from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
-from qa.settings import TrainSettings, write_qa_settings
+from qa.settings import QA_SETTINGS, QA_SETTINGS_NAME, TrainSettings
 from runtime.errors import RunError, UsageError
+from runtime.files import write_json
 from runtime.flags import Settings
 from runtime.hub import checkpoint_folder
 
@@ -161,7 +162,8 @@ def write_checkpoint_files(model: ForSpans, folder: Union[str, Path],
     save_model(model, folder, optimizer_state)
     tokenizer.save(folder)
     ipu_config.write(Path(folder) / IPU_CONFIG_NAME)
-    write_qa_settings(settings, folder)
+    write_json(Path(folder, QA_SETTINGS_NAME), {name: getattr(settings, name)
+                                                for name in QA_SETTINGS})
 
 
 def _folder_and_name(settings: Settings, kind: str, weights: bool) -> Tuple[Path, str]:

@@ -302,7 +302,7 @@ def test_the_flags_that_people_come_with_say_what_does_their_work_here(monkeypat
 
 def test_values_and_flags_are_taken_as_people_write_them(tmp_path, caplog):
     """YAML 1.1 reads 1e-5 as text, users of run_qa write its names, and others write dashes."""
-    (tmp_path / "mine.yaml").write_text("learning_rate: 1e-5\nseed: 1_000\n")
+    (tmp_path / "mine.yaml").write_text("learning_rate: 1e-5\nseed: 1_000\n", encoding="utf-16")
     settings, _ = parse_train(["--config", str(tmp_path / "mine.yaml"),
                                "--per_device_train_batch_size", "3", "--max-eval-samples=7"])
     assert (settings.learning_rate, settings.seed) == (1e-5, 1000)
