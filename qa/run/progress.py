@@ -68,9 +68,16 @@ def progress_bar(total: int, desc: str, unit: str, initial: int = 0, seconds: fl
 
 def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
                   ipu_config: IPUConfig) -> str:
-    """Return three lines of text on how so many questions become windows, rows and updates."""
+    """Return lines on how so many questions become windows, rows and updates, and what helps."""
     micro_batch_size, replicas = settings.micro_batch_size, ipu_config.replication_factor
     accumulation, updates = ipu_config.gradient_accumulation_steps, ipu_config.device_iterations
+    notes = []
+    if rows.fill < 0.5:
+        notes.append("--pack fills the rows" if not settings.pack else
+                     f"--max_seq_length {rows.windows.lengths.max()} is enough for all windows")
+    if 1 < rows.total_steps <= settings.logging_steps:
+        notes.append(f"--logging_steps {math.ceil(rows.total_steps / 10)} shows the loss before "
+                     "the end (for few questions: --config small)")
     return (
         f"{counted(questions, 'question')}, {counted(len(rows.windows), 'window')}, "
         f"{rows.windows_per_row:.2f} in a row, {rows.fill:.1%} of the tokens are real\n"
@@ -78,7 +85,8 @@ def describe_rows(rows: TrainingRows, questions: int, settings: TrainSettings,
         f"{replicas} rows, {len(rows.windows) / rows.updates_per_epoch:.1f} windows on average\n"
         f"run: {counted(rows.updates_per_epoch, 'update')} an epoch; "
         f"{counted(rows.total_steps, 'step')} of {counted(updates, 'update')}, "
-        f"{rows.epoch_after(rows.total_steps):.2f} epochs")
+        f"{rows.epoch_after(rows.total_steps):.2f} epochs"
+        + ("\nnote: " + "; ".join(notes) if notes else ""))
 
 
 def describe_compiled(seconds: float, ipu_config: IPUConfig, settings: TrainSettings) -> str:

@@ -129,13 +129,28 @@ def test_logged_losses_are_means_over_windows_also_over_a_resume(tmp_path, monke
     assert results["train_loss"] == pytest.approx(totals[-1] / counts[-1], rel=1e-12)
 
 
+@pytest.mark.parametrize("windows, flags, note", [
+    (24, {}, ""), (24, {"max_seq_length": 256}, "\nnote: --pack fills the rows"),
+    (2, {"max_seq_length": 512, "pack": True},
+     "\nnote: --max_seq_length 90 is enough for all windows"),
+    (24, {"logging_steps": 12}, "\nnote: --logging_steps 2 shows the loss before the end (for few "
+                                "questions: --config small)")])
+def test_a_run_says_which_flag_saves_tokens_or_shows_its_loss(windows, flags, note):
+    settings = TrainSettings(**{"max_seq_length": 90, "logging_steps": 1, **flags})
+    rows = TrainingRows(SyntheticWindows([90] * windows), row_length=settings.max_seq_length,
+                        max_windows_per_row=settings.row_capacity(), pad_token_id=0,
+                        micro_batch_size=1, micro_batches_per_update=2)
+    config = IPUConfig(gradient_accumulation_steps=2, replication_factor=1, device_iterations=1)
+    assert describe_rows(rows, 1, settings, config).partition(" epochs")[2] == note
+
+
 def test_a_single_question_is_counted_in_the_singular():
     rows = TrainingRows(SyntheticWindows([20]), row_length=64, max_windows_per_row=1,
                         pad_token_id=0, micro_batch_size=1, micro_batches_per_update=2)
     config = IPUConfig(gradient_accumulation_steps=2, replication_factor=1, device_iterations=1)
     text = describe_rows(rows, 1, TrainSettings(), config)
-    assert text.startswith("1 question, 1 window, 1.00 in a row") and text.endswith(
-        "run: 1 update an epoch; 1 step of 1 update, 1.00 epochs")
+    assert text.startswith("1 question, 1 window, 1.00 in a row") and (
+        "run: 1 update an epoch; 1 step of 1 update, 1.00 epochs" in text)
 
 
 @pytest.mark.parametrize("folder", ["output/demo", "my models/it's", "two\nlines", "$HOME;ls"])
