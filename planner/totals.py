@@ -51,9 +51,9 @@ def range_totals(blocks: Sequence[CountedBlock]) -> Totals:
     tail = kinds == "head"
     # It is read for the last stage only, whose last layer is the model's.
     tail[np.flatnonzero(kinds == "layer")[-1:]] = True
-    largest, taken = of("largest_parameter"), of("input_bytes")
-    first_input = np.triu(np.tile(taken[:, None], len(blocks) + 1), 1)
-    between_layers = np.where((kinds == "layer") & (np.roll(kinds, 1) == "layer"), taken, 0)
+    largest, before = of("largest_parameter"), np.roll(of("output_bytes"), 1)
+    first_input = np.triu(np.tile(of("input_bytes")[:, None], len(blocks) + 1), 1)
+    between_layers = np.where((kinds == "layer") & (np.roll(kinds, 1) == "layer"), before, 0)
     return Totals(
         **{name: _sums(of(name)) for name in SUMS},
         **{f"tail_{name}": _sums(tail * of(name)) for name in TAIL},

@@ -54,8 +54,14 @@ def embeddings_of_distances(encoder: nn.Module, config: Any, path: str,
 
 
 def keys_and_queries(parts: LayerParts, distances: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-    """Return a layer's keys and queries of distances, as the kernels' attention takes them."""
-    return parts.position_key(distances.flip(0)), parts.position_query(distances)
+    """Return a layer's keys and queries of distances, as the kernels' attention takes them.
+
+    One multiplication makes both. DeBERTa's first version has no bias for the keys.
+    """
+    key, query = parts.position_key, parts.position_query
+    keys, queries = nn.functional.linear(distances, torch.cat((key.weight, query.weight))).split(
+        len(key.weight), dim=-1)
+    return (keys if key.bias is None else keys + key.bias).flip(0), queries + query.bias
 
 
 def split_projection(attention: nn.Module, heads: int) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -334,8 +334,13 @@ def test_a_sweep_that_no_flags_of_it_can_plan_is_refused_and_writes_nothing(
     assert not list(tmp_path.glob("*.csv"))
 
 
+DISTANCES = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
+
+
 @pytest.mark.parametrize("kind, sizes", [
-    ("bert", {}), ("electra", {"embedding_size": 32}),
+    ("bert", {}), ("electra", {"embedding_size": 32}), ("deberta", DISTANCES),
+    ("deberta-v2", {**DISTANCES, "share_att_key": True, "position_buckets": 64,
+                    "norm_rel_ebd": "layer_norm"}),
     ("distilbert", {"dim": 64, "n_layers": 4, "n_heads": 4, "hidden_dim": 96})])
 def test_every_family_is_planned_from_its_config_json(tmp_path, capsys, kind, sizes):
     """The parameters that the plan counts are those of transformers' own model."""

@@ -57,8 +57,8 @@ OF_INFERENCE = [{}, HALF, {"pack": False}, {**FOUR, **HALF}, {"inference_layers_
                 {"inference_matmul_proportion": [0.1, 0.4]}, {"synthetic_data": True}]
 BREAKS = ("a block on another IPU", "a checkpoint dropped", "a constant for all stages",
           "optimizer state on chip", "a layer in float32")
-SMALL = {"pod_type": "pod4", "layers_per_ipu": [1, 1, 1, 0], "max_seq_length": 64, **HALF,
-         "gradient_accumulation_steps": 8, "inference_layers_per_ipu": [2, 1]}
+SMALL = {"pod_type": "pod4", "layers_per_ipu": [1, 1, 1, 0], "max_seq_length": 64, "doc_stride": 32,
+         **HALF, "gradient_accumulation_steps": 8, "inference_layers_per_ipu": [2, 1]}
 
 
 def cases(folder: Path) -> Iterator[Tuple[str, str, Dict[str, Any]]]:

@@ -24,7 +24,11 @@ from transformers import (
 _WIDTH, _LAYERS, _HEADS, _INNER = 60, 4, 3, 130
 _BERT = dict(hidden_size=_WIDTH, num_hidden_layers=_LAYERS, num_attention_heads=_HEADS,
              intermediate_size=_INNER, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+_DEBERTA = dict(**_BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0,
+                position_biased_input=False)
 FAMILIES = {
+    "deberta": _DEBERTA, "deberta-v2": dict(**_DEBERTA, share_att_key=True, position_buckets=32,
+                                            norm_rel_ebd="layer_norm"),
     "bert": _BERT, "electra": {**_BERT, "embedding_size": 32},
     "distilbert": dict(dim=_WIDTH, n_layers=_LAYERS, n_heads=_HEADS, hidden_dim=_INNER,
                        dropout=0.0, attention_dropout=0.0, qa_dropout=0.0)}

@@ -134,12 +134,16 @@ def _recomputed(ir: Ir, job: Job, places: Dict[str, Tuple[int, int]]) -> Iterato
 
 
 def _crossings(ir: Ir, job: Job) -> Iterator[str]:
-    """Activations, their gradients, window ids and seeds go from IPU to IPU, and norms to clip."""
+    """Activations, embeddings of distances, their gradients, ids and seeds go from IPU to IPU.
+
+    Norms to clip do, too.
+    """
     rows = [job.micro_batch_size, job.max_seq_length]
     for op in ir.of("IpuCopy", context=""):
         tensor = ir.first(op)
         shape, dtype = tensor["shape"], tensor["dtype"]
         meant = (dtype == TYPES[job.precision] and len(shape) == 3 and shape[:2] == rows
+                 or dtype == TYPES[job.precision] and shape[:-1] == [2 * job.max_seq_length]
                  or dtype == "INT32" and shape == rows or dtype == "UINT32" and shape == [2]
                  or shape == [] and op["context"] != "Normal" and job.clips)
         if not meant:
