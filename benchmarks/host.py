@@ -19,6 +19,7 @@ import torch
 import poptorch_host as poptorch
 from benchmarks.measure import python, run
 from benchmarks.training import trainer_on_demo
+from planner.flags import MODELS
 
 # name: (width, layers, heads, vocabulary, row length, micro-batch, accumulation, precision)
 SHAPES = {
@@ -71,6 +72,34 @@ def host_overhead(seconds=20.0) -> None:
         print(f" {name}")
         run({side: partial(time_of, partial(step, tensors)) for side, step in sides.items()},
             {"plain": 1 / 1.03}, runs=max(3, round(seconds / rounds / 1.5)), unit="steps")
+
+
+def deberta_attention(rows=4, length=384, runs=9) -> None:
+    """Attention of a layer of deberta-v3-base, forward and backward, against transformers' own."""
+    from transformers import AutoConfig, AutoModelForQuestionAnswering
+
+    from qa.model import deberta, roberta
+
+    config = AutoConfig.for_model(**{**MODELS["deberta-v3-base"], "num_hidden_layers": 1})
+    ours = roberta.model_class(config)(config).train()
+    encoder = AutoModelForQuestionAnswering.from_config(config).train().deberta.encoder
+    hidden = torch.randn(rows, length, config.hidden_size, requires_grad=True)
+    ids = torch.ones(rows, length, dtype=torch.int32)
+
+    def transformers() -> None:
+        mixed = encoder.layer[0].attention.self(
+            hidden, encoder.get_attention_mask(ids), relative_pos=encoder.get_rel_pos(hidden),
+            rel_embeddings=encoder.get_rel_embedding())
+        (mixed[0] if isinstance(mixed, tuple) else mixed).sum().backward()
+
+    def own() -> None:
+        ours.layers[0].self_attention(
+            hidden, ours.kernels.window_mask(ids, hidden.dtype),
+            deberta.embeddings_of_distances(ours.base_model.encoder, config, ids).flip(0)
+        ).sum().backward()
+
+    run({"transformers": transformers, "this program": own}, {"transformers": 1}, runs=runs,
+        amount=rows, unit="rows")
 
 
 def time_of(step) -> float:

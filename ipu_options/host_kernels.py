@@ -193,12 +193,10 @@ class _ByGroup(torch.autograd.Function):
 
 def _distance_terms(by_distance: List[torch.Tensor], parts: torch.Tensor,
                     scores: torch.Tensor) -> Iterable[Tuple]:
-    """Return what scores by distance are computed from: for queries, and for keys.
+    """Return (queries, keys of distances, `zero` of `skew`, scores) and the same of keys.
 
-    by_distance: keys and queries of distances, [heads, 2 S, head_dim]. parts: of `_take`. scores:
-    [windows * heads, length, length]. In each tuple are the queries or keys, [windows, heads,
-    length, head_dim]; what they are multiplied with, [heads, 2 * length, head_dim]; the argument
-    `zero` of `skew`; and the scores as it returns them.
+    by_distance: [heads, 2 S, head_dim] each. parts: of `_take`. scores: [windows * heads, length,
+    length]. Queries are [windows, heads, length, head_dim], of which scores are the rows.
     """
     length = scores.shape[1]
     cut = [vectors[:, vectors.shape[1] // 2 - length:vectors.shape[1] // 2 + length]

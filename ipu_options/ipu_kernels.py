@@ -67,7 +67,7 @@ def attention(qkv: torch.Tensor, heads: int, mask: torch.Tensor, dropout_p: floa
 
     qkv: [B, S, 3 * width], query, key and value. mask: of `window_mask`. dropout_p: dropout of the
     probabilities, applied if `training`. by_distance: nothing, or DeBERTa's keys and queries of
-    distances, see `distance_scores`; the scale is then (3 d) ** -0.5. Returns [B, S, width].
+    distances, see `with_distances`; the scale is then (3 d) ** -0.5. Returns [B, S, width].
     """
     batch, length, width = qkv.shape
     # split becomes slices. unbind would become gathers, which PopTorch joins to a single one over
@@ -77,43 +77,41 @@ def attention(qkv: torch.Tensor, heads: int, mask: torch.Tensor, dropout_p: floa
     scale = stage_scalar((query.shape[-1] * (1 + len(by_distance))) ** -0.5, query, stage)
     scores = torch.matmul(query, key.transpose(-1, -2))
     if by_distance:
-        scores = scores + distance_scores(query, key, *by_distance)
+        scores = with_distances(scores, query, key, *by_distance)
     scores = scores * scale + mask
     probabilities = dropout(torch.softmax(scores, dim=-1), dropout_p, training)
     mixed = torch.matmul(probabilities, value)
     return mixed.transpose(-3, -2).reshape(batch, length, width // 3)
 
 
-def distance_scores(query: torch.Tensor, key: torch.Tensor, keys: torch.Tensor,
-                    queries: torch.Tensor) -> torch.Tensor:
-    """Return query_i . keys[i - j] + key_j . queries[i - j], [B, H, S, S] (He et al. 2021, eq. 4).
+def with_distances(scores: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
+                   keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Return scores[i, j] + query_i . keys[i - j] + key_j . queries[i - j] (He et al. 2021, eq. 4).
 
-    query, key: [B, H, S, d]. keys: [2 S, H * d], of the distances S - 1 to -S. queries: the same of
-    the distances -S to S - 1. In a window, the distance of two tokens is that of their places in
-    the row, so that packed rows need nothing else.
+    scores: [B, H, S, S]. query, key: [B, H, S, d]. keys: [2 S, H * d], of the distances S - 1 to
+    -S. queries: of -S to S - 1. Within a window, packed or not, places in the row have the distance
+    of their tokens.
 
-    Each token is multiplied with all 2 S distances, of which `skew` takes S. A gather along the
-    last dimension would move every score by itself, with an index of its size; a product with
-    one-hot matrices would take 2 S / d times the operations. An IPU does the operations of this one
-    (0.9 GFLOP in a row of 384 tokens, by 12 heads of 64) in the time of two small exchanges.
+    All 2 S distances are multiplied, of which `skew` takes S: 0.9 GFLOP and 14 MB in a row of 384
+    tokens and 12 heads of 64 in float16. A gather along the last dimension would have an index of
+    four bytes for each score and move them one by one; a one-hot product has 2 S / d times the
+    FLOPs, 5.4 GFLOP.
     """
     def products(content: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         batch, heads, length, size = content.shape
-        # One product for each head, whose right operand all rows share.
         product = torch.matmul(content.transpose(0, 1).reshape(heads, batch * length, size),
                                rows.view(-1, heads, size).permute(1, 2, 0))
         return product.view(heads, batch, length, -1).transpose(0, 1)
 
     length = query.shape[2]
-    return skew(products(query, keys), length - 1) + skew(
-        products(key, queries), length).transpose(-1, -2)
+    scores = scores + skew(products(query, keys), length - 1)  # one after the other, for memory
+    return scores + skew(products(key, queries), length).transpose(-1, -2)
 
 
 def skew(products: torch.Tensor, zero: int) -> torch.Tensor:
     """Return the elements [..., i, zero + j - i] of [..., S, 2 S], as [..., i, j] of [..., S, S].
 
-    The rows are joined end to end and cut anew, each one element shorter (the trick of Huang et al.
-    2019, Music Transformer). On the host the result is a view.
+    Rows joined end to end are cut anew, one element shorter (Huang et al. 2019, Music Transformer).
     """
     length = products.shape[-2]
     joined = products.flatten(-2)[..., zero:zero + length * (2 * length - 1)]

@@ -90,8 +90,8 @@ def count_model(model_config, max_seq_length: int, windows_per_row: int, precisi
 def _with_projection(model, blocks: List[CountedBlock]) -> List[CountedBlock]:
     """Return the blocks with all parameters of the model.
 
-    A linear layer after the embeddings (ELECTRA) runs in their block, but not in its module. Its
-    output has the shape of a layer's.
+    ELECTRA's linear layer after the embeddings and DeBERTa's embeddings of distances run in their
+    block, but not in its module. The output has the shape of a layer's.
     """
     rest = sum(p.numel() for p in model.parameters()) - sum(block.parameters for block in blocks)
     if not rest:

@@ -45,7 +45,6 @@ class LayerParts(NamedTuple):
 SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
          "intermediate_size": 1, "max_position_embeddings": 1, "type_vocab_size": 1,
          "pad_token_id": 0}
-_NO_SIZE = -1  # what DeBERTa's config.json says for "none"
 # No encoder is larger: a number beyond is a mistake, and would be counted for ever.
 MOST_LAYERS, LARGEST_SIZE = 256, 10_000_000
 _OPTIONAL = ("type_vocab_size", "pad_token_id", "max_relative_positions",
@@ -62,9 +61,9 @@ class Family:
     in its encoder. parts: those of a layer. projection: the name in the encoder of the linear layer
     that follows the embeddings if they are narrower than the layers. head_dropout: the field of
     config.json with the dropout before the head. positions_after_padding: whether positions count
-    from padding_idx + 1, and not from 0. distances: the path of the embeddings of distances between
-    tokens in the encoder. sizes, fractions, built: the fields of config.json that are checked: the
-    least of each, those from 0 to 1, and those of which only some values are built (None: left
+    from padding_idx + 1, and not from 0. distances: whether attention depends on the
+    distances between tokens. sizes, fractions, built: the fields of config.json that are checked:
+    the least of each, those from 0 to 1, and those of which only some values are built (None: left
     out). own_names: those of the fields that the family calls otherwise.
     """
 
@@ -74,7 +73,7 @@ class Family:
     projection: Optional[str] = None
     head_dropout: Optional[str] = None
     positions_after_padding: bool = False
-    distances: Optional[str] = None
+    distances: bool = False
     sizes: Dict[str, int] = field(default_factory=SIZES.copy)
     fractions: Tuple[str, ...] = ("layer_norm_eps", "hidden_dropout_prob",
                                   "attention_probs_dropout_prob")
@@ -102,14 +101,13 @@ DISTILBERT = Family(
 _BY_DISTANCE = {"relative_attention": (True, ),
                 "pos_att_type": ("c2p|p2c", "p2c|c2p", ["c2p", "p2c"], ["p2c", "c2p"])}
 DEBERTA = Family(
-    "DebertaForQuestionAnswering", distances="encoder.rel_embeddings",
+    "DebertaForQuestionAnswering", distances=True,
     parts=LayerParts(
         query=None, key=None, value=None, fused="attention.self",
         position_key="attention.self.pos_proj", position_query="attention.self.pos_q_proj",
         position_dropout="attention.self.pos_dropout"),
-    sizes={**SIZES, "type_vocab_size": 0, "max_relative_positions": _NO_SIZE,
-           "position_buckets": _NO_SIZE},
-    built={**_BY_DISTANCE, "talking_head": (False, None), "position_buckets": (_NO_SIZE, None),
+    sizes={**SIZES, "type_vocab_size": 0, "max_relative_positions": -1, "position_buckets": -1},
+    built={**_BY_DISTANCE, "talking_head": (False, None), "position_buckets": (-1, None),
            "norm_rel_ebd": ("none", None)})
 _V2 = LayerParts(
     query="attention.self.query_proj", key="attention.self.key_proj",
@@ -215,7 +213,7 @@ def check_config(config: Any, name: str) -> None:
             if getattr(config, key, size) != size:
                 refuse(key, f"{size}; nothing else is built")
         most = 2 * farthest_distance(config) - 3
-        if 0 <= getattr(config, "position_buckets", _NO_SIZE) not in range(2, most + 1):
+        if 0 <= getattr(config, "position_buckets", -1) not in range(2, most + 1):
             refuse("position_buckets", f"-1, or a whole number from 2 to {most}")
     if _pad_token_id(config) >= config.vocab_size:
         refuse("pad_token_id", f"less than vocab_size, which is {config.vocab_size}")
@@ -253,7 +251,7 @@ def most_tokens(config: Any) -> int:
 
 def farthest_distance(config: Any) -> int:
     """Return the distance between tokens beyond which DeBERTa tells none apart."""
-    most = getattr(config, "max_relative_positions", _NO_SIZE)
+    most = getattr(config, "max_relative_positions", -1)
     return config.max_position_embeddings if most < 1 else most
 
 

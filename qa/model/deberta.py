@@ -1,14 +1,13 @@
 """DeBERTa's attention by distance: what it needs beyond RoBERTa's (He et al. 2021, section 3).
 
-A token attends to another by three products: their contents, as everywhere; its query and the key
-of the distance between them; and the other's key and the query of that distance. Distances have
-embeddings, which all layers share, and each layer makes its keys and queries of them.
+A token's score for another is the sum of three products: of its query and the other's key, of its
+query and the key of their distance, and of the other's key and the query of that distance. All
+layers share the embeddings of distances, and each makes its own keys and queries of them.
 """
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from operator import attrgetter
 from typing import Any, List, Tuple
 
 import torch
@@ -18,10 +17,7 @@ from qa.families import LayerParts, farthest_distance
 
 
 def use_torchs_modules(model: nn.Module) -> None:
-    """Put torch's LayerNorm and Dropout in the place of transformers' own, with their parameters.
-
-    Those compute the same in many operations, each of which an IPU would run and keep.
-    """
+    """Put torch's LayerNorm and Dropout in place of DeBERTa's, of more operations, in `model`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if hasattr(child, "variance_epsilon"):
@@ -32,43 +28,36 @@ def use_torchs_modules(model: nn.Module) -> None:
                 setattr(module, name, nn.Dropout(child.drop_prob))
 
 
-def embeddings_of_distances(encoder: nn.Module, config: Any, path: str,
-                            input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the embeddings of the distances -S to S - 1, [2 S, hidden].
+def embeddings_of_distances(encoder: nn.Module, config: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the embeddings of the distances -S to S - 1, [2 S, hidden]. ids: int [B, S].
 
-    encoder: transformers' model without a head. path: of the embedding in it. input_ids: [B, S].
-
-    They are computed once, on the IPU of the embeddings, and handed on from stage to stage with the
-    hidden states, because weights belong to one IPU. Distances that share an embedding are told
-    apart here already: projecting a few more rows in each layer costs less than gathering the
-    projected ones, twice in each layer and once more for each gradient. Dropout is therefore drawn
-    for each distance, where transformers draws it for each embedding.
+    They are computed on the IPU of the embeddings, because weights belong to one IPU, and handed on
+    from stage to stage. Distances that share an embedding part here: layers project a few more
+    rows, and need no gather of the projected ones. Dropout is therefore drawn for each distance,
+    where transformers draws it for each embedding.
     """
-    length = input_ids.shape[1]
-    embedding = attrgetter(path)(encoder)
-    rows = distance_rows(length, len(embedding.weight) // 2,
+    weight = encoder.rel_embeddings.weight
+    rows = distance_rows(ids.shape[1], len(weight) // 2,
                          getattr(config, "position_buckets", -1), farthest_distance(config))
-    distances = nn.functional.embedding(input_ids.new_tensor(rows), embedding.weight)
+    distances = nn.functional.embedding(ids.new_tensor(rows), weight)
     norms = getattr(config, "norm_rel_ebd", "none").lower()
-    return encoder.encoder.LayerNorm(distances) if "layer_norm" in norms else distances
+    return encoder.LayerNorm(distances) if "layer_norm" in norms else distances
 
 
 def keys_and_queries(parts: LayerParts, distances: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-    """Return a layer's keys and queries of distances, as the kernels' attention takes them.
+    """Return a layer's keys and queries of the distances S - 1 to -S, by one multiplication.
 
-    One multiplication makes both. DeBERTa's first version has no bias for the keys.
+    The queries' order is turned round, as the kernels' attention takes them.
     """
     key, query = parts.position_key, parts.position_query
     keys, queries = nn.functional.linear(distances, torch.cat((key.weight, query.weight))).split(
         len(key.weight), dim=-1)
-    return (keys if key.bias is None else keys + key.bias).flip(0), queries + query.bias
+    keys = keys if key.bias is None else keys + key.bias  # the first version's have none
+    return keys, (queries + query.bias).flip(0)
 
 
 def split_projection(attention: nn.Module, heads: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return weight and bias of query, key and value one after the other.
-
-    attention: of DeBERTa's first version, which has them head by head, and no bias for the key.
-    """
+    """Return weight and bias of query, key and value, which version 1 has head by head."""
     weight = attention.in_proj.weight
     weight = weight.view(heads, 3, -1, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
     width = len(attention.q_bias)

@@ -21,12 +21,7 @@ import ipu_options
 from ipu_options import poptorch
 from ipu_options.ipu_kernels import MASKED, Kernels
 from qa.families import ROBERTA, LayerParts, family_of
-from qa.model.deberta import (
-    embeddings_of_distances,
-    keys_and_queries,
-    split_projection,
-    use_torchs_modules,
-)
+from qa.model import deberta
 
 
 class Embeddings(nn.Module):
@@ -83,8 +78,8 @@ class EncoderLayer(nn.Module):
                 masks: Optional[Dict[int, Any]] = None) -> torch.Tensor:
         """Return the output, [B, S, hidden]. hidden: [B, S, hidden]; window_ids: int [B, S].
 
-        distances: nothing, or the embeddings of distances, [2 S, hidden]. masks: {stage: attention
-        mask} of the layers before this one in the same forward pass.
+        distances: nothing, or the embeddings of distances, [2 S, hidden]. masks: {stage: (attention
+        mask, *distances)} of the layers before this one in the same forward pass.
 
         The first layer of a stage makes the mask and adds it to `masks`. If it were handed on to
         the next stage, its [S, S] numbers would be stashed on every IPU. Within a stage it costs no
@@ -93,9 +88,12 @@ class EncoderLayer(nn.Module):
         """
         masks = {} if masks is None else masks
         if self.stage not in masks:
-            masks[self.stage] = self.kernels.window_mask(window_ids, hidden.dtype, self.stage)
+            # Turned round by an operation of its own, a stage adds up its layers' gradients of
+            # distances. PopART would send each to the embeddings' IPU otherwise.
+            masks[self.stage] = (self.kernels.window_mask(window_ids, hidden.dtype, self.stage),
+                                 *(embeddings.flip(0) for embeddings in distances))
         parts = self.parts
-        mixed = parts.mixed(self.self_attention(hidden, masks[self.stage], *distances))
+        mixed = parts.mixed(self.self_attention(hidden, *masks[self.stage]))
         if parts.mixed_dropout:
             mixed = self.kernels.dropout(mixed, parts.mixed_dropout.p, self.training)
         hidden = parts.mixed_norm(hidden + mixed)
@@ -107,15 +105,15 @@ class EncoderLayer(nn.Module):
                        *distances: torch.Tensor) -> torch.Tensor:
         """Return the multi-head attention within windows, [B, S, hidden], before its output layer.
 
-        hidden: [B, S, hidden]; mask: of the kernels' window_mask; distances: as in `forward`.
+        hidden: [B, S, hidden]; mask: of the kernels' window_mask; distances: turned round.
         """
         parts = self.parts
         if parts.fused:
-            weight, bias = split_projection(parts.fused, self.heads)
+            weight, bias = deberta.split_projection(parts.fused, self.heads)
         else:
             weight = torch.cat((parts.query.weight, parts.key.weight, parts.value.weight))
             bias = torch.cat((parts.query.bias, parts.key.bias, parts.value.bias))
-        by_distance = keys_and_queries(parts, *(
+        by_distance = deberta.keys_and_queries(parts, *(
             self.kernels.dropout(rows, parts.position_dropout.p, self.training)
             for rows in distances)) if distances else ()
         return self.kernels.attention(nn.functional.linear(hidden, weight, bias), self.heads, mask,
@@ -135,7 +133,7 @@ class ForSpans:
         super().__init__(config)
         self.family, self.kernels = family_of(config), kernels or ipu_options.kernels
         encoder = self.base_model
-        use_torchs_modules(encoder)
+        deberta.use_torchs_modules(encoder)
         encoder.embeddings = Embeddings(encoder.embeddings, self.kernels)
         for index, layer in enumerate(self.layers):
             self.layers[index] = EncoderLayer(layer, self.family.parts, config.num_attention_heads,
@@ -169,8 +167,8 @@ class ForSpans:
         hidden = encoder.embeddings(*tokens)
         if self.family.projection and hasattr(encoder, self.family.projection):
             hidden = getattr(encoder, self.family.projection)(hidden)
-        distances = () if self.family.distances is None else (embeddings_of_distances(
-            encoder, self.config, self.family.distances, input_ids), )
+        distances = (deberta.embeddings_of_distances(encoder.encoder, self.config, input_ids),
+                     ) if self.family.distances else ()
         for layer in self.layers:
             hidden = layer(hidden, windows, *distances, masks=masks)
         if self.family.head_dropout:

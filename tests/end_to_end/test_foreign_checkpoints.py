@@ -122,10 +122,10 @@ def run(tmp_path, hub):
 
 def answer_by_transformers(folder):
     """The best span and its probability among all spans, by plain transformers."""
-    from transformers import AutoTokenizer, RobertaForQuestionAnswering
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = RobertaForQuestionAnswering.from_pretrained(folder).eval()
+    model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
     row = tokenizer(QUESTION[1], TEXT, return_tensors="pt", return_offsets_mapping=True)
     offsets = row.pop("offset_mapping")[0].tolist()
     with torch.no_grad():
@@ -135,6 +135,28 @@ def answer_by_transformers(folder):
     first, last = max(((i, j) for i in context for j in context if i <= j < i + 30),
                       key=lambda span: (start[span[0]] + end[span[1]]).item())
     return TEXT[offsets[first][0]:offsets[last][1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_deberta_with_a_sentencepiece_tokenizer_answers_as_transformers_does(tmp_path, run, seed):
+    from transformers import AutoConfig, AutoModelForQuestionAnswering
+
+    tokenizer = tokenizer_of("xlm-roberta")
+    config = AutoConfig.for_model(
+        "deberta-v2", vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=3,
+        num_attention_heads=2, intermediate_size=32, max_position_embeddings=96,
+        initializer_range=0.5, type_vocab_size=0, relative_attention=True, share_att_key=True,
+        position_buckets=8, norm_rel_ebd="layer_norm", pos_att_type="p2c|c2p",
+        position_biased_input=False, pad_token_id=1)
+    torch.manual_seed(seed)
+    AutoModelForQuestionAnswering.from_config(config).save_pretrained(
+        tmp_path / "model", safe_serialization=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    status, out, _ = run("infer.py", "--checkpoint", tmp_path / "model", *QUESTION, "--precision",
+                         "float32")
+    assert status == 0
+    assert json.loads(out)["answer"] == answer_by_transformers(tmp_path / "model").strip()
 
 
 @pytest.mark.slow

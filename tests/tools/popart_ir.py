@@ -127,8 +127,10 @@ def _recomputed(ir: Ir, job: Job, places: Dict[str, Tuple[int, int]]) -> Iterato
     for op in ir.of(*WORK) if job.training else ():
         block = block_of(op["name"])
         if block and not op["from_loss"]:
-            again = len(stages) > 1 and not (
-                block in tail and places[block][1] == len(stages) - 1)
+            # Distances follow from no checkpoint, so that PopART computes with them again.
+            of_distances = ir.first(op)["shape"][:-1] == [2 * job.max_seq_length]
+            again = len(stages) > 1 and (of_distances or not (
+                block in tail and places[block][1] == len(stages) - 1))
             if (op["recompute"] == "Recompute") != again:
                 yield f"{op['type']} {op['name']} is {'not ' if again else ''}computed again"
 
