@@ -7,6 +7,7 @@ module does not import torch, so that a model that cannot be run is refused in a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
@@ -163,17 +164,23 @@ def check_checkpoint(settings: Settings, weights: bool = True) -> None:
 
     weights: whether they are needed, too. Raises what `checkpoint_folder` and `check_config` raise.
     """
-    name, source = settings.model_name_or_path, settings.source("model_name_or_path")
-    path = checkpoint_folder(name, source, settings.model_revision, settings.hub_token,
-                             getattr(settings, "cache_dir", None), weights) / "config.json"
-    if path.is_file():
-        values = read_json_object(path, f"{source} {name}: config.json")
+    folder, name = folder_and_name(settings, "model_name_or_path", weights)
+    if (folder / "config.json").is_file():
+        values = read_json_object(folder / "config.json", f"{name}: config.json")
         if "model_type" not in values:
-            raise UsageError(f"{source} {name}: its config.json has no model_type; it should be "
-                             f"one of {', '.join(FAMILIES)}")
+            raise UsageError(f"{name}: its config.json has no model_type; it should be one of "
+                             f"{', '.join(FAMILIES)}")
         config = SimpleNamespace(**values)
-        check_config(config, f"{source} {name}")
+        check_config(config, name)
         check_row_length(settings, most_tokens(config))
+
+
+def folder_and_name(settings: Settings, kind: str, weights: bool) -> Tuple[Path, str]:
+    """Return the folder of the checkpoint that the setting `kind` names, and what to call it."""
+    name, source = getattr(settings, kind), settings.source(kind)
+    revision = settings.model_revision if kind == "model_name_or_path" else "main"
+    return checkpoint_folder(name, source, revision, settings.hub_token,
+                             getattr(settings, "cache_dir", None), weights), f"{source} {name}"
 
 
 def check_config(config: Any, name: str) -> None:

@@ -7,7 +7,7 @@ import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Union
 
 import torch
 from safetensors.torch import load_file
@@ -18,14 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig
 from qa.data.tokenizer import QATokenizer
-from qa.families import check_checkpoint, family_of
+from qa.families import check_checkpoint, family_of, folder_and_name
 from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
 from qa.settings import QA_SETTINGS, QA_SETTINGS_NAME, TrainSettings
 from runtime.errors import RunError, UsageError
 from runtime.files import write_json
 from runtime.flags import Settings
-from runtime.hub import checkpoint_folder
 
 # Run no code of a checkpoint, and ask no hub: its files are in a folder already.
 _LOCAL = {"trust_remote_code": False, "local_files_only": True}
@@ -38,7 +37,7 @@ def load_config(settings: Settings, weights: bool = True):
     unknown activation, and RunError if the checkpoint cannot be read.
     """
     check_checkpoint(settings, weights)
-    folder, name = _folder_and_name(settings, "model_name_or_path", weights)
+    folder, name = folder_and_name(settings, "model_name_or_path", weights)
     with _explained(name, "config.json"):
         config = AutoConfig.from_pretrained(str(folder), **_LOCAL)
     activation = getattr(config, family_of(config).own_names.get("hidden_act", "hidden_act"))
@@ -54,7 +53,7 @@ def load_tokenizer(settings: Settings, model_config) -> QATokenizer:
 
     Raises UsageError unless it suits questions and the model; RunError if it cannot be fetched.
     """
-    folder, name = _folder_and_name(
+    folder, name = folder_and_name(
         settings, "tokenizer_name" if settings.tokenizer_name else "model_name_or_path", False)
     if (folder / "tokenizer.json").is_file():
         tokenizer = QATokenizer.read(folder, name)
@@ -84,7 +83,7 @@ def load_model(settings: Settings, model_config, folder: Optional[Path] = None) 
     not finite.
     """
     if folder is None:
-        folder, name = _folder_and_name(settings, "model_name_or_path", True)
+        folder, name = folder_and_name(settings, "model_name_or_path", True)
     else:
         name = f"--resume_from_checkpoint {folder}"
     with _explained(name, "model"):
@@ -164,14 +163,6 @@ def write_checkpoint_files(model: ForSpans, folder: Union[str, Path],
     ipu_config.write(Path(folder) / IPU_CONFIG_NAME)
     write_json(Path(folder, QA_SETTINGS_NAME), {name: getattr(settings, name)
                                                 for name in QA_SETTINGS})
-
-
-def _folder_and_name(settings: Settings, kind: str, weights: bool) -> Tuple[Path, str]:
-    """Return the folder of the checkpoint that the setting `kind` names, and what to call it."""
-    name, source = getattr(settings, kind), settings.source(kind)
-    revision = settings.model_revision if kind == "model_name_or_path" else "main"
-    return checkpoint_folder(name, source, revision, settings.hub_token,
-                             getattr(settings, "cache_dir", None), weights), f"{source} {name}"
 
 
 @contextmanager
