@@ -217,10 +217,6 @@ def _checked(rows, source, need_answers, version_2_with_negative, on_bad_row):
 class NoAnswer(BadRow):
     """An example without an answer; to skip it would drop exactly the unanswerable questions."""
 
-    def __init__(self):
-        super().__init__("has no answer; give --version_2_with_negative if some questions have "
-                         "none")
-
 
 def _check(row, need_answers, version_2_with_negative):
     """Return `row` with the columns and types of _SCHEMA. Raises BadRow if it is malformed."""
@@ -281,7 +277,7 @@ def _answers(row, context, need_answers, version_2_with_negative):
     if need_answers and not answers and not (names or impossible):
         raise BadRow("has no answers")
     if need_answers and not answers and not version_2_with_negative:
-        raise NoAnswer
+        raise NoAnswer("has no answer; give --version_2_with_negative if some questions have none")
     texts = [_text(text, "answer text") for text, _ in answers]
     return texts, [_start(start, text, context) for text, (_, start) in zip(texts, answers)]
 

@@ -73,11 +73,11 @@ class RunLog:
     def begin(self, ipu_config: IPUConfig, rows: TrainingRows,
               resumed: Optional["Checkpoint"] = None) -> None:
         """Write run.json, and begin the log or continue the one of the run that saved `resumed`."""
-        if processes.is_first() and not self.settings.dry_run:
+        if not processes.is_first() or self.settings.compile_only:
+            return
+        if not self.settings.dry_run:
             write_json(self._folder / "run.json",
                        _run_record(self.settings, ipu_config, rows, resumed))
-        if self.settings.compile_only:
-            return
         kept = before_resume(read_log(resumed.folder.parent / LOG), resumed.step) if resumed else []
         self._open(kept, resumed.step + 1 if resumed else 0)
         if resumed:
@@ -87,13 +87,14 @@ class RunLog:
 
     def add(self, event: str, step: int, epoch: Optional[float] = None, **values: Any) -> None:
         """Write one line. values: see the top of this file; those that are None are left out."""
+        if not processes.is_first():
+            return
         if not self._begun:  # a run that only evaluates adds to the log of its folder
             self._open(read_log(self._path), None)
         line = {"event": event, "step": step, "epoch": epoch, **values, "time": _now()}
         line = {key: value for key, value in line.items() if value is not None}
-        if processes.is_first():
-            with _warned(self._path), open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        with _warned(self._path), open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         if event in ("log", "evaluation"):
             group = _GROUPS.get(values.get("questions"), "train")
             numbers = {f"{group}/{key}": value for key, value in line.items()
@@ -106,8 +107,6 @@ class RunLog:
     def _open(self, lines: List[Dict[str, Any]], first_step: Optional[int]) -> None:
         """Start the file with `lines`. TensorBoard discards its events from `first_step` on."""
         self._begun = True
-        if not processes.is_first():
-            return
         with _warned(self._path), written_whole(self._path) as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         if not self.settings.synthetic_data:
@@ -120,8 +119,7 @@ class RunLog:
     def __exit__(self, kind: Any, *exception: Any) -> None:
         for reporter in self._reporters:
             reporter.close()
-        if (kind is None and self._begun and processes.is_first()
-                and not self.settings.synthetic_data):
+        if kind is None and self._begun and not self.settings.synthetic_data:
             with _warned(self._folder / CURVES):
                 _draw_curves(read_log(self._path), self._folder / CURVES)
 
