@@ -20,7 +20,7 @@ from planner.sides import THIS_HOST, Side, parse_around
 from planner.text import ranking
 from planner.views import count, mib
 from qa.settings import parse_train, train_flags
-from runtime.errors import RunError, UsageError
+from runtime.errors import RunError, UsageError, counted
 from runtime.files import writing, written_whole
 
 USAGE = (
@@ -63,7 +63,7 @@ def run_sweep(argv: Sequence[str]) -> int:
              for place, (values, side, row) in enumerate(tried, 1)]
     others = f", {len(rows) - len(tried)} of other jobs" if len(rows) > len(tried) else ""
     present([side for _, side, _ in tried], sweeping, "Sweep", text=_answer(tried) +
-            f"\n{len(rows)} rows in {output}{others}", ranking=ranking([
+            f"\n{counted(len(rows), 'row')} in {output}{others}", ranking=ranking([
                 (side.name, {name[2:]: value.split() for name, value in values.items()},
                  _cells(row))
                 for values, side, row in tried]),
@@ -192,7 +192,7 @@ def measured_runs(measured: str) -> List[Tuple[Dict[str, Any], float]]:
     runs = [(row["setting"].split(), float(row["measured_windows_per_second"]))
             for row in rows if row["measured_on"] == "IPU"]
     if not runs:
-        raise UsageError(f"{source}: none of its {len(rows)} rows was measured on an IPU; "
+        raise UsageError(f"{source}: no row of its {len(rows)} was measured on an IPU; "
                          "`sweep --run` on an IPU host measures them")
     return [(train_flags(words, JobSettings, program="calibrate", description=""), speed)
             for words, speed in runs]
