@@ -28,8 +28,9 @@ MOST_PARTS = 64
 
 def temporary_bytes(job: Job, flops: Any, proportion: float) -> Any:
     """Return the bytes that a multiplication of so many FLOPs needs on all tiles."""
-    fastest = _fastest_bytes(job, flops)
-    return np.clip(proportion * job.machine.memory_bytes, fastest / MOST_PARTS ** (2 / 3), fastest)
+    fastest = np.ceil(_fastest_bytes(job, flops))
+    share = np.floor(proportion * job.machine.memory_bytes)
+    return np.clip(share, np.ceil(fastest / MOST_PARTS ** (2 / 3)), fastest)
 
 
 def serial_bytes(job: Job, flops: Any, each: Any, proportion: float) -> Any:
@@ -37,7 +38,7 @@ def serial_bytes(job: Job, flops: Any, each: Any, proportion: float) -> Any:
 
     flops: of all multiplications, `each` of one.
     """
-    fastest, each = _fastest_bytes(job, each), np.maximum(each, 1)
+    fastest, each = _fastest_bytes(job, each), np.maximum(1.0 * each, 1)
     parts = np.sqrt(fastest / np.maximum(temporary_bytes(job, each, proportion), 1))
     return flops / each * fastest * np.maximum(parts - 1, 0)
 

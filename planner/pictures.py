@@ -57,6 +57,7 @@ def _draw_view(axes: Any, view: View) -> None:
     axes.set(xlabel=view.unit, xlim=(0, end * (1.02 + 0.011 * longest) or 1),
              yticks=range(len(view.rows)), ylim=(len(view.rows) - 0.4, -0.6),
              yticklabels=[f"{row.group}  {row.label}".strip() for row in view.rows])
+    axes.tick_params(labelbottom=bool(view.unit), bottom=bool(view.unit))
     axes.set_title(view.title, loc="left")
     axes.legend(handles=[Patch(label=part.replace("_", " "), **_style(part))
                          for part in view.parts()], loc="upper center", fontsize=8, frameon=False,

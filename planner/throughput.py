@@ -35,7 +35,7 @@ def stage_seconds(job: Job, efficiencies: Efficiencies, totals: Totals, matmul_p
     PopTorch does not turn on recomputation (poptorch, popart_compiler/source/Compiler.cpp).
     """
     machine = job.machine
-    large = totals.large_flops / np.maximum(totals.forward_flops + totals.backward_flops, 1)
+    large = totals.large_flops / np.maximum(1.0 * totals.forward_flops + totals.backward_flops, 1)
 
     def seconds(part: str, more_elements: Any = 0) -> Any:
         flops, matmuls, elements = (
