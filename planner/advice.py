@@ -26,7 +26,6 @@ class Change(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The change as flags of train.py, with the remark."""
         return flags_text(self.flags) + (f" ({self.remark})" if self.remark else "")
 
     @property
@@ -41,8 +40,7 @@ class Change(NamedTuple):
 def changes(plan: Plan) -> List[Change]:
     """Return the changes that fit and are FASTER than `plan`, the fastest first.
 
-    Two changes together are among them where they beat any one. The best split is among the first
-    four, which are what is shown.
+    Two together are among them where they beat any one; the best split is among the first four.
     """
     planned = planned_changes(plan)
     floor = FASTER * plan.windows_per_second if plan.fits else 0

@@ -39,13 +39,14 @@ FAR, LARGEST_MISS = 3, 3 * RUN_ERROR
 
 
 class PublishedRun(NamedTuple):
-    """A public run; its throughput, if published, is "measured" or known to be "at least" that."""
+    """A public run; its throughput, if published, is "measured", "held" back or "at least" that."""
 
     name: str
-    use: str                            # measured, at least, fits, does not fit
+    use: str                            # measured, at least, held, fits, does not fit
     rows_per_second: Optional[float]
     source: str                         # where it is published: before the first colon, by whom
     job: Job
+    framework: str = "PyTorch"
 
     @property
     def publisher(self) -> str:
@@ -108,7 +109,7 @@ class Comparison(NamedTuple):
 
     run: PublishedRun
     plan: Plan
-    blind: Optional[Plan]       # without the runs of its publisher
+    blind: Optional[Plan]       # by a fit without it and its publisher's runs; of one held, plan
 
     def error(self, plan: Plan) -> float:
         return plan.rows_per_second / self.run.rows_per_second - 1
@@ -131,10 +132,10 @@ def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Co
     others = {
         publisher: fit_published([run for run in runs if run.publisher != publisher])
         for publisher in {run.publisher for run in runs if run.use == "measured"}}
-    return [
-        Comparison(run, make_plan(run.job, efficiencies),
-                   make_plan(run.job, others[run.publisher]) if run.use == "measured" else None)
-        for run in runs]
+    plans = [make_plan(run.job, efficiencies) for run in runs]
+    return [Comparison(run, plan, make_plan(run.job, others[run.publisher])
+                       if run.use == "measured" else plan if run.use == "held" else None)
+            for run, plan in zip(runs, plans)]
 
 
 def calibration_file(path: Optional[str] = None) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 
 from planner.machine import FITTED
 from planner.plan import Plan, make_plan
+from planner.throughput import host_parts
 
 CONFIDENCE = 0.9  # the share of runs that should lie in their expected range
 # Relative errors that the fitted numbers do not explain, as standard deviations:
@@ -44,12 +45,18 @@ def unexplained_error(plan: Plan) -> float:
     return math.sqrt(RUN_ERROR ** 2 + host ** 2 + inference ** 2)
 
 
-def expected_error(plan: Plan) -> Tuple[float, float]:
-    """Return the lowest and the highest relative deviation from the plan that is expected.
+def host_range(plan: Plan) -> Tuple[float, float]:
+    """Return the lowest and the highest seconds of the host's part that are expected."""
+    call, tokens = (part / plan.host_seconds for part in host_parts(plan.job, plan.efficiencies))
+    # The time of an inference call is not fitted.
+    slopes = np.array([0.0, 0.0, 0.0, call if plan.job.training else 0.0, tokens])
+    fitted = slopes @ np.array(plan.efficiencies.covariance) @ slopes
+    factor = math.exp(QUANTILE * math.sqrt(fitted + HOST_ERROR ** 2))
+    return plan.host_seconds / factor, plan.host_seconds * factor
 
-    A share CONFIDENCE of all runs should lie between them: (-0.1, 0.11) means from 10 % less than
-    planned to 11 % more.
-    """
+
+def expected_error(plan: Plan) -> Tuple[float, float]:
+    """Return the lowest and the highest relative deviation from the plan: of CONFIDENCE of runs."""
     slopes = sensitivity(plan)  # of the logarithm of rows/s, as the width
     fitted = slopes @ np.array(plan.efficiencies.covariance) @ slopes
     width = QUANTILE * math.sqrt(fitted + unexplained_error(plan) ** 2)

@@ -40,10 +40,7 @@ def request_of(flags: Dict[str, Any], phase: Phase = TRAINING) -> Request:
 
 
 def make_job(request: Request) -> Job:
-    """Return the job that train.py would run, or evaluate with.
-
-    Raises UsageError for a pipeline that is not possible, and what `planned_model` raises.
-    """
+    """Return the job that train.py would run, or evaluate with; raises as `planned_model` does."""
     settings, ipu_config, planning, phase, _ = request
     model = planned_model(request)
     from planner.count import make_counter  # takes seconds, for torch
@@ -158,10 +155,9 @@ def planned_pod(request: Request) -> str:
     replicas grow with the pod, the smallest one with the IPUs of one replica.
     """
     settings, ipu_config = request.settings, request.ipu_config
-    pods = [pod for pod in POD_IPUS if POD_IPUS[pod] >= POD_IPUS[settings.pod_type]]
     if "pod_type" in settings.sources:
         return settings.pod_type
-    for pod in pods:
+    for pod in (pod for pod in POD_IPUS if POD_IPUS[pod] >= POD_IPUS[settings.pod_type]):
         config = ipu_config.for_pod(pod)
         config = config.inference() if request.phase is INFERENCE else config
         replica = reserved_ipus(config.num_ipus())
@@ -171,11 +167,7 @@ def planned_pod(request: Request) -> str:
 
 
 def published() -> List[calibrate.PublishedRun]:
-    """Return the runs of published_runs.json, whose "about" describes the format.
-
-    Attention dropout is 0 in graphcore/examples' pretraining (nlp/bert, "no_attn_dropout",
-    attention_probs_dropout_prob).
-    """
+    """Return the runs of published_runs.json, whose "about" describes the format."""
     from planner.count import make_counter
 
     runs, file = [], Path(__file__).with_name("published_runs.json")
@@ -196,7 +188,7 @@ def published() -> List[calibrate.PublishedRun]:
             config.layout(sum(block.kind == "layer" for block in blocks)))
         job = Job(blocks, layout, config, MACHINES[run["machine"]], size, length, phase=phase)
         runs.append(calibrate.PublishedRun(run["name"], run["use"], run.get("rows_per_second"),
-                                           run["source"], job))
+                                           run["source"], job, run.get("framework", "PyTorch")))
     return runs
 
 

@@ -124,10 +124,7 @@ class Job:
 
     def changed(self, micro_batch_size: Optional[int] = None, pack: bool = False,
                 **changes: Any) -> "Job":
-        """Return the job with another micro-batch size, packed rows, or `changes` to its config.
-
-        Raises UsageError if that is not possible.
-        """
+        """Return the job with other rows or config. Raises UsageError if that is not possible."""
         size = micro_batch_size or self.micro_batch_size
         job = replace(self, config=replace(self.config, **changes), micro_batch_size=size)
         factor = job.config.embedding_serialization_factor
@@ -138,11 +135,7 @@ class Job:
         return replace(job, pack=pack or job.pack)
 
     def state_bytes_per_parameter(self) -> float:
-        """Return the bytes of optimizer state per parameter on each replica.
-
-        Two moments (Adam, Kingma and Ba 2015; LAMB, You et al. 2020) in float32, the first one in
-        float16 with enable_half_first_order_momentum.
-        """
+        """Return the bytes of optimizer state per parameter on each replica: of two moments."""
         both = 4 + (2 if self.config.enable_half_first_order_momentum else 4)
         return both / self.shards
 

@@ -69,10 +69,7 @@ class Plan:
             passes * job.windows / (job.rows_per_update * job.windows_per_row))
 
     def parts(self) -> Dict[str, float]:
-        """Return {part: seconds} of a weight update, whose sum is update_seconds.
-
-        Work and waiting are means over the IPUs of a replica.
-        """
+        """Return {part: seconds} of a weight update; work and waiting are means over the IPUs."""
         schedule, batches, ipus = self.schedule, self.job.micro_batches, len(self.memory)
         mean = {kind: batches * sum(getattr(work, kind) for work in schedule.stages) / ipus
                 for kind in TRAINING.kinds}
@@ -92,14 +89,11 @@ def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
     schedule = Schedule(throughput.stage_work(job, efficiencies), job.micro_batches,
                         throughput.copy_seconds(job), job.phase)
     return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), schedule,
-                *throughput.update_seconds(job), throughput.host_seconds(job, efficiencies))
+                *throughput.update_seconds(job), sum(throughput.host_parts(job, efficiencies)))
 
 
 def latency_seconds(plan: Plan) -> float:
-    """Return the seconds from one question, of one row, to its answer. plan: of inference.
-
-    The row passes the stages of one replica one after the other (poptorch's ShardedExecution).
-    """
+    """Return the seconds of one row through one stage after the other (ShardedExecution)."""
     one = make_plan(plan.job.changed(micro_batch_size=1, device_iterations=1, replication_factor=1),
                     plan.efficiencies)
     stages = one.schedule.stages

@@ -78,10 +78,7 @@ def profile_file(path: str) -> Path:
 
 
 def read_profile(report: Any) -> Profile:
-    """Return the Profile in a report of pva.openReport, of the first replica's IPUs.
-
-    All replicas run the same program.
-    """
+    """Return the Profile in a report of pva.openReport, of the first replica's IPUs."""
     target = report.compilation.target  # its numIPUs counts the IPUs of all replicas
     ipus, per_ipu = target.ipusPerReplica, target.tilesPerIpu
     total, code, largest = [0] * ipus, [0] * ipus, [0] * ipus

@@ -76,8 +76,8 @@ class Schedule:
     def events(self) -> List[Events]:
         """Return what each stage does and when.
 
-        In each step, an IPU first does its forward work in the order of the stages. Then, from the
-        last stage to the first, it restores the stash, recomputes and does the backward work.
+        In a step, an IPU does its forward work in the order of the stages, then recomputes and does
+        the backward work from the last stage to the first.
         """
         last, batch, events = len(self.stages) - 1, np.arange(self.micro_batches), []
         # Seconds after the start of a step at which each IPU is free.

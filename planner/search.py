@@ -48,11 +48,10 @@ def search(now: Plan, ipus: int, whole: IPUConfig, keep: int = 5) -> Tuple[List[
     """Return the `keep` best plans that fit on `ipus` IPUs, and the number of settings tried.
 
     Where the plan `now` runs there, they are FASTER than it; if none is, it is the only one. Its
-    job gives all that is not searched, among it the batch size, which the learning rate was chosen
-    for. Its `count` must be set, and for inference its `windows`. whole: the configuration of the
-    run, with which train.py must take what is found. Training's plans are sorted by speed,
-    inference's by the time for all windows in steps of 2 %, then by the rows of a call. Raises
-    UsageError if nothing fits.
+    job gives all that is not searched, as the batch size, which the learning rate was chosen for.
+    Its `count` must be set, and for inference its `windows`. whole: the run's configuration, with
+    which train.py must take what is found. Training's plans are sorted by speed, inference's by the
+    time for all windows in steps of 2 %, then by a call's rows. Raises UsageError if none fits.
     """
     job, plans, tried = now.job, [], 0
     for candidate in _candidates(job, ipus):
@@ -81,10 +80,7 @@ def search(now: Plan, ipus: int, whole: IPUConfig, keep: int = 5) -> Tuple[List[
 
 
 def gain(plan: Plan, now: Plan) -> float:
-    """Return how many times as fast as `now` a plan is.
-
-    An inference run is a whole number of calls: its duration is what counts.
-    """
+    """Return how many times as fast as `now` a plan is; inference ends with a whole call."""
     return (plan.windows_per_second / now.windows_per_second if plan.job.training else
             now.run_seconds / plan.run_seconds)
 

@@ -13,13 +13,14 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig, pod_of
 from planner.advice import changes, describe, suggestion
 from planner.bound import bound_record, stage_composition
-from planner.confidence import CONFIDENCE, expected_error
+from planner.confidence import CONFIDENCE, expected_error, host_range
 from planner.flags import SHAPE, JobSettings, Request, check_output
 from planner.from_settings import packing_note, planned, planned_model, planned_name, pod_note
 from planner.memory import reasons
 from planner.phase import INFERENCE, PHASES, TRAINING, Phase
 from planner.plan import Plan, latency_seconds
 from planner.profile import Profile, open_profile, profile_file
+from planner.throughput import host_parts
 from qa.families import family_of
 from qa.settings import TrainSettings, parse_train
 from runtime.errors import RunError, UsageError, one_line
@@ -136,7 +137,7 @@ class Side:
         return cls(name, item, "profile", item, settings, plan, profile=profile, note=why)
 
     def with_row(self, name: str, row: Dict[str, str]) -> "Side":
-        """Return it under another name, with what a row of a sweep measured."""
+        """Return the side under another name, with what a row of a sweep measured."""
         device, speed = row["measured_on"], row["measured_windows_per_second"]
         measured = {"windows_per_second": float(speed),
                     "device": "host" if device == THIS_HOST else device} if speed else {}
@@ -227,6 +228,8 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         "windows_per_second_low": low, "windows_per_second_high": high, "confidence": CONFIDENCE,
         "bubble_fraction": plan.schedule.bubble_fraction, "pipeline_steps": plan.schedule.steps,
         "step_seconds": plan.schedule.step_seconds, "update_parts_seconds": plan.parts(),
+        "host_seconds": dict(zip(("call", "tokens", "low", "high"), (
+            *host_parts(job, plan.efficiencies), *host_range(plan)))),
         "one_question_seconds": None if job.training else latency_seconds(plan),
         "suggestion": suggestion(plan, better),
         "suggestions": [{
@@ -269,10 +272,7 @@ def _recorded_settings(plan: Dict[str, Any]) -> Dict[str, Any]:
 def _replanned(values: Dict[str, Any], source: str, common: List[str],
                windows_per_row: Optional[float] = None
                ) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Optional[str]]:
-    """Return (all settings, the plan or None, why there is none) of a run's recorded settings.
-
-    Of the flags in `common`, the planner's apply.
-    """
+    """Return (all settings, the plan or None, why there is none) of a run's recorded settings."""
     _, _, planning = parse_train(common, JobSettings, program="compare", description=USAGE)
     if windows_per_row is not None and planning.windows_per_row is None:
         planning.windows_per_row = max(1.0, windows_per_row)
@@ -292,10 +292,7 @@ def _replanned(values: Dict[str, Any], source: str, common: List[str],
 
 
 def _measured(folder: Path) -> Dict[str, Any]:
-    """Return what a run measured, from its log and, if it is at its end, train_results.json.
-
-    Shares and windows_per_row are means over the log points.
-    """
+    """Return what a run measured: in its log, as means over its points, and at its end."""
     from qa.run.log import LOG, read_log
 
     measured: Dict[str, Any] = {}
@@ -306,14 +303,12 @@ def _measured(folder: Path) -> Dict[str, Any]:
             if key in line and line.get("questions") != "test"})
         measured["steps"] = line["step"]
     points = [line for line in lines if line["event"] == "log"]
-    for share in ("data_share", "step_share", "rest_share"):
-        if points and all(share in point for point in points):
-            measured[share] = sum(point[share] for point in points) / len(points)
-    if points and all(point.get("rows_per_second") for point in points):
-        # Each point is of as many rows.
-        measured["windows_per_row"] = sum(
-            point["windows_per_second"] / point["rows_per_second"] for point in points
-        ) / len(points)
+    for point in points:  # each of as many rows
+        if point.get("rows_per_second"):
+            point["windows_per_row"] = point["windows_per_second"] / point["rows_per_second"]
+    for name in ("data_share", "step_share", "rest_share", "windows_per_row"):
+        if points and all(name in point for point in points):
+            measured[name] = sum(point[name] for point in points) / len(points)
     file = folder / "train_results.json"
     if file.is_file():
         results = read_json_object(file, str(file))

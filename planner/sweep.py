@@ -72,28 +72,24 @@ def run_sweep(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> Tuple[Dict[str, List[str]], SweepSettings, List[str]]:
-    """Return ({flag: values to try}, sweep's own flags, the words after "--").
-
-    Raises UsageError for a value without a flag, a flag that is swept twice, or nothing to sweep.
-    """
+    """Return ({flag: values to try}, sweep's own flags, the words after "--")."""
     further, sweeping, common = parse_around(
         argv, SweepSettings, "sweep", "Plan, and with --run measure, every combination of some "
         f"flags of train.py. {USAGE}")
     swept: Dict[str, List[str]] = {}
+    name = "sweep"
     for word in further:
+        if word in swept:
+            raise UsageError(f"{word} is swept twice: give all its values at once")
         if word.startswith("--"):
-            name = word
-            if name in swept:
-                raise UsageError(f"{name} is swept twice: give all its values at once")
-            swept[name] = []
+            name, swept[word] = word, []
         elif not swept:
             raise UsageError(f"{word}: a value without a flag; usage: {USAGE}")
         else:
             swept[name].append(word)
-    empty = [name for name, values in swept.items() if not values]
-    if empty or not swept:
-        raise UsageError(f"{empty[0] if empty else 'sweep'}: give the values to try; "
-                         f"usage: {USAGE}")
+    for flag in swept or [name]:
+        if not swept.get(flag):
+            raise UsageError(f"{flag}: give the values to try; usage: {USAGE}")
     return swept, sweeping, common
 
 
@@ -136,8 +132,7 @@ def _key(row: Dict[str, str]) -> Tuple[str, str]:
 
 
 def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
-    """Run train.py on synthetic data, for at most `timeout` seconds; return the columns to update.
-    """
+    """Run train.py on synthetic data, for at most `timeout` seconds; return the row's columns."""
     from qa.run.log import SYNTHETIC_LOG, read_log
 
     begin = time.perf_counter()
@@ -154,7 +149,7 @@ def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str
     if done.returncode or not speeds:
         lines = done.stderr.strip().splitlines() or ["no output"]
         return {"status": f"failed ({done.returncode}): {lines[-1]}"}
-    device = {"host": THIS_HOST}.get(log[0]["device"], log[0]["device"])
+    device = THIS_HOST if log[0]["device"] == "host" else log[0]["device"]
     return {
         "measured_windows_per_second": f"{speeds[-1]:.1f}", "measured_on": device,
         "status": f"measured on {device} in {time.perf_counter() - begin:.0f} s"}

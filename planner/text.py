@@ -25,7 +25,7 @@ Ranking = Tuple[List[str], List[List[str]]]  # head and rows of a table
 
 
 def comparison_text(sides: Sequence[Side]) -> str:
-    """Return all that is known of `sides` as text. A plan alone is a comparison of one side."""
+    """Return all that is known of `sides`, which may be one, as text."""
     alone = len(sides) == 1 and sides[0].plan
     names = ["memory", "stages", "parts", "profiled", "roofline"]
     if alone:
@@ -54,7 +54,7 @@ def check_sides(sides: Sequence[Side]) -> None:
 
 def render(view: View) -> str:
     if not any(row.group for row in view.rows):
-        return f"{view.title}\n{_by_side(view)}"
+        return f"{'. '.join(filter(None, (view.title, view.note)))}\n{_by_side(view)}"
     several = any(row.label for row in view.rows)
     names = view.parts()
     cells = list(dict.fromkeys(name for row in view.rows for name in row.cells))
@@ -112,11 +112,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int
 
 def value_text(value: Any) -> str:
     """Return a setting's value as it is written on a command line; None as "not set"."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join(str(word).lower() if isinstance(word, bool) else
+                    "not set" if word is None else str(word) for word in words)
 
 
 def verdict(sides: Sequence[Side]) -> List[str]:
@@ -274,10 +272,7 @@ def _differences(sides: Sequence[Side]) -> str:
 
 
 def ranking(entries: Sequence[Tuple[str, Dict[str, Any], Dict[str, str]]]) -> Ranking:
-    """Return head and rows of a table of (name, {setting: value}, {figure: text}).
-
-    Settings that all share have no column.
-    """
+    """Return a table of (name, {setting: value}, {figure: text}) without settings all share."""
     figures = list(dict.fromkeys(name for _, _, cells in entries for name in cells))
     names = [name for name in dict.fromkeys(name for _, values, _ in entries for name in values)
              if len({value_text(values.get(name, "")) for _, values, _ in entries}) > 1]
@@ -301,8 +296,7 @@ def search_text(sides: Sequence[Side], changes: Sequence[Dict[str, Any]], plans:
                 tried: int) -> Tuple[str, Ranking]:
     """Return the answer of a search as text, and its ranking.
 
-    sides, plans: the settings as they are, then what was found, from the best one on. changes: the
-    flags of each. tried: number of settings.
+    sides, plans, changes (flags): the settings as they are, then what was found, the best first.
     """
     now, best, job = sides[0].plan, sides[1].plan, plans[1].job
     what = "the weight updates" if job.training else f"all {now['windows']:,} windows"
@@ -384,7 +378,7 @@ def fit_record(rows: Sequence[Comparison]) -> List[Dict[str, Any]]:
     for row in rows:
         run, plan = row.run, row.plan
         records.append({
-            "name": run.name, "use": run.use, "source": run.source,
+            "name": run.name, "use": run.use, "source": run.source, "framework": run.framework,
             "machine": run.job.machine.name, "published_rows_per_second": run.rows_per_second,
             "planned_rows_per_second": plan.rows_per_second, "planned_fits": plan.fits,
             "free_bytes": plan.free_bytes, "right": row.right})
@@ -401,31 +395,46 @@ def fit_text(rows: Sequence[Comparison], efficiencies: Efficiencies) -> str:
     """Return the table of published runs and predictions, which `calibrate.compare` returns."""
     body = []
     for record in fit_record(rows):
-        errors = [f"{record[f'{name}error_percent']:+.1f} %" for name in ("", "cross_validated_")
-                  ] + [f"{record['expected_low_percent']:+.0f} to "
-                       f"{record['expected_high_percent']:+.0f} %" +
-                       " OUT" * (not record["within_expected"])] if (
-            "error_percent" in record) else ["-"] * 3
+        errors = [_signed(record["error_percent"]) if record["use"] == "measured" else "-",
+                  _signed(record["cross_validated_error_percent"]),
+                  f"{record['expected_low_percent']:+.0f} to "
+                  f"{record['expected_high_percent']:+.0f} %" + " OUT" * (
+                      not record["within_expected"])] if "error_percent" in record else ["-"] * 3
         published = record["published_rows_per_second"]
         body.append([record["name"], record["machine"], record["use"],
                      count(published) if published else "-",
                      count(record["planned_rows_per_second"]), *errors,
                      ("yes" if record["planned_fits"] else "no") + " WRONG" * (
                          not record["right"])])
+    held = [row for row in rows if row.run.use == "held"]
     return "\n".join([
         f"Published runs (efficiencies: {efficiencies.source})",
         table(["run", "IPU", "use", "published\nrows/s", "planned\nrows/s", "error",
                "cross-\nvalidated", "expected\nwithin", "fits"], body),
         table(["", "runs", "rms", "at most", "cross-\nvalidated\nrms", "at most", "within"],
-              [_summary(machine, [row for row in rows if row.blind and machine in (
+              [_summary(machine, [row for row in rows if row.run.use == "measured" and machine in (
                   "both", row.run.job.machine.name)]) for machine in ("Mk2", "Bow", "both")]),
+        table(["held, by framework", "runs", "mean error", "from", "to", "within"],
+              [_held_summary(name, [row for row in held if row.run.framework == name])
+               for name in dict.fromkeys(row.run.framework for row in held)]),
         f"verdicts: {sum(row.right for row in rows)} of {len(rows)} right",
         "measured: the efficiencies are fitted to it. cross-validated: the error if no run of the "
         "same publisher takes part in the fit;",
-        f"the range is the one that such a plan expects in {percent(CONFIDENCE)} of all cases. at "
-        "least: the published time holds compilation",
-        "and evaluation. fits, does not fit: published without a throughput. Sources: "
-        "planner/published_runs.json."])
+        f"the range is the one that such a plan expects in {percent(CONFIDENCE)} of all cases. "
+        "held: not fitted, and its error a prediction. at least: the",
+        "published time holds compilation and evaluation. fits, does not fit: published without a "
+        "throughput. Sources: planner/published_runs.json."])
+
+
+def _signed(error_percent: float) -> str:
+    return f"{error_percent:+.1f} %"
+
+
+def _held_summary(framework: str, rows: Sequence[Comparison]) -> List[str]:
+    errors = [100 * row.error(row.plan) for row in rows]
+    return [framework, str(len(rows)),
+            *map(_signed, (sum(errors) / len(errors), min(errors), max(errors))),
+            str(sum(row.within for row in rows))]
 
 
 def _summary(name: str, rows: Sequence[Comparison]) -> List[str]:

@@ -122,12 +122,12 @@ def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
             2 * parameters * job.element_bytes / machine.exchange_bytes_per_second)
 
 
-def host_seconds(job: Job, efficiencies: Efficiencies) -> float:
-    """Return the seconds that the host adds to one weight update, or to one inference call.
+def host_parts(job: Job, efficiencies: Efficiencies) -> Tuple[float, float]:
+    """Return the seconds that the host adds to a weight update or call: (its call, its tokens).
 
     Several hosts feed their own replicas at the same time.
     """
     tokens = job.rows_per_update * job.max_seq_length / job.hosts
     call = (efficiencies.call_seconds / job.config.device_iterations if job.training else
             INFERENCE_CALL_SECONDS)
-    return call + efficiencies.token_seconds * tokens
+    return call, efficiencies.token_seconds * tokens

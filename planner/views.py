@@ -124,8 +124,14 @@ def parts(sides: Sequence[Side]) -> View:
             {name: f"{1e3 * time:.1f} ({percent(time / side.plan['update_seconds'])})"
              for name, time in sorted(seconds.items(), key=lambda part: -part[1]) if time},
             f"{1e3 * side.plan['update_seconds']:.1f}"))
+    note = ""
+    if len(rows) == 1 and "host_seconds" in side.plan:
+        host = {name: f"{1e3 * time:.0f}" for name, time in side.plan["host_seconds"].items()}
+        note = (f"Host: {host['call']} for its call (streams, Python), {host['tokens']} for its "
+                f"rows, one after the other; {percent(side.plan['confidence'])} sure: "
+                f"{host['low']} to {host['high']}.")
     return View("parts", f"Where the time of a {_round(sides)} goes, in ms (mean over the IPUs), "
-                "as planned for IPUs", "ms", rows)
+                "as planned for IPUs", "ms", rows, note=note)
 
 
 def profiled(sides: Sequence[Side]) -> View:
@@ -144,7 +150,7 @@ def profiled(sides: Sequence[Side]) -> View:
 
 
 def throughput(sides: Sequence[Side]) -> View:
-    """Windows/s, planned with their range and measured on IPUs; what a host measured is text."""
+    """What a host measured is text: it is no bar beside those of IPUs."""
     rows, first = [], sides[0].plan and sides[0].plan["windows_per_second"]
     for side in sides:
         plan, on_ipus, on_host = side.plan, side.measured_on("IPU"), side.measured_on("host")
