@@ -29,7 +29,8 @@ button { margin: 0.5em 0.5em 0.5em 0 }
 mark { font-weight: bold; outline: 2px solid }
 table { margin-top: 1em; border-spacing: 0; text-align: left }
 caption { text-align: left; font-weight: bold }
-td, th { padding: 0.2em 1.5em 0.2em 0; vertical-align: top; overflow-wrap: anywhere }
+td, th { padding: 0.2em 1.5em 0.2em 0; vertical-align: top; white-space: nowrap }
+td:first-child { white-space: normal; overflow-wrap: anywhere }
 """
 
 
