@@ -192,8 +192,8 @@ class Checkpoints:
             raise RunError(f"stopped by {number.name} after step {state.step}, whose state is not "
                            f"saved: {error}") from error
         self.note("stopped", state.step, signal=number.name)
-        print(f"stopped by {number.name} after step {state.step}; "
-              "the same command with --resume_from_checkpoint auto goes on")
+        tqdm.write(f"stopped by {number.name} after step {state.step}; "  # the bar is still there
+                   "the same command with --resume_from_checkpoint auto goes on")
 
     def save_if_best(self, state: TrainingState, metrics: Dict[str, float]) -> None:
         """Save a checkpoint if `state`, evaluated with these metrics, is the best so far."""

@@ -140,9 +140,10 @@ class Progress:
                      rows_per_second=steps * self.rows.rows_per_step / total, **shares,
                      rest_share=1 - sum(shares.values()))
         numbers = f"loss {loss:.4f}  " if loss is not None else ""
-        numbers += f"learning rate {learning_rate:.3g}  windows/s "
-        tqdm.write(f"step {step}/{total_steps}  epoch {epoch:.2f}  {numbers}{speed:.1f}")
-        self._bar.set_postfix_str(f"{numbers}{speed:.0f}", refresh=False)
+        tqdm.write(f"step {step}/{total_steps}  epoch {epoch:.2f}  {numbers}"
+                   f"learning rate {learning_rate:.3g}  windows/s {speed:.1f}")
+        # Beside the bar, 80 columns have room for no more.
+        self._bar.set_postfix_str(f"{numbers}{speed:.0f} windows/s", refresh=False)
 
     def _read_clocks(self) -> Dict[str, float]:
         return {"total": time.perf_counter(), "steps": self.state.step, "windows": self._windows,

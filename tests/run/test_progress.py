@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 from collections import defaultdict
@@ -120,6 +121,8 @@ def test_logged_losses_are_means_over_windows_also_over_a_resume(tmp_path, monke
             for state.step in range(first + 1, last + 1):
                 state.add_loss(losses[state.step - 1], windows[state.step - 1])
                 progress.update(1e-3)
+            # The bar itself takes 53 of a terminal's 80 columns.
+            assert re.fullmatch(r"loss [\d.]{6,8}  \d+ windows/s", progress._bar.postfix)
         checkpoints.save(state)
     assert [line["loss"] for line in lines] == pytest.approx(
         [(totals[end] - totals[begin]) / (counts[end] - counts[begin])
