@@ -60,6 +60,8 @@ OUT_OF_SCOPE = (
      "waits for an IPU that another process holds"),
     (r"_accessor\._worker|_data_buffers|_restoreWrapperIfNecessary",
      "looks into private parts of PopTorch"),
+    (r'"test_broken_dataset"', "runs a test that uses AsynchronousDataAccessor"),
+    (r"\.replicaGrouping\(", "uses Parameter.replicaGrouping"),
     (r"module_repr|BeginBlock\(user_id", "prints a model with its blocks"),
 )
 
