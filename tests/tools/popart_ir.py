@@ -128,7 +128,8 @@ def _recomputed(ir: Ir, job: Job, places: Dict[str, Tuple[int, int]]) -> Iterato
         block = block_of(op["name"])
         if block and not op["from_loss"]:
             # Distances follow from no checkpoint, so that PopART computes with them again.
-            of_distances = ir.first(op)["shape"][:-1] == [2 * job.max_seq_length]
+            *others, tokens, _ = ir.first(op)["shape"]
+            of_distances = math.prod(others) == 1 and tokens == 2 * job.max_seq_length
             again = len(stages) > 1 and (of_distances or not (
                 block in tail and places[block][1] == len(stages) - 1))
             if (op["recompute"] == "Recompute") != again:
