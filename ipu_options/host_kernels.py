@@ -138,7 +138,6 @@ class _ByGroup(torch.autograd.Function):
         ctx.heads, ctx.groups, ctx.saved = heads, groups, []
         ctx.scale = (width // 3 // heads * (1 + len(by_distance))) ** -0.5
         ctx.kept_scale = 1 / (1 - dropout_p)
-        # A query's scale is in it already; that of a query of distances is put into it here.
         ctx.by_distance = [vectors.view(len(vectors), heads, -1).transpose(0, 1) * scale
                            for vectors, scale in zip(by_distance, (1, ctx.scale))]
         for group in groups:

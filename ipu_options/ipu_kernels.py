@@ -88,14 +88,12 @@ def with_distances(scores: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
                    keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """Return scores[i, j] + query_i . keys[i - j] + key_j . queries[i - j] (He et al. 2021, eq. 4).
 
-    scores: [B, H, S, S]. query, key: [B, H, S, d]. keys: [2 S, H * d], of the distances S - 1 to
-    -S. queries: of -S to S - 1. Within a window, packed or not, places in the row have the distance
-    of their tokens.
+    scores: [B, H, S, S]. query, key: [B, H, S, d]. keys, queries: [2 S, H * d], of the distances
+    S - 1 to -S and -S to S - 1, which tokens of a window have in a packed row, too.
 
     All 2 S distances are multiplied, of which `skew` takes S: 0.9 GFLOP and 14 MB in a row of 384
-    tokens and 12 heads of 64 in float16. A gather along the last dimension would have an index of
-    four bytes for each score and move them one by one; a one-hot product has 2 S / d times the
-    FLOPs, 5.4 GFLOP.
+    tokens (12 heads of 64, float16). A gather along the last dimension would move scores one by
+    one, by an index of 4 bytes each; products with one-hot matrices take 4 to 6 times the FLOPs.
     """
     def products(content: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         batch, heads, length, size = content.shape

@@ -91,9 +91,9 @@ def _inference_memory(job: Job, totals: Totals, matmul_proportion: float,
 
     PopART computes in place what it can. Most is live where probabilities meet values: the
     probabilities, query, key and value, what comes of it, the layer's input and the mask. In rows
-    so short that another result is larger than the probabilities, this is more than there is. With
-    distances, their products with queries and with keys are live in place of the probabilities.
+    so short that another result is larger than the probabilities, this is more than there is.
     """
+    # DeBERTa's products by distance, of queries and of keys, are both live.
     results = np.where(totals.handed_bytes > 0, 2, 1) * totals.result_bytes
     return {
         **dict.fromkeys(CATEGORIES, 0 * totals.parameters),

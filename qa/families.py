@@ -114,9 +114,8 @@ _V2 = LayerParts(
     query="attention.self.query_proj", key="attention.self.key_proj",
     value="attention.self.value_proj", position_key="attention.self.pos_key_proj",
     position_query="attention.self.pos_query_proj", position_dropout="attention.self.pos_dropout")
-DEBERTA_V2 = replace(
-    DEBERTA, model="DebertaV2ForQuestionAnswering", parts=_V2,
-    built={**_BY_DISTANCE, "conv_kernel_size": (0, None)})  # the convolution is v2-xlarge's
+DEBERTA_V2 = replace(DEBERTA, model="DebertaV2ForQuestionAnswering", parts=_V2, built={
+    **_BY_DISTANCE, "conv_kernel_size": (0, None)})  # the convolution is v2-xlarge's
 DEBERTA_V3 = replace(DEBERTA_V2, parts=_V2._replace(position_key=_V2.key, position_query=_V2.query))
 # By the model_type of config.json. distilroberta has the type "roberta", MiniLM the type "bert".
 FAMILIES = {"roberta": ROBERTA, "xlm-roberta": ROBERTA, "camembert": ROBERTA, "bert": BERT,

@@ -88,8 +88,7 @@ class EncoderLayer(nn.Module):
         """
         masks = {} if masks is None else masks
         if self.stage not in masks:
-            # Turned round by an operation of its own, a stage adds up its layers' gradients of
-            # distances. PopART would send each to the embeddings' IPU otherwise.
+            # Without flip, each layer's gradient of distances would go to the embeddings' IPU.
             masks[self.stage] = (self.kernels.window_mask(window_ids, hidden.dtype, self.stage),
                                  *(embeddings.flip(0) for embeddings in distances))
         parts = self.parts
