@@ -59,12 +59,15 @@ def calibrate(answers: Sequence[dict], references: Sequence[List[str]]) -> Optio
 
 
 def confidence(table: Optional[Dict[str, Any]], answer: Dict[str, Any]) -> Optional[float]:
-    """Return the share of right answers among those as sure as this one; None if not known."""
+    """Return the share of right answers among those as sure as this one; None if not known.
+
+    Of no answers, one right and one wrong added are a half: for what is less sure than all were.
+    """
     if not table or not answer["text"]:
         return None
     value = measures(answer)[table["measure"]]
     return next((row["right"] for row in table["rows"] if value >= row["from"]),
-                table["rows"][-1]["right"])
+                min(0.5, table["rows"][-1]["right"]))
 
 
 def write_table(folder: Path, answers: Sequence[dict], references: Sequence[List[str]]) -> None:
@@ -84,5 +87,5 @@ def judgement(answer: Dict[str, Any]) -> str:
     """Return an answer's confidence in words; empty if it is not known."""
     if answer["confidence"] is None:
         return ""
-    doubt = ": probably wrong, or not in the text" if answer["confidence"] < 0.5 else ""
+    doubt = ": probably wrong, or not in the text" if answer["confidence"] <= 0.5 else ""
     return f"confidence {answer['confidence']:.2f}{doubt}"
