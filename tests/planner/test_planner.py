@@ -176,9 +176,9 @@ def test_memory_by_hand(runs):
     assert memory[1]["weights"] == memory[1]["gradients"] == 2 * parameters
     # Two float32 moments, divided among four replicas.
     assert memory[1]["optimizer_state"] == 8 * parameters // 4
-    layer_input = 4 * 384 * 768 * 2 + 4 * 384 * 4  # hidden states in float16, and window ids
+    hidden, window_ids = 4 * 384 * 768 * 2, 4 * 384 * 4  # in float16 and int32
     # Stage i of S keeps 2 (S - 1 - i) + 1 micro-batches, here with four checkpoints each.
-    assert memory[1]["stash"] == 5 * 4 * layer_input
+    assert memory[1]["stash"] == 5 * (4 * hidden + window_ids)
     # The backward pass of the last stage follows at once: PopART stashes nothing there.
     assert memory[3]["stash"] == 0
     # The embedding's gradient comes when all else is free, beside its two activations.
