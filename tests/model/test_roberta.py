@@ -309,9 +309,12 @@ def test_distances_have_the_rows_that_transformers_gives_them(buckets, most):
         expected.long() + reach).clamp(0, 2 * reach - 1).tolist()
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "bert"])
+@pytest.mark.parametrize("kind", ["distilbert", "bert", "deberta"])
 def test_dropout_is_where_transformers_has_it(kind):
-    """DistilBERT has none after the attention's output layer, and one before the head."""
+    """DistilBERT has none after the attention's output layer, and one before the head.
+
+    DeBERTa has one more in each layer, of the embeddings of distances.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**FAMILY[kind], "qa_dropout": 0.5})
     calls = []
@@ -323,5 +326,6 @@ def test_dropout_is_where_transformers_has_it(kind):
     model = model_class(config)(config, IPU_KERNELS._replace(dropout=dropout))
     model(**one_window_a_row(config))
     # The attention has dropout of its own.
-    expected = {"distilbert": [0.0] * 4 + [0.5], "bert": [0.0] * 7}
+    expected = {"distilbert": [0.0] * 4 + [0.5], "bert": [0.0] * 7,
+                "deberta": [0.0] * 10}
     assert calls == expected[kind]
