@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 from planner.flags import flags_text
 from planner.job import Job
 from planner.plan import Plan, make_plan
-from planner.search import FASTER, best_split, split_settings
+from planner.search import FASTER, best_split, gain, split_settings
 from runtime.errors import UsageError
 
 # Settings of the pipeline by their names in training, and what else to say of the change.
@@ -33,9 +33,6 @@ class Change(NamedTuple):
         """The change by flag of train.py."""
         return self.plan.job.phase.flags(self.settings)
 
-    def fits_above(self, windows_per_second: float) -> bool:
-        return self.plan.fits and self.plan.windows_per_second > windows_per_second
-
 
 def changes(plan: Plan) -> List[Change]:
     """Return the changes that fit and are FASTER than `plan`, the fastest first.
@@ -43,16 +40,19 @@ def changes(plan: Plan) -> List[Change]:
     Two together are among them where they beat any one; the best split is among the first four.
     """
     planned = planned_changes(plan)
-    floor = FASTER * plan.windows_per_second if plan.fits else 0
-    better = sorted((change for change in planned if change.fits_above(floor)),
-                    key=lambda change: -change.plan.windows_per_second)
-    most = max([floor, *(FASTER * change.plan.windows_per_second for change in better)])
-    pairs = [pair for pair in _pairs(plan, planned) if pair.fits_above(most)]
-    shown = [max(pairs, key=lambda pair: pair.plan.windows_per_second)] if pairs else []
+
+    def speed(change: Change) -> float:
+        return gain(change.plan, plan)
+
+    floor = FASTER if plan.fits else 0
+    better = sorted((change for change in planned if change.plan.fits and speed(change) > floor),
+                    key=speed, reverse=True)
+    most = max([floor, *(FASTER * speed(change) for change in better)])
+    pairs = [pair for pair in _pairs(plan, planned) if pair.plan.fits and speed(pair) > most]
+    shown = [max(pairs, key=speed)] if pairs else []
     split = [change for change in better if change.remark == SPLIT]
     rest = [change for change in better if change.remark != SPLIT]
-    shown = sorted([*shown, *split, *rest[:4 - len(shown) - len(split)]],
-                   key=lambda change: -change.plan.windows_per_second)
+    shown = sorted([*shown, *split, *rest[:4 - len(shown) - len(split)]], key=speed, reverse=True)
     return shown + [change for change in rest if change not in shown]
 
 
@@ -65,7 +65,10 @@ def planned_changes(plan: Plan) -> List[Change]:
 def _planned(plan: Plan, settings: Dict[str, Any], *remarks: str) -> List[Change]:
     with suppress(UsageError):  # an embedding of few rows has no more parts
         changed = make_plan(plan.job.changed(**settings), plan.efficiencies)
-        return [Change(settings, "; ".join(filter(None, remarks)), changed)]
+        # Where packed rows would not fill the pipeline, an update has more windows than before.
+        if LARGER_BATCH in remarks or not plan.job.training or (
+                changed.job.windows_per_update < 1.1 * plan.job.windows_per_update):
+            return [Change(settings, "; ".join(filter(None, remarks)), changed)]
     return []
 
 
@@ -96,9 +99,8 @@ def suggestion(plan: Plan, better: Sequence[Change]) -> str:
 
 def describe(plan: Plan, change: Change) -> str:
     """Return one line with the change, its windows/s and the gain over `plan`."""
-    new = change.plan.windows_per_second
-    gain = f"{100 * (new / plan.windows_per_second - 1):+.0f} %" if plan.fits else "and it fits"
-    return f"{change.text}: {new:,.0f} windows/s ({gain})"
+    more = f"{100 * (gain(change.plan, plan) - 1):+.0f} %" if plan.fits else "and it fits"
+    return f"{change.text}: {change.plan.windows_per_second:,.0f} windows/s ({more})"
 
 
 def _training_changes(plan: Plan) -> Iterator[Candidate]:

@@ -108,6 +108,11 @@ class Job:
         return self.micro_batch_size * self.micro_batches * self.config.replication_factor
 
     @property
+    def windows_per_update(self) -> float:
+        """Real windows of one weight update, or call, over all replicas, on average."""
+        return self.rows_per_update * self.windows_per_row
+
+    @property
     def ipus(self) -> int:
         """IPUs of all replicas, each of which reserves a power of two."""
         return self.config.replication_factor * reserved_ipus(self.config.num_ipus())

@@ -65,8 +65,7 @@ class Plan:
         if job.windows is None:
             return None
         passes = job.epochs if job.training else 1
-        return self.update_seconds * math.ceil(
-            passes * job.windows / (job.rows_per_update * job.windows_per_row))
+        return self.update_seconds * math.ceil(passes * job.windows / job.windows_per_update)
 
     def parts(self) -> Dict[str, float]:
         """Return {part: seconds} of a weight update; work and waiting are means over the IPUs."""

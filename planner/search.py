@@ -81,8 +81,9 @@ def search(now: Plan, ipus: int, whole: IPUConfig, keep: int = 5) -> Tuple[List[
 
 def gain(plan: Plan, now: Plan) -> float:
     """Return how many times as fast as `now` a plan is; inference ends with a whole call."""
-    return (plan.windows_per_second / now.windows_per_second if plan.job.training else
-            now.run_seconds / plan.run_seconds)
+    if plan.job.training or plan.run_seconds is None:
+        return plan.windows_per_second / now.windows_per_second
+    return now.run_seconds / plan.run_seconds
 
 
 def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:

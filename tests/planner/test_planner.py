@@ -390,6 +390,34 @@ def test_advice_has_the_best_split_and_two_changes_that_beat_any_one(capsys):
     assert split["settings"] == {"layers_per_ipu": [6, 6, 6, 6]}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["demo", "squad_base_384", "squad_distilbert_384"])
+@pytest.mark.parametrize("phase", [[], ["--inference"]])
+def test_advice_is_what_plan_and_search_say(config, phase, capsys):
+    """No change makes an update larger unless it says so, or pays only with calls that are full."""
+    def planned(*flags):
+        main(["plan", "--config", config, *phase, *flags, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    def seconds(plan):
+        return plan["run_seconds"] if phase else 1 / plan["windows_per_second"]
+
+    now = planned()
+    for change in now["suggestions"]:
+        again = planned(*flag_words(change["settings"]))
+        assert again["fits"] == change["fits"] and seconds(again) < seconds(now)
+        assert again["windows_per_second"] == pytest.approx(change["windows_per_second"], rel=1e-4)
+        if not phase and "twice the batch size" not in change["text"]:
+            assert again["rows_per_update"] * again["windows_per_row"] < 1.1 * (
+                now["rows_per_update"] * now["windows_per_row"])
+    assert main(["search", "--config", config, *phase, "--keep", "1", "--json"]) == 0
+    best, = json.loads(capsys.readouterr().out)
+    same = [change for change in now["suggestions"] if "twice the batch" not in change["text"]
+            and not {"device_iterations", "inference_device_iterations"} & set(change["settings"])]
+    for change in same:  # the rest is not searched
+        assert seconds(best) < 1.02 * seconds(planned(*flag_words(change["settings"])))
+
+
 @pytest.mark.parametrize("windows, updates", [(1, 1), (32, 1), (33, 2), (96, 3)])
 def test_a_part_filled_update_takes_as_long_as_a_full_one(windows, updates, capsys):
     assert main(["plan", *SMALL, "--train_windows", str(windows), "--num_train_epochs", "1",
