@@ -154,10 +154,7 @@ def save(efficiencies: Efficiencies, path: Path) -> None:
 
 
 def load(path: Optional[str] = None) -> Efficiencies:
-    """Return the user's calibration if there is one, else the fit to published runs.
-
-    Raises UsageError for a `path` that does not exist, and for what is no calibration.
-    """
+    """Return the user's calibration, else the fit to published runs. Raises UsageError."""
     file = calibration_file(path)
     if not file.is_file():
         if path is not None:

@@ -191,10 +191,7 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
 
 def for_micro_batch(two: Sequence[CountedBlock], three: Sequence[CountedBlock],
                     micro_batch_size: int) -> List[CountedBlock]:
-    """Return the counts for `micro_batch_size` rows from two's and three's: all are linear in it.
-
-    One row is not counted by itself, because torch leaves out some copies for it.
-    """
+    """Return the counts of any rows, in which all are linear; torch leaves out copies for one."""
     return [replace(a, **{
         name: getattr(a, name) + (micro_batch_size - 2) * (getattr(b, name) - getattr(a, name))
         for name in _COUNTED}) for a, b in zip(two, three)]

@@ -7,13 +7,13 @@ import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from ipu_options.config import IPUS_OF_A_HOST, POD_IPUS, IPUConfig, pod_of, reserved_ipus
 from ipu_options.layout import Layout, in_ipus
 from planner import calibrate
 from planner.flags import MODELS, JobSettings, Request, flag_words
-from planner.job import Job
+from planner.job import CountedBlock, Job
 from planner.machine import MACHINES
 from planner.phase import INFERENCE, PHASES, TRAINING, Phase
 from planner.plan import Plan, make_plan
@@ -58,17 +58,20 @@ def make_job(request: Request) -> Job:
             f"{config.source('embedding_serialization_factor')} "
             f"{config.embedding_serialization_factor} is more than the model's "
             f"{model.vocab_size} words")
-    count = make_counter(model, max_seq_length=settings.max_seq_length,
-                         windows_per_row=settings.row_capacity(), precision=settings.precision,
-                         training=phase is TRAINING)
+    pack = packed is not None and (settings.pack or phase is INFERENCE)  # answers are packed
+    counters = [make_counter(
+        model, max_seq_length=settings.max_seq_length, windows_per_row=capacity,
+        precision=settings.precision, training=phase is TRAINING)
+        for capacity in (1, settings.max_windows_per_row)]
+
+    def count(micro_batch_size: int, factor: int, packed: bool) -> Tuple[CountedBlock, ...]:
+        return counters[packed](micro_batch_size, factor)
+
     micro_batch_size, steps = getattr(settings, phase.micro_batch_flag), settings.max_steps
     return Job(
-        count(micro_batch_size, config.embedding_serialization_factor), layout, config,
+        count(micro_batch_size, config.embedding_serialization_factor, pack), layout, config,
         MACHINES[planning.ipu], micro_batch_size, settings.max_seq_length, settings.precision,
-        phase, settings.max_grad_norm is not None,
-        # Questions are answered in packed rows.
-        pack=packed is not None and (settings.pack or phase is INFERENCE),
-        packed_windows_per_row=packed,
+        phase, settings.max_grad_norm is not None, pack=pack, packed_windows_per_row=packed,
         windows=_windows(request), epochs=settings.num_train_epochs,
         updates=steps and steps * config.device_iterations if phase is TRAINING else None,
         count=count)
@@ -96,10 +99,7 @@ def run_command(plan: Plan, request: Request, file: Optional[str] = None) -> str
 
 
 def write_pipeline(plan: Plan, request: Request, file: str, ipus: Optional[int] = None) -> str:
-    """Write the pipeline of a plan to `file`; return how to train with it. Raises RunError.
-
-    ipus: which evaluation must fit on, too; by default the plan's.
-    """
+    """Write a plan's pipeline, which evaluates on `ipus`, to `file`; return how to train so."""
     with writing(f"--write {file}"):
         settings_of(plan, request.ipu_config, ipus or plan.job.ipus).write(file)
     return f"Wrote {file}. Train with it: {run_command(plan, request, file)}"

@@ -63,7 +63,7 @@ class Job:
     windows: Optional[int] = None        # of an epoch, or to answer; None if not known
     epochs: float = 1.0
     updates: Optional[int] = None        # of the run, if given in place of epochs
-    # count(micro_batch_size, embedding_serialization_factor): the blocks for other settings
+    # count(micro_batch_size, embedding_serialization_factor, pack): the blocks for other settings
     count: Optional[BlockCounter] = field(default=None, compare=False, repr=False)
 
     @property
@@ -132,13 +132,15 @@ class Job:
                 **changes: Any) -> "Job":
         """Return the job with other rows or config. Raises UsageError if that is not possible."""
         size = micro_batch_size or self.micro_batch_size
-        job = replace(self, config=replace(self.config, **changes), micro_batch_size=size)
-        factor = job.config.embedding_serialization_factor
-        if (size, factor) != (self.micro_batch_size, self.config.embedding_serialization_factor):
-            job = replace(job, blocks=self.count(size, factor))
+        job = replace(self, config=replace(self.config, **changes), micro_batch_size=size,
+                      pack=pack or self.pack)
+        new, old = ((one.micro_batch_size, one.config.embedding_serialization_factor, one.pack)
+                    for one in (job, self))
+        if new != old:
+            job = replace(job, blocks=self.count(*new))
         if "layers_per_ipu" in changes:
             job = replace(job, layout=job.config.layout(len(self.layout.layer_ipus)))
-        return replace(job, pack=pack or job.pack)
+        return job
 
     def state_bytes_per_parameter(self) -> float:
         """Return the bytes of optimizer state per parameter on each replica: of two moments."""

@@ -44,10 +44,7 @@ class Profile:
 
 
 def open_profile(path: str) -> Profile:
-    """Return the Profile in a profile.pop file, or in the newest one below a folder.
-
-    Raises UsageError if pva or the profile is missing, RunError if pva cannot read it.
-    """
+    """Return the Profile of `profile_file`. Raises UsageError without pva, RunError if it fails."""
     file = profile_file(path)
     try:
         import pva

@@ -87,10 +87,7 @@ def gain(plan: Plan, now: Plan) -> float:
 
 
 def settings_of(plan: Plan, whole: IPUConfig, ipus: int) -> IPUConfig:
-    """Return the run's configuration, before the search `whole`, that carries out `plan`.
-
-    A plan of training changes the inference pipeline only where `ipus` IPUs could not run it.
-    """
+    """Return the configuration `whole` with what carries out `plan`, and evaluates on `ipus`."""
     config = plan.job.config
     if not plan.job.training:
         whole = replace(
@@ -205,7 +202,7 @@ def _candidates(job: Job, ipus: int) -> Iterator[Job]:
                              replication_factor=ipus // stages, **changes)
             if len(config.matmul_shares()) != stages:
                 config = replace(config, matmul_proportion=MATMUL_PROPORTION)
-            blocks = job.count(micro_batch, config.embedding_serialization_factor)
+            blocks = job.count(micro_batch, config.embedding_serialization_factor, one.pack)
             yield replace(one, blocks=blocks, micro_batch_size=micro_batch, config=config)
 
 

@@ -55,10 +55,7 @@ class Side:
     @classmethod
     def from_word(cls, name: str, item: str, common: List[str], phase: Phase = TRAINING
                   ) -> "Side":
-        """Return what the word `item` of the command line stands for.
-
-        common: flags of every plan. Raises UsageError or RunError that name the side.
-        """
+        """Return what the word `item` stands for. Raises errors that name the side."""
         where = f"{name}, {item}" if Path(item).exists() else f'{name}, "{item}"'
         try:
             if not item.strip() or not Path(item).exists():

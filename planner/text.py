@@ -327,10 +327,11 @@ def search_text(sides: Sequence[Side], changes: Sequence[Dict[str, Any]], plans:
     for side, values, one in zip(sides, settings, plans):
         plan = side.plan
         waits = plan["update_parts_seconds"]["waiting for the slowest IPU"]
-        speed = {"windows/s": count(plan["windows_per_second"])} if job.training else {
-            "windows/s\nin all": count(plan["windows"] / plan["run_seconds"]),
-            "whole\nrun": duration(plan["run_seconds"])}
-        cells = {**speed, "times": f"{gain(one, plans[0]):.2f}",
+        speed = plan["windows_per_second"]
+        if not job.training:
+            speed = plan["windows"] / plan["run_seconds"]
+        cells = {"windows/s": count(speed), "times": f"{gain(one, plans[0]):.2f}",
+                 **({} if job.training else {"whole\nrun": duration(plan["run_seconds"])}),
                  "waits": percent(waits / plan["update_seconds"]),
                  "free\nMiB": mib(plan["free_bytes"])}
         differing = {name: value for name, value in values.items() if name not in shared}

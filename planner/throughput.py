@@ -123,10 +123,7 @@ def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
 
 
 def host_parts(job: Job, efficiencies: Efficiencies) -> Tuple[float, float]:
-    """Return the seconds that the host adds to a weight update or call: (its call, its tokens).
-
-    Several hosts feed their own replicas at the same time.
-    """
+    """Return the seconds that a host adds to a weight update or call: (its call, its tokens)."""
     tokens = job.rows_per_update * job.max_seq_length / job.hosts
     call = (efficiencies.call_seconds / job.config.device_iterations if job.training else
             INFERENCE_CALL_SECONDS)
