@@ -21,8 +21,8 @@ _ROWS, _ANSWERS = 20, 10  # most rows of a table, least answers in each
 
 
 def measures(answer: Dict[str, Any]) -> Dict[str, float]:
-    """Return what confidence may be read from; more is surer."""
-    return {"score": answer["score"], "null_odds": -answer["null_odds"]}
+    """Return what confidence may be read from; more is surer. Of equal ones, the first is used."""
+    return {"null_odds": -answer["null_odds"], "score": answer["score"]}
 
 
 def calibrate(answers: Sequence[dict], references: Sequence[List[str]]) -> Optional[Dict[str, Any]]:
@@ -87,5 +87,5 @@ def judgement(answer: Dict[str, Any]) -> str:
     """Return an answer's confidence in words; empty if it is not known."""
     if answer["confidence"] is None:
         return ""
-    doubt = ": probably wrong, or not in the text" if answer["confidence"] <= 0.5 else ""
-    return f"confidence {answer['confidence']:.2f}{doubt}"
+    doubt = ": doubtful, perhaps not in the text" if answer["confidence"] <= 0.5 else ""
+    return f"confidence {answer['confidence']:.3f}{doubt}"

@@ -34,11 +34,12 @@ def test_little_is_known_from_few_answers_and_nothing_of_no_answer(tmp_path):
     answers, references, _ = answers_with("score", 30)
     table = calibrate(answers, [["geese"]] * 30)
     assert [row["answers"] for row in table["rows"]] == [30]  # all are right
+    assert table["measure"] == "null_odds"
     assert confidence(table, answers[0]) == pytest.approx(31 / 32)
     assert confidence(table, {**answers[0], "text": ""}) is None
     assert confidence(table, {"text": "eels", "score": -9, "null_odds": 9}) == 0.5
     assert calibrate(answers[:19], references) is None
     write_table(tmp_path, answers, references)
     assert read_table(tmp_path) == calibrate(answers, references)
-    assert judgement({"confidence": 0.25}) == "confidence 0.25: probably wrong, or not in the text"
+    assert judgement({"confidence": 0.25}) == "confidence 0.250: doubtful, perhaps not in the text"
     assert judgement({"confidence": None}) == ""
