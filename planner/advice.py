@@ -35,10 +35,7 @@ class Change(NamedTuple):
 
 
 def changes(plan: Plan) -> List[Change]:
-    """Return the changes that fit and are FASTER than `plan`, the fastest first.
-
-    Two together are among them where they beat any one; the best split is among the first four.
-    """
+    """Return the changes that fit and are FASTER, the fastest first; the best pair, too."""
     planned = planned_changes(plan)
 
     def speed(change: Change) -> float:

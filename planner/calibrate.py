@@ -83,10 +83,7 @@ def fit_published(runs: Sequence[PublishedRun]) -> Efficiencies:
 
 
 def fit_own(runs: Sequence[Tuple[Job, float]]) -> Efficiencies:
-    """Return the fit to the user's own `runs`, (job, measured windows/s).
-
-    Raises UsageError for one far outside of what its plan expects, or that the fit misses.
-    """
+    """Return the fit to own runs, (job, windows/s). Raises UsageError for one it cannot be."""
     source = (f"your run at {runs[0][1]:g} windows/s" if len(runs) == 1 else
               f"your {len(runs)} runs")
     fitted = fit([(job, measured / job.windows_per_row) for job, measured in runs], Efficiencies(),

@@ -42,10 +42,7 @@ DOES_NOT_FIT = 3  # exit status of a plan that does not fit
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command argv[0] (by default of sys.argv[1:]); return the exit status.
-
-    Raises UsageError for a wrong command or flag, RunError where a command cannot do its work.
-    """
+    """Run the command argv[0], by default of sys.argv[1:]; return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {
         "plan": plan, "search": search, "sweep": run_sweep, "compare": compare, "explore": explore,
@@ -72,10 +69,7 @@ def plan(argv: List[str]) -> int:
 
 
 def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: flags.PlanSettings) -> int:
-    """Print the plan of train.py's run, and what the flags ask for; return the exit status.
-
-    Raises UsageError or RunError where that is not possible.
-    """
+    """Print the plan of train.py's run, and what the flags ask for; return the exit status."""
     if planning.fit and planning.json:
         raise UsageError("--fit and --json exclude each other: `python -m planner calibrate "
                          "--show --json` gives the errors as JSON")

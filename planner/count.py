@@ -66,10 +66,7 @@ def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
 def count_model(model_config, max_seq_length: int, windows_per_row: int, precision: str,
                 embedding_serialization_factor: int, training: bool = True,
                 halves: bool = False) -> List[List[CountedBlock]]:
-    """Return two lists of counted blocks, for two and for three rows. Arguments: `make_counter`.
-
-    The model has the kernels that an IPU runs; which block is on which IPU changes no count.
-    """
+    """Return the blocks of two and of three rows, with an IPU's kernels; see `make_counter`."""
     with torch.device("meta"):
         model = model_class(model_config)(model_config, IPU_KERNELS)
     model = (model.half() if precision == "float16" else model).train(training)
@@ -110,11 +107,9 @@ def _with_layers(blocks: List[CountedBlock], layers: int, parts: int) -> List[Co
 
 
 def _count_halves(model, named, inputs) -> List[CountedBlock]:
-    """Return what count_blocks does, with attention and feed-forward of a layer as two blocks.
-
-    The second begins where the layer calls its first linear layer. The hooks count all parameters
-    for the first, and the linear layer's parameters and output for the second: corrected here.
-    """
+    """Return what count_blocks does, with attention and feed-forward of a layer as two blocks."""
+    # The second begins at the first linear layer. The hooks count all parameters for the first, and
+    # that linear layer's parameters and output for the second.
     embedding, *layers, head = named
     parts = [embedding]
     for name, kind, layer in layers:

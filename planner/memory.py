@@ -129,10 +129,7 @@ def _update_bytes(job: Job, totals: Totals) -> Any:
 
 
 def join(one: Dict[str, Any], other: Dict[str, Any]) -> Dict[str, Any]:
-    """Return {category: bytes} of two stages on one IPU, from what each needs alone.
-
-    What is permanent adds up, but for the code, one program; what is temporary shares its memory.
-    """
+    """Return {category: bytes} of two stages on one IPU, whose temporary parts share memory."""
     memory = {
         name: one[name] + other[name] if name in ALWAYS else max(one[name], other[name])
         for name in CATEGORIES}

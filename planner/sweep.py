@@ -34,8 +34,7 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 def run_sweep(argv: Sequence[str]) -> int:
     """Plan every combination of some flags, and measure them with --run; return the exit status.
 
-    The status is 1 if every combination was refused or failed. What the --output file holds as
-    measured, for the same job, is not run again. Raises UsageError or RunError.
+    It is 1 if all were refused or failed. What --output holds as measured is not run again.
     """
     swept, sweeping, common = parse(argv)
     combinations = [dict(zip(swept, values)) for values in itertools.product(*swept.values())]
@@ -168,10 +167,7 @@ def read_rows(path: Path, flag: str = "--output") -> List[Dict[str, str]]:
 
 
 def measured_runs(measured: str) -> List[Tuple[Dict[str, Any], float]]:
-    """Return (flags beside the command's, windows/s) of each run that --measured gives.
-
-    It is windows_per_second=N, or a sweep's table, of which the rows count that IPUs measured.
-    """
+    """Return (flags beside the command's, windows/s) of each run of IPUs that --measured gives."""
     source, path = f"--measured {measured}".strip(), Path(measured)
     name, _, value = measured.partition("=")
     with suppress(ValueError):
