@@ -365,7 +365,7 @@ def _provenance(efficiencies: Dict[str, Any]) -> str:
     return "\n".join([
         "Counted from the model: parameters, FLOPs, elements, saved and output bytes. Documented: "
         "clock, peak, memory, links.",
-        f"Estimated: code {mib(e.code_bytes)} MiB, matmul temporaries. Fitted ({e.source}): "
+        f"Estimated: code {mib(e.code_bytes)} MiB. Fitted ({e.source}): "
         f"{percent(e.peak_utilisation, 1)} of the peak rate at most,",
         f"{e.matmul_cycles:,.0f} cycles around each multiplication, {e.element_cycles:.2f} for "
         f"each other element, {1e3 * e.call_seconds:.0f} ms of host a call and "
