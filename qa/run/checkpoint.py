@@ -243,7 +243,7 @@ class Checkpoints:
             self._write_model(model, aside, device_state["optimizer"])
             files.sync_and_hash(aside)
             for name in ("metrics.json", "confidence.json"):  # of the model that is replaced
-                with suppress(FileNotFoundError):
+                with suppress(OSError):
                     (self.output_dir / name).unlink()
             for path in sorted(aside.iterdir()):
                 os.replace(path, self.output_dir / path.name)
