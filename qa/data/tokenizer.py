@@ -119,7 +119,6 @@ class QATokenizer(NamedTuple):
                              "answer`")
         backend, trims = _with_exact_offsets(file)
         limit = model_max_length if type(model_max_length) is int else None
-        # A tokenizer may make types for a model that has only one: qa.families.row_kind knows.
         return cls(file, backend, trims, special_tokens, *special, context_first,
                    token_types and 1 in pair.type_ids, limit, name)
 

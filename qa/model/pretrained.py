@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from ipu_options.config import IPU_CONFIG_NAME, IPUConfig
 from qa.data.tokenizer import QATokenizer
-from qa.families import check_checkpoint, family_of, folder_and_name
+from qa.families import check_checkpoint, family_of, folder_and_name, row_kind
 from qa.model.parallelize import weights_of
 from qa.model.roberta import ForSpans, model_class
 from qa.settings import QA_SETTINGS, QA_SETTINGS_NAME, TrainSettings
@@ -72,7 +72,9 @@ def load_tokenizer(settings: Settings, model_config) -> QATokenizer:
         print(f"note: {name}: its tokenizer's padding token has the id {tokenizer.pad_token_id}, "
               f"config.json says {model_config.pad_token_id}, which rows are filled up with",
               file=sys.stderr)
-    return tokenizer
+    # Some make types for models that have none, which transformers' own would not take.
+    has_types = "token_types" in row_kind(model_config)
+    return tokenizer._replace(token_types=tokenizer.token_types and has_types)
 
 
 def load_model(settings: Settings, model_config, folder: Optional[Path] = None) -> ForSpans:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, DistilBertConfig, PreTrainedTokenizerFast
 
 from qa.model.pretrained import load_config, load_model, load_tokenizer, save_model
 from qa.settings import TrainSettings
@@ -122,7 +122,7 @@ def run(tmp_path, hub):
 
 def answer_by_transformers(folder):
     """The best span and its probability among all spans, by plain transformers."""
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+    from transformers import AutoModelForQuestionAnswering
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
@@ -374,6 +374,14 @@ def test_a_tokenizer_that_needs_a_package_is_refused_with_its_name(folders, tmp_
     monkeypatch.setattr("qa.model.pretrained.find_spec", lambda name: None)
     with pytest.raises(RunError, match="only in sentencepiece.bpe.model, .* pip install sentence"):
         load_tokenizer(settings, config)
+
+
+@pytest.mark.parametrize("kind, types", [(BertConfig, True), (DistilBertConfig, False)])
+def test_a_saved_tokenizer_makes_the_types_that_its_model_takes(tmp_path, kind, types):
+    tokenizer_of("bert").save_pretrained(tmp_path)
+    load_tokenizer(TrainSettings(model_name_or_path=str(tmp_path)), kind()).save(tmp_path)
+    pair = AutoTokenizer.from_pretrained(tmp_path)("Who?", "Ann.")
+    assert ("token_type_ids" in pair) == types
 
 
 def refused_tokenizers():
