@@ -64,8 +64,11 @@ class Plan:
             return job.updates * self.update_seconds
         if job.windows is None:
             return None
-        passes = job.epochs if job.training else 1
-        return self.update_seconds * math.ceil(passes * job.windows / job.windows_per_update)
+        updates = math.ceil(job.windows / job.windows_per_update)  # of an epoch; or calls
+        if job.training:  # in whole calls, as TrainingRows counts them
+            in_call = job.config.device_iterations
+            updates = math.ceil(math.ceil(job.epochs * updates) / in_call) * in_call
+        return updates * self.update_seconds
 
     def parts(self) -> Dict[str, float]:
         """Return {part: seconds} of a weight update; work and waiting are means over the IPUs."""

@@ -418,10 +418,13 @@ def test_advice_is_what_plan_and_search_say(config, phase, capsys):
         assert seconds(best) < 1.02 * seconds(planned(*flag_words(change["settings"])))
 
 
-@pytest.mark.parametrize("windows, updates", [(1, 1), (32, 1), (33, 2), (96, 3)])
-def test_a_part_filled_update_takes_as_long_as_a_full_one(windows, updates, capsys):
-    assert main(["plan", *SMALL, "--train_windows", str(windows), "--num_train_epochs", "1",
-                 "--json"]) == 0
+@pytest.mark.parametrize("windows, epochs, in_call, updates", [
+    (1, 1, 1, 1), (1, 3, 1, 3), (32, 1, 1, 1), (33, 1, 1, 2), (33, 2, 1, 4), (33, 2, 3, 6),
+    (96, 1, 1, 3)])
+def test_a_part_filled_update_takes_as_long_as_a_full_one(windows, epochs, in_call, updates,
+                                                          capsys):
+    assert main(["plan", *SMALL, "--train_windows", str(windows), "--num_train_epochs", str(epochs),
+                 "--device_iterations", str(in_call), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["rows_per_update"] == 32
     assert plan["run_seconds"] == pytest.approx(updates * plan["update_seconds"])
@@ -472,6 +475,8 @@ def test_a_config_json_that_no_model_has_is_refused_by_name(changed, message, tm
     # As packed rows reach it, with the flag forgotten.
     ("calibrate --measured windows_per_second=2640 --config squad_large_384 --pod_type pod16",
      "--measured windows_per_second=2640: the plan of these flags expects 643 to 808"),
+    ("calibrate --measured windows_per_second=2640 --config squad_base_384_pod16",
+     "with multiplications beyond the peak rate"),
     ("plan --ipus 8", "--ipus: IPUs follow from --layers_per_ipu --replication_factor and --pod"),
     ("plan --hidden_size 1000000000", "65536"),
     ("plan --num_hidden_layers 100000", "256"),
