@@ -91,12 +91,14 @@ def fit_own(runs: Sequence[Tuple[Job, float]]) -> Efficiencies:
     for job, measured in runs:
         before, after = (make_plan(job, by).windows_per_second for by in (Efficiencies(), fitted))
         low, high = (before * (1 + error) for error in expected_error(make_plan(job)))
-        if not (low / before) ** FAR <= measured / before <= (high / before) ** FAR or (
-                abs(math.log(measured / after)) > LARGEST_MISS):
+        beyond = ", with multiplications beyond the peak rate" * (fitted.peak_utilisation > 1)
+        if beyond or not (
+                (low / before) ** FAR <= measured / before <= (high / before) ** FAR
+                and abs(math.log(measured / after)) <= LARGEST_MISS):
             raise UsageError(
                 f"--measured windows_per_second={measured:g}: the plan of these flags expects "
                 f"{low:,.0f} to {high:,.0f}, and the nearest fit reaches "
-                f"{after:,.0f}; give the flags of that run (--pack, --ipu, "
+                f"{after:,.0f}{beyond}; give the flags of that run (--pack, --ipu, "
                 "--pod_type, --replication_factor), and its windows/s, not its rows/s")
     return fitted
 
