@@ -18,8 +18,8 @@ from runtime.files import encoding_of
 NBEST = 5  # answers shown, unless --n_best says otherwise
 EXAMPLE = ("Ada was born in Oslo in 1888. She was afraid of geese. Her sister moved to Lisbon, "
            "where she played the tuba.", "What frightened Ada?")
-SEND = ('send JSON by POST: {"question": a text or a list of texts, "context": a text}, and '
-        '"n_best" for the number of answers in each list')
+SEND = ('send JSON by POST, with the header Content-Type: application/json: {"question": a text or '
+        'a list of texts, "context": a text}, and "n_best" for the number of answers in each list')
 _STYLE = """
 main { max-width: 50em; margin: auto; padding: 0 1em; font-family: sans-serif; line-height: 1.4 }
 textarea, input { width: 100%; box-sizing: border-box; font: inherit }
