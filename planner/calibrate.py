@@ -92,14 +92,13 @@ def fit_own(runs: Sequence[Tuple[Job, float]]) -> Efficiencies:
         before, after = (make_plan(job, by).windows_per_second for by in (Efficiencies(), fitted))
         low, high = (before * (1 + error) for error in expected_error(make_plan(job)))
         beyond = ", with multiplications beyond the peak rate" * (fitted.peak_utilisation > 1)
-        if beyond or not (
-                (low / before) ** FAR <= measured / before <= (high / before) ** FAR
-                and abs(math.log(measured / after)) <= LARGEST_MISS):
+        near = (low / before) ** FAR <= measured / before <= (high / before) ** FAR
+        if beyond or not near or abs(math.log(measured / after)) > LARGEST_MISS:
             raise UsageError(
                 f"--measured windows_per_second={measured:g}: the plan of these flags expects "
-                f"{low:,.0f} to {high:,.0f}, and the nearest fit reaches "
-                f"{after:,.0f}{beyond}; give the flags of that run (--pack, --ipu, "
-                "--pod_type, --replication_factor), and its windows/s, not its rows/s")
+                f"{low:,.0f} to {high:,.0f}, and the nearest fit reaches {after:,.0f}{beyond}; "
+                "give the flags of that run (--pack, --ipu, --pod_type, --replication_factor), and "
+                "its windows/s, not its rows/s")
     return fitted
 
 
@@ -162,8 +161,7 @@ def load(path: Optional[str] = None) -> Efficiencies:
                 "windows_per_second=N` writes one")
         return Efficiencies()
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        efficiencies = Efficiencies(**values)
+        efficiencies = Efficiencies(**json.loads(file.read_text(encoding="utf-8")))
         if not all(isinstance(getattr(efficiencies, name), (int, float)) and
                    getattr(efficiencies, name) > 0 for name in FITTED):
             raise ValueError("its numbers should be more than 0")

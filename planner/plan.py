@@ -66,8 +66,8 @@ class Plan:
             return None
         updates = math.ceil(job.windows / job.windows_per_update)  # of an epoch; or calls
         if job.training:  # in whole calls, as TrainingRows counts them
-            in_call = job.config.device_iterations
-            updates = math.ceil(math.ceil(job.epochs * updates) / in_call) * in_call
+            calls = math.ceil(math.ceil(job.epochs * updates) / job.config.device_iterations)
+            updates = calls * job.config.device_iterations
         return updates * self.update_seconds
 
     def parts(self) -> Dict[str, float]:

@@ -20,10 +20,7 @@ def present(sides: Sequence[Side], output: Settings, title: str, record: Any = N
     Raises RunError for a file that cannot be written.
     """
     printed = "\n".join([text, "", table(*ranking), *notes]) if ranking else comparison_text(sides)
-    if getattr(output, "json", False):
-        print(json.dumps(record, indent=2))
-    else:
-        print(printed)
+    print(json.dumps(record, indent=2) if getattr(output, "json", False) else printed)
     if getattr(output, "legend", False):
         print("\n" + legend(sides))
     if getattr(output, "plot", None):
