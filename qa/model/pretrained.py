@@ -72,9 +72,8 @@ def load_tokenizer(settings: Settings, model_config) -> QATokenizer:
         print(f"note: {name}: its tokenizer's padding token has the id {tokenizer.pad_token_id}, "
               f"config.json says {model_config.pad_token_id}, which rows are filled up with",
               file=sys.stderr)
-    # Some make types for models that have none, which transformers' own would not take.
-    has_types = "token_types" in row_kind(model_config)
-    return tokenizer._replace(token_types=tokenizer.token_types and has_types)
+    has_types = tokenizer.token_types and "token_types" in row_kind(model_config)
+    return tokenizer._replace(token_types=has_types)  # transformers' model would refuse others
 
 
 def load_model(settings: Settings, model_config, folder: Optional[Path] = None) -> ForSpans:
