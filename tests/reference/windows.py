@@ -74,7 +74,7 @@ def plain_windows(examples, tokenizer, max_seq_length, doc_stride, with_spaces=F
 
 @lru_cache(maxsize=None)
 def tokenizer_of(family, padding_side="right"):
-    """Train a tokenizer of a model family on a few lines.
+    """Return a tokenizer of a model family for a few lines.
 
     The families are "roberta" (byte-level BPE), "bert" (WordPiece), "xlm-roberta" and "xlnet"
     (both Unigram).
@@ -96,12 +96,12 @@ def tokenizer_of(family, padding_side="right"):
             trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False))
         backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         return BertTokenizerFast(tokenizer_object=backend, padding_side=padding_side)
-    backend = Tokenizer(models.Unigram())
+    # Not by UnigramTrainer, whose vocabulary differs from process to process.
+    words = [f"▁{word}" for line in text for word in line.split()]
+    backend = Tokenizer(models.Unigram(
+        [(token, 0.0) for token in special] + [(word, -1.0) for word in dict.fromkeys(words)] +
+        [(character, -9.0) for character in dict.fromkeys("".join(words))], 0))
     backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
-    backend.train_from_iterator(
-        text,
-        trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>",
-                                show_progress=False))
     pair = "<s> $A </s> </s> $B </s>" if family == "xlm-roberta" else "$A </s> $B </s> <s>"
     backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair=pair,
                                                            special_tokens=[("<s>", 2), ("</s>", 3)])
