@@ -142,9 +142,8 @@ def answer_by_transformers(folder):
 def test_a_deberta_with_a_sentencepiece_tokenizer_answers_as_transformers_does(tmp_path, run, seed):
     from transformers import AutoConfig, AutoModelForQuestionAnswering
 
-    tokenizer = tokenizer_of("xlm-roberta")
-    # Of whole words: transformers could answer with a lone mark of a word's begin, and what the
-    # trainer puts into a vocabulary differs from process to process.
+    tokenizer = copy.deepcopy(tokenizer_of("xlm-roberta"))  # all tests share what it returns
+    # Of whole words: transformers could answer with a lone mark of a word's begin.
     words = sorted({f"▁{word}" for word in f"{QUESTION[1]} {TEXT}".split()})
     tokenizer.backend_tokenizer.model = models.Unigram(
         [(token, 0.0) for token in ("<unk>", "<pad>", "<s>", "</s>", *words)], 0)
