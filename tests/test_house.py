@@ -24,7 +24,7 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md", "poptorch_host/README.md",
 FOREIGN = {"nnodes", "node-rank", "master-addr", "nproc-per-node", "rdzv-backend", "rdzv-endpoint",
            "host", "num-instances", "num-replicas", "ipus-per-replica", "mpi-global-args",
            "executable-cache-path", "vipu-server-host", "vipu-partition", "ntasks-per-node",
-           "nodes", "exclusive", "signal", "rm", "help"}
+           "nodes", "exclusive", "signal", "rm", "dist", "help"}
 
 
 def run(*command):
