@@ -46,16 +46,14 @@ def write_page(path: str, title: str, sides: Sequence[Side], lines: Sequence[str
 
 def curves(sides: Sequence[Side]) -> Dict[str, Dict[str, Any]]:
     """Return {key of log.jsonl: figure}: each with the curves of all runs, by step."""
-    from qa.run.log import LOG, read_log
+    from qa.run.log import LOG, points, read_log
     logs = {side.label: read_log(Path(side.item, LOG)) for side in sides if side.kind == "run"}
     figures = {}
     for key, title in CURVES.items():
-        points = {label: [(line["step"], line[key]) for line in log if key in line
-                          and line["event"] in ("log", "evaluation") and "epoch" in line
-                          and line.get("questions") != "test"] for label, log in logs.items()}
+        runs = {label: points(log, key) for label, log in logs.items()}
         data = [{"type": "scatter", "mode": "lines+markers", "name": label, "x": x, "y": y,
                  "marker": {"symbol": place}, "line": {"dash": DASHES[place % len(DASHES)]}}
-                for place, (label, pairs) in enumerate(points.items()) if pairs
+                for place, (label, pairs) in enumerate(runs.items()) if pairs
                 for x, y in [list(zip(*pairs))]]
         figures.update({key: {"data": data, "layout": {
             "title": {"text": title, "x": 0, "font": {"size": 15}}, "height": 320,

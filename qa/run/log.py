@@ -32,7 +32,7 @@ import sys
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from tqdm import tqdm
@@ -54,11 +54,11 @@ LOG, SYNTHETIC_LOG, CURVES = "log.jsonl", "synthetic_log.jsonl", "training.png"
 # The groups of Trainer's names; an evaluation on test questions is called "test" there as well.
 _GROUPS = {"validation": "eval", "test": "test"}
 _NO_METRICS = ("event", "step", "epoch", "time", "questions")
-# The panels of training.png: the event of the lines, and {key: (its name, how it is drawn)}.
+# The panels of training.png: {key of a line: (its name, how it is drawn)}.
 _PANELS = (
-    ("log", {"loss": ("loss", ".-")}), ("log", {"learning_rate": ("learning rate", ".-")}),
-    ("log", {"windows_per_second": ("windows/s", ".-")}),
-    ("evaluation", {"f1": ("F1 (%)", "o-"), "exact_match": ("exact match (%)", "s--")}))
+    {"loss": ("loss", ".-")}, {"learning_rate": ("learning rate", ".-")},
+    {"windows_per_second": ("windows/s", ".-")},
+    {"f1": ("F1 (%)", "o-"), "exact_match": ("exact match (%)", "s--")})
 
 
 class RunLog:
@@ -141,13 +141,17 @@ def read_log(path: Union[str, Path]) -> List[Dict[str, Any]]:
         return []
     lines = []
     for line in text.splitlines():
-        try:
+        with suppress(ValueError):
             value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and "event" in value and isinstance(value.get("step"), int):
-            lines.append(value)
+            if isinstance(value, dict) and "event" in value and isinstance(value.get("step"), int):
+                lines.append(value)
     return lines
+
+
+def points(lines: List[Dict[str, Any]], key: str) -> List[Tuple[int, float]]:
+    """Return (step, value) of a key in the training's log points and validations."""
+    return [(line["step"], line[key]) for line in lines if key in line and "epoch" in line
+            and line["event"] in ("log", "evaluation") and line.get("questions") != "test"]
 
 
 def before_resume(lines: List[Dict[str, Any]], step: int) -> List[Dict[str, Any]]:
@@ -201,19 +205,17 @@ def _draw_curves(lines: List[Dict[str, Any]], path: Path) -> None:
     if not any(line["event"] == "log" for line in lines):
         return
     figure = Figure(figsize=(9, 6), layout="constrained")
-    for axes, (event, curves) in zip(figure.subplots(2, 2, sharex=True).flat, _PANELS):
+    resumed = [line["step"] for line in lines if line["event"] == "resumed"]
+    for axes, curves in zip(figure.subplots(2, 2, sharex=True).flat, _PANELS):
         for key, (name, style) in curves.items():
-            points = [(line["step"], line[key]) for line in lines
-                      if line["event"] == event and line.get("questions") != "test"
-                      and "epoch" in line and key in line]
-            if points:
-                axes.plot(*zip(*points), style, label=name)
+            curve = points(lines, key)
+            if curve:
+                axes.plot(*zip(*curve), style, label=name)
         if len(curves) > 1 and axes.lines:
             axes.legend()
-        for line in lines:
-            if line["event"] == "resumed":
-                axes.axvline(line["step"], linestyle=":", color="grey")
-        if event == "evaluation" and axes.lines:
+        for step in resumed:
+            axes.axvline(step, linestyle=":", color="grey")
+        if "f1" in curves and axes.lines:
             axes.set_ylim(0, 101)  # percent; the highest mark is not cut
         elif "windows_per_second" in curves:
             axes.set_ylim(bottom=0)
@@ -222,7 +224,6 @@ def _draw_curves(lines: List[Dict[str, Any]], path: Path) -> None:
         axes.tick_params(labelbottom=True)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(path.parent.name)
-    resumed = any(line["event"] == "resumed" for line in lines)
     figure.supxlabel("step (dotted: resumed)" if resumed else "step")
     figure.savefig(path, dpi=100)
 
