@@ -17,11 +17,11 @@ from ipu_options.popvision import PhaseTimer
 from qa.answers.confidence import confidence, read_table
 from qa.answers.inference import InferencePipeline
 from qa.data.windows import FewQuestions, windows_for_answers
+from qa.families import folder_and_name
 from qa.model.pretrained import load_config, load_model, load_tokenizer
 from qa.settings import InferSettings, infer_settings
 from runtime.errors import UsageError
 from runtime.flags import check_field, did_you_mean
-from runtime.hub import checkpoint_folder
 
 _KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list",
           dict: "an object"}
@@ -38,8 +38,7 @@ class Answerer:
         pipeline = inference_pipeline(ipu_config, model_config.num_hidden_layers,
                                       settings.pod_type, single_rows=not settings.input_file)
         self._tokenizer = load_tokenizer(settings, model_config)
-        self._table = read_table(checkpoint_folder(
-            settings.checkpoint, "--checkpoint", settings.model_revision, settings.hub_token))
+        self._table = read_table(folder_and_name(settings, "model_name_or_path", True)[0])
         self._pipeline = InferencePipeline(load_model(settings, model_config), pipeline, settings)
 
     @classmethod

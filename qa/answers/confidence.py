@@ -41,8 +41,8 @@ def calibrate(answers: Sequence[dict], references: Sequence[List[str]]) -> Optio
         return None
     right = numpy.array([is_right for _, is_right in pairs])
     columns = {name: numpy.array([values[name] for values, _ in pairs]) for name in pairs[0][0]}
-    separated = {name: (column[right][:, None] > column[~right]).sum()
-                 for name, column in columns.items()}
+    separated = {name: numpy.searchsorted(numpy.sort(column[~right]), column[right]).sum()
+                 for name, column in columns.items()}  # pairs in which the right one is surer
     measure = max(separated, key=separated.get)
     values, rows = columns[measure], []
     order = numpy.argsort(-values, kind="stable")
