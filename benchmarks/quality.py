@@ -1,20 +1,20 @@
 """How well the models that train.py and Trainer make answer."""
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 
 from benchmarks.measure import ONE_IPU, python
+from qa.run.log import LOG, read_log
+from runtime.files import read_json_object
 
-SETTINGS = [(precision, clipping) for precision in ("float32", "half")
-            for clipping in ("clipped", "not clipped")]
+SETTINGS = ("float32, clipped", "float32, not clipped", "half, clipped", "half, not clipped")
 PROGRAMS = ("Trainer", "train.py packed", "train.py a window a row")
 
 
 def quality(train_file, validation_file, model, output_dir, seeds=5, epochs=5.0,
             learning_rate=2e-4, max_seq_length=384, programs=PROGRAMS,
-            settings=tuple(map(", ".join, SETTINGS))) -> None:
+            settings=SETTINGS) -> None:
     """EM, F1 and loss of the same fine-tuning by Trainer and by train.py, over seeds; hours.
 
     The encoder `model` gets a fresh head, the same for all of a seed. Updates of 8 windows, a
@@ -27,24 +27,25 @@ def quality(train_file, validation_file, model, output_dir, seeds=5, epochs=5.0,
         start = folder / f"model-{seed}"
         if not start.exists():
             write_model(model, start, seed)
-        for precision, clipping in SETTINGS:
-            for program in programs if f"{precision}, {clipping}" in settings else ():
-                output = folder / f"{program}, {precision}, {clipping}, {seed}"
+        for setting in settings:
+            half, clipped = setting.startswith("half"), setting.endswith(", clipped")
+            for program in programs:
+                output = folder / f"{program}, {setting}, {seed}"
                 if (output / "metrics.json").is_file():
                     continue
                 job = ["--train_file", train_file, "--output_dir", output, "--seed", seed,
                        "--num_train_epochs", epochs, "--learning_rate", learning_rate,
                        "--max_seq_length", max_seq_length, "--logging_steps", 1,
-                       *(["--max_grad_norm", 1] if clipping == "clipped" else [])]
+                       *(["--max_grad_norm", 1] if clipped else [])]
                 evaluation = [
                     "--validation_file", validation_file, "--eval_micro_batch_size", 4,
                     "--inference_device_iterations", 1, "--inference_layers_per_ipu", -1, *ONE_IPU,
-                    "--precision", "float16" if precision == "half" else precision]
+                    "--precision", "float16" if half else "float32"]
                 if program == "Trainer":
                     python("-m", "benchmarks", "trainer", "--model", start, *job, "--padding",
                            "longest", "--windows_per_update", 8, "--warmup", 0.25, "--precision",
-                           "bfloat16" if precision == "half" else precision,
-                           *([] if clipping == "clipped" else ["--max_grad_norm", 0]))
+                           "bfloat16" if half else "float32",
+                           *([] if clipped else ["--max_grad_norm", 0]))
                     python("train.py", "--do_eval", "--model_name_or_path", output,
                            "--output_dir", output, "--overwrite_output_dir",
                            "--max_seq_length", max_seq_length, *evaluation)
@@ -54,8 +55,8 @@ def quality(train_file, validation_file, model, output_dir, seeds=5, epochs=5.0,
                            program.endswith("packed"))
                 (output / "model.safetensors").unlink()
                 show(output.name, *outcome(output))
-    for precision, clipping in SETTINGS:
-        compare(folder, f"{precision}, {clipping}", seeds)
+    for setting in SETTINGS:
+        compare(folder, setting, seeds)
 
 
 def write_model(encoder: str, folder: Path, seed: int) -> None:
@@ -69,14 +70,13 @@ def write_model(encoder: str, folder: Path, seed: int) -> None:
 
 def outcome(folder: Path):
     """Return exact match, F1 and the mean losses of the tenths of a run."""
-    metrics, log = ((folder / name) for name in ("metrics.json", "log.jsonl"))
-    state = folder / "trainer_state.json"
-    lines = (json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file()
-             else map(json.loads, log.read_text(encoding="utf-8").splitlines()))
+    state, metrics = (folder / name for name in ("trainer_state.json", "metrics.json"))
+    lines = (read_json_object(state, str(state))["log_history"] if state.is_file()
+             else read_log(folder / LOG))
     losses = [line["loss"] for line in lines if "loss" in line]
     tenths = [statistics.mean(losses[len(losses) * i // 10:len(losses) * (i + 1) // 10])
               for i in range(10)]
-    scores = json.loads(metrics.read_text(encoding="utf-8"))
+    scores = read_json_object(metrics, str(metrics))
     return scores["exact_match"], scores["f1"], tenths
 
 
