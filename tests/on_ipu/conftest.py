@@ -71,13 +71,7 @@ def pytest_runtest_makereport(item, call):
         first = (str(error).strip().splitlines() or [""])[0]
         seen = "; ".join(filter(None, (f"{type(error).__name__}: {first}"[:200], seen)))
         free_ipus()
-    report.row = item.function.__doc__.splitlines()[0].rstrip(".") + which, verdict, seen
-
-
-def pytest_runtest_logreport(report):
-    """Collect the rows, those of pytest-xdist's processes, too."""
-    if hasattr(report, "row"):
-        ROWS.append(report.row)
+    ROWS.append((item.function.__doc__.splitlines()[0].rstrip(".") + which, verdict, seen))
 
 
 def free_ipus():
