@@ -8,7 +8,7 @@ import sys
 import threading
 from functools import lru_cache
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional
 
 from runtime.errors import RunError, UsageError, one_line
 
@@ -47,16 +47,14 @@ def offline_unless_reachable(needed: bool = True) -> None:
 def _answers() -> bool:
     """Return whether the hub can be reached, also by way of a proxy that the environment names."""
     import ssl
-    from urllib.error import HTTPError, URLError
+    from urllib.error import HTTPError
     from urllib.request import Request, urlopen
     try:
         urlopen(Request(_endpoint(), method="HEAD"), timeout=_SECONDS).close()
-    except HTTPError:  # also an answer
-        return True
-    except URLError as error:  # whom to trust, the libraries decide
-        return isinstance(error.reason, ssl.SSLError)
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        # An error's status is an answer, too, and whom to trust, the libraries decide.
+        return isinstance(error, HTTPError) or isinstance(
+            getattr(error, "reason", None), ssl.SSLError)
     return True
 
 
@@ -72,22 +70,21 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
     source: what messages call it. weights: whether they are needed, too. Raises UsageError if they
     are not in safetensors, or if `name` can be none of the hub; RunError if the hub refuses it.
     """
-    if Path(name).is_dir():
-        files = os.listdir(name)
+    folder = Path(name)
+    if folder.is_dir():
+        files = os.listdir(folder)
     elif not _NAME.fullmatch(name):
         raise UsageError(f"{source} {name}: no such folder; name one with config.json, "
                          "model.safetensors and tokenizer.json, or a model on the hub")
     else:
         offline_unless_reachable()
         import huggingface_hub
-        options = dict(revision=revision, token=token, cache_dir=cache_dir)
         try:
             folder = Path(huggingface_hub.snapshot_download(
                 name, allow_patterns=[*_FILES, *([_WEIGHTS] if weights else [])],
-                ignore_patterns="*/*", **options))
+                ignore_patterns="*/*", revision=revision, token=token, cache_dir=cache_dir))
             files = os.listdir(folder)
-            if weights and not fnmatch.filter(files, _WEIGHTS):
-                _refuse_other_weights(name, source, files)
+            if weights and not _matching(files, _WEIGHTS, *_OTHER_WEIGHTS):
                 files += huggingface_hub.HfApi(token=token).list_repo_files(name, revision=revision)
         # Offline, no such name or revision, no access, another server: errors of several libraries.
         except Exception as error:
@@ -97,22 +94,20 @@ def checkpoint_folder(name: str, source: str, revision: str = "main", token: Opt
                            f"({hub_cause(error, revision, _cached(name, revision, cache_dir))}); "
                            "name a local folder with config.json, model.safetensors and "
                            f"tokenizer.json{demo}") from error
-    if weights and not fnmatch.filter(files, _WEIGHTS):
-        _refuse_other_weights(name, source, files)
-    return Path(name) if Path(name).is_dir() else folder
+    other = _matching(files, *_OTHER_WEIGHTS)
+    if weights and other and not _matching(files, _WEIGHTS):
+        converted = name if Path(name).is_dir() else name.split("/")[-1]
+        raise UsageError(
+            f"{source} {name}: has its weights only in {other[0]}, which is not read here (a "
+            "pickle can run code, and safetensors cannot); if you trust it, convert it: python -c "
+            "\"from transformers import AutoModelForQuestionAnswering as M, AutoTokenizer as T; "
+            f"[k.from_pretrained({name!r}).save_pretrained({converted!r}) for k in (T, M)]\""
+            + ("" if converted == name else f", and name {converted}"))
+    return folder
 
 
-def _refuse_other_weights(name: str, source: str, files: list) -> None:
-    other = sorted(file for kind in _OTHER_WEIGHTS for file in fnmatch.filter(files, kind))
-    if not other:
-        return
-    folder = name if Path(name).is_dir() else name.split("/")[-1]
-    raise UsageError(
-        f"{source} {name}: has its weights only in {other[0]}, which is not read here (a pickle "
-        "can run code, and safetensors cannot); if you trust it, convert it: python -c \"from "
-        "transformers import AutoModelForQuestionAnswering as M, AutoTokenizer as T; "
-        f"[k.from_pretrained({name!r}).save_pretrained({folder!r}) for k in (T, M)]\""
-        + ("" if folder == name else f", and name {folder}"))
+def _matching(files: List[str], *patterns: str) -> List[str]:
+    return sorted(file for pattern in patterns for file in fnmatch.filter(files, pattern))
 
 
 def _cached(name: str, revision: str, cache_dir: Optional[str]) -> str:
