@@ -34,7 +34,7 @@ from ipu_options.config import (
 from qa.families import check_config, most_tokens
 from runtime import processes
 from runtime.errors import UsageError
-from runtime.files import encoding_of, read_json_object
+from runtime.files import read_json_object
 from runtime.flags import Parser, Settings, Source, add_flags, did_you_mean, flag, make_settings
 from runtime.hub import checkpoint_folder
 
@@ -636,7 +636,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _text(source: str, data: bytes) -> str:
     try:
-        text = data.decode(encoding_of(data))
+        text = data.decode(json.detect_encoding(data))
     except UnicodeDecodeError as error:
         raise UsageError(f"{source} is not valid UTF-8 ({error.reason}): give its text in that "
                          "encoding") from None

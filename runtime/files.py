@@ -1,7 +1,6 @@
 """Atomic writes: a reader finds the old content or the new, never a part, even after a crash."""
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
@@ -13,11 +12,6 @@ from pathlib import Path
 from typing import IO, Any, Dict, Iterator, Optional, Union
 
 from runtime.errors import RunError, UsageError, one_line
-
-# That of UTF-32 begins with that of UTF-16.
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
-          (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
-          (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 @contextmanager
@@ -59,12 +53,6 @@ def user_file(path: Union[str, Path]) -> Iterator[IO]:
     else:
         with written_whole(path.resolve()) as file:
             yield file
-
-
-def encoding_of(head: bytes) -> str:
-    """Return the encoding of a text with these first bytes, which drops its byte order mark."""
-    plain = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be" if head[:1] == b"\0" else "utf-8"
-    return next((name for mark, name in _MARKS if head.startswith(mark)), plain)
 
 
 def write_json(path: Union[str, Path], value: Any, indent: Optional[int] = 2) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterator, Sequence, Union
 
 from runtime.errors import UsageError
-from runtime.files import encoding_of
 
 FORMATS = {
     ".json": "SQuAD's nested layout, a list of examples, {\"data\": examples}, or JSON Lines",
@@ -58,6 +57,7 @@ def read_rows(path: Union[str, Path], file: BinaryIO,
     column of answers. Raises UsageError if the file as a whole cannot be read.
     """
     head = file.read(4096)
+    encoding = json.detect_encoding(head)
     file.seek(0)
     kind = Path(path).suffix.lower() if Path(path).is_file() else _kind_of(head)
     if kind not in FORMATS:
@@ -72,7 +72,7 @@ def read_rows(path: Union[str, Path], file: BinaryIO,
         if kind == ".parquet":
             yield from _read_parquet(path, file, need_answers)
             return
-        text = io.TextIOWrapper(file, encoding_of(head), errors="surrogateescape", newline="")
+        text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
         if kind in (".csv", ".tsv"):
             yield from _read_csv(path, text, need_answers)
         elif kind == ".json":
@@ -82,7 +82,7 @@ def read_rows(path: Union[str, Path], file: BinaryIO,
     except RecursionError:
         raise UsageError(f"{path}: values are nested too deep") from None
     except UnicodeError as error:
-        raise UsageError(f"{path}: is not text in {encoding_of(head)} ({error}); save it as "
+        raise UsageError(f"{path}: is not text in {encoding} ({error}); save it as "
                          "UTF-8") from error
 
 
@@ -97,7 +97,7 @@ def _kind_of(head: bytes) -> str:
     """Return the suffix of the format that a pipe's first bytes are of."""
     if head.startswith(b"PAR1"):
         return ".parquet"
-    text = head.decode(encoding_of(head), "replace").lstrip()
+    text = head.decode(json.detect_encoding(head), "replace").lstrip()
     return ".json" if text[:1] in ("{", "[", "") else ".csv"
 
 

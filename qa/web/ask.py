@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import queue
 from concurrent.futures import Future
 from typing import Any, Callable, Dict, List, Optional
@@ -13,7 +14,6 @@ from qa.answers.answerer import Answerer, questions_about
 from qa.answers.confidence import judgement
 from qa.web.server import new_page, serve
 from runtime.errors import RunError, UsageError
-from runtime.files import encoding_of
 
 NBEST = 5  # answers shown, unless --n_best says otherwise
 EXAMPLE = ("Ada was born in Oslo in 1888. She was afraid of geese. Her sister moved to Lisbon, "
@@ -78,7 +78,7 @@ def _app(checkpoint: str, context: str, ask: Callable[..., List[Dict[str, Any]]]
         if ctx.triggered_id == "example":
             return EXAMPLE
         data = base64.b64decode(contents.partition(",")[2])
-        return data.decode(encoding_of(data), "replace"), no_update
+        return data.decode(json.detect_encoding(data), "replace"), no_update
 
     @app.callback(Output("answer", "children"), Input("ask", "n_clicks"),
                   Input("question", "n_submit"), State("question", "value"),
