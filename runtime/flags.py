@@ -12,13 +12,15 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, TypeVar
 
 from runtime.errors import UsageError
 
 S = TypeVar("S", bound="Settings")
 # Keys of a dictionary that stands for a value: what the published ipu_config.json files use.
 PODS = ("pod4", "pod8", "pod16", "pod32", "pod64", "pod128", "pod256", "default")
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 @dataclass
@@ -57,9 +59,10 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     `type` (where the default does not show it), `nargs` ("+" for a list), `positional`, `by_pod` (a
     dictionary by pod type may stand for the value), `aliases` (names that --help does not show).
     """
-    metadata["help"] = help
+    metadata.update(help=help, default=default)
+    metadata.setdefault("type", str if default is None else type(default))
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -107,7 +110,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[st
     for f in fields(group):
         if "help" not in f.metadata or f.name in without:
             continue
-        default, kind = _default_and_kind(f)
+        default, kind = f.metadata["default"], f.metadata["type"]
         text = " ".join(map(str, default)) if isinstance(default, list) else default
         shown = "" if default is None or isinstance(default, dict) else f" (default: {text})"
         options = dict(help=f.metadata["help"].replace("%", "%%") + shown, type=_reader(kind))
@@ -132,30 +135,24 @@ def add_flags(parser: argparse.ArgumentParser, group: type, without: Sequence[st
 def make_settings(group: Callable[..., S], sources: Iterable[Source]) -> S:
     """Return an instance of `group` with its values of `sources`; later ones win."""
     values, source_of = {}, {}
-    known = {f.name for f in fields(group)} - {"sources"}
+    declared = {f.name: f for f in fields(group) if f.name != "sources"}
     for source in sources:
         for name in source.values:
-            if name in known:
+            if name in declared:
                 values[name] = source.values[name]
                 source_of[name] = f"--{name}" if source.name is None else f"{source.name}: {name}"
     for name, value in values.items():
-        values[name] = _as_declared(group, name, value)
-        check_field(group, name, values[name], source_of[name])
+        if "help" in declared[name].metadata:
+            values[name] = _as_declared(declared[name], value)
+            check_value(declared[name], values[name], source_of[name])
     return group(**values, sources=source_of)
 
 
-def check_field(group: type, name: str, value: Any, source: Optional[str] = None) -> None:
-    """Raise UsageError unless the field `name` of the dataclass `group` allows `value`.
-
-    source: what the message calls the field, by default its flag.
-    """
-    f = next(f for f in fields(group) if f.name == name)
-    if "help" not in f.metadata:
-        return
-    default, kind = _default_and_kind(f)
-    source, right = source or f"--{name}", _article(kind)
+def check_value(f: Field, value: Any, source: str) -> None:
+    """Raise UsageError, which calls the flag `source`, unless its field `f` allows `value`."""
+    right = _WORDS[f.metadata["type"]]
     if value is None:
-        if default is not None and "None" not in str(f.type) and "Optional" not in str(f.type):
+        if "None" not in str(f.type) and "Optional" not in str(f.type):
             raise UsageError(f"{source} has no value: give {right}")
     elif isinstance(value, dict):
         if not value or not f.metadata.get("by_pod"):
@@ -164,30 +161,30 @@ def check_field(group: type, name: str, value: Any, source: Optional[str] = None
             if pod not in PODS or pod_value is None or isinstance(pod_value, dict):
                 raise UsageError(f"{source}: a dictionary should give {right} for each of "
                                  f"{', '.join(PODS)}; {_shown(pod)} is {_shown(pod_value)}")
-            check_field(group, name, pod_value, source)
+            check_value(f, pod_value, source)
     elif isinstance(value, list) and f.metadata.get("nargs") == "+":
         if not value:
             raise UsageError(f"{source} is an empty list: give at least one value")
         for element in value:
             if isinstance(element, (list, dict)) or element is None:
                 raise UsageError(f"{source} holds {_shown(element)}: each should be {right}")
-            check_field(group, name, element, source)
+            check_value(f, element, source)
     else:
-        _check_value(f, kind, value, source)
+        _check_one(f, value, source)
 
 
-def _check_value(f: Field, kind: type, value: Any, source: str) -> None:
-    choices = f.metadata.get("choices")
+def _check_one(f: Field, value: Any, source: str) -> None:
+    kind, choices = f.metadata["type"], f.metadata.get("choices")
     if isinstance(value, list):
         # Its content is not printed: a few YAML aliases can expand to more than fits in memory.
-        raise UsageError(f"{source} is a list: it should be {_article(kind)}" +
+        raise UsageError(f"{source} is a list: it should be {_WORDS[kind]}" +
                          (f", one of {', '.join(choices)}" if choices else ""))
     if choices and value not in choices:
         raise UsageError(f"{source} {_shown(value)}: choose from {', '.join(map(str, choices))}")
     if not isinstance(value, kind) and not (kind is float and isinstance(value, int)) or (
             kind is not bool and isinstance(value, bool)):
         shown = repr(value) if isinstance(value, str) and len(value) < 80 else _shown(value)
-        raise UsageError(f"{source} {shown}: it should be {_article(kind)}")
+        raise UsageError(f"{source} {shown}: it should be {_WORDS[kind]}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{source} {value}: it should be a finite number")
     low, high, above, below = (f.metadata.get(bound) for bound in ("min", "max", "above", "below"))
@@ -210,10 +207,9 @@ def _with_underscores(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def _as_declared(group: type, name: str, value: Any) -> Any:
+def _as_declared(f: Field, value: Any) -> Any:
     # YAML 1.1 reads 1e-5 as text, and published files have one number for a list.
-    f = next(f for f in fields(group) if f.name == name)
-    if isinstance(value, str) and "help" in f.metadata and _default_and_kind(f)[1] is float:
+    if isinstance(value, str) and f.metadata["type"] is float:
         with suppress(ValueError):
             return float(value)
     one = isinstance(value, (int, str)) and re.fullmatch(r"(Optional\[)?List.*", str(f.type))
@@ -230,23 +226,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _default_and_kind(f: Field) -> Tuple[Any, type]:
-    default = f.default_factory() if callable(f.default_factory) else f.default
-    return default, f.metadata.get("type") or (str if default is None else type(default))
-
-
 def _reader(kind: type) -> Callable[[str], Any]:
     def read(text: str) -> Any:
-        if kind is bool:
-            if text.lower() in ("true", "yes", "1", "false", "no", "0"):
-                return text.lower() in ("true", "yes", "1")
-            raise argparse.ArgumentTypeError(f"{text}: it should be true or false")
         try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: it should be {_article(kind)}") from None
+            return _BOOLEANS[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(f"{text}: it should be {_WORDS[kind]}") from None
     return read
-
-
-def _article(kind: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]

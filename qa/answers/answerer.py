@@ -21,7 +21,7 @@ from qa.families import folder_and_name
 from qa.model.pretrained import load_config, load_model, load_tokenizer
 from qa.settings import InferSettings, infer_settings
 from runtime.errors import UsageError
-from runtime.flags import check_field, did_you_mean
+from runtime.flags import check_value, did_you_mean
 
 _KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list",
           dict: "an object"}
@@ -79,7 +79,7 @@ class Answerer:
             null_odds    less is surer: see qa.answers.spans.AnswerFinder.add
         """
         n_best = self.settings.n_best if n_best is None else n_best
-        check_field(InferSettings, "n_best", n_best, "n_best")
+        check_value(InferSettings.__dataclass_fields__["n_best"], n_best, "n_best")
         with self._timer("windows"):
             windows = windows_for_answers(self.settings, self._tokenizer, examples)
         with self._timer("answer"):  # and what the caller does between two answers
