@@ -295,8 +295,6 @@ def first_of_host_first(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _in_turn(takes_part: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    if count() == 1:
-        return function(*arguments) if takes_part else None
     result, error = None, None
     try:
         result = function(*arguments) if takes_part else None
@@ -319,8 +317,6 @@ def _raise_in_all(error: Optional[Exception]) -> None:
 
 def agree(facts: Dict[str, Any]) -> None:
     """Collective: raise UsageError in all unless all have the same facts, {name: JSON value}."""
-    if count() == 1:
-        return
     first, *others = share(facts)
     for index, theirs in enumerate(others, 1):
         for name, value in first.items():

@@ -9,7 +9,7 @@ import socket
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, ContextManager, Dict, Iterable, Iterator, Optional, Union
 
 from runtime import processes
 from runtime.errors import Stopped, UsageError
@@ -26,7 +26,7 @@ class StopSignals:
         self.requested: Optional[signal.Signals] = None
         self._received: Optional[signal.Signals] = None
         self._received_at = 0.0
-        self._deferring = self._with_others = False
+        self._deferring = self._with_others = self._is_immediate = False
         self._pid = os.getpid()
 
     @property
@@ -57,14 +57,13 @@ class StopSignals:
 
         With several processes the signal waits for `raise_stopped`, where all leave it.
         """
-        global _immediate
-        _immediate, self._deferring = self, self._with_others
+        self._is_immediate, self._deferring = True, self._with_others
         try:
             yield
         except Stopped:
             pass
         finally:
-            _immediate, self._deferring = None, True
+            self._is_immediate, self._deferring = False, True
         self.poll()
 
     def __enter__(self) -> "StopSignals":
@@ -72,13 +71,13 @@ class StopSignals:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it on purpose
             numbers.append(signal.SIGHUP)
         self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
-        global _handled
-        _handled = numbers
+        global _current
+        _current = self
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        global _handled
-        _handled = []
+        global _current
+        _current = None
         _restore(self._handlers)
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -103,19 +102,18 @@ class StopSignals:
                 raise Stopped(self.exit_status)
 
 
-_immediate: Optional[StopSignals] = None  # the one in whose `immediate` block the run is
-_handled: List[int] = []  # the signals of the StopSignals in whose block the run is
+_current: Optional[StopSignals] = None  # the one in whose block the run is
 
 
 def killable() -> ContextManager[None]:
     """In this block the signals of StopSignals have the system's default action."""
-    return _acting(_handled, signal.SIG_DFL)
+    return _acting(_current._handlers if _current else (), signal.SIG_DFL)
 
 
 def raise_stopped() -> None:
     """Collective: raise Stopped in an `immediate` block if a process has received a signal."""
-    if _immediate and _immediate.poll():
-        raise Stopped(_immediate.exit_status)
+    if _current and _current._is_immediate and _current.poll():
+        raise Stopped(_current.exit_status)
 
 
 def _kill_self(number: int) -> None:
@@ -124,7 +122,7 @@ def _kill_self(number: int) -> None:
 
 
 @contextmanager
-def _acting(numbers: Sequence[int], action: Any) -> Iterator[None]:
+def _acting(numbers: Iterable[int], action: Any) -> Iterator[None]:
     handlers = {number: signal.signal(number, action) for number in numbers}
     try:
         yield
