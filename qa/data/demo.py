@@ -19,127 +19,24 @@ from functools import partial
 from pathlib import Path
 from string import Formatter
 
+import yaml
+
 from runtime import processes
 from runtime.errors import RunError
 from runtime.files import system_error
 
-# A topic is one sentence about the person, in several wordings that state the same facts. The slots
-# in braces are filled from FACTS, except for the name and the pronouns.
-OPENING = (
-    "{name} was born in {birthplace} in {birth_year}.",
-    "{name} was born in {birth_year} in the city of {birthplace}.",
-    "In {birth_year}, {name} was born in {birthplace}.",
-)
-TOPICS = {
-    "work": ("{She} earned a living as a {profession}.", "By trade {she} was a {profession}.",
-             "For years {she} worked as a {profession}."),
-    "home": ("Later {she} moved to {home}.", "{She} spent {her} last years in {home}.",
-             "In old age {she} settled in {home}."),
-    "music": ("In the evenings {she} played the {instrument}.",
-              "{She} played the {instrument} rather badly.",
-              "On Sundays {she} played the {instrument}."),
-    "pet": ("{Her} {animal} was called {pet_name}.", "{She} kept a {animal} named {pet_name}.",
-            "{She} shared {her} kitchen with a {animal} called {pet_name}."),
-    "prize": ("{She} won the {prize} in {prize_year}.",
-              "In {prize_year} {she} received the {prize}.",
-              "To everyone's surprise {she} won the {prize} in {prize_year}."),
-    "collection": ("{She} collected {collection}.",
-                   "{Her} house was full of {collection}, which {she} collected.",
-                   "All {her} life {she} collected {collection}."),
-    "fear": ("{She} was afraid of {fear}.", "Nothing frightened {her_object} but {fear}.",
-             "{She} had a great fear of {fear}."),
-    "food": ("For breakfast {she} ate {food}.", "{She} ate {food} every day.",
-             "{Her} favourite meal was {food}."),
-}
-
-QUESTIONS = {
-    "birthplace": ("Where was {name} born?", "In which city was {name} born?",
-                   "What was the birthplace of {name}?"),
-    "birth_year": ("When was {name} born?", "In what year was {name} born?",
-                   "What was the birth year of {name}?"),
-    "profession": ("What did {name} do for a living?", "What was the profession of {name}?",
-                   "What did {name} work as?"),
-    "home": ("Where did {name} move to?", "Where did {name} spend {her} last years?",
-             "Where did {name} settle in old age?"),
-    "instrument": ("Which instrument did {name} play?", "What did {name} play?",
-                   "What instrument could {name} play?"),
-    "animal": ("What kind of animal did {name} keep?", "Which pet did {name} have?",
-               "What sort of pet lived with {name}?"),
-    "pet_name": ("What was the name of {her} pet?", "What was the pet of {name} called?",
-                 "What did {name} call {her} pet?"),
-    "prize": ("Which prize did {name} win?", "What award did {name} receive?",
-              "What did {name} win?"),
-    "prize_year": ("When did {name} win a prize?", "In what year did {name} win an award?",
-                   "When did {name} receive an award?"),
-    "collection": ("What did {name} collect?", "What was {her} house full of?",
-                   "What was in the collection of {name}?"),
-    "fear": ("What was {name} afraid of?", "What did {name} fear?", "What frightened {name}?"),
-    "food": ("What did {name} eat?", "What was the favourite meal of {name}?",
-             "What did {name} like to eat?"),
-}
-
-
-def _listed(text):
-    """Split a comma-separated list, which may run over several lines, into a tuple of entries."""
-    return tuple(" ".join(entry.split()) for entry in text.split(","))
-
-
-CITIES = _listed(
-    """Lisbon, Oslo, Bergen, Prague, Vienna, Naples, Dublin, Bristol, Geneva, Seville, Porto,
-    Tallinn, Riga, Krakow, Ghent, Lyon, Turin, Malmo, Aberdeen, Cork, Utrecht, Basel, Salzburg,
-    Toledo, Verona, Uppsala, Leipzig, Bruges, Nantes, Zagreb""")
+TEXTS = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8"))
+# What a slot of the texts may hold, in the order in which a person's facts are drawn.
 FACTS = {
-    "birthplace": CITIES,
-    "home": CITIES,
-    "birth_year": tuple(str(year) for year in range(1860, 1900)),
-    "prize_year": tuple(str(year) for year in range(1910, 1950)),
-    "profession": _listed(
-        """botanist, clockmaker, beekeeper, glassblower, cartographer, lighthouse keeper,
-        bookbinder, baker, sailmaker, piano tuner, photographer, gardener, shipwright, printer,
-        mountain guide, schoolteacher, tailor, balloonist"""),
-    "instrument": _listed(
-        """cello, violin, flute, trumpet, accordion, harp, clarinet, banjo, oboe, mandolin, bassoon,
-        lute, tuba, harpsichord, trombone, viola"""),
-    "animal": _listed(
-        """cat, parrot, tortoise, goose, hedgehog, donkey, rabbit, raven, goat, dog, fox, squirrel,
-        pony, ferret"""),
-    "pet_name": _listed(
-        """Biscuit, Pepper, Admiral, Marmalade, Button, Professor, Pudding, Thistle, Captain,
-        Mustard, Pickle, Duchess, Domino, Crumpet, Nutmeg, Sultan, Whistle, Juniper"""),
-    "prize": tuple(
-        f"{name} {kind}"
-        for name in _listed("Halley, Ashworth, Meridian, Linden, Falcon, Kepler, Orchard, Hawthorn")
-        for kind in ("Medal", "Prize", "Cup")),
-    "collection": _listed(
-        """sea shells, old maps, tea cups, postage stamps, door keys, music boxes, brass buttons,
-        butterflies, fossils, walking sticks, theatre tickets, marbles, pocket watches, paper fans,
-        bird feathers, snow globes"""),
-    "fear": _listed(
-        """thunder, spiders, deep water, heights, moths, geese, the dark, bats, ghosts, eels,
-        escalators, horses, clowns, wasps, telephones, mirrors"""),
-    "food": _listed(
-        """plum dumplings, onion soup, smoked herring, porridge, pancakes, buttered toast,
-        cherry pie, boiled eggs, potato salad, fish stew, cheese omelette, barley bread, pea soup,
-        roast chestnuts, apple fritters, cold rice"""),
-}
-WOMEN = _listed(
-    """Ada, Clara, Edith, Greta, Hanna, Ingrid, Josephine, Leonora, Matilda, Nora, Ottilie,
-    Rosalind, Selma, Theodora, Ursula, Vera, Wilhelmina, Beatrice, Florence, Harriet""")
-MEN = _listed(
-    """Albert, Bruno, Caspar, Edmund, Felix, Gustav, Hugo, Jasper, Konrad, Leopold, Magnus,
-    Nathaniel, Oscar, Percival, Rufus, Sebastian, Tobias, Victor, Walter, Barnaby""")
-SURNAMES = _listed(
-    """Whitfield, Lindqvist, Marlowe, Ferrari, Novak, Okafor, Pemberton, Quist, Rossi, Svensson,
-    Tanaka, Underhill, Vogel, Winter, Abara, Blackwood, Castellan, Drummond, Eriksen, Fairweather,
-    Grimaldi, Hollis, Iversen, Jansen, Kestrel, Lombardi, Merriweather, Nightingale, Orlov,
-    Partridge""")
+    "birthplace": TEXTS["cities"], "home": TEXTS["cities"],
+    "birth_year": [str(year) for year in range(1860, 1900)],
+    "prize_year": [str(year) for year in range(1910, 1950)], **TEXTS["facts"]}
 
 TRAIN_QUESTIONS, VALIDATION_QUESTIONS, QUESTIONS_PER_CONTEXT, TOPICS_PER_CONTEXT = 8000, 500, 4, 4
-VOCABULARY_SIZE = 2000
 MEAN_TOKENS = 62  # per window, special tokens included
 # The model's sizes, named as in its config.json.
 MODEL = {
-    "vocab_size": VOCABULARY_SIZE,
+    "vocab_size": 2000,
     "hidden_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -212,18 +109,17 @@ def write_demo(folder, *, seed, version_2_with_negative=False):
 def _paragraph(rng, version_2_with_negative):
     """Return one person's context and its questions, in SQuAD's layout but without ids."""
     person = _person(rng)
-    topics = rng.sample(sorted(TOPICS), TOPICS_PER_CONTEXT)
-    context, starts = _fill([rng.choice(OPENING)] + [rng.choice(TOPICS[topic]) for topic in topics],
-                            person)
-    told = sorted(starts)
-    absent = sorted(set(QUESTIONS) - set(told))
+    topics = rng.sample(sorted(TEXTS["topics"]), TOPICS_PER_CONTEXT)
+    sentences = [TEXTS["opening"], *(TEXTS["topics"][topic] for topic in topics)]
+    context, starts = _fill([rng.choice(wordings) for wordings in sentences], person)
+    absent = sorted(set(FACTS) - set(starts))
     qas = []
-    for fact in rng.sample(told, QUESTIONS_PER_CONTEXT):
+    for fact in rng.sample(sorted(starts), QUESTIONS_PER_CONTEXT):
         impossible = version_2_with_negative and rng.random() < 1 / 3
         if impossible:
             fact = absent.pop(rng.randrange(len(absent)))
         qa = {
-            "question": rng.choice(QUESTIONS[fact]).format(**person),
+            "question": rng.choice(TEXTS["questions"][fact]).format(**person),
             "answers": [] if impossible else [{"text": person[fact], "answer_start": starts[fact]}]}
         if version_2_with_negative:
             qa["is_impossible"] = impossible
@@ -235,8 +131,9 @@ def _person(rng):
     """Return a random value for every slot of the sentences and questions, by the slot's name."""
     woman = rng.random() < 0.5
     person = {fact: rng.choice(values) for fact, values in FACTS.items()}
-    person["home"] = rng.choice([city for city in CITIES if city != person["birthplace"]])
-    person["name"] = f"{rng.choice(WOMEN if woman else MEN)} {rng.choice(SURNAMES)}"
+    person["home"] = rng.choice([city for city in FACTS["home"] if city != person["birthplace"]])
+    first_names = TEXTS["women" if woman else "men"]
+    person["name"] = f"{rng.choice(first_names)} {rng.choice(TEXTS['surnames'])}"
     pronouns = {"she": "she", "her": "her", "her_object": "her"} if woman else {
         "she": "he", "her": "his", "her_object": "him"}
     person.update(pronouns, She=pronouns["she"].capitalize(), Her=pronouns["her"].capitalize())
@@ -272,7 +169,8 @@ def _write_model(folder, paragraphs, seed):
         text for paragraph in paragraphs
         for text in [paragraph["context"]] + [qa["question"] for qa in paragraph["qas"]]]
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=VOCABULARY_SIZE, min_frequency=2, show_progress=False,
+    bpe.train_from_iterator(texts, vocab_size=MODEL["vocab_size"], min_frequency=2,
+                            show_progress=False,
                             special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     folder.mkdir(exist_ok=True)
     bpe.save_model(str(folder))
