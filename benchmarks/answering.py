@@ -113,9 +113,9 @@ def inference(file=None, model=None, questions=1000, width=256, layers=4, runs=3
     from ipu_options.config import inference_pipeline
     from qa.answers.inference import InferencePipeline
     from qa.data.dataset import load_examples
-    from qa.data.windows import Windows, make_windows
+    from qa.data.windows import make_windows
     from qa.model.pretrained import load_config, load_model, load_tokenizer
-    from qa.settings import parse_infer
+    from qa.settings import ModelSettings, parse_infer
 
     with tempfile.TemporaryDirectory() as folder:
         if not model:
@@ -130,9 +130,9 @@ def inference(file=None, model=None, questions=1000, width=256, layers=4, runs=3
                 precision, *map(str, ONE_IPU), "--eval_micro_batch_size", "4"])
             model_config = load_config(settings)
             tokenizer = AutoTokenizer.from_pretrained(model or folder)
-            windows = Windows(make_windows(
-                examples, load_tokenizer(settings, model_config), max_seq_length=LENGTH,
-                doc_stride=128, labels=False, offsets=True))
+            windows = make_windows(
+                examples, load_tokenizer(settings, model_config),
+                ModelSettings(max_seq_length=LENGTH), labels=False, offsets=True)
             theirs = AutoModelForQuestionAnswering.from_pretrained(model or folder).eval()
             if precision == "float16":
                 theirs.to(torch.bfloat16)

@@ -22,9 +22,10 @@ from qa.data.packing import pack
 from qa.data.rows import TrainingRows
 from qa.data.tokenizer import QATokenizer
 from qa.data.windows import Windows, make_windows
+from qa.settings import ModelSettings
 from tests.reference.windows import plain_windows
 
-WINDOWS = dict(max_seq_length=384, doc_stride=128)
+ANEW = ModelSettings(max_seq_length=384, doc_stride=128, overwrite_cache=True)
 PUBLISHED = 1_317  # windows/s of this job on 16 Mk2 IPUs (Graphcore/roberta-base-squad)
 MICRO_BATCHES, REPLICAS = 16, 4  # its accumulation and replication
 
@@ -47,10 +48,10 @@ def features(examples=10_000, questions_per_context=5, runs=5, run_qa=False) -> 
             for begin in range(0, len(pairs), 1000):
                 backend.encode_batch(pairs[begin:begin + 1000])
 
-        slow = {"run_qa's way": lambda: plain_windows(questions, tokenizer, **WINDOWS)}
+        slow = {"run_qa's way": lambda: plain_windows(questions, tokenizer, 384, 128)}
         run({**(slow if run_qa else {}), "the Rust tokenizer alone": rust,
-             "make_windows": lambda: make_windows(questions, QATokenizer.of(tokenizer), labels=True,
-                                                  offsets=False, overwrite_cache=True, **WINDOWS)},
+             "make_windows": lambda: make_windows(questions, QATokenizer.of(tokenizer), ANEW,
+                                                  labels=True, offsets=False)},
             {"the Rust tokenizer alone": 1 / 1.3}, runs=runs, amount=examples, unit="examples")
 
 
@@ -63,9 +64,9 @@ def packing(file=None, tokenizer=None, runs=3) -> None:
     lengths = squad_lengths(numpy.random.default_rng(0), 100_000)
     if file:
         examples = load_examples(split="train", file=file, version_2_with_negative=True)
-        lengths = Windows(make_windows(
-            examples, QATokenizer.of(AutoTokenizer.from_pretrained(tokenizer)), labels=True,
-            offsets=False, **WINDOWS)).lengths
+        lengths = make_windows(
+            examples, QATokenizer.of(AutoTokenizer.from_pretrained(tokenizer)),
+            ANEW, labels=True, offsets=False).lengths
     for most in (1, 8):
         rows = len(pack(lengths, 384, most).row_slots) - 1
         print(f"  {len(lengths):,} windows of {lengths.mean():.0f} tokens, up to {most} in a row: "
@@ -176,8 +177,8 @@ def time_and_memory(folder: str) -> Tuple[float, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begin = time.perf_counter()
-    make_windows(examples, QATokenizer.of(AutoTokenizer.from_pretrained(folder + "/bpe")),
-                 labels=True, offsets=False, overwrite_cache=True, **WINDOWS)
+    make_windows(examples, QATokenizer.of(AutoTokenizer.from_pretrained(folder + "/bpe")), ANEW,
+                 labels=True, offsets=False)
     seconds = time.perf_counter() - begin
     done.set()
     watcher.join()

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qa.data.tokenizer import QATokenizer
-from qa.settings import InferSettings, TrainSettings
+from qa.settings import ModelSettings, TrainSettings
 from runtime import processes
 from runtime.errors import RunError, UsageError, counted
 from runtime.files import delete, folder_written_aside, rename_folder
@@ -125,10 +125,11 @@ def _load_questions(settings: TrainSettings, tokenizer: QATokenizer):
             dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name,
             on_bad_row=settings.on_bad_row, cache_dir=settings.cache_dir,
             version_2_with_negative=settings.version_2_with_negative)
-        if split == "train" and settings.show_examples:
+        training = split == "train"
+        if training and settings.show_examples:
             print(random_examples(examples, settings.show_examples, settings.seed))
         print(f"{split}: {counted(len(examples), 'question')} to windows", flush=True)
-        windows = _windows(settings, tokenizer, examples, labels=split == "train")
+        windows = make_windows(examples, tokenizer, settings, labels=training, offsets=not training)
         return Questions(examples, windows, "test_" if split == "test" else "")
 
     train = validation = test = None
@@ -142,13 +143,13 @@ def _load_questions(settings: TrainSettings, tokenizer: QATokenizer):
     return train, validation, test
 
 
-def _windows(settings: Union[TrainSettings, InferSettings], tokenizer: QATokenizer,
-             examples: datasets.Dataset, labels: bool) -> Windows:
-    return Windows(make_windows(
-        examples, tokenizer, max_seq_length=settings.max_seq_length,
-        doc_stride=settings.doc_stride, on_bad_row=settings.on_bad_row, labels=labels,
-        offsets=not labels, num_proc=settings.preprocessing_num_workers,
-        overwrite_cache=settings.overwrite_cache and processes.place().local_index == 0))
+def windows_for_answers(settings: ModelSettings, tokenizer: QATokenizer,
+                        examples: Union[datasets.Dataset, FewQuestions]) -> Windows:
+    """Collective: return the windows, with character offsets, of the questions to answer."""
+    windows = processes.first_of_host_first(partial(
+        make_windows, examples, tokenizer, settings, labels=False, offsets=True))
+    stop_tokenizer_threads()
+    return windows
 
 
 def stop_tokenizer_threads() -> None:
@@ -156,49 +157,78 @@ def stop_tokenizer_threads() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def make_windows(examples: datasets.Dataset, tokenizer: QATokenizer, *, max_seq_length: int,
-                 doc_stride: int, labels: bool, offsets: bool, num_proc: Optional[int] = None,
-                 on_bad_row: str = "refuse", overwrite_cache: bool = False) -> datasets.Dataset:
-    """Cut every example into windows of at most `max_seq_length` tokens.
+class FewQuestions:
+    """A few examples in memory: importing `datasets` takes longer than answering one question.
 
-    examples: a data set with the columns id, question, context and, for labels, answers. num_proc:
-    how many processes share the work.
-
-    Returns a data set with one entry per window, in the examples' order. Its columns are
-        input_ids      list of token ids, without padding
-        example        index in `examples`
-        cls_position, context_start, second_text (if the tokenizer has two token types),
-                       and with `labels` start_position, end_position: indices in input_ids
-        offsets        with `offsets`, flattened [context tokens, 2]: the first character of each
-                       context token, and the one after its last
-    It is cached beside the examples' own file unless they are in memory, and found again there if
-    nothing differs, unless `overwrite_cache` is set.
-
-    Raises UsageError if `max_seq_length` and `doc_stride` are out of range, and for a question so
-    long that its context cannot be cut into windows that overlap by `doc_stride`; with
-    on_bad_row="skip" its end is cut off instead.
+    columns: lists of equal length named id, question and context.
     """
+
+    def __init__(self, columns: Dict[str, List[str]]):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns["id"])
+
+    def __getitem__(self, key):
+        """Return a column by its name, or for a slice {name: that part of the column}."""
+        return self.columns[key] if isinstance(key, str) else {
+            name: column[key] for name, column in self.columns.items()}
+
+    def select_columns(self, names):
+        return self
+
+
+def make_windows(examples: Union[datasets.Dataset, FewQuestions], tokenizer: QATokenizer,
+                 settings: ModelSettings, *, labels: bool, offsets: bool) -> Windows:
+    """Cut every example into windows of at most settings.max_seq_length tokens.
+
+    examples: with the columns id, question, context and, for labels, answers. labels, offsets:
+    whether the windows have these. Those of a data set with a file are cached beside it, and found
+    again there if nothing differs, unless settings.overwrite_cache is set.
+
+    Raises UsageError if max_seq_length and doc_stride are out of range, and for a question so long
+    that its context cannot be cut into windows that overlap by doc_stride; with on_bad_row="skip"
+    its end is cut off instead.
+    """
+    recipe = _recipe(tokenizer, settings, labels, offsets)
+    if isinstance(examples, FewQuestions):
+        table = pa.Table.from_arrays([_arrow_texts(texts) for texts in examples.columns.values()],
+                                     list(examples.columns))
+        return Windows(_windows_of_batch(table, list(range(len(examples))), recipe))
     import datasets
 
-    recipe = _recipe(tokenizer, max_seq_length=max_seq_length, doc_stride=doc_stride, labels=labels,
-                     offsets=offsets, on_bad_row=on_bad_row)
     if processes.is_first():
         _check_read_back(examples, recipe)
     fingerprint = datasets.fingerprint.Hasher.hash(
         (_VERSION, examples._fingerprint, tokenizer.backend.to_str(), recipe.key))
     make = partial(
         examples.with_format("arrow").map, partial(_windows_of_batch, recipe=recipe),
-        with_indices=True, batched=True, remove_columns=examples.column_names, num_proc=num_proc,
-        features=datasets.Features.from_arrow_schema(recipe.schema()), load_from_cache_file=False,
+        with_indices=True, batched=True, remove_columns=examples.column_names,
+        num_proc=settings.preprocessing_num_workers, load_from_cache_file=False,
+        features=datasets.Features.from_arrow_schema(recipe.schema()),
         new_fingerprint=fingerprint, desc="Windows")
     if not examples.cache_files:
-        return make().with_format(None)
+        return Windows(make().with_format(None))
     folder = Path(examples.cache_files[0]["filename"]).parent / f"windows-{fingerprint}"
-    if overwrite_cache or not folder.is_dir():
+    overwrite = settings.overwrite_cache and processes.place().local_index == 0
+    if overwrite or not folder.is_dir():
         _fill_cache(folder, make)
     shards = [datasets.table.MemoryMappedTable.from_file(str(file))
               for file in sorted(folder.iterdir())]
-    return datasets.Dataset(datasets.table.concat_tables(shards), fingerprint=fingerprint)
+    return Windows(datasets.Dataset(datasets.table.concat_tables(shards), fingerprint=fingerprint))
+
+
+def _recipe(tokenizer, settings, labels, offsets):
+    length, stride = settings.max_seq_length, settings.doc_stride
+    recipe = _Recipe(tokenizer, length, stride, labels, offsets, settings.on_bad_row == "skip")
+    if length > _LONGEST:
+        raise UsageError(f"--max_seq_length {length} is too long: at most {_LONGEST} tokens")
+    if not 0 <= stride < recipe.room - 1:
+        raise UsageError(
+            f"--doc_stride {stride} does not go with --max_seq_length {length}: it must be 0 to "
+            f"{recipe.room - 2}, for a window has {length - recipe.room} special tokens and must "
+            "move on from one to the next")
+    return recipe
 
 
 def _check_read_back(examples: datasets.Dataset, recipe: _Recipe) -> None:
@@ -246,59 +276,6 @@ def _fill_cache(folder: Path, make: Callable) -> None:
         raise RunError(
             f"{folder.parent}: cannot write the cache of windows ({error.strerror or error}); set "
             "HF_DATASETS_CACHE to a folder with room") from error
-
-
-class FewQuestions:
-    """A few examples in memory: importing `datasets` takes longer than answering one question.
-
-    columns: lists of equal length named id, question and context.
-    """
-
-    def __init__(self, columns: Dict[str, List[str]]):
-        self.columns = columns
-
-    def __len__(self):
-        return len(self.columns["id"])
-
-    def __getitem__(self, key):
-        """Return a column by its name, or for a slice {name: that part of the column}."""
-        return self.columns[key] if isinstance(key, str) else {
-            name: column[key] for name, column in self.columns.items()}
-
-    def select_columns(self, names):
-        return self
-
-
-def windows_for_answers(settings: InferSettings, tokenizer: QATokenizer,
-                        examples: Union[datasets.Dataset, FewQuestions]) -> Windows:
-    """Collective: return the windows, with character offsets, of the questions to answer.
-
-    Those of FewQuestions stay in memory. Raises UsageError as `make_windows` does.
-    """
-    if isinstance(examples, FewQuestions):
-        recipe = _recipe(tokenizer, labels=False, offsets=True, on_bad_row=settings.on_bad_row,
-                         max_seq_length=settings.max_seq_length, doc_stride=settings.doc_stride)
-        table = pa.Table.from_arrays([_arrow_texts(texts) for texts in examples.columns.values()],
-                                     list(examples.columns))
-        windows = Windows(_windows_of_batch(table, list(range(len(examples))), recipe))
-    else:
-        windows = processes.first_of_host_first(_windows, settings, tokenizer, examples, False)
-    stop_tokenizer_threads()
-    return windows
-
-
-def _recipe(tokenizer, *, max_seq_length, doc_stride, labels, offsets, on_bad_row):
-    recipe = _Recipe(tokenizer, max_seq_length, doc_stride, labels, offsets, on_bad_row == "skip")
-    if max_seq_length > _LONGEST:
-        raise UsageError(
-            f"--max_seq_length {max_seq_length} is too long: at most {_LONGEST} tokens")
-    if not 0 <= doc_stride < recipe.room - 1:
-        special = max_seq_length - recipe.room
-        raise UsageError(
-            f"--doc_stride {doc_stride} does not go with --max_seq_length {max_seq_length}: "
-            f"it must be 0 to {recipe.room - 2}, for a window has {special} special tokens and "
-            "must move on from one to the next")
-    return recipe
 
 
 def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.Table:
@@ -519,11 +496,12 @@ def _first_answers(answers):
 class Windows:
     """Windows as numpy arrays.
 
-    source: the result of `make_windows`, a memory-mapped Arrow file, or a table in memory. Token
-    ids and character offsets are views of it; a loader's workers open its file again.
+    source: a memory-mapped Arrow file or a table in memory, with the columns of `_Recipe.schema`.
+    Token ids and character offsets are views of it; a loader's workers open its file again.
 
-    Attributes, int32 [windows] each: lengths (in tokens), example, cls_position, context_start,
-    second_text (None without token types), start_position and end_position (None without labels).
+    Attributes, int32 [windows] each: lengths (in tokens), example (its index), and indices in
+    input_ids: cls_position, context_start, second_text (None without token types), start_position
+    and end_position (None without labels).
     """
 
     def __init__(self, source: Union[datasets.Dataset, pa.Table]):
@@ -542,11 +520,8 @@ class Windows:
     def __len__(self):
         return len(self.lengths)
 
-    def __getstate__(self):
-        return self._source
-
-    def __setstate__(self, source):
-        self.__init__(source)
+    def __reduce__(self):
+        return Windows, (self._source,)
 
     def input_ids(self, window: int) -> numpy.ndarray:
         """Return the token ids of a window, uint16 or int32 [lengths[window]]."""

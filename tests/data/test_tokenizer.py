@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer
 
 from qa.data.tokenizer import QATokenizer
-from qa.data.windows import Windows, make_windows
+from qa.data.windows import make_windows
+from qa.settings import ModelSettings
 from tests.data.test_windows import examples_of
 from tests.reference.windows import tokenizer_of
 
@@ -25,9 +26,15 @@ def folder_of(folder, backend, config=ROBERTA):
     return folder
 
 
+def byte_level():
+    backend = Tokenizer.from_str(tokenizer_of("roberta").backend_tokenizer.to_str())
+    backend.no_truncation()  # which another test may have set
+    return backend
+
+
 def robbert():
     """A byte-level tokenizer that splits into words first, as RobBERT's: its offsets lie."""
-    backend = Tokenizer.from_str(tokenizer_of("roberta").backend_tokenizer.to_str())
+    backend = byte_level()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=True),
         pre_tokenizers.Punctuation()])
@@ -36,7 +43,7 @@ def robbert():
 
 
 def lower_case():
-    backend = Tokenizer.from_str(tokenizer_of("roberta").backend_tokenizer.to_str())
+    backend = byte_level()
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     return backend
 
@@ -107,9 +114,9 @@ def test_offsets_that_lie_are_corrected_and_labels_read_back_are_the_answers(
     spans = [*words, *((a, b) for a, _ in words for _, b in words if a < b <= a + 20)]
     tokenizer = QATokenizer.read(folder_of(tmp_path, backend()), "it")
     assert tokenizer.trims
-    windows = Windows(make_windows(
-        examples_of([("Who?", TEXT, span) for span in spans]), tokenizer, max_seq_length=256,
-        doc_stride=32, labels=True, offsets=True))
+    windows = make_windows(
+        examples_of([("Who?", TEXT, span) for span in spans]), tokenizer,
+        ModelSettings(max_seq_length=256, doc_stride=32), labels=True, offsets=True)
     for window, span in enumerate(spans):
         first, last = (place[window] - windows.context_start[window]
                        for place in (windows.start_position, windows.end_position))
@@ -126,7 +133,7 @@ def test_offsets_that_cannot_be_corrected_are_named_with_figures(tmp_path, caplo
     tokenizer = QATokenizer.read(folder_of(tmp_path, backend), "it")
     spans = [(4, 10), (11, 16), (35, 38)]
     make_windows(examples_of([("Who?", TEXT, span) for span in spans]), tokenizer,
-                 max_seq_length=64, doc_stride=16, labels=True, offsets=True)
+                 ModelSettings(max_seq_length=64, doc_stride=16), labels=True, offsets=True)
     (record,) = caplog.records
     assert record.getMessage() == (
         "warning: the labels of 3 of 3 answers read back as other text, for example 'The Falcon "

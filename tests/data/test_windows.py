@@ -12,8 +12,8 @@ from tokenizers import AddedToken, pre_tokenizers
 
 from qa.data.dataset import load_examples
 from qa.data.tokenizer import QATokenizer
-from qa.data.windows import FewQuestions, Windows, make_windows, windows_for_answers
-from qa.settings import InferSettings
+from qa.data.windows import FewQuestions, make_windows, windows_for_answers
+from qa.settings import ModelSettings
 from runtime.errors import UsageError
 from tests.reference.windows import WITH_SPACES, plain_windows, tokenizer_of
 
@@ -37,10 +37,8 @@ def examples_of(rows):
 
 
 def windows_of(examples, tokenizer, max_seq_length, doc_stride, **options):
-    options = {"labels": True, "offsets": True, **options}
-    return Windows(
-        make_windows(examples, QATokenizer.of(tokenizer), max_seq_length=max_seq_length,
-                     doc_stride=doc_stride, **options))
+    settings = ModelSettings(max_seq_length=max_seq_length, doc_stride=doc_stride, **options)
+    return make_windows(examples, QATokenizer.of(tokenizer), settings, labels=True, offsets=True)
 
 
 def assert_plain(examples, tokenizer, max_seq_length, doc_stride, with_spaces=False):
@@ -75,7 +73,7 @@ def assert_plain(examples, tokenizer, max_seq_length, doc_stride, with_spaces=Fa
 
 def assert_same_in_memory(windows, examples, tokenizer, max_seq_length, doc_stride):
     """Check that the same examples without a data set give the same windows, also when pickled."""
-    settings = InferSettings(max_seq_length=max_seq_length, doc_stride=doc_stride)
+    settings = ModelSettings(max_seq_length=max_seq_length, doc_stride=doc_stride)
     few = windows_for_answers(
         settings, QATokenizer.of(tokenizer),
         FewQuestions({name: examples[name][:] for name in ("id", "question", "context")}))
@@ -229,19 +227,22 @@ def test_cache_pickle_and_columns(tmp_path):
                               '"answers": {"text": ["Ada"], "answer_start": [0]}}' % (i, i)
                               for i in range(2500)))
     examples = load_examples(split="train", file=file, cache_dir=tmp_path)
-    options = dict(max_seq_length=48, doc_stride=16, labels=True, offsets=False)
     tokenizer = QATokenizer.of(tokenizer_of("roberta"))
-    dataset = make_windows(examples, tokenizer, **options)
-    again = make_windows(examples, tokenizer, **options)
-    assert dataset.cache_files == again.cache_files != []
-    assert dataset.features[
-        "input_ids"].feature.dtype == "uint16" and "offsets" not in dataset.column_names
-    windows = Windows(dataset)
+
+    def make(doc_stride):
+        return make_windows(examples, tokenizer, ModelSettings(
+            max_seq_length=48, doc_stride=doc_stride), labels=True, offsets=False)
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("windows-*/*")}
+
+    windows, files = make(16), written()
+    assert windows.fingerprint == make(16).fingerprint and files == written() != {}
     pickled = pickle.dumps(windows)
     assert len(pickled) < 10_000
     copy = pickle.loads(pickled)
     assert copy.example.tolist() == list(range(2500)) and copy.fingerprint == windows.fingerprint
-    assert copy.input_ids(
-        2400).tolist() == dataset[2400]["input_ids"] and not copy.input_ids(2400).flags.owndata
-    other = make_windows(examples, tokenizer, **{**options, "doc_stride": 8})
-    assert other._fingerprint != windows.fingerprint
+    tokens = copy.input_ids(2400)
+    assert tokens.tolist() == windows.input_ids(2400).tolist()
+    assert tokens.dtype == numpy.uint16 and not tokens.flags.owndata
+    assert make(8).fingerprint != windows.fingerprint

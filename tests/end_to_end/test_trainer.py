@@ -16,8 +16,9 @@ import train
 from qa.data.dataset import load_examples
 from qa.data.rows import TrainingRows
 from qa.data.tokenizer import QATokenizer
-from qa.data.windows import Windows, make_windows
+from qa.data.windows import make_windows
 from qa.run.log import read_log
+from qa.settings import ModelSettings
 from tests.end_to_end.test_train import run
 from tests.reference.small_demo import write_small_demo
 from tests.reference.windows import plain_windows
@@ -31,8 +32,9 @@ def windows_by_update(examples, tokenizer, pack):
     """The windows of each update in the order of a run of train.py, as run_qa makes them."""
     micro_batch, accumulation = UPDATE[pack]
     rows = TrainingRows(
-        Windows(make_windows(examples, QATokenizer.of(tokenizer), max_seq_length=LENGTH,
-                             doc_stride=STRIDE, labels=True, offsets=False)),
+        make_windows(examples, QATokenizer.of(tokenizer),
+                     ModelSettings(max_seq_length=LENGTH, doc_stride=STRIDE), labels=True,
+                     offsets=False),
         row_length=LENGTH, max_windows_per_row=8 if pack else 1, pad_token_id=0, seed=SEED,
         micro_batch_size=micro_batch, micro_batches_per_update=accumulation, epochs=EPOCHS)
     plain = {tuple(window["input_ids"]): window
