@@ -63,8 +63,27 @@ class InferencePipeline:
                               max_answer_length=settings.max_answer_length,
                               version_2_with_negative=settings.version_2_with_negative,
                               null_score_diff_threshold=settings.null_score_diff_threshold)
-        return predict(self.inference_model, self.options, rows, finder, self.micro_batch_size,
-                       progress)
+        return self._answers(rows, finder, progress)
+
+    def _answers(self, rows: InferenceRows, finder: AnswerFinder, progress: bool) -> Iterator[dict]:
+        loader = open_loader(self.options, rows, self.micro_batch_size,
+                             asynchronous=len(rows) > _ROWS_WORTH_A_WORKER)
+        rows_of_process = self.options.replication_factor * self.micro_batch_size
+        bar = progress_bar(len(rows.windows), "Answers", "window") if progress else nullcontext()
+        first = 0
+        with loader as batches, bar:
+            for batch in batches:
+                raise_stopped()
+                logits = [processes.gather_rows(part, rows_of_process)
+                          for part in self.inference_model(**batch)]
+                slices = [rows.slices(first + row) for row in range(len(logits[0]))]
+                first += len(slices)
+                if processes.is_first():
+                    yield from finder.add(slices, *logits)
+                if progress:
+                    bar.update(sum(map(len, slices)))
+        if processes.is_first():
+            yield from finder.finish()
 
     def detach(self) -> None:
         """Free the IPUs. The weights are uploaded again when the pipeline is used next."""
@@ -75,29 +94,3 @@ class InferencePipeline:
         return InferenceRows(windows, row_length=self.settings.max_seq_length,
                              max_windows_per_row=self.settings.max_windows_per_row,
                              rows_per_step=self.rows_per_step, **row_kind(self.model.config))
-
-
-def predict(inference_model, options, rows: InferenceRows, finder: AnswerFinder,
-            micro_batch_size: int, progress: bool = True) -> Iterator[dict]:
-    """Run `rows` through the model and yield the answers of `finder` in the order of the examples.
-
-    inference_model: made with `options`; returns start and end logits [rows of the combined batch,
-    tokens]. Each process runs its share of every combined batch; the first one finds the answers.
-    """
-    loader = open_loader(options, rows, micro_batch_size,
-                         asynchronous=len(rows) > _ROWS_WORTH_A_WORKER)
-    bar = progress_bar(len(rows.windows), "Answers", "window") if progress else nullcontext()
-    first = 0
-    with loader as batches, bar:
-        for batch in batches:
-            raise_stopped()
-            logits = [processes.gather_rows(part, options.replication_factor * micro_batch_size)
-                      for part in inference_model(**batch)]
-            slices = [rows.slices(first + row) for row in range(len(logits[0]))]
-            first += len(slices)
-            if processes.is_first():
-                yield from finder.add(slices, *logits)
-            if progress:
-                bar.update(sum(map(len, slices)))
-    if processes.is_first():
-        yield from finder.finish()

@@ -541,10 +541,8 @@ class _Lists:
         self._values = [_numbers(chunk.values) for chunk in chunks]
         self._chunk = numpy.repeat(numpy.arange(len(chunks), dtype=numpy.int32),
                                    [len(chunk) for chunk in chunks])
-        self._begin = numpy.concatenate([lists[:-1] for lists in begins] or
-                                        [numpy.zeros(0, numpy.int32)])
-        self.lengths = numpy.concatenate([numpy.diff(lists) for lists in begins] or
-                                         [numpy.zeros(0, numpy.int32)])
+        self._begin = numpy.concatenate([lists[:-1] for lists in begins])
+        self.lengths = numpy.concatenate([numpy.diff(lists) for lists in begins])
 
     def __getitem__(self, index):
         begin = self._begin[index]

@@ -7,12 +7,11 @@ import torch
 from datasets import Dataset
 from transformers import RobertaConfig, RobertaForQuestionAnswering
 
-from ipu_options import poptorch
+from ipu_options.config import IPUConfig, inference_pipeline
 from qa.answers import inference
-from qa.answers.inference import predict
-from qa.answers.spans import AnswerFinder
-from qa.data.rows import InferenceRows
+from qa.answers.inference import InferencePipeline
 from qa.model.roberta import RobertaForSpans
+from qa.settings import InferSettings
 from tests.on_ipu.variants import make_answering
 from tests.reference.answers import plain_answers
 from tests.reference.synthetic_windows import SyntheticWindows
@@ -41,15 +40,14 @@ def test_answers_are_those_of_each_window_alone(monkeypatch, most, rows_worth_a_
     logits = [torch.cat((output.start_logits, output.end_logits)).numpy() for output in outputs]
     expected = list(plain_answers(windows, examples, logits, 5, 30, True, 0.0))
 
-    options = poptorch.Options()
-    options.deviceIterations(3)
-    options.replicationFactor(2)
-    rows = InferenceRows(windows, row_length=64, max_windows_per_row=most, pad_token_id=1,
-                         rows_per_step=12)
-    finder = AnswerFinder(windows, examples, n_best_size=5, version_2_with_negative=True)
-    answers = list(
-        predict(poptorch.inferenceModel(model, options), options, rows, finder, micro_batch_size=2,
-                progress=False))
+    config = IPUConfig(layers_per_ipu=[1], inference_layers_per_ipu=[1],
+                       inference_device_iterations=3, inference_replication_factor=2)
+    settings = InferSettings(max_seq_length=64, max_windows_per_row=most, n_best_size=5,
+                             version_2_with_negative=True, precision="float32",
+                             eval_micro_batch_size=2)
+    pipeline = InferencePipeline(model, inference_pipeline(config, 1, "pod4"), settings)
+    assert pipeline.rows_per_step == 12
+    answers = list(pipeline.answers(windows, examples, progress=False))
     assert [answer["id"] for answer in answers] == [answer["id"] for answer in expected]
     assert [answer["text"] for answer in answers] == [answer["text"] for answer in expected]
     for answer, wanted in zip(answers, expected):
