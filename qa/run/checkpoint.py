@@ -22,8 +22,7 @@ import re
 import signal
 import stat
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 
@@ -40,7 +39,7 @@ from qa.settings import MUST_MATCH, TrainSettings
 from runtime import files, processes
 from runtime.errors import RunError, UsageError, counted
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
 # What a user calls the arguments of the rows that a resumed run must share.
 _AS_FLAGS = {
@@ -76,7 +75,7 @@ class Best:
             fault = processes.on_first(find_fault, folder)
             if fault is None:
                 return cls(metric, best["step"], best["metric"], folder)
-            log.warning("%s, the best checkpoint so far, is left out of the comparison: %s",
+            _log.warning("%s, the best checkpoint so far, is left out of the comparison: %s",
                         folder, fault)
         return cls(metric)
 
@@ -85,33 +84,29 @@ class Best:
             "step": self.step, "metric": self.value, "by": self.metric}
 
 
+@dataclass
 class Checkpoints:
     """The checkpoints of one run in its output folder, for which the run must hold the lock.
 
     All processes call the same methods: all read the devices, the first one writes.
     """
 
-    def __init__(self, output_dir: Union[str, Path], must_match: Dict[str, Any],
-                 write_model: Callable[..., Any], save_total_limit: Optional[int] = None,
-                 best_by: Optional[str] = None, timer: Optional[PhaseTimer] = None,
-                 run_log: Optional[RunLog] = None):
-        self.output_dir = Path(output_dir)
-        self.must_match = must_match  # settings, by name, that a resumed run must share
-        self.save_total_limit = save_total_limit  # how many are kept; None: all
-        self.best = Best(best_by)
-        self._write_model = write_model  # writes the model, its tokenizer and its settings
-        self._timed = partial(timer, "save") if timer else nullcontext
-        self._log = run_log
-        # The checkpoint that this run started from, if any, then those that it has written. The
-        # folder may also hold later ones, of an earlier run.
-        self._of_this_run: List[Path] = []
-        self._saved_step: Optional[int] = None  # of the newest one that this run has written
-        self._evaluated_step: Optional[int] = None  # of this process's last evaluation
+    output_dir: Path
+    must_match: Dict[str, Any]  # settings, by name, that a resumed run must share
+    write_model: Callable[..., Any]  # writes the model, its tokenizer and its settings
+    save_total_limit: Optional[int] = None  # how many are kept; None: all
+    best: Best = Best(None)
+    timer: Callable[[str], Any] = nullcontext
+    log: Optional[RunLog] = None
+    # The checkpoint that this run started from, if any, then those that it has written. The folder
+    # may also hold later ones, of an earlier run.
+    _of_this_run: List[Path] = field(default_factory=list)
+    _saved_step: Optional[int] = None  # of the newest one that this run has written
+    _evaluated_step: Optional[int] = None  # of this process's last evaluation
 
     @classmethod
     def of_run(cls, settings: TrainSettings, ipu_config: IPUConfig, rows: TrainingRows,
-               write_model: Callable[..., Any], timer: PhaseTimer,
-               run_log: RunLog) -> "Checkpoints":
+               write_model: Callable[..., Any], timer: PhaseTimer, log: RunLog) -> "Checkpoints":
         """Return the checkpoints of a run. ipu_config: the training pipeline's."""
         must_match = {
             **rows.arguments, "data": rows.windows.fingerprint,
@@ -120,8 +115,8 @@ class Checkpoints:
             name = "embedding_serialization_factor"
             must_match[name] = getattr(ipu_config, name)
         best_by = settings.metric_for_best_model if settings.load_best_model_at_end else None
-        return cls(settings.output_dir, must_match, write_model, settings.save_total_limit, best_by,
-                   timer, run_log)
+        return cls(Path(settings.output_dir), must_match, write_model, settings.save_total_limit,
+                   Best(best_by), timer, log)
 
     def start_or_resume(self, settings: TrainSettings) -> Optional[Checkpoint]:
         """Return the checkpoint from which this run continues, or None if it starts from scratch.
@@ -162,7 +157,7 @@ class Checkpoints:
         folder = self.output_dir / f"checkpoint-{state.step}"
         if self._saved_step == state.step:
             return folder
-        with self._timed():
+        with self.timer("save"):
             trainer_state = {"step": state.step, "losses": state.losses[-200:],
                              "run_loss": state.run_loss, "logged_loss": state.logged_loss,
                              "must_match": self.must_match, "replicas": state.replicas,
@@ -224,13 +219,13 @@ class Checkpoints:
 
     def save_final(self, state: TrainingState) -> None:
         """Write the model into OUTPUT_DIR itself, each file whole. Raises RunError."""
-        with self._timed():
+        with self.timer("save"):
             processes.on_first(self._write_final, state.model, state.saved())
 
     def _write(self, folder: Path, trainer_state: Dict[str, Any], device_state: Dict[str, Any],
                model: torch.nn.Module) -> None:
         with _written(folder) as aside:
-            self._write_model(model, aside, device_state["optimizer"])
+            self.write_model(model, aside, device_state["optimizer"])
             write_state(aside, device_state)
             files.write_json(aside / TRAINER_STATE, trainer_state)
             files.write_json(aside / "manifest.json", {
@@ -240,7 +235,7 @@ class Checkpoints:
 
     def _write_final(self, model: torch.nn.Module, device_state: Dict[str, Any]) -> None:
         with _written(self.output_dir / "final-model") as aside:
-            self._write_model(model, aside, device_state["optimizer"])
+            self.write_model(model, aside, device_state["optimizer"])
             files.sync_and_hash(aside)
             for name in ("metrics.json", "confidence.json"):  # of the model that is replaced
                 with suppress(OSError):
@@ -261,11 +256,11 @@ class Checkpoints:
             try:
                 files.delete_folder(folder)
             except OSError as error:
-                log.warning("could not remove %s: %s", folder, error.strerror)
+                _log.warning("could not remove %s: %s", folder, error.strerror)
 
     def note(self, event: str, step: int, **values: Any) -> None:
-        if self._log:
-            self._log.add(event, step, **values)
+        if self.log:
+            self.log.add(event, step, **values)
 
     def newest_of_run(self) -> Checkpoint:
         """Return the newest complete checkpoint of this run. Raises RunError if there is none."""
@@ -310,7 +305,7 @@ def find_checkpoint(output_dir: Union[str, Path], which: str) -> Optional[Path]:
             fault = find_fault(folder)
             if fault is None:
                 return folder
-            log.warning("passing over %s: %s", folder, fault)
+            _log.warning("passing over %s: %s", folder, fault)
         return None
     fault = find_fault(Path(which).resolve())
     if fault is not None:
