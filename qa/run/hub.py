@@ -22,13 +22,6 @@ _SHARED = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenize
            "ipu_config.json", "qa_settings.json")
 # Of the run that shares it, which may only evaluate.
 _RESULTS = ("README.md", "metrics.json", "confidence.json")
-_SHOWN_SETTINGS = ("max_seq_length", "doc_stride", "pack", "num_train_epochs", "max_steps",
-                   "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
-                   "optimizer", "loss_scaling", "precision", "micro_batch_size", "seed")
-_SHOWN_LAYOUT = ("layers_per_ipu", "ipus_per_replica", "replication_factor",
-                 "gradient_accumulation_steps", "device_iterations", "matmul_proportion",
-                 "recompute_checkpoint_every_layer", "optimizer_state_offchip")
-
 # What huggingface_hub's command line is called from version 1 on, and before.
 _CLI = (("huggingface-cli login", "huggingface-cli upload")
         if huggingface_hub.__version__.startswith("0.") else ("hf auth login", "hf upload"))
@@ -94,7 +87,7 @@ def model_card(folder: Path, repo_id: str, settings: TrainSettings) -> str:
                    for name in ("run.json", "config.json"))
     metrics, confidence = (json.loads(path.read_text("utf-8")) if path.exists() else {}
                            for path in map(Path(settings.output_dir).joinpath, _RESULTS[1:]))
-    trained, layout, name = run["settings"], run["ipu_config"], repo_id.split("/")[-1]
+    trained, name = run["settings"], repo_id.split("/")[-1]
     base = trained["model_name_or_path"]
     train_file, validation_file = (file and Path(file).name for file in (
         trained["train_file"], settings.validation_file))
@@ -113,11 +106,9 @@ def model_card(folder: Path, repo_id: str, settings: TrainSettings) -> str:
             if metric in metrics] or None)
     return ModelCard.from_template(
         header, template_path=str(Path(__file__).with_name("model_card.md")), name=name,
-        repo_id=repo_id, run=run, settings=trained,
+        repo_id=repo_id, run=run, confidence=confidence,
         training_data=train_file or f"the data set `{trained['dataset_name']}`",
         evaluation_data=validation_file or f"the data set `{evaluated}`",
         base="A local model" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})",
-        confidence=confidence, figures={key: f"{value:.2f}" if isinstance(value, float) else value
-                 for key, value in metrics.items() if key not in ("step", "epoch")},
-        shown_settings={key: trained.get(key) for key in _SHOWN_SETTINGS},
-        shown_layout={key: layout.get(key) for key in _SHOWN_LAYOUT}).content
+        figures={key: f"{value:.2f}" if isinstance(value, float) else value
+                 for key, value in metrics.items() if key not in ("step", "epoch")}).content
