@@ -76,10 +76,7 @@ def load_examples(*, split: str, file: Optional[str] = None, dataset_name: Optio
                            readers.read_rows(file, opened, need_answers), max_samples, cache_dir,
                            checks)
     hub = _load_from_hub(dataset_name, dataset_config_name, split)
-    missing = readers.missing_columns(hub.column_names, need_answers)
-    if missing:
-        raise UsageError(f"--dataset_name {dataset_name} has no column {', '.join(missing)}; "
-                         f"it has {', '.join(hub.column_names)}")
+    readers.check_columns(f"--dataset_name {dataset_name}", hub.column_names, need_answers)
     return _cached(f"{dataset_name} ({split})", hub._fingerprint, iter(hub), max_samples, cache_dir,
                    checks)
 

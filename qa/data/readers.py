@@ -86,11 +86,14 @@ def read_rows(path: Union[str, Path], file: BinaryIO,
                          "UTF-8") from error
 
 
-def missing_columns(names: Sequence[str], need_answers: bool) -> Sequence[str]:
-    """Return which columns a table with these columns lacks; rows without an id are numbered."""
-    answered = not need_answers or any(text in names for text, _ in ANSWER_COLUMNS)
-    return [name for name in ("context", "question") if name not in names] + (
-        [] if answered else ["answers"])
+def check_columns(source: str, names: Sequence[str], need_answers: bool) -> None:
+    """Raise UsageError if a table with these columns lacks one; rows without an id are numbered."""
+    missing = [name for name in ("context", "question") if name not in names]
+    if need_answers and not any(text in names for text, _ in ANSWER_COLUMNS):
+        missing.append("answers")
+    if missing:
+        raise UsageError(f"{source} has no column {', '.join(missing)}; "
+                         f"it has {', '.join(map(str, names)) or 'none'}")
 
 
 def _kind_of(head: bytes) -> str:
@@ -166,7 +169,7 @@ def _read_csv(path, text, need_answers):
     header = text.readline()
     separator = max(",;\t|", key=lambda mark: len(_KNOWN & set(_names(header, mark))))
     reader = csv.DictReader(text, _names(header, separator), delimiter=separator, strict=True)
-    _check_columns(path, reader.fieldnames, need_answers)
+    check_columns(f"{path}:", reader.fieldnames, need_answers)
     try:
         for row in reader:
             yield BadRow("has more fields than the header") if None in row else row
@@ -186,16 +189,9 @@ def _read_parquet(path, file, need_answers):
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            _check_columns(path, names, need_answers)
+            check_columns(f"{path}:", names, need_answers)
             for batch in table.iter_batches(batch_size=1000, columns=[
                     name for name in names if name in _KNOWN]):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path}: cannot be read as Parquet: {error}") from error
-
-
-def _check_columns(path, names, need_answers):
-    missing = missing_columns(names, need_answers)
-    if missing:
-        raise UsageError(f"{path}: has no column {', '.join(missing)}; "
-                         f"it has {', '.join(map(str, names)) or 'none'}")
