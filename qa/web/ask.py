@@ -1,4 +1,7 @@
-"""The page of infer.py --web: a text, a question, and the answer marked in the text."""
+"""The page of infer.py --web: a text, a question, and the answer marked in the text.
+
+assets/ has its style.
+"""
 from __future__ import annotations
 
 import base64
@@ -20,18 +23,6 @@ EXAMPLE = ("Ada was born in Oslo in 1888. She was afraid of geese. Her sister mo
            "where she played the tuba.", "What frightened Ada?")
 SEND = ('send JSON by POST, with the header Content-Type: application/json: {"question": a text or '
         'a list of texts, "context": a text}, and "n_best" for the number of answers in each list')
-_STYLE = """
-main { max-width: 50em; margin: auto; padding: 0 1em; font-family: sans-serif; line-height: 1.4 }
-textarea, input { width: 100%; box-sizing: border-box; font: inherit }
-label { display: block; margin-top: 1em }
-button { margin: 0.5em 0.5em 0.5em 0 }
-#marked { white-space: pre-wrap; overflow-wrap: anywhere }
-mark { font-weight: bold; outline: 2px solid }
-table { margin-top: 1em; border-spacing: 0; text-align: left }
-caption { text-align: left; font-weight: bold }
-td, th { padding: 0.2em 1.5em 0.2em 0; vertical-align: top; white-space: nowrap }
-td:first-child { white-space: normal; overflow-wrap: anywhere }
-"""
 
 
 def serve_answers(answerer: Answerer) -> None:
@@ -69,7 +60,7 @@ def _app(checkpoint: str, context: str, ask: Callable[..., List[Dict[str, Any]]]
         dcc.Input(id="question", type="text", autoComplete="off"),
         html.Button("Ask", id="ask"), html.Button("Fill in an example", id="example"),
         html.Span(id="working", role="status"),
-        html.Div(id="answer", role="status", **{"aria-live": "polite"})]), _STYLE)
+        html.Div(id="answer", role="status", **{"aria-live": "polite"})]))
 
     @app.callback(Output("context", "value"), Output("question", "value"),
                   Input("file", "contents"), Input("example", "n_clicks"),

@@ -19,11 +19,10 @@ class _Quiet(WSGIRequestHandler):
         pass
 
 
-def new_page(title: str, layout: Any, style: str = "", **options: Any) -> dash.Dash:
-    """Return an app whose page asks nothing of any other machine. style: CSS. options: Dash's."""
+def new_page(title: str, layout: Any, **options: Any) -> dash.Dash:
+    """Return an app whose page asks nothing of any other machine. options: Dash's."""
     app = dash.Dash(__name__, title=title, update_title=None, serve_locally=True, **options)
-    app.index_string = app.index_string.replace("<html>", '<html lang="en">').replace(
-        "</head>", f"<style>{style}</style></head>")
+    app.index_string = app.index_string.replace("<html>", '<html lang="en">')
     app.layout = layout
     return app
 
