@@ -21,7 +21,8 @@ class Plan:
     efficiencies: Efficiencies
     memory: Dict[int, Dict[str, int]]   # {IPU of a replica: {category: bytes}}
     schedule: Schedule
-    reduction_seconds: float            # of the gradients over the replicas
+    reduction_seconds: float            # of the gradients, over the replicas of a host
+    between_hosts_seconds: float        # of the gradients, over the hosts
     weight_update_seconds: float
     host_seconds: float                 # that the host adds to each weight update or call
 
@@ -43,8 +44,8 @@ class Plan:
     @property
     def update_seconds(self) -> float:
         """Time from one weight update, or inference call, to the next, including the host."""
-        return (self.schedule.seconds + self.reduction_seconds + self.weight_update_seconds +
-                self.host_seconds)
+        return (self.schedule.seconds + self.reduction_seconds + self.between_hosts_seconds +
+                self.weight_update_seconds + self.host_seconds)
 
     @property
     def rows_per_second(self) -> float:
@@ -76,13 +77,12 @@ class Plan:
         mean = {kind: batches * sum(getattr(work, kind) for work in schedule.stages) / ipus
                 for kind in TRAINING.kinds}
         slowest = schedule.step_seconds - schedule.copy_seconds
-        between = throughput.between_hosts_seconds(self.job)
         return {
             **mean, "waiting for the slowest IPU": batches * slowest - sum(mean.values()),
             "pipeline ramp": (schedule.steps - batches) * slowest,
             "copies between IPUs": schedule.steps * schedule.copy_seconds,
-            "gradient reduction": self.reduction_seconds - between,
-            "gradient reduction between hosts": between,
+            "gradient reduction": self.reduction_seconds,
+            "gradient reduction between hosts": self.between_hosts_seconds,
             "weight update": self.weight_update_seconds, "host": self.host_seconds}
 
 
@@ -91,7 +91,8 @@ def make_plan(job: Job, efficiencies: Efficiencies = Efficiencies()) -> Plan:
     schedule = Schedule(throughput.stage_work(job, efficiencies), job.micro_batches,
                         throughput.copy_seconds(job), job.phase)
     return Plan(job, efficiencies, ipu_memory(job, efficiencies.code_bytes), schedule,
-                *throughput.update_seconds(job), sum(throughput.host_parts(job, efficiencies)))
+                *throughput.update_seconds(job, throughput.most_parameters(job)),
+                sum(throughput.host_parts(job, efficiencies)))
 
 
 def latency_seconds(plan: Plan) -> float:

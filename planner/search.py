@@ -25,7 +25,7 @@ from planner.machine import Efficiencies
 from planner.memory import stage_memory
 from planner.phase import INFERENCE
 from planner.plan import Plan, make_plan
-from planner.throughput import stage_seconds, update_seconds_of
+from planner.throughput import stage_seconds, update_seconds
 from planner.totals import Totals, range_totals
 from runtime.errors import UsageError
 from runtime.flags import Source, make_settings
@@ -139,7 +139,7 @@ def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
     steps = job.phase.steps(job.micro_batches_over(stages), stages)
     best, best_seconds, cap = None, np.inf, np.inf
     # A lower bound of the update's time: that of parameters in equal shares.
-    least = sum(update_seconds_of(job, -(-int(totals.parameters[0, -1]) // stages)))
+    least = sum(update_seconds(job, -(-int(totals.parameters[0, -1]) // stages)))
     while True:
         cut = _least_slowest([
             np.where(totals.parameters <= cap, table, np.inf) for table in seconds])
@@ -147,7 +147,7 @@ def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
             return best
         starts = (0,) + cut.ends[:-1]
         most = max(int(totals.parameters[i, j]) for i, j in zip(starts, cut.ends))
-        total = steps * cut.slowest_seconds + sum(update_seconds_of(job, most))
+        total = steps * cut.slowest_seconds + sum(update_seconds(job, most))
         if total < best_seconds:
             best, best_seconds = cut, total
         cap = most - 1

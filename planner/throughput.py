@@ -1,7 +1,7 @@
 """Predicts the seconds of each stage, of the copies between IPUs, of the update and of the host."""
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 
@@ -16,8 +16,9 @@ def stage_work(job: Job, efficiencies: Efficiencies) -> List[StageWork]:
     """Return the StageWork of each forward stage, in order: its seconds for one micro-batch."""
     stages = job.stages()
     return [
-        StageWork(ipu, *stage_seconds(job, efficiencies, stage_totals(blocks),
-                                      job.config.matmul_shares()[ipu], index, len(stages)))
+        StageWork(ipu, *map(float, stage_seconds(
+            job, efficiencies, stage_totals(blocks), job.config.matmul_shares()[ipu], index,
+            len(stages))))
         for index, (ipu, blocks) in enumerate(stages)]
 
 
@@ -73,53 +74,37 @@ def sent_bytes(job: Job) -> Dict[int, int]:
     return sent
 
 
-def update_seconds(job: Job) -> Tuple[float, float]:
-    """Return seconds of (gradient reduction, weight update) of the IPU with most parameters."""
-    return update_seconds_of(job, _most_parameters(job))
-
-
-def between_hosts_seconds(job: Job, parameters: Optional[int] = None) -> float:
-    """Return the part of the gradient reduction that travels between the racks of several hosts.
-
-    parameters: of an IPU; by default of the one with most. Assumed are a reduce-scatter within each
-    rack over its IPU-Links, a ring all-reduce of each IPU's share over the GW-Links, and an
-    all-gather within each rack. No published run tells how good this is.
-    """
-    racks = min(job.hosts, job.config.replication_factor)
-    if not job.training or racks == 1:
-        return 0.0
-    parameters = _most_parameters(job) if parameters is None else parameters
-    share = parameters * job.element_bytes * racks / job.config.replication_factor
-    return 2 * (racks - 1) / racks * share / job.machine.gateway_bytes_per_second
-
-
-def _most_parameters(job: Job) -> int:
+def most_parameters(job: Job) -> int:
+    """Return the parameters of the IPU that has most."""
     parameters: Dict[int, int] = {}
     for ipu, blocks in job.stages():
         parameters[ipu] = parameters.get(ipu, 0) + sum(block.parameters for block in blocks)
     return max(parameters.values())
 
 
-def update_seconds_of(job: Job, parameters: int) -> Tuple[float, float]:
-    """Return what `update_seconds` does, for an IPU with so many parameters.
+def update_seconds(job: Job, parameters: int) -> Tuple[float, float, float]:
+    """Return what an IPU with so many parameters takes at the end of a weight update, in seconds.
 
-    A ring all-reduce over R replicas, those of one host, moves 2 (R - 1) / R of the gradients over
-    each IPU's links (Patarasuk and Yuan 2009); `between_hosts_seconds` are added. Optimizer state
-    off chip is read from and written to streaming memory. State on chip passes through the
-    exchange, as weights and gradients do.
+    They are those of (gradient reduction, gradient reduction between hosts, weight update). A ring
+    all-reduce over R replicas, those of one host, moves 2 (R - 1) / R of the gradients over each
+    IPU's links (Patarasuk and Yuan 2009). Assumed are a reduce-scatter within each rack over its
+    IPU-Links, a ring all-reduce of each IPU's share over the GW-Links, and an all-gather within
+    each rack: no published run tells how good this is. Optimizer state off chip is read from and
+    written to streaming memory. State on chip passes through the exchange, as weights and gradients
+    do.
     """
     if not job.training:
-        return 0.0, 0.0
-    machine = job.machine
-    replicas = max(1, job.config.replication_factor // job.hosts)
-    reduction = between_hosts_seconds(job, parameters) + (
-        2 * (replicas - 1) / replicas * parameters * job.element_bytes /
-        (machine.link_bytes_per_second * LINK_SHARE))
+        return 0.0, 0.0, 0.0
+    machine, replicas = job.machine, job.config.replication_factor
+    racks, of_rack = min(job.hosts, replicas), max(1, replicas // job.hosts)
+    share = parameters * job.element_bytes * racks / replicas
     state = 2 * parameters * job.state_bytes_per_parameter()
     rate = (machine.streaming_bytes_per_second if job.config.optimizer_state_offchip else
             machine.exchange_bytes_per_second)
-    return (reduction, state / rate +
-            2 * parameters * job.element_bytes / machine.exchange_bytes_per_second)
+    return (2 * (of_rack - 1) / of_rack * parameters * job.element_bytes /
+            (machine.link_bytes_per_second * LINK_SHARE),
+            2 * (racks - 1) / racks * share / machine.gateway_bytes_per_second,
+            state / rate + 2 * parameters * job.element_bytes / machine.exchange_bytes_per_second)
 
 
 def host_parts(job: Job, efficiencies: Efficiencies) -> Tuple[float, float]:
