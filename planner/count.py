@@ -27,37 +27,40 @@ from qa.model.roberta import model_class
 _COUNTS: Dict[Tuple, List[List[CountedBlock]]] = {}  # by all that it depends on
 
 
-def make_counter(model_config, *, max_seq_length: int, windows_per_row: int = 1,
+def make_counter(model_config, *, max_seq_length: int, max_windows_per_row: int = 1,
                  precision: str = "float16", training: bool = True) -> BlockCounter:
-    """Return count(micro_batch_size, embedding_serialization_factor=1, halves=False).
+    """Return count(micro_batch_size, embedding_serialization_factor=1, pack=False, halves=False).
 
     It returns the CountedBlocks in the order of execution. Rows have `max_seq_length` tokens and
-    room for `windows_per_row` windows. training: False counts the forward pass in evaluation mode.
-    halves: count attention and feed-forward of each layer as two blocks.
+    room for one window, with `pack` for `max_windows_per_row`. training: False counts the forward
+    pass in evaluation mode. halves: count attention and feed-forward of each layer as two blocks.
 
     The model is counted for two and for three rows, from which any micro-batch follows. Of its
     layers, the first, the second and the last are run: those in between are like the second. The
     factor changes the embedding alone, for which one layer is run. What was counted once is kept.
     """
     layers = model_config.num_hidden_layers
-    of_all = (type(model_config), model_config.to_json_string(), max_seq_length, windows_per_row,
-              precision, training)
+    of_all = (type(model_config), model_config.to_json_string(), max_seq_length, precision,
+              training)
 
-    def counted(most_layers: int, factor: int, halves: bool) -> List[List[CountedBlock]]:
-        key = (*of_all, most_layers, factor, halves)
+    def counted(most_layers: int, factor: int, windows: int,
+                halves: bool) -> List[List[CountedBlock]]:
+        key = (*of_all, most_layers, factor, windows, halves)
         if key not in _COUNTS:
             small = deepcopy(model_config)
             small.num_hidden_layers = min(layers, most_layers)
-            _COUNTS[key] = count_model(small, max_seq_length, windows_per_row, precision, factor,
-                                        training, halves)
+            _COUNTS[key] = count_model(small, max_seq_length, windows, precision, factor, training,
+                                       halves)
         return _COUNTS[key]
 
     @lru_cache(maxsize=256)
-    def count(micro_batch_size: int, embedding_serialization_factor: int = 1,
+    def count(micro_batch_size: int, embedding_serialization_factor: int = 1, pack: bool = False,
               halves: bool = False) -> Tuple[CountedBlock, ...]:
-        embeddings = counted(1, embedding_serialization_factor, False)
+        windows = max_windows_per_row if pack else 1
+        embeddings = counted(1, embedding_serialization_factor, windows, False)
+        others = counted(3, 1, windows, halves)
         both = [_with_layers([embedding, *blocks], layers, 2 if halves else 1)
-                for (embedding, *_), (_, *blocks) in zip(embeddings, counted(3, 1, halves))]
+                for (embedding, *_), (_, *blocks) in zip(embeddings, others)]
         return tuple(for_micro_batch(*both, micro_batch_size))
 
     return count

@@ -7,13 +7,13 @@ import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 from ipu_options.config import IPUS_OF_A_HOST, POD_IPUS, IPUConfig, pod_of, reserved_ipus
 from ipu_options.layout import Layout, in_ipus
 from planner import calibrate
 from planner.flags import MODELS, JobSettings, Request, flag_words
-from planner.job import CountedBlock, Job
+from planner.job import Job
 from planner.machine import MACHINES
 from planner.phase import INFERENCE, PHASES, TRAINING, Phase
 from planner.plan import Plan, make_plan
@@ -59,14 +59,9 @@ def make_job(request: Request) -> Job:
             f"{config.embedding_serialization_factor} is more than the model's "
             f"{model.vocab_size} words")
     pack = packed is not None and (settings.pack or phase is INFERENCE)  # answers are packed
-    counters = [make_counter(
-        model, max_seq_length=settings.max_seq_length, windows_per_row=capacity,
-        precision=settings.precision, training=phase is TRAINING)
-        for capacity in (1, settings.max_windows_per_row)]
-
-    def count(micro_batch_size: int, factor: int, packed: bool) -> Tuple[CountedBlock, ...]:
-        return counters[packed](micro_batch_size, factor)
-
+    count = make_counter(
+        model, max_seq_length=settings.max_seq_length, precision=settings.precision,
+        max_windows_per_row=settings.max_windows_per_row, training=phase is TRAINING)
     micro_batch_size, steps = getattr(settings, phase.micro_batch_flag), settings.max_steps
     return Job(
         count(micro_batch_size, config.embedding_serialization_factor, pack), layout, config,
@@ -183,7 +178,7 @@ def published() -> List[calibrate.PublishedRun]:
                              training=phase is TRAINING)
         halves = [ipu for ipu, parts in run.get("att_ffn_placement", ())
                   for _ in range(sum(parts))]
-        blocks = count(size, config.embedding_serialization_factor, bool(halves))
+        blocks = count(size, config.embedding_serialization_factor, halves=bool(halves))
         layout = Layout(config.embedding_ipu, tuple(halves), config.head_ipu) if halves else (
             config.layout(sum(block.kind == "layer" for block in blocks)))
         job = Job(blocks, layout, config, MACHINES[run["machine"]], size, length, phase=phase)
