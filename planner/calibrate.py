@@ -13,7 +13,7 @@ import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -102,38 +102,35 @@ def fit_own(runs: Sequence[Tuple[Job, float]]) -> Efficiencies:
     return fitted
 
 
-class Comparison(NamedTuple):
-    """A published run beside its plan."""
+def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Dict[str, Any]]:
+    """Return each of `runs` beside its plan, as a dictionary for JSON.
 
-    run: PublishedRun
-    plan: Plan
-    blind: Optional[Plan]       # by a fit without it and its publisher's runs; of one held, plan
-
-    def error(self, plan: Plan) -> float:
-        return plan.rows_per_second / self.run.rows_per_second - 1
-
-    @property
-    def right(self) -> bool:
-        """Whether the plan is right about memory and, where only that is known, about a bound."""
-        bound = self.run.use != "at least" or self.error(self.plan) >= 0
-        return bound and self.plan.fits == (self.run.use != "does not fit")
-
-    @property
-    def within(self) -> bool:
-        """Whether the published throughput lies in the range that the blind plan expected."""
-        low, high = expected_error(self.blind)
-        return low <= self.run.rows_per_second / self.blind.rows_per_second - 1 <= high
-
-
-def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Comparison]:
-    """Return each of `runs` beside its plan, a measured one also beside a cross-validated one."""
+    A measured run is also cross-validated: planned by a fit without its publisher's runs. One that
+    is held back took part in no fit, and is planned as it is. Where only a bound is published, the
+    plan is right if it reaches that.
+    """
     others = {
         publisher: fit_published([run for run in runs if run.publisher != publisher])
         for publisher in {run.publisher for run in runs if run.use == "measured"}}
-    plans = [make_plan(run.job, efficiencies) for run in runs]
-    return [Comparison(run, plan, make_plan(run.job, others[run.publisher])
-                       if run.use == "measured" else plan if run.use == "held" else None)
-            for run, plan in zip(runs, plans)]
+    records = []
+    for run in runs:
+        plan, published = make_plan(run.job, efficiencies), run.rows_per_second
+        right = plan.fits == (run.use != "does not fit") and (
+            run.use != "at least" or plan.rows_per_second >= published)
+        records.append({
+            "name": run.name, "use": run.use, "source": run.source, "framework": run.framework,
+            "machine": run.job.machine.name, "published_rows_per_second": published,
+            "planned_rows_per_second": plan.rows_per_second, "planned_fits": plan.fits,
+            "free_bytes": plan.free_bytes, "right": right})
+        if run.use in ("measured", "held"):
+            blind = make_plan(run.job, others[run.publisher]) if run.use == "measured" else plan
+            low, high = expected_error(blind)
+            records[-1].update(
+                error_percent=100 * (plan.rows_per_second / published - 1),
+                within_expected=low <= published / blind.rows_per_second - 1 <= high,
+                cross_validated_error_percent=100 * (blind.rows_per_second / published - 1),
+                expected_low_percent=100 * low, expected_high_percent=100 * high)
+    return records
 
 
 def calibration_file(path: Optional[str] = None) -> Path:

@@ -34,7 +34,7 @@ from planner.search import search as best_plans
 from planner.search import settings_in
 from planner.sides import Side
 from planner.sweep import measured_runs, run_sweep
-from planner.text import check_sides, fit_record, fit_text, profile_text, search_text
+from planner.text import check_sides, fit_text, profile_text, search_text
 from qa.settings import TrainSettings, check_page, check_writable, train_flags, train_settings
 from runtime.errors import UsageError
 
@@ -79,8 +79,8 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: flags.Pl
     side = Side.from_plan("", plan, request)
     present([side], planning, f"Plan: {side.title}", side.plan)
     if planning.fit:
-        rows = calibration.compare(published(), plan.efficiencies)
-        print("\n" + fit_text(rows, plan.efficiencies))
+        records = calibration.compare(published(), plan.efficiencies)
+        print("\n" + fit_text(records, plan.efficiencies))
     if settings.trace:
         write_timeline(side.plan, settings.trace)
     return 0 if plan.fits else DOES_NOT_FIT
@@ -146,8 +146,8 @@ def calibrate(argv: List[str]) -> int:
         print(json.dumps(asdict(fitted), indent=2) if calibrating.json else fitted)
     elif calibrating.show:
         now = calibration.load(request.planning.calibration)
-        rows = calibration.compare(published(), now)
-        print(json.dumps(fit_record(rows), indent=2) if calibrating.json else fit_text(rows, now))
+        records = calibration.compare(published(), now)
+        print(json.dumps(records, indent=2) if calibrating.json else fit_text(records, now))
     else:
         _calibrate_own(request, calibrating)
     return 0

@@ -19,14 +19,14 @@ from dash import ALL, ClientsideFunction, Input, Output, State, ctx, dcc, html, 
 from dash.exceptions import PreventUpdate
 
 from ipu_options.config import POD_IPUS, pod_of
-from planner.flags import ExploreSettings, JobSettings, Request, flags_text
+from planner.flags import ExploreSettings, JobSettings, Request, flags_text, value_text
 from planner.from_settings import planned, request_of, run_command, write_pipeline
 from planner.page import PLOT_CONFIG, figure
 from planner.phase import INFERENCE, TRAINING, Phase
 from planner.plan import Plan
 from planner.search import search, settings_in
 from planner.sides import Side
-from planner.text import comparison_text, heading, value_text, verdict
+from planner.text import comparison_text, heading, verdict
 from planner.views import views_of
 from qa.settings import train_flags
 from qa.web.server import new_page, serve

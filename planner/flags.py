@@ -206,12 +206,21 @@ def check_output(output: Settings) -> None:
                          "pip install -r requirements-pages.txt")
 
 
+def value_words(value: Any) -> List[str]:
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return [str(word).lower() if isinstance(word, bool) else
+            "not set" if word is None else str(word) for word in words]
+
+
 def flag_words(settings: Dict[str, Any]) -> List[str]:
     """Return settings by flag as the words of a command line."""
-    return [word for name, value in settings.items() for word in (
-        f"--{name}", *([] if value is True else
-                       map(str, value) if isinstance(value, (list, tuple)) else
-                       [str(value).lower() if value is False else str(value)]))]
+    return [word for name, value in settings.items()
+            for word in (f"--{name}", *(value_words(value) if value is not True else ()))]
+
+
+def value_text(value: Any) -> str:
+    """Return a setting's value as it is written on a command line; None as "not set"."""
+    return " ".join(value_words(value))
 
 
 def flags_text(settings: Dict[str, Any]) -> str:

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 import textwrap
 from typing import Any, Dict, List, Sequence, Tuple
 
+import numpy as np
+
 from ipu_options.layout import in_ipus
-from planner.calibrate import Comparison
-from planner.confidence import CONFIDENCE, PUBLISHED_RMS, expected_error
+from planner.confidence import CONFIDENCE, PUBLISHED_RMS
+from planner.flags import value_text
 from planner.from_settings import hosts_text
 from planner.machine import MIB, Efficiencies
 from planner.phase import PHASES
@@ -108,13 +109,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int
              for row in cells]
     lines.insert(height, "  " + "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
-
-
-def value_text(value: Any) -> str:
-    """Return a setting's value as it is written on a command line; None as "not set"."""
-    words = value if isinstance(value, (list, tuple)) else [value]
-    return " ".join(str(word).lower() if isinstance(word, bool) else
-                    "not set" if word is None else str(word) for word in words)
 
 
 def verdict(sides: Sequence[Side]) -> List[str]:
@@ -246,18 +240,16 @@ def _amount(plan: Dict[str, Any]) -> str:
 
 
 def _blocks(plan: Dict[str, Any]) -> str:
-    runs: List[List[Dict[str, Any]]] = []  # equal layers that follow each other are one row
-    for block in plan["blocks"]:
-        same = runs and {**block, "name": ""} == {**runs[-1][0], "name": ""}
-        runs[-1].append(block) if same else runs.append([block])
-    rows = []
-    for run in runs:
-        first, last, times = run[0], run[-1], len(run)
-        rows.append([first["name"] + (f"-{last['name'].split()[-1]}" if times > 1 else ""),
+    rows = []  # equal layers that follow each other are one
+    for _, group in itertools.groupby(plan["blocks"], lambda block: {**block, "name": ""}):
+        first, *others = group
+        times = 1 + len(others)
+        rows.append([first["name"] + "".join(f"-{block['name'].split()[-1]}"
+                                             for block in others[-1:]),
                      str(first["ipu"]), count(times * first["parameters"]),
                      f"{times * first['forward_flops'] / 1e9:.2f}",
                      f"{times * first['saved_bytes'] / MIB:.1f}",
-                     f"{last['output_bytes'] / MIB:.2f}"])
+                     f"{first['output_bytes'] / MIB:.2f}"])
     return table(
         ["block", "IPU", "parameters", "forward GFLOP", "saved MiB", "output MiB"], rows)
 
@@ -374,29 +366,10 @@ def _provenance(efficiencies: Dict[str, Any]) -> str:
         "cross-validation (`calibrate --show`)."])
 
 
-def fit_record(rows: Sequence[Comparison]) -> List[Dict[str, Any]]:
-    """Return published runs and their plans as dictionaries for JSON."""
-    records = []
-    for row in rows:
-        run, plan = row.run, row.plan
-        records.append({
-            "name": run.name, "use": run.use, "source": run.source, "framework": run.framework,
-            "machine": run.job.machine.name, "published_rows_per_second": run.rows_per_second,
-            "planned_rows_per_second": plan.rows_per_second, "planned_fits": plan.fits,
-            "free_bytes": plan.free_bytes, "right": row.right})
-        if row.blind:
-            low, high = expected_error(row.blind)
-            records[-1].update(
-                error_percent=100 * row.error(row.plan), within_expected=row.within,
-                cross_validated_error_percent=100 * row.error(row.blind),
-                expected_low_percent=100 * low, expected_high_percent=100 * high)
-    return records
-
-
-def fit_text(rows: Sequence[Comparison], efficiencies: Efficiencies) -> str:
-    """Return the table of published runs and predictions, which `calibrate.compare` returns."""
+def fit_text(records: Sequence[Dict[str, Any]], efficiencies: Efficiencies) -> str:
+    """Return the table of published runs and predictions that `calibrate.compare` returns."""
     body = []
-    for record in fit_record(rows):
+    for record in records:
         errors = [_signed(record["error_percent"]) if record["use"] == "measured" else "-",
                   _signed(record["cross_validated_error_percent"]),
                   f"{record['expected_low_percent']:+.0f} to "
@@ -408,18 +381,19 @@ def fit_text(rows: Sequence[Comparison], efficiencies: Efficiencies) -> str:
                      count(record["planned_rows_per_second"]), *errors,
                      ("yes" if record["planned_fits"] else "no") + " WRONG" * (
                          not record["right"])])
-    held = [row for row in rows if row.run.use == "held"]
+    measured, held = ([record for record in records if record["use"] == use]
+                      for use in ("measured", "held"))
     return "\n".join([
         f"Published runs (efficiencies: {efficiencies.source})",
         table(["run", "IPU", "use", "published\nrows/s", "planned\nrows/s", "error",
                "cross-\nvalidated", "expected\nwithin", "fits"], body),
         table(["", "runs", "rms", "at most", "cross-\nvalidated\nrms", "at most", "within"],
-              [_summary(machine, [row for row in rows if row.run.use == "measured" and machine in (
-                  "both", row.run.job.machine.name)]) for machine in ("Mk2", "Bow", "both")]),
+              [_measured_row(machine, [run for run in measured if machine in (
+                  "both", run["machine"])]) for machine in ("Mk2", "Bow", "both")]),
         table(["held, by framework", "runs", "mean error", "from", "to", "within"],
-              [_held_summary(name, [row for row in held if row.run.framework == name])
-               for name in dict.fromkeys(row.run.framework for row in held)]),
-        f"verdicts: {sum(row.right for row in rows)} of {len(rows)} right",
+              [_held_row(name, [run for run in held if run["framework"] == name])
+               for name in dict.fromkeys(run["framework"] for run in held)]),
+        f"verdicts: {sum(record['right'] for record in records)} of {len(records)} right",
         "measured: the efficiencies are fitted to it. cross-validated: the error if no run of the "
         "same publisher takes part in the fit;",
         f"the range is the one that such a plan expects in {percent(CONFIDENCE)} of all cases. "
@@ -432,16 +406,16 @@ def _signed(error_percent: float) -> str:
     return f"{error_percent:+.1f} %"
 
 
-def _held_summary(framework: str, rows: Sequence[Comparison]) -> List[str]:
-    errors = [100 * row.error(row.plan) for row in rows]
-    return [framework, str(len(rows)),
+def _held_row(framework: str, runs: Sequence[Dict[str, Any]]) -> List[str]:
+    errors = [run["error_percent"] for run in runs]
+    return [framework, str(len(runs)),
             *map(_signed, (sum(errors) / len(errors), min(errors), max(errors))),
-            str(sum(row.within for row in rows))]
+            str(sum(run["within_expected"] for run in runs))]
 
 
-def _summary(name: str, rows: Sequence[Comparison]) -> List[str]:
+def _measured_row(machine: str, runs: Sequence[Dict[str, Any]]) -> List[str]:
     cells = []
-    for errors in ([row.error(row.plan) for row in rows], [row.error(row.blind) for row in rows]):
-        cells += [percent(math.sqrt(sum(e * e for e in errors) / len(errors)), 1),
-                  percent(max(map(abs, errors)), 1)]
-    return [name, str(len(rows)), *cells, str(sum(row.within for row in rows))]
+    for name in ("error_percent", "cross_validated_error_percent"):
+        errors = np.abs([run[name] for run in runs])
+        cells += [f"{np.sqrt(np.mean(errors ** 2)):.1f} %", f"{errors.max():.1f} %"]
+    return [machine, str(len(runs)), *cells, str(sum(run["within_expected"] for run in runs))]
