@@ -1,17 +1,7 @@
 """python -m planner COMMAND: plan and tune how a job is mapped to IPUs.
 
-Commands, each of which has a --help:
-
-    plan        predict memory, time and throughput of a training run
-    search      find the best split and settings for a number of IPUs
-    sweep       plan or measure every combination of some flags
-    compare     set plans, runs and profiles side by side
-    explore     change a plan on a page, and see at once what it does
-    calibrate   fit the planner to your own runs
-    report      compare a PopVision profile with the plan
-
 `plan` ends with status 3 if what it plans does not fit, `sweep` with 1 if no combination could be
-planned or run.
+planned or run. Each command has a --help:
 """
 from __future__ import annotations
 
@@ -49,6 +39,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         "calibrate": calibrate, "report": report}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
+        for name, command in commands.items():
+            print(f"    {name:<11} {command.__doc__.splitlines()[0]}")
         return 0
     if argv[0] not in commands:
         raise UsageError(f"{argv[0]}: there is no such command; choose from {', '.join(commands)}")
@@ -61,20 +53,17 @@ def plan(argv: List[str]) -> int:
     values = _flag_values(argv, plan, *groups)
     settings, ipu_config, planning, saving = train_settings(values, *groups)
     flags.check_output(saving)
-    status = show_plan(settings, ipu_config, planning)
-    if saving.write:
-        request = flags.Request(settings, ipu_config, planning, planning.phase, values)
-        print(write_pipeline(planned(request), request, saving.write), file=sys.stderr)
-    return status
+    return show_plan(settings, ipu_config, planning, values, saving.write)
 
 
-def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: flags.PlanSettings) -> int:
+def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: flags.PlanSettings,
+              values: Dict[str, Any] = {}, write: Optional[str] = None) -> int:
     """Print the plan of train.py's run, and what the flags ask for; return the exit status."""
     if planning.fit and planning.json:
         raise UsageError("--fit and --json exclude each other: `python -m planner calibrate "
                          "--show --json` gives the errors as JSON")
     flags.check_output(planning)
-    request = flags.Request(settings, ipu_config, planning, planning.phase)
+    request = flags.Request(settings, ipu_config, planning, planning.phase, values)
     plan = planned(request)
     side = Side.from_plan("", plan, request)
     present([side], planning, f"Plan: {side.title}", side.plan)
@@ -83,6 +72,8 @@ def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: flags.Pl
         print("\n" + fit_text(records, plan.efficiencies))
     if settings.trace:
         write_timeline(side.plan, settings.trace)
+    if write:
+        print(write_pipeline(plan, request, write), file=sys.stderr)
     return 0 if plan.fits else DOES_NOT_FIT
 
 
