@@ -115,9 +115,9 @@ class Side:
                              "as train.py wrote it")
         measured = _measured(Path(item))
         per_row = measured.get("windows_per_row") if values.get("pack") else None
-        settings, plan, note = _replanned(values, f"{item}/{RUN_RECORD}", common, per_row)
+        side = cls.from_record(name, item, "run", values, f"{item}/{RUN_RECORD}", common, per_row)
         device = DEVICES.get(measured.get("device", ""), "what its log does not tell")
-        return cls(name, item, "run", item, settings, plan, measured, note=note or (
+        return replace(side, measured=measured, note=side.note or (
             f"the figures of its plan are for IPUs; it ran on {device}"))
 
     @classmethod
@@ -130,8 +130,28 @@ class Side:
         if not note.is_file():
             return cls(name, item, "profile", item, {}, profile=profile, note=(
                 f"no plan: there is no {PROFILE_NOTE} beside {file}"))
-        settings, plan, why = _replanned(read_json_object(note, str(note)), str(note), common)
-        return cls(name, item, "profile", item, settings, plan, profile=profile, note=why)
+        side = cls.from_record(name, item, "profile", read_json_object(note, str(note)), str(note),
+                               common)
+        return replace(side, profile=profile)
+
+    @classmethod
+    def from_record(cls, name: str, item: str, kind: str, values: Dict[str, Any], source: str,
+                    common: List[str], windows_per_row: Optional[float] = None) -> "Side":
+        """Return the plan of settings that a run recorded; without one, the note says why."""
+        _, _, planning = parse_train(common, JobSettings, program="compare", description=USAGE)
+        if windows_per_row is not None and planning.windows_per_row is None:
+            planning.windows_per_row = max(1.0, windows_per_row)
+        # With files of its own, a run has no data set, which no flag can say.
+        record = [Source({key: value for key, value in values.items()
+                          if (key, value) != ("dataset_name", None)}, source)]
+        try:
+            settings = make_settings(TrainSettings, record)
+            settings.dataset_name = values.get("dataset_name")
+            settings.config = str(values.get("config"))
+            request = Request(settings, make_settings(IPUConfig, record), planning)
+            return cls.from_plan(name, planned(request), request, item, kind)
+        except (UsageError, RunError) as error:  # its model has moved, or this version refuses it
+            return cls(name, item, kind, item, values, note=f"no plan: {error}")
 
     def with_row(self, name: str, row: Dict[str, str]) -> "Side":
         """Return the side under another name, with what a row of a sweep measured."""
@@ -206,7 +226,6 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
     job, config, settings, planning = plan.job, plan.job.config, request.settings, request.planning
     model, limit = planned_model(request), job.machine.memory_bytes
     family_names = family_of(model).own_names
-    names = {ipu: [name for name, at in job.layout.blocks() if at == ipu] for ipu in plan.memory}
     low, high = (plan.windows_per_second * (1 + error) for error in expected_error(plan))
     better = changes(plan)
     return {
@@ -217,11 +236,9 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         "pod_type": pod_of(job.ipus), "pod_note": pod_note(request, job),
         "packing_note": packing_note(request, job),
         "phase": job.phase.name,
-        **{name: getattr(plan, name) for name in (
-            "fits", "free_bytes", "fullest_ipu", "windows_per_second", "rows_per_second",
-            "run_seconds", "update_seconds")},
-        **{name: getattr(job, name) for name in (
-            "pack", "windows_per_row", "windows", "epochs", "updates")},
+        **_picked(plan, "fits", "free_bytes", "fullest_ipu", "windows_per_second",
+                  "rows_per_second", "run_seconds", "update_seconds"),
+        **_picked(job, "pack", "windows_per_row", "windows", "epochs", "updates"),
         "windows_per_second_low": low, "windows_per_second_high": high, "confidence": CONFIDENCE,
         "bubble_fraction": plan.schedule.bubble_fraction, "pipeline_steps": plan.schedule.steps,
         "step_seconds": plan.schedule.step_seconds, "update_parts_seconds": plan.parts(),
@@ -230,12 +247,13 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
         "one_question_seconds": None if job.training else latency_seconds(plan),
         "suggestion": suggestion(plan, better),
         "suggestions": [{
-            "flags": change.text, "settings": change.flags, "fits": change.plan.fits,
-            "windows_per_second": change.plan.windows_per_second,
+            "flags": change.text, "settings": change.flags,
+            **_picked(change.plan, "fits", "windows_per_second"),
             "text": describe(plan, change)} for change in better],
         "why_not": reasons(job, plan.memory), **bound_record(plan, better),
         "ipus": [{
-            "ipu": ipu, "blocks": names[ipu], "total_bytes": sum(parts.values()),
+            "ipu": ipu, "blocks": [name for name, at in job.layout.blocks() if at == ipu],
+            "total_bytes": sum(parts.values()),
             "limit_bytes": limit, "fits": sum(parts.values()) <= limit,
             **{f"{name}_bytes": parts[name] for name in parts},
             "busy_seconds": plan.schedule.load[ipu] * job.micro_batches}
@@ -246,46 +264,26 @@ def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
                for name, seconds in {**work._asdict(), **terms}.items() if name != "ipu"}}
             for i, (work, (_, blocks), terms) in enumerate(zip(
                 plan.schedule.stages, job.stages(), stage_composition(plan)))],
-        "blocks": [{"name": block.name, "ipu": ipu, **{name: getattr(block, name) for name in (
-            "parameters", "forward_flops", "backward_flops", "saved_bytes", "output_bytes")}}
-            for block, (_, ipu) in zip(job.blocks, job.layout.blocks())],
+        "blocks": [{"name": name, "ipu": ipu, **_picked(
+            block, "parameters", "forward_flops", "backward_flops", "saved_bytes", "output_bytes")}
+            for block, (name, ipu) in zip(job.blocks, job.layout.blocks())],
         "machine": job.machine.name, "ipus_in_all": job.ipus, "instances": job.hosts,
         "ipus_per_replica": config.num_ipus(),
-        **{name: getattr(job, name) for name in (
-            "hosts", "precision", "max_seq_length", "micro_batch_size", "micro_batches",
-            "rows_per_update")},
-        **{name: getattr(config, name) for name in (
-            "layers_per_ipu", "gradient_accumulation_steps", "replication_factor",
-            "embedding_serialization_factor", "optimizer_state_offchip")},
+        **_picked(job, "hosts", "precision", "max_seq_length", "micro_batch_size", "micro_batches",
+                  "rows_per_update"),
+        **_picked(config, "layers_per_ipu", "gradient_accumulation_steps", "replication_factor",
+                  "embedding_serialization_factor", "optimizer_state_offchip"),
         "ipu_config": config.values(), "efficiencies": dict(vars(plan.efficiencies))}
+
+
+def _picked(thing: Any, *names: str) -> Dict[str, Any]:
+    return {name: getattr(thing, name) for name in names}
 
 
 def _recorded_settings(plan: Dict[str, Any]) -> Dict[str, Any]:
     return {**plan["ipu_config"], **plan["model"], **{name: plan[name] for name in (
         "pod_type", "model_name_or_path", "layers_per_ipu", "ipus_per_replica")},
         "ipu": plan["machine"].lower()}
-
-
-def _replanned(values: Dict[str, Any], source: str, common: List[str],
-               windows_per_row: Optional[float] = None
-               ) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Optional[str]]:
-    """Return (all settings, the plan or None, why there is none) of a run's recorded settings."""
-    _, _, planning = parse_train(common, JobSettings, program="compare", description=USAGE)
-    if windows_per_row is not None and planning.windows_per_row is None:
-        planning.windows_per_row = max(1.0, windows_per_row)
-    try:
-        # With files of its own, a run has no data set, which no flag can say.
-        record = Source({key: value for key, value in values.items()
-                         if (key, value) != ("dataset_name", None)}, source)
-        settings, ipu_config = make_settings(TrainSettings, [record]), make_settings(
-            IPUConfig, [record])
-        settings.dataset_name = values.get("dataset_name")
-        settings.config = str(values.get("config"))
-        request = Request(settings, ipu_config, planning)
-        side = Side.from_plan("", planned(request), request)
-    except (UsageError, RunError) as error:  # its model has moved, or this version refuses it
-        return values, None, f"no plan: {error}"
-    return side.settings, side.plan, None
 
 
 def _measured(folder: Path) -> Dict[str, Any]:
