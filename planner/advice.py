@@ -3,12 +3,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from itertools import combinations
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 from planner.flags import flags_text
 from planner.job import Job
 from planner.plan import Plan, make_plan
-from planner.search import FASTER, best_split, gain, split_settings
+from planner.search import FASTER, gain, split_settings
 from runtime.errors import UsageError
 
 # Settings of the pipeline by their names in training, and what else to say of the change.
@@ -36,21 +36,20 @@ class Change(NamedTuple):
 
 def changes(plan: Plan) -> List[Change]:
     """Return the changes that fit and are FASTER, the fastest first; the best pair, too."""
-    planned = planned_changes(plan)
-
     def speed(change: Change) -> float:
         return gain(change.plan, plan)
 
-    floor = FASTER if plan.fits else 0
-    better = sorted((change for change in planned if change.plan.fits and speed(change) > floor),
-                    key=speed, reverse=True)
-    most = max([floor, *(FASTER * speed(change) for change in better)])
-    pairs = [pair for pair in _pairs(plan, planned) if pair.plan.fits and speed(pair) > most]
-    shown = [max(pairs, key=speed)] if pairs else []
+    def faster(changes: Iterable[Change], least: float) -> List[Change]:
+        fitting = [change for change in changes if change.plan.fits and speed(change) > least]
+        return sorted(fitting, key=speed, reverse=True)
+
+    planned, least = planned_changes(plan), FASTER if plan.fits else 0
+    better = faster(planned, least)
+    pair = faster(_pairs(plan, planned), FASTER * speed(better[0]) if better else least)[:1]
     split = [change for change in better if change.remark == SPLIT]
     rest = [change for change in better if change.remark != SPLIT]
-    shown = sorted([*shown, *split, *rest[:4 - len(shown) - len(split)]], key=speed, reverse=True)
-    return shown + [change for change in rest if change not in shown]
+    shown = [*pair, *split, *rest[:4 - len(pair) - len(split)]]
+    return faster(shown, 0) + [change for change in rest if change not in shown]
 
 
 def planned_changes(plan: Plan) -> List[Change]:
@@ -77,8 +76,7 @@ def _pairs(plan: Plan, planned: Sequence[Change]) -> Iterator[Change]:
             yield from _planned(plan, {**one.settings, **other.settings}, one.remark, other.remark)
     for change in planned:
         job = change.plan.job
-        cut = best_split(job, plan.efficiencies)
-        split = {} if cut is None else split_settings(job, cut)
+        split = split_settings(job, plan.efficiencies)
         if split.get("layers_per_ipu") not in (None, job.config.layers_per_ipu):
             yield from _planned(plan, {**change.settings, **split}, change.remark, SPLIT)
 
@@ -140,6 +138,6 @@ def _packing(job: Job, remark: str = "") -> Iterator[Candidate]:
 
 
 def _balance(plan: Plan) -> Iterator[Candidate]:
-    cut = best_split(plan.job, plan.efficiencies)
-    if cut is not None:
-        yield split_settings(plan.job, cut), SPLIT
+    split = split_settings(plan.job, plan.efficiencies)
+    if split:
+        yield split, SPLIT

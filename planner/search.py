@@ -13,7 +13,7 @@ its IPU takes less, by the window ids (0.3 % of the copies with a width of 768).
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -56,11 +56,9 @@ def search(now: Plan, ipus: int, whole: IPUConfig, keep: int = 5) -> Tuple[List[
     job, plans, tried = now.job, [], 0
     for candidate in _candidates(job, ipus):
         tried += 1
-        cut = best_split(candidate, now.efficiencies)
-        if cut is not None:
-            plan = make_plan(with_cut(candidate, cut), now.efficiencies)
-            if _runs(plan, whole, ipus):
-                plans.append(plan)
+        plan = best_plan(candidate, now.efficiencies)
+        if plan is not None and _runs(plan, whole, ipus):
+            plans.append(plan)
     if now.fits and job.ipus <= ipus and _runs(now, whole, ipus):
         plans = [plan for plan in plans if gain(plan, now) > FASTER] or [now]
     if not plans:
@@ -118,12 +116,12 @@ def settings_in(plan: Plan, whole: IPUConfig, ipus: int) -> Dict[str, Any]:
     phase, config, old = plan.job.phase, settings_of(plan, whole, ipus), whole.values()
     batches = "gradient_accumulation_steps" if plan.job.training else "device_iterations"
     names = list(phase.flags(dict.fromkeys(("layers_per_ipu", "replication_factor", batches))))
-    for f in fields(IPUConfig):
+    for name, value in old.items():
         # Where the number of IPUs was not given, it follows from layers_per_ipu.
-        follows = f.name.endswith("ipus_per_replica") and old.get(f.name) is None
-        if f.name in old and f.name not in names and f.name.startswith(phase.prefix) and (
-                not follows and getattr(config, f.name) != old[f.name]):
-            names.append(f.name)
+        follows = name.endswith("ipus_per_replica") and value is None
+        if name not in names and name.startswith(phase.prefix) and (
+                not follows and getattr(config, name) != value):
+            names.append(name)
     return {**{name: getattr(config, name) for name in names if getattr(config, name) is not None},
             **({"pack": True} if plan.job.pack and plan.job.training else {}),
             phase.micro_batch_flag: plan.job.micro_batch_size}
@@ -166,15 +164,17 @@ def with_cut(job: Job, cut: Cut) -> Job:
                                   ipus_per_replica=ipus, embedding_ipu=0, head_ipu=head_ipu))
 
 
-def with_replicas(plan: Plan, replicas: int) -> Optional[Plan]:
-    """Return the plan with so many replicas and the best split for them, if one fits."""
-    job = plan.job.changed(replication_factor=replicas)
-    cut = best_split(job, plan.efficiencies)
-    return None if cut is None else make_plan(with_cut(job, cut), plan.efficiencies)
+def best_plan(job: Job, efficiencies: Efficiencies) -> Optional[Plan]:
+    """Return the plan of `job` with the best split, if one fits."""
+    cut = best_split(job, efficiencies)
+    return None if cut is None else make_plan(with_cut(job, cut), efficiencies)
 
 
-def split_settings(job: Job, cut: Cut) -> Dict[str, Any]:
-    """Return {field of the job's configuration: value} that `cut` changes."""
+def split_settings(job: Job, efficiencies: Efficiencies) -> Dict[str, Any]:
+    """Return {field of the configuration: value} that the best split changes; {} if none fits."""
+    cut = best_split(job, efficiencies)
+    if cut is None:
+        return {}
     config, changed = job.config, with_cut(job, cut).config
     return {name: getattr(changed, name) for name in ("layers_per_ipu", "embedding_ipu", "head_ipu")
             if name == "layers_per_ipu" or getattr(changed, name) != getattr(config, name)}
@@ -194,10 +194,9 @@ def _runs(plan: Plan, whole: IPUConfig, ipus: int) -> bool:
 
 def _candidates(job: Job, ipus: int) -> Iterator[Job]:
     jobs = [job, job.changed(pack=True)] if job.gains_by_packing else [job]
-    for one, stages, micro_batch in itertools.product(
-            jobs, _powers_of_two(min(ipus, len(job.blocks))), MICRO_BATCHES):
-        for changes in (_training_choices if job.training else _inference_choices)(
-                one, stages, ipus // stages, micro_batch):
+    powers = [2 ** power for power in range(min(ipus, len(job.blocks)).bit_length())]
+    for one, stages, micro_batch in itertools.product(jobs, powers, MICRO_BATCHES):
+        for changes in _choices(one, stages, ipus // stages, micro_batch):
             config = replace(one.config, ipus_per_replica=stages,
                              replication_factor=ipus // stages, **changes)
             if len(config.matmul_shares()) != stages:
@@ -206,8 +205,10 @@ def _candidates(job: Job, ipus: int) -> Iterator[Job]:
             yield replace(one, blocks=blocks, micro_batch_size=micro_batch, config=config)
 
 
-def _training_choices(job: Job, stages: int, replicas: int, micro_batch: int
-                      ) -> Iterator[Dict[str, Any]]:
+def _choices(job: Job, stages: int, replicas: int, micro_batch: int) -> Iterator[Dict[str, Any]]:
+    if not job.training:
+        yield from ({"device_iterations": number} for number in ITERATIONS if number >= stages)
+        return
     accumulation, rest = divmod(job.batch_size, micro_batch * replicas)
     if rest or round(accumulation / job.windows_per_row) < least_accumulation(stages):
         return
@@ -216,15 +217,6 @@ def _training_choices(job: Job, stages: int, replicas: int, micro_batch: int
         yield {"gradient_accumulation_steps": accumulation,
                "embedding_serialization_factor": factor, "optimizer_state_offchip": offchip,
                "recompute_checkpoint_every_layer": checkpoints}
-
-
-def _inference_choices(job: Job, stages: int, replicas: int, micro_batch: int
-                       ) -> Iterator[Dict[str, Any]]:
-    return ({"device_iterations": number} for number in ITERATIONS if number >= stages)
-
-
-def _powers_of_two(most: int) -> List[int]:
-    return [2 ** power for power in range(most.bit_length())]
 
 
 def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: int,
