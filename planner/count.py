@@ -8,6 +8,7 @@ real model runs, the counts follow from the checkpoint, the row length and any e
 """
 from __future__ import annotations
 
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -169,19 +170,16 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
         current[0] = packed[1]
         return packed[0]
 
-    handles = [
-        handle for i, (_, _, module) in enumerate(blocks)
-        for handle in _watch(module, i, counts[i], current)]
-    try:
+    with ExitStack() as hooks:
+        for i, (_, _, module) in enumerate(blocks):
+            for handle in _watch(module, i, counts[i], current):
+                hooks.enter_context(handle)
         with torch.set_grad_enabled(model.training), saved_tensors_hooks(pack, unpack), mode:
             loss = model(**inputs)
             if model.training:
                 mode.direction = "backward"
                 loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return [CountedBlock(name, kind, sum(p.numel() for p in module.parameters()),
                          max(p.numel() for p in module.parameters()), **counted)
             for (name, kind, module), counted in zip(blocks, counts)]

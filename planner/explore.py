@@ -74,9 +74,8 @@ def plan_of(flags: Dict[str, Any], phase: Phase) -> Planned:
 def texts_of(base: Planned) -> Dict[str, str]:
     """Return the text of each field for a plan, with the split and by-pod values as they result."""
     job, request = base.plan.job, base.request
-    pipeline = {**job.config.values(),
-                "layers_per_ipu": job.layout.layers_per_ipu(job.config.num_ipus())}
-    known = {**request.settings.values(), **job.phase.flags(pipeline), **request.planning.values()}
+    known = {**request.settings.values(), **job.phase.flags(job.config.values()),
+             **request.planning.values()}
     names = FORMS[job.phase].names
     return {**{name: value_text(known[name]) for name in names if name in known},
             "further": flags_text({name: value for name, value in request.flags.items()
@@ -148,16 +147,13 @@ def filled(texts: Dict[str, Any], flags: Dict[str, Any], phase: Phase) -> Dict[s
             "further": flags_text(further)}
 
 
-def flags_to(base: Planned, plan: Plan) -> Dict[str, Any]:
-    """Return the flags that turn a plan into another one with the same model and data."""
-    return settings_in(plan, base.request.ipu_config, plan.job.ipus)
-
-
-def best(base: Planned) -> Plan:
-    """Return the best plan on the pod, or on the IPUs that a plan takes if those are more."""
-    request = base.request
-    ipus = max(POD_IPUS[pod_of(base.plan.job.ipus)], POD_IPUS[request.settings.pod_type])
-    return search(base.plan, ipus, request.ipu_config, 1)[0][0]
+def flags_of_best(base: Planned) -> Dict[str, Any]:
+    """Return the flags of the best plan on the pod, or on the IPUs of this one if those are more.
+    """
+    plan, config = base.plan, base.request.ipu_config
+    ipus = max(POD_IPUS[pod_of(plan.job.ipus)], POD_IPUS[base.request.settings.pod_type])
+    (best, *_), _ = search(plan, ipus, config, 1)
+    return settings_in(best, config, best.job.ipus)
 
 
 def serve_planner(request: Request, exploring: ExploreSettings) -> None:
@@ -249,7 +245,7 @@ def _add_actions(app: Any, phase: Phase, file: str) -> None:
                            (Output("said", "children"), "Searching ...", "")])
     def fill_in_best(clicks: int, texts: Dict[str, Any]) -> Dict[str, Any]:
         now = plan_of(with_fields(texts, phase), phase)
-        return filled(texts, flags_to(now, best(now)), phase)
+        return filled(texts, flags_of_best(now), phase)
 
     @app.callback(Output("pinned", "data"), Input("pin", "n_clicks"), Input("unpin", "n_clicks"),
                   State("flags", "data"), prevent_initial_call=True)

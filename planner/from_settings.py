@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
@@ -83,8 +83,7 @@ def run_command(plan: Plan, request: Request, file: Optional[str] = None) -> str
     if planning.shape() or planning.config_json:
         return "(a model of given sizes has no checkpoint to train)"
     flags = {**flags, **settings_in(plan, ipu_config, plan.job.ipus)}
-    names = {"ipu_config", *(f.name for group in (TrainSettings, *[IPUConfig] * (file is None))
-                             for f in fields(group))}
+    names = {"ipu_config", *settings.values(), *(ipu_config.values() if file is None else ())}
     flags = {name: value for name, value in flags.items() if name in names}
     if file:
         flags["ipu_config"] = file

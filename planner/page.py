@@ -69,13 +69,13 @@ def figure(view: View) -> Dict[str, Any]:
     places: List[Any] = [(row.group, row.label) if two else row.group or row.label or " "
                          for row in view.rows]
     data = [_bars(view, part, places) for part in view.parts()]
-    data += [{"type": "scatter", "mode": "markers", "name": "measured on IPUs",
-              "y": _levels([place for place, row in zip(places, view.rows)
-                            if row.measured is not None]),
-              "x": [row.measured for row in view.rows if row.measured is not None],
-              "marker": {"symbol": "diamond", "size": 12, "color": "black"},
-              "hovertemplate": "%{x:,.0f} windows/s measured on IPUs<extra></extra>"}
-             ] * any(row.measured is not None for row in view.rows)
+    measured = {place: row.measured for place, row in zip(places, view.rows) if row.measured}
+    if measured:
+        data.append({
+            "type": "scatter", "mode": "markers", "name": "measured on IPUs",
+            "y": _levels(list(measured)), "x": list(measured.values()),
+            "marker": {"symbol": "diamond", "size": 12, "color": "black"},
+            "hovertemplate": "%{x:,.0f} windows/s measured on IPUs<extra></extra>"})
     ends = [max([piece.start + piece.length for piece in row.segments] +
                 [row.expected[1] if row.expected else 0.0, row.measured or 0.0])
             for row in view.rows]

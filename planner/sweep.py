@@ -12,7 +12,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 from planner.flags import JobSettings, SweepSettings
 from planner.present import present
@@ -40,20 +40,19 @@ def run_sweep(argv: Sequence[str]) -> int:
     combinations = [dict(zip(swept, values)) for values in itertools.product(*swept.values())]
     _check_flags([_words(values) + common for values in combinations])
     output = Path(sweeping.output)
-    rows, tried = read_rows(output), []
+    rows, tried = {_key(row): row for row in read_rows(output)}, []
     for values in combinations:
         words = _words(values)
         side, row = plan_row(words, common)
-        earlier = [old for old in rows if _key(old) == _key(row)]
-        done = [old for old in earlier if old["status"].startswith("measured")]
-        if done:
-            row = done[0]
+        earlier = rows.get(_key(row))
+        if earlier and earlier["status"].startswith("measured"):
+            row = earlier
         elif sweeping.run and row["fits"] == "yes":
             print(f"{row['setting']}: measuring", file=sys.stderr, flush=True)
             row.update(measure_run(words + common, sweeping.steps, sweeping.timeout))
-        if row not in earlier:
-            rows = [old for old in rows if _key(old) != _key(row)] + [row]
-            write_rows(output, rows)
+        if row != earlier:
+            rows[_key(row)] = row
+            write_rows(output, rows.values())
             if sweeping.run:
                 print(f"{row['setting']}: {row['status']}", file=sys.stderr)
         tried.append((values, side, row))
@@ -189,7 +188,7 @@ def measured_runs(measured: str) -> List[Tuple[Dict[str, Any], float]]:
             for words, speed in runs]
 
 
-def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Dict[str, Any]]) -> None:
     """Write all rows to `path`: an interrupted sweep leaves a complete file."""
     with writing(f"--output {path}"), written_whole(path) as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -14,7 +14,7 @@ from planner.from_settings import hosts_text
 from planner.machine import MIB, Efficiencies
 from planner.phase import PHASES
 from planner.plan import Plan
-from planner.search import gain, with_replicas
+from planner.search import best_plan, gain
 from planner.sides import DEVICES, Side, differences, whole_plan
 from planner.views import LEGEND, WORDS, View, count, duration, mib, percent, planned, views_of
 from runtime.errors import UsageError, counted
@@ -227,13 +227,13 @@ def heading(plan: Dict[str, Any]) -> str:
         lines.append(
             f"One question in one row: {1e3 * plan['one_question_seconds']:.1f} ms, through the "
             "stages one after the other; no published run tells how good this is")
-    return "\n".join(lines + [plan["pod_note"]][:bool(plan.get("pod_note"))])
+    return "\n".join(filter(None, [*lines, plan["pod_note"]]))
 
 
 def _amount(plan: Dict[str, Any]) -> str:
-    windows = counted(f"{plan.get('windows') or 0:,}", "window")
-    if plan.get("updates") is not None:
+    if plan["updates"] is not None:
         return counted(f"{plan['updates']:,}", "weight update")
+    windows = counted(f"{plan['windows']:,}", "window")
     if plan["phase"] != "training":
         return windows
     return f"{counted(format(plan['epochs'], 'g'), 'epoch')} of {windows}"
@@ -334,7 +334,8 @@ def search_text(sides: Sequence[Side], changes: Sequence[Dict[str, Any]], plans:
 def _replicas_note(plan: Plan) -> List[str]:
     """Return why another number of replicas has another best split, if it has."""
     now = plan.job.config.replication_factor
-    other = with_replicas(plan, 1 if now > 1 else 4) if plan.job.training else None
+    replicated = plan.job.changed(replication_factor=1 if now > 1 else 4)
+    other = best_plan(replicated, plan.efficiencies) if plan.job.training else None
     if other is None or other.job.config.layers_per_ipu == plan.job.config.layers_per_ipu:
         return []
     shares = [percent(one.weight_update_seconds / one.update_seconds) for one in (other, plan)]

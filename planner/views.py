@@ -125,7 +125,7 @@ def parts(sides: Sequence[Side]) -> View:
              for name, time in sorted(seconds.items(), key=lambda part: -part[1]) if time},
             f"{1e3 * side.plan['update_seconds']:.1f}"))
     note = ""
-    if len(rows) == 1 and "host_seconds" in side.plan:
+    if len(rows) == 1:
         host = {name: f"{1e3 * time:.0f}" for name, time in side.plan["host_seconds"].items()}
         note = (f"Host: {host['call']} for its call (streams, Python), {host['tokens']} for its "
                 f"rows, one after the other; {percent(side.plan['confidence'])} sure: "
@@ -151,7 +151,7 @@ def profiled(sides: Sequence[Side]) -> View:
 
 def throughput(sides: Sequence[Side]) -> View:
     """What a host measured is text: it is no bar beside those of IPUs."""
-    rows, first = [], sides[0].plan and sides[0].plan["windows_per_second"]
+    rows = []
     for side in sides:
         plan, on_ipus, on_host = side.plan, side.measured_on("IPU"), side.measured_on("host")
         remarks = [] if not plan else [
@@ -160,15 +160,16 @@ def throughput(sides: Sequence[Side]) -> View:
         remarks += [f"{on_host:,.1f} measured on a host without IPUs"] if on_host else []
         rows.append(Row(
             "", side.name, _stacked([(PLANNED, plan["windows_per_second"])] if plan else []),
-            _figures(side, first, sides[0].name), "; ".join(remarks), plan and (
+            _figures(side, sides[0]), "; ".join(remarks), plan and (
                 plan["windows_per_second_low"], plan["windows_per_second_high"]), on_ipus))
     return View("throughput", "Throughput", "windows/s (line: the range that the plan expects)",
                 rows, digits=0)
 
 
-def _figures(side: Side, first: Optional[float], name: str) -> Dict[str, str]:
-    """Return {figure: text} of a side. first, name: planned windows/s and name of the first."""
+def _figures(side: Side, first: Side) -> Dict[str, str]:
+    """Return {figure: text} of a side; `first` is the one that it is compared with."""
     plan, run = side.plan or {}, side.measured
+    base = first.plan and first.plan["windows_per_second"]
     speed, on_ipus = plan.get("windows_per_second"), side.measured_on("IPU")
     table = [
         ("fits (planned)", plan.get("fits"), lambda fits: "yes" if fits else "NO"),
@@ -176,7 +177,7 @@ def _figures(side: Side, first: Optional[float], name: str) -> Dict[str, str]:
         ("  expected within", plan or None, lambda plan: (
             f"{count(plan['windows_per_second_low'])} to "
             f"{count(plan['windows_per_second_high'])}")),
-        (f"  relative to {name}", speed and first and speed / first, "{:.2f}".format),
+        (f"  relative to {first.name}", speed and base and speed / base, "{:.2f}".format),
         ("windows/s, measured on IPUs", on_ipus, count),
         ("  relative to its plan", speed and on_ipus and on_ipus / speed, "{:.2f}".format),
         ("windows/s, measured on a host without IPUs", side.measured_on("host"), "{:,.1f}".format),

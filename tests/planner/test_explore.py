@@ -127,7 +127,7 @@ def test_inference_has_fields_of_its_own_and_is_planned_as_plan_does(explore, ca
     plan = printed(capsys, "plan", "--inference", *SMALL, "--eval_windows", "500",
                    "--inference_layers_per_ipu", "2", "2", "--eval_micro_batch_size", "3")
     assert now.plan.windows_per_second == plan["windows_per_second"]
-    best = explore.filled(texts, explore.flags_to(now, explore.best(now)), INFERENCE)
+    best = explore.filled(texts, explore.flags_of_best(now), INFERENCE)
     now = explore.plan_of(explore.with_fields(best, INFERENCE), INFERENCE)
     assert now.plan.run_seconds <= plan["run_seconds"]
     assert explore._layout(now) and explore.shown(now)
@@ -197,7 +197,7 @@ def test_the_best_and_what_would_help_are_entered_into_the_fields(explore, capsy
         assert after(change.flags).plan.windows_per_second == pytest.approx(
             offer["windows_per_second"])
     best, *_ = printed(capsys, "search", *BASE, "--keep", "1")
-    found = after(explore.flags_to(base, explore.best(base)))
+    found = after(explore.flags_of_best(base))
     # The search counts the head of rows that are not packed.
     assert found.plan.windows_per_second == pytest.approx(best["windows_per_second"], rel=1e-4)
     assert explore.texts_of(found)["layers_per_ipu"].split() == list(
