@@ -65,12 +65,11 @@ class IPUConfig(Settings):
     """
 
     layers_per_ipu: List[int] = flag(
-        [0, -1, -1, -1],
-        "encoder layers on each IPU of a replica; -1: an equal share of the remaining layers",
-        type=int, nargs="+", min=-1)
+        [0, -1, -1, -1], "encoder layers on each IPU of a replica; -1: an equal share of the "
+        "remaining layers", type=int, nargs="+", min=-1)
     ipus_per_replica: Optional[int] = flag(
         None, "IPUs of one replica (default: the length of layers_per_ipu)", type=int, min=1)
-    embedding_ipu: int = flag(0, "IPU of the embedding", type=int, min=0)
+    embedding_ipu: int = flag(0, "IPU of the embedding", min=0)
     head_ipu: Optional[int] = flag(None, "IPU of the QA head (default: the last)", type=int, min=0)
     replication_factor: Union[int, Dict[str, int]] = flag(
         {"pod4": 1, "pod8": 2, "pod16": 4, "pod32": 8, "pod64": 16, "pod128": 32, "pod256": 64,
@@ -78,36 +77,32 @@ class IPUConfig(Settings):
         "replicas of the pipeline that train in parallel", type=int, min=1, by_pod=True)
     gradient_accumulation_steps: Union[int, Dict[str, int]] = flag(
         32, "micro-batches per weight update on each replica; --pack divides it by the windows a "
-        "row holds, so that an update keeps its windows", type=int, min=1, max=65_536, by_pod=True)
+        "row holds, so that an update keeps its windows", min=1, max=65_536, by_pod=True)
     device_iterations: Union[int, Dict[str, int]] = flag(
         1, "weight updates per call of the device, which are the same whatever their number; a run "
-        "ends with a whole call", type=int, min=1, max=65_536, by_pod=True)
+        "ends with a whole call", min=1, max=65_536, by_pod=True)
     matmul_proportion: Union[float, List[float]] = flag(
-        0.25,
-        "share of an IPU's memory for temporaries of matrix multiplications: one number, or one "
-        "for each IPU", type=float, nargs="+", min=0.0, max=1.0)
+        0.25, "share of an IPU's memory for temporaries of matrix multiplications: one number, or "
+        "one for each IPU", nargs="+", min=0.0, max=1.0)
     embedding_serialization_factor: int = flag(
-        1, "parts into which the word embedding is split, to save memory", type=int, min=1,
-        max=256)
+        1, "parts into which the word embedding is split, to save memory", min=1, max=256)
     recompute_checkpoint_every_layer: bool = flag(
         True, "keep the output of each layer but the last for the backward pass, and recompute the "
-        "rest; if false, keep only what enters a stage", type=bool)
+        "rest; if false, keep only what enters a stage")
     optimizer_state_offchip: bool = flag(
-        False, "keep the optimizer state off chip, in streaming memory", type=bool)
+        False, "keep the optimizer state off chip, in streaming memory")
     enable_half_first_order_momentum: bool = flag(
-        False, "keep the optimizer's first moment in float16", type=bool)
+        False, "keep the optimizer's first moment in float16")
     replicated_tensor_sharding: bool = flag(
-        True, "shard the optimizer state over the replicas, if there are several", type=bool)
+        True, "shard the optimizer state over the replicas, if there are several")
     enable_half_partials: bool = flag(
-        True, "accumulate the partial sums of matrix multiplications in float16", type=bool)
-    stochastic_rounding: bool = flag(
-        True, "round float16 results stochastically in training", type=bool)
-    auto_loss_scaling: bool = flag(False, "let the device adjust the loss scaling", type=bool)
+        True, "accumulate the partial sums of matrix multiplications in float16")
+    stochastic_rounding: bool = flag(True, "round float16 results stochastically in training")
+    auto_loss_scaling: bool = flag(False, "let the device adjust the loss scaling")
     output_mode: str = flag(
-        "all",
-        "losses that a training call returns: of all micro-batches, of the final one, or their sum "
-        "(over device_iterations the printed loss is then the mean of the updates' means)",
-        choices=OUTPUT_MODES)
+        "all", "losses that a training call returns: of all micro-batches, of the final one, or "
+        "their sum (over device_iterations the printed loss is then the mean of the updates' "
+        "means)", choices=OUTPUT_MODES)
     executable_cache_dir: Optional[str] = flag(
         None, "folder that caches compiled executables; an empty text switches the cache off "
         "(default: POPLAR_EXECUTABLE_CACHE_DIR, POPTORCH_CACHE_DIR, else a folder in ~/.cache)")
@@ -120,8 +115,8 @@ class IPUConfig(Settings):
         None, "replicas of the inference pipeline (default: as many as fit on the IPUs that "
         "training uses)", type=int, min=1, by_pod=True)
     inference_device_iterations: Union[int, Dict[str, int]] = flag(
-        16, "micro-batches per inference call, at least the number of pipeline stages", type=int,
-        min=1, max=65_536, by_pod=True)
+        16, "micro-batches per inference call, at least the number of pipeline stages", min=1,
+        max=65_536, by_pod=True)
     inference_matmul_proportion: Union[float, List[float], None] = flag(
         None, "matmul_proportion of the inference pipeline", type=float, nargs="+", min=0.0,
         max=1.0)
@@ -198,13 +193,10 @@ class IPUConfig(Settings):
         return self.ipus_per_replica or len(self.layers_per_ipu)
 
     def matmul_shares(self) -> List[float]:
-        """Return matmul_proportion as a list; one number is repeated for each IPU of a replica.
-
-        Several numbers are returned as they are: the pipeline functions check how many there are.
-        """
+        """Return matmul_proportion as a list, where one number is repeated for each IPU."""
         shares = self.matmul_proportion
         shares = list(shares) if isinstance(shares, (list, tuple)) else [shares]
-        return shares * self.num_ipus() if len(shares) == 1 else shares
+        return shares * self.num_ipus() if len(shares) == 1 else shares  # others are checked later
 
     def write(self, path: Union[str, Path]) -> None:
         """Write the file `path`, an ipu_config.json. Raises OSError."""
@@ -213,14 +205,11 @@ class IPUConfig(Settings):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A checked pipeline: the configuration with every by-pod value resolved, and the layout.
+    """A checked pipeline."""
 
-    sharded: whether the stages run one after the other for each micro-batch, instead of working on
-    several micro-batches at the same time.
-    """
-
-    config: IPUConfig
+    config: IPUConfig  # with every by-pod value resolved
     layout: Layout
+    # Whether a micro-batch runs through all stages before the next one enters the first.
     sharded: bool = False
 
 
@@ -285,8 +274,8 @@ def inference_config(config: IPUConfig, pod: str) -> IPUConfig:
     # configuration's inference layout needs another size and the training layout has the right
     # one, inference uses the training layout. A layout given as a flag is kept, and refused later.
     layout = ("layers_per_ipu", "ipus_per_replica", "matmul_proportion")
-    if (here.ipus_per_replica not in (None, reserved_ipus(inference.num_ipus()))
-            and reserved_ipus(training.num_ipus()) == here.ipus_per_replica
+    if (reserved_ipus(training.num_ipus()) == here.ipus_per_replica
+            != reserved_ipus(inference.num_ipus())
             and not any(_is_flag(inference, name) for name in layout)):
         inference = replace(training, **{f"inference_{name}": None for name in layout}).inference()
     if not _is_flag(inference, "replication_factor"):
@@ -319,11 +308,9 @@ def _of_launcher(config: IPUConfig) -> IPUConfig:
 
 
 def packed_accumulation(accumulation: int, windows_per_row: float, minimum: int = 1) -> int:
-    """Return the gradient accumulation for packed rows that keeps the windows in an update.
+    """Return the gradient accumulation with which packed rows keep the windows of an update.
 
-    An update then uses, on average, as many windows as one with `accumulation` micro-batches of
-    unpacked rows. minimum: the number of micro-batches that fill the pipeline, 2 S - 1 for S
-    stages; the result is never smaller.
+    accumulation: of unpacked rows. minimum: what fills the pipeline, 2 S - 1 for S stages.
     """
     return max(minimum, round(accumulation / windows_per_row))
 

@@ -162,7 +162,8 @@ def _common_options(config: IPUConfig, run: DeviceSettings, phase: str,
     options.autoRoundNumIPUs(True)
     options.deviceIterations(config.device_iterations)
     options.setExecutionStrategy(poptorch.PipelinedExecution(poptorch.AutoStage.AutoIncrement))
-    options.setAvailableMemoryProportion(memory_proportions(config))
+    options.setAvailableMemoryProportion({
+        f"IPU{ipu}": float(share) for ipu, share in enumerate(config.matmul_shares())})
     if config.enable_half_partials:
         options.Precision.setPartialsType(torch.float16)
     cache = executable_cache(config, run)
@@ -231,8 +232,3 @@ def _options_of_process(config: IPUConfig) -> "poptorch.Options":
 def _initialise_popdist() -> None:
     import popdist
     popdist.init()
-
-
-def memory_proportions(config: IPUConfig) -> Dict[str, float]:
-    """Return matmul_proportion in PopTorch's form, {"IPU0": share, ...} for a replica's IPUs."""
-    return {f"IPU{ipu}": float(share) for ipu, share in enumerate(config.matmul_shares())}

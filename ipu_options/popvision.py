@@ -1,14 +1,5 @@
 """PopVision reports for Graph Analyser and System Analyser, and the loop's timed phases.
 
-Use in a script (without --profile_dir and --trace, both calls do nothing):
-
-    profiling_environment(settings, ipu_config, "training")     # before PopTorch is imported
-    with PhaseTimer("train", settings) as timer:
-        with timer("data"):
-            batch = next(batches)
-        with timer("step"):
-            loss = training_model(**batch)
-
 Content of profile_dir after a run on an IPU, where PHASE is training or inference:
 
     PHASE/profile.pop, debug.cbor    for Graph Analyser; from Python: pva.openReport
@@ -23,7 +14,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List
 
 from ipu_options.config import DeviceSettings, IPUConfig
 from runtime import processes
@@ -73,11 +64,11 @@ class PhaseTimer:
         self._begin = time.perf_counter()
         self._trace = settings.trace and processes.process_path(settings.trace)
         self._name = channel
-        self._events: List[Tuple[str, int, int]] = []  # name, start and duration in nanoseconds
-        self._channel = None
+        self._events: List[Dict[str, Any]] = []  # of the trace
+        self._tracepoint: Callable[[str], ContextManager] = nullcontext
         if settings.profile_dir is not None:
             from ipu_options import poptorch
-            self._channel = poptorch.profiling.Channel(channel)
+            self._tracepoint = poptorch.profiling.Channel(channel).tracepoint
 
     def total(self) -> float:
         """Return the seconds since this object was made."""
@@ -87,23 +78,21 @@ class PhaseTimer:
     def __call__(self, name: str) -> Iterator[None]:
         """Context manager around one phase."""
         start = time.perf_counter_ns()
-        with self._channel.tracepoint(name) if self._channel else nullcontext():
+        with self._tracepoint(name):
             try:
                 yield
             finally:
                 duration = time.perf_counter_ns() - start
                 self.seconds[name] += duration / 1e9
                 if self._trace:
-                    self._events.append((name, start, duration))
+                    self._events.append(trace_event(name, start / 1000, duration / 1000, lane=0))
 
     def __enter__(self) -> "PhaseTimer":
         return self
 
     def __exit__(self, *exc: Any) -> None:
         if self._trace:
-            events = [trace_event(name, start / 1000, length / 1000, lane=0)
-                      for name, start, length in self._events]
-            write_trace(self._trace, events, process=self._name, lanes=["host"])
+            write_trace(self._trace, self._events, process=self._name, lanes=["host"])
 
 
 def trace_event(name: str, start_us: float, duration_us: float, lane: int,
