@@ -23,18 +23,16 @@ from qa.data.rows import TrainingRows
 from qa.data.tokenizer import QATokenizer
 from qa.data.windows import Windows, make_windows
 from qa.settings import ModelSettings
-from tests.reference.windows import plain_windows
 
 ANEW = ModelSettings(max_seq_length=384, doc_stride=128, overwrite_cache=True)
 PUBLISHED = 1_317  # windows/s of this job on 16 Mk2 IPUs (Graphcore/roberta-base-squad)
 MICRO_BATCHES, REPLICAS = 16, 4  # its accumulation and replication
 
 
-def features(examples=10_000, questions_per_context=5, runs=5, run_qa=False) -> None:
+def features(examples=10_000, questions_per_context=5, runs=5) -> None:
     """Examples to windows with labels, against the Rust tokenizer alone on the same text.
 
-    All sides have the same number of threads (RAYON_NUM_THREADS). --run_qa measures run_qa's
-    implementation as well.
+    Both have the same number of threads (RAYON_NUM_THREADS).
     """
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
@@ -48,8 +46,7 @@ def features(examples=10_000, questions_per_context=5, runs=5, run_qa=False) -> 
             for begin in range(0, len(pairs), 1000):
                 backend.encode_batch(pairs[begin:begin + 1000])
 
-        slow = {"run_qa's way": lambda: plain_windows(questions, tokenizer, 384, 128)}
-        run({**(slow if run_qa else {}), "the Rust tokenizer alone": rust,
+        run({"the Rust tokenizer alone": rust,
              "make_windows": lambda: make_windows(questions, QATokenizer.of(tokenizer), ANEW,
                                                   labels=True, offsets=False)},
             {"the Rust tokenizer alone": 1 / 1.3}, runs=runs, amount=examples, unit="examples")

@@ -20,6 +20,7 @@ import poptorch_host as poptorch
 from benchmarks.measure import python, run
 from benchmarks.training import trainer_on_demo
 from planner.flags import MODELS
+from runtime.processes import gather_rows, join, place
 
 # name: (width, layers, heads, vocabulary, row length, micro-batch, accumulation, precision)
 SHAPES = {
@@ -111,9 +112,7 @@ def time_of(step) -> float:
 
 def plain_step(model, micro_batch, accumulation, half):
     """Return a hand-written training step: tensors of a whole update -> None."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4,
-        fused=hasattr(torch, "_fused_adamw_") and torch.__version__ >= "2.4")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=torch.__version__ >= "2.4")
 
     def step(tensors):
         optimizer.zero_grad(set_to_none=True)
@@ -160,10 +159,9 @@ def processes(steps=3, accumulation=16, runs=1) -> None:
 
 def process(steps=3, accumulation=16) -> None:
     """Run the job of `processes` in this process, one of RANK .. WORLD_SIZE."""
-    index, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    join()
+    index, count, *_ = place()
     torch.set_num_threads(1)
-    if count > 1:
-        torch.distributed.init_process_group("gloo")
     step = host_step(make(*BASE), accumulation, half=True, replicas=2 // count,
                      process=(index, count))
     torch.manual_seed(1)
@@ -174,17 +172,12 @@ def process(steps=3, accumulation=16) -> None:
         begin = time.perf_counter()
         losses = step(rows)
         seconds.append(time.perf_counter() - begin)
-    if count > 1:
-        parts = [torch.empty_like(losses) for _ in range(count)]
-        torch.distributed.all_gather(parts, losses)
-        losses = torch.stack(parts, dim=1).flatten()
-    if index == 0:
-        print(json.dumps([statistics.median(seconds[1:]), losses.tolist()]))
+    losses = gather_rows(losses, 1)
+    print(json.dumps([statistics.median(seconds[1:]), losses.tolist()]))
 
 
 # The default of libgomp where OMP_WAIT_POLICY is not set (its manual); ipu_options sets less.
 SPINNING = {"OMP_NUM_THREADS": str(os.cpu_count()), "GOMP_SPINCOUNT": "300000"}
-THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "GOMP_SPINCOUNT")
 
 
 def busy(steps=60, runs=3) -> None:
@@ -195,7 +188,7 @@ def busy(steps=60, runs=3) -> None:
     """
     from qa.data.demo import write_demo
 
-    for name in THREADS:
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "GOMP_SPINCOUNT"):
         os.environ.pop(name, None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
