@@ -43,8 +43,6 @@ class Weight:
         # sparse; and a tensor to accumulate the next one in, of any content
         self.gradient: Optional[torch.Tensor] = None
         self.has_sparse_gradient, self.spare = False, None
-        # Which elements of PopART's accumulator are not finite (see Device._keep_nonfinite)
-        self.nonfinite: Optional[torch.Tensor] = None
 
     def _as_host(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.nn.Parameter(
@@ -80,18 +78,21 @@ class Weight:
 class Device:
     """A compiled model with its own weights, optimizer state and random number generators."""
 
-    def __init__(self, model: torch.nn.Module, options: Any, training: bool, seed: int):
+    def __init__(self, model: torch.nn.Module, options: Any, training: bool):
         self.model, self.options, self.training = model, options, training
         self.attached = False
         self.synthetic = bool(options._Popart.options.get("syntheticDataMode"))
         self.processes = options.Distributed.numProcesses
-        self.set_rng([seed])
+        self.set_rng([torch.initial_seed()])
         with torch._C.DisableTorchFunctionSubclass():
             self.weights = {
                 id(t): Weight(name, t)
                 for name, t in (*model.named_parameters(), *model.named_buffers())}
         # (container, key, weight) for each place where the model keeps a tensor
-        self.slots = list(self._find_slots())
+        self.slots = [
+            (container, key, self.weights[id(tensor)]) for module in model.modules()
+            for container in (module._parameters, module._buffers)
+            for key, tensor in container.items() if id(tensor) in self.weights]
         self.embeddings = [
             m for m in model.modules()
             if isinstance(m, torch.nn.Embedding) and not m.scale_grad_by_freq] if training else []
@@ -103,14 +104,8 @@ class Device:
         self.trained: List[Tuple[Weight, int]] = []
         self.hyper: Dict[str, Dict[str, Any]] = {}  # of each trained weight, by its name
         self.state: Dict[str, Dict[str, torch.Tensor]] = {}  # of the optimizer, likewise
-
-    def _find_slots(self) -> Iterator[tuple]:
-        """Yield (container, key, weight) for each place where the model keeps a tensor."""
-        for module in self.model.modules():
-            for container in (module._parameters, module._buffers):
-                for key, tensor in container.items():
-                    if id(tensor) in self.weights:
-                        yield container, key, self.weights[id(tensor)]
+        # which elements of a weight's accumulator in PopART are not finite, likewise
+        self.nonfinite: Dict[str, torch.Tensor] = {}
 
     @contextlib.contextmanager
     def _installed(self):
@@ -176,7 +171,7 @@ class Device:
 
     def attach(self) -> None:
         self.attached = True
-        self._zero_accumulators()
+        self.nonfinite.clear()
 
     def upload(self) -> None:
         """Copy all weights from the host to the device."""
@@ -251,17 +246,13 @@ class Device:
                 f"Cannot read {what} from a device that runs with synthetic data "
                 "(Options.enableSyntheticData): PopART has no buffer for it and crashes")
 
-    def _zero_accumulators(self) -> None:
-        for weight in self.weights.values():
-            weight.nonfinite = None
-
     def _write_accumulators(self) -> None:
         """Zero PopART's accumulators, which it writes with the weights unless an option stops it.
 
         See Ir::streamingIsDisabledForTensor (ir.cpp). The host's copies of them are always zero.
         """
         if not self.options._Popart.options.get("disableGradAccumulationTensorStreams"):
-            self._zero_accumulators()
+            self.nonfinite.clear()
 
     def _keeps_accumulators(self) -> bool:
         """Return whether PopART never zeroes accumulators (OptimizerDecompose, adamdecompose.cpp).
@@ -281,12 +272,13 @@ class Device:
         `ready` lists (weight, gradient) of an update. Finite gradients cost a sum of each.
         """
         for weight, gradient in ready:
-            if weight.nonfinite is not None:
-                gradient.masked_fill_(weight.nonfinite, float("nan"))
+            if weight.name in self.nonfinite:
+                gradient.masked_fill_(self.nonfinite[weight.name], float("nan"))
         if not torch.stack([gradient.sum() for _, gradient in ready]).isfinite().all():
             for weight, gradient in ready:
                 nonfinite = ~gradient.isfinite()
-                weight.nonfinite = nonfinite if nonfinite.any() else None
+                if nonfinite.any():
+                    self.nonfinite[weight.name] = nonfinite
 
     def _update_weights(self, gradients: Gradients) -> None:
         """Update the trained weights; gradients: one for each of them."""

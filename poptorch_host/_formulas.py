@@ -11,14 +11,7 @@ import torch
 # PopART's names of each optimizer's state tensors
 STATE = {
     "SGD": ("Accl1", ), "AdamW": ("Accl1", "Accl2", "Step"), "LAMB": ("Accl1", "Accl2", "Step")}
-
-
-def has_fused_kernels(version: str) -> bool:
-    """Return whether this version of torch has fused kernels for the CPU: 2.4 and later."""
-    return tuple(int(number) for number in version.split(".")[:2]) >= (2, 4)
-
-
-FUSED = has_fused_kernels(torch.__version__)
+FUSED = torch.__version__ >= "2.4"  # whether it has fused kernels for the CPU
 
 
 def new_state(settings: Dict[str, Any], weight: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -41,8 +34,6 @@ def apply(settings: Dict[str, Any], hyper: Dict[str, Any], weights: List[torch.T
 
     settings: see optim.snapshot. hyper: the hyperparameters of these weights' parameter group.
     """
-    if not weights:
-        return
     columns = {name: [state[name] for state in states] for name in states[0]}
     _FORMULAS[settings["kind"]](weights, gradients, columns, hyper, settings)
 

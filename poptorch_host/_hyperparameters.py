@@ -1,7 +1,7 @@
 """An optimizer's hyperparameters on the device: constants, and PopART's names for them."""
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Dict, Iterator, Tuple
 
 import torch
 
@@ -57,8 +57,12 @@ def check_constants(constant: Dict[tuple, Any], settings: Dict[str, Any]) -> Non
                 "the model is compiled.")
 
 
-def _real(numbers):
-    return [(name, value) for name, value in numbers.items() if not isinstance(value, bool)]
+def _named(hyper: Dict[str, Dict[str, Any]]) -> Iterator[Tuple[dict, str, str]]:
+    """Yield (hyperparameters of a weight, name of one of them, PopART's name for it)."""
+    for weight, numbers in hyper.items():
+        for name, value in numbers.items():
+            if not isinstance(value, bool):
+                yield numbers, name, f"{POPART_NAMES.get(name, name)}___specific___{weight}"
 
 
 def parameters(settings: Dict[str, Any],
@@ -68,10 +72,8 @@ def parameters(settings: Dict[str, Any],
     hyper: {NAME of a weight: its hyperparameters}.
     """
     out = {"lossScaling_FLOAT": torch.tensor(float(settings["loss_scaling"]))}
-    for weight, numbers in hyper.items():
-        for name, value in _real(numbers):
-            out[f"{POPART_NAMES.get(name, name)}___specific___{weight}"] = torch.tensor(
-                value, dtype=torch.float32)
+    for numbers, name, popart_name in _named(hyper):
+        out[popart_name] = torch.tensor(numbers[name], dtype=torch.float32)
     return out
 
 
@@ -81,13 +83,9 @@ def set_parameters(settings: Dict[str, Any], hyper: Dict[str, Dict[str, Any]],
 
     What has the float32 value of its tensor already is kept.
     """
-    for weight, numbers in hyper.items():
-        for name, value in _real(numbers):
-            tensor = tensors.get(f"{POPART_NAMES.get(name, name)}___specific___{weight}")
-            if tensor is not None and not torch.equal(tensor,
-                                                      torch.tensor(value, dtype=torch.float32)):
-                numbers[name] = tuple(tensor.tolist()) if isinstance(value,
-                                                                     tuple) else float(tensor)
-    return {
-        **settings, "loss_scaling": float(tensors.get("lossScaling_FLOAT",
-                                                      settings["loss_scaling"]))}
+    for numbers, name, popart_name in _named(hyper):
+        value, tensor = numbers[name], tensors.get(popart_name)
+        if tensor is not None and not torch.equal(tensor, torch.tensor(value, dtype=torch.float32)):
+            numbers[name] = tuple(tensor.tolist()) if isinstance(value, tuple) else float(tensor)
+    scaling = tensors.get("lossScaling_FLOAT", settings["loss_scaling"])
+    return {**settings, "loss_scaling": float(scaling)}

@@ -98,15 +98,12 @@ class PoplarExecutor:
     def copyWeightsToDevice(self) -> None:
         """Copy all parameters and buffers from the host to the device."""
         self._require_compiled()
-        self._before_writing()
-        self._dirty_host_weights = False
-        self._device.upload()
-
-    def _before_writing(self) -> None:
         # PopTorch first reads the optimizer's state, which PopART writes together with the weights.
         # Here it could stay where it is, but the reading would fail with synthetic data.
         if self._device.synthetic:
             self._read_optimizer_state()
+        self._dirty_host_weights = False
+        self._device.upload()
 
     # ---- optimizer ----
 
@@ -179,9 +176,7 @@ class PoplarExecutor:
         arguments.check_batch(self._options, micro_batches)
         choose_threads(self._model, max(
             (tensor.numel() // micro_batches for tensor in arguments.tensors), default=0))
-        seed = self._options.random_seed if self._options.exists(
-            "random_seed") else torch.initial_seed()
-        device = Device(self._model, self._options, self._training, seed)
+        device = Device(self._model, self._options, self._training)
         _checks.types([*arguments.tensors, *(w.host for w in device.weights.values())])
         device.compile(arguments)
         if self._training:

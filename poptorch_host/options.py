@@ -201,8 +201,7 @@ class _DistributedOptions(OptionsDict):
     _path = "Options.Distributed."
 
     def __init__(self) -> None:
-        super().__init__(ipuof_configs={}, _gcd_mappings={},
-                         num_distributed_processes=int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)),
+        super().__init__(num_distributed_processes=int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)),
                          distributed_process_id=int(os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
 
     def configureProcessId(self, process_id: int, num_processes: int) -> "_DistributedOptions":

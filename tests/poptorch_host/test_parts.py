@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import poptorch_host as poptorch
-from poptorch_host import _formulas, blocks
+from poptorch_host import blocks
 from poptorch_host._logging import logger
 
 
@@ -116,13 +116,6 @@ def test_maximize_is_ignored_as_poptorch_does(library):
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     losses = [float(executor(x)) for _ in range(3)]
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
-
-
-def test_fused_kernels_are_used_from_torch_2_4_on():
-    versions = {
-        "1.13.1": False, "2.0.1+cu117": False, "2.3.1": False, "2.4.0": True, "2.13.0+cpu": True,
-        "3.0.0a0": True}
-    assert {v: _formulas.has_fused_kernels(v) for v in versions} == versions
 
 
 def test_gradient_clipping_is_by_the_joint_norm():
