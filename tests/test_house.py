@@ -17,7 +17,7 @@ OPTIONAL = {"popdist", "poptorch", "libpvti", "pva", "wandb", "dash", "plotly",
 PACKAGES = {"yaml": "pyyaml"}  # {imported name: name of its package}, where the two differ
 # Most lines of Python in a folder, blank ones and comments too; CONTRIBUTING says how one rises.
 BUDGET = {"planner": 4625, "qa": 6434, "ipu_options": 1326, "runtime": 1237, "poptorch_host": 3272,
-          "benchmarks": 1034, "train.py": 175, "infer.py": 100}
+          "benchmarks": 1035, "train.py": 175, "infer.py": 100}
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "poptorch_host/README.md",
              *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))))
 # Flags of torchrun, poprun, Slurm, docker and pytest that the documents name.
