@@ -84,9 +84,6 @@ def search(argv: List[str]) -> int:
     # The settings as they are may take a larger pod than the one that is searched for.
     request.settings.sources.pop("pod_type", None)
     now = planned(request)
-    if searching.inference and now.job.windows is None:
-        raise UsageError("how many windows there are to answer is not known: give --eval_windows, "
-                         "for the number of micro-batches of a call depends on it")
     plans, tried = best_plans(now, ipus, request.ipu_config, searching.keep)
     changes = [settings_in(plan, request.ipu_config, ipus) for plan in [now, *plans]]
     found = [replace(Side.from_plan(str(place) if place else "now", plan, request),

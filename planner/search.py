@@ -49,11 +49,15 @@ def search(now: Plan, ipus: int, whole: IPUConfig, keep: int = 5) -> Tuple[List[
 
     Where the plan `now` runs there, they are FASTER than it; if none is, it is the only one. Its
     job gives all that is not searched, as the batch size, which the learning rate was chosen for.
-    Its `count` must be set, and for inference its `windows`. whole: the run's configuration, with
+    Its `count` must be set. whole: the run's configuration, with
     which train.py must take what is found. Training's plans are sorted by speed, inference's by the
-    time for all windows in steps of 2 %, then by a call's rows. Raises UsageError if none fits.
+    time for all windows in steps of 2 %, then by a call's rows. Raises UsageError if none fits, or
+    if it is not known how many windows there are to answer.
     """
     job, plans, tried = now.job, [], 0
+    if not job.training and job.windows is None:
+        raise UsageError("how many windows there are to answer is not known: give --eval_windows, "
+                         "for the number of micro-batches of a call depends on it")
     for candidate in _candidates(job, ipus):
         tried += 1
         plan = best_plan(candidate, now.efficiencies)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
-from planner.flags import JobSettings, SweepSettings
+from planner.flags import JobSettings, SweepSettings, flag_words
 from planner.present import present
 from planner.sides import THIS_HOST, Side, parse_around
 from planner.text import ranking
@@ -28,6 +28,8 @@ USAGE = (
     '[--timeout SECONDS] [--output FILE] [--html FILE] -- [train.py flags]')
 COLUMNS = ("setting", "job", "fits", "planned_windows_per_second", "measured_windows_per_second",
            "measured_on", "bubble_percent", "fullest_mib", "status")
+# Flags that change a plan and not the run: train.py refuses them without --plan.
+OF_PLANS = ("ipu", "windows_per_row", "train_windows", "eval_windows", "calibration")
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -129,15 +131,17 @@ def _key(row: Dict[str, str]) -> Tuple[str, str]:
     return row["setting"], row["job"]
 
 
-def measure_run(flags: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
+def measure_run(words: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
     """Run train.py on synthetic data, for at most `timeout` seconds; return the row's columns."""
     from qa.run.log import SYNTHETIC_LOG, read_log
 
+    flags = train_flags(words, JobSettings, program="sweep", description=USAGE)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(TRAIN), *flags, "--synthetic_data", "--max_steps",
-                   str(steps), "--max_eval_samples", "1", "--logging_steps",
-                   str(max(1, steps // 2)), "--output_dir", folder + "/run"]
+        flags.update(synthetic_data=True, max_steps=steps, max_eval_samples=1,
+                     logging_steps=max(1, steps // 2), output_dir=folder + "/run")
+        command = [sys.executable, str(TRAIN), *flag_words(
+            {name: value for name, value in flags.items() if name not in OF_PLANS})]
         try:
             done = subprocess.run(command, capture_output=True, timeout=timeout, text=True)
         except subprocess.TimeoutExpired:

@@ -120,6 +120,8 @@ def test_the_page_shows_what_plan_prints_for_the_same_flags(explore, changes, fl
 def test_inference_has_fields_of_its_own_and_is_planned_as_plan_does(explore, capsys):
     flags = train_flags(SMALL, JobSettings, program="", description="")
     base = explore.plan_of(flags, INFERENCE)
+    with pytest.raises(UsageError, match="is not known: give --eval_windows"):
+        explore.flags_of_best(base)
     texts = {**explore.texts_of(base), "pack": [],
              "inference_layers_per_ipu": "2 2", "eval_micro_batch_size": 3}
     texts["further"] += " --eval_windows 500"

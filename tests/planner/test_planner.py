@@ -31,7 +31,7 @@ from planner.confidence import (
     unexplained_error,
 )
 from planner.count import make_counter
-from planner.flags import JobSettings, flag_words
+from planner.flags import JobSettings, TrainPlanSettings, flag_words
 from planner.from_settings import MODELS, published
 from planner.machine import FITTED, MACHINES, Efficiencies
 from planner.memory import IN_STEP, ipu_memory
@@ -767,6 +767,20 @@ def test_sweep_goes_on_where_it_was_for_the_same_job_alone(tmp_path, capsys):
         assert run_sweep(["--layers_per_ipu", "1 1 1 1", *common, *other]) == 0
         assert "12,345" not in capsys.readouterr().out
     assert len(read_rows(path)) == 4
+
+
+def test_a_sweep_measures_runs_without_the_flags_of_plans(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr("subprocess.run", lambda command, **options: commands.append(command) or (
+        SimpleNamespace(returncode=1, stderr="no IPU is free")))
+    table = tmp_path / "sweep.csv"
+    assert run_sweep(["--micro_batch_size", "2", "--run", "--output", str(table), "--", "--config",
+                      "squad_base_384", "--ipu", "bow", "--eval_windows", "9"]) == 1
+    (command,), (row,) = commands, read_rows(table)
+    settings, _, planning = parse_train(command[2:], TrainPlanSettings)
+    planning.refuse_without_plan(settings)  # as train.py does
+    assert settings.micro_batch_size == 2 and settings.synthetic_data
+    assert row["status"] == "failed (1): no IPU is free"
 
 
 def recorded_profile(slow_ipu):
