@@ -4,6 +4,7 @@ The plan of a side is a dictionary (`plan_record`): a saved one is as good as a 
 """
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -56,9 +57,11 @@ class Side:
     def from_word(cls, name: str, item: str, common: List[str], phase: Phase = TRAINING
                   ) -> "Side":
         """Return what the word `item` stands for. Raises errors that name the side."""
-        where = f"{name}, {item}" if Path(item).exists() else f'{name}, "{item}"'
+        # Path.exists() raises an error for flags that are longer than the name of a file can be.
+        is_path = bool(item.strip()) and os.path.exists(item)
+        where = f"{name}, {item}" if is_path else f'{name}, "{item}"'
         try:
-            if not item.strip() or not Path(item).exists():
+            if not is_path:
                 words = shlex.split(item)
                 if words and not words[0].startswith("-"):
                     raise UsageError("there is no such file or folder, and flags begin with --; "

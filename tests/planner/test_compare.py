@@ -95,7 +95,8 @@ def test_runs_of_a_host_begin_with_their_curves_and_have_plans_only_if_asked_for
 
 
 def test_the_text_has_each_side_at_each_ipu_and_stage(tmp_path, capsys):
-    assert main(["compare", FLAGS, FLAGS + " --micro_batch_size 2 --max_seq_length 48"]) == 0
+    """Also for flags that are longer than the name of a file can be."""
+    assert main(["compare", FLAGS, FLAGS + 10 * " --micro_batch_size 2 --max_seq_length 48"]) == 0
     text = capsys.readouterr().out
     for what in ("IPU", "stage"):
         found = re.findall(rf"^  ({what} \d+)  +(\w)  ", text, re.M)
