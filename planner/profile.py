@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from planner.advice import changes, describe, planned_changes, suggestion
+from planner.phase import PHASES
 from planner.plan import Plan, make_plan
 from runtime.errors import RunError, UsageError
 
@@ -59,19 +60,29 @@ def open_profile(path: str) -> Profile:
 
 
 def profile_file(path: str) -> Path:
-    """Return `path`, or the newest profile.pop below it, of training if there is one."""
+    """Return `path`, or the newest profile.pop below it, of training if there is one.
+
+    Raises UsageError if there is none, or one of inference alone.
+    """
     folder = Path(path)
     if not folder.exists():
         raise UsageError(f"{path}: no such file or folder; name a profile.pop, or the folder that "
                          "was given to --profile_dir")
     files = [folder] if folder.is_file() else folder.rglob("profile.pop")
-    newest = max(files, key=lambda file: ("training" in file.parts, file.stat().st_mtime),
+    newest = max(files, key=lambda file: (_phase(file) == "training", file.stat().st_mtime),
                  default=None)
     if newest is None:
         kind = "a run's folder, which has" if (folder / "run.json").is_file() else "a folder with"
         raise UsageError(f"{path}: {kind} no profile.pop in it; name the folder that was given to "
                          "--profile_dir, where a run on IPUs writes one")
+    if _phase(newest) == "inference":
+        raise UsageError(f"{newest}: this compares profiles of training; give the folder of one")
     return newest
+
+
+def _phase(profile: Path) -> str:
+    """Return the phase that a profile is of, by the folder that train.py or infer.py gave it."""
+    return next((part for part in reversed(profile.parts) if part in PHASES), "")
 
 
 def read_profile(report: Any) -> Profile:

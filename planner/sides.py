@@ -128,7 +128,7 @@ class Side:
         file = profile_file(item)
         profile = open_profile(str(file))
         note = file.with_name(PROFILE_NOTE)
-        if phase is INFERENCE or "inference" in file.parts:
+        if phase is INFERENCE:
             raise UsageError("this compares profiles of training; give the folder of one")
         if not note.is_file():
             return cls(name, item, "profile", item, {}, profile=profile, note=(

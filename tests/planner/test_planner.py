@@ -835,6 +835,7 @@ def test_report_and_calibrate_read_the_training_profile_of_a_folder(tmp_path, mo
     assert "--layers_per_ipu 0 5 3 4, which fits" in capsys.readouterr().out
     for words, message in (
             (["nowhere"], "^nowhere: no such file or folder; name a profile.pop, or the folder"),
+            ([str(tmp_path / "inference")], "profile.pop: this compares profiles of training"),
             ([str(tmp_path / "run")], "run: a run's folder, which has no profile.pop in it; name"),
             ([str(tmp_path), "--layers_per_ipu", "6", "6"],
              f"^{tmp_path}: its replica has 4 IPUs, the plan of these flags 2 .--layers_per_ipu 6 "
