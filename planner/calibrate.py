@@ -105,9 +105,7 @@ def fit_own(runs: Sequence[Tuple[Job, float]]) -> Efficiencies:
 def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Dict[str, Any]]:
     """Return each of `runs` beside its plan, as a dictionary for JSON.
 
-    A measured run is also cross-validated: planned by a fit without its publisher's runs. One that
-    is held back took part in no fit, and is planned as it is. Where only a bound is published, the
-    plan is right if it reaches that.
+    A measured run is also planned by a fit without its publisher's runs: cross-validated.
     """
     others = {
         publisher: fit_published([run for run in runs if run.publisher != publisher])
@@ -115,6 +113,7 @@ def compare(runs: Sequence[PublishedRun], efficiencies: Efficiencies) -> List[Di
     records = []
     for run in runs:
         plan, published = make_plan(run.job, efficiencies), run.rows_per_second
+        # About memory and, where only that is known, about a bound.
         right = plan.fits == (run.use != "does not fit") and (
             run.use != "at least" or plan.rows_per_second >= published)
         records.append({

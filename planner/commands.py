@@ -128,7 +128,12 @@ def explore(argv: List[str]) -> int:
 def calibrate(argv: List[str]) -> int:
     """Fit the planner to your own runs, or show its errors on published runs."""
     request, calibrating = _parse(argv, calibrate, flags.CalibrateSettings)
-    calibrating.check()
+    asked = [f"--{name}" for name in ("measured", "show", "refit_published")
+             if getattr(calibrating, name)]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} exclude each other: give one of them")
+    if calibrating.profile and not calibrating.measured:
+        raise UsageError("--profile does nothing without --measured: give both, of one run")
     if calibrating.refit_published:
         fitted = calibration.fit_published(published())
         print(json.dumps(asdict(fitted), indent=2) if calibrating.json else fitted)

@@ -147,15 +147,6 @@ class CalibrateSettings(Settings):
         False, "fit to the published runs and print the efficiencies")
     json: bool = flag(False, "print what it finds as JSON, with units in the names")
 
-    def check(self) -> None:
-        """Raise UsageError unless one thing is asked for, with no flag of another one."""
-        asked = [f"--{name}" for name in ("measured", "show", "refit_published")
-                 if getattr(self, name)]
-        if len(asked) > 1:
-            raise UsageError(f"{' and '.join(asked)} exclude each other: give one of them")
-        if self.profile and not self.measured:
-            raise UsageError("--profile does nothing without --measured: give both, of one run")
-
 
 @dataclass
 class ReportSettings(Settings):

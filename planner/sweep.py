@@ -42,18 +42,19 @@ def run_sweep(argv: Sequence[str]) -> int:
     combinations = [dict(zip(swept, values)) for values in itertools.product(*swept.values())]
     _check_flags([_words(values) + common for values in combinations])
     output = Path(sweeping.output)
-    rows, tried = {_key(row): row for row in read_rows(output)}, []
+    rows, tried = {(row["setting"], row["job"]): row for row in read_rows(output)}, []
     for values in combinations:
         words = _words(values)
         side, row = plan_row(words, common)
-        earlier = rows.get(_key(row))
+        key = row["setting"], row["job"]
+        earlier = rows.get(key)
         if earlier and earlier["status"].startswith("measured"):
             row = earlier
         elif sweeping.run and row["fits"] == "yes":
             print(f"{row['setting']}: measuring", file=sys.stderr, flush=True)
             row.update(measure_run(words + common, sweeping.steps, sweeping.timeout))
         if row != earlier:
-            rows[_key(row)] = row
+            rows[key] = row
             write_rows(output, rows.values())
             if sweeping.run:
                 print(f"{row['setting']}: {row['status']}", file=sys.stderr)
@@ -125,10 +126,6 @@ def plan_row(words: List[str], common: List[str]) -> Tuple[Side, Dict[str, Any]]
         "planned_windows_per_second": f"{plan['windows_per_second']:.1f}",
         "bubble_percent": f"{100 * plan['bubble_fraction']:.1f}",
         "fullest_mib": mib(plan["ipus"][plan["fullest_ipu"]]["total_bytes"])}
-
-
-def _key(row: Dict[str, str]) -> Tuple[str, str]:
-    return row["setting"], row["job"]
 
 
 def measure_run(words: Sequence[str], steps: int, timeout: int) -> Dict[str, str]:
