@@ -76,9 +76,7 @@ def figure(view: View) -> Dict[str, Any]:
             "y": _levels(list(measured)), "x": list(measured.values()),
             "marker": {"symbol": "diamond", "size": 12, "color": "black"},
             "hovertemplate": "%{x:,.0f} windows/s measured on IPUs<extra></extra>"})
-    ends = [max([piece.start + piece.length for piece in row.segments] +
-                [row.expected[1] if row.expected else 0.0, row.measured or 0.0])
-            for row in view.rows]
+    ends = [row.end for row in view.rows]
     remarks = [f" {row.remark}" for row in view.rows]
     data += [{"type": "scatter", "mode": "text", "textposition": "middle right", "name": "totals",
               "x": ends, "y": _levels(places), "cliponaxis": False, "showlegend": False,

@@ -31,9 +31,7 @@ def draw(sides: Sequence[Side], path: str, title: str) -> None:
 def _draw_view(axes: Any, view: View) -> None:
     from matplotlib.patches import Patch
 
-    end = view.limit or 0.0
     for at, row in enumerate(view.rows):
-        right = max((piece.start + piece.length for piece in row.segments), default=0.0)
         for part in STYLES:
             pieces = [piece for piece in row.segments if piece.part == part and piece.length]
             if pieces:
@@ -42,18 +40,17 @@ def _draw_view(axes: Any, view: View) -> None:
             for piece in pieces if view.hints else ():
                 axes.text(piece.start + piece.length / 2, at, piece.hint, ha="center", va="center",
                           fontsize=8)
-        if row.expected:
-            axes.errorbar(right, at, capsize=4, color="black",
-                          xerr=[[right - row.expected[0]], [row.expected[1] - right]])
-            right = row.expected[1]
+        for piece in row.segments if row.expected else ():
+            low, high = row.expected
+            axes.errorbar(piece.length, at, capsize=4, color="black",
+                          xerr=[[piece.length - low], [high - piece.length]])
         if row.measured is not None:
             axes.plot(row.measured, at, "D", color="black", markersize=8)
-            right = max(right, row.measured)
-        axes.text(right, at, f"  {row.remark}", va="center", fontsize=9)
-        end = max(end, right)
+        axes.text(row.end, at, f"  {row.remark}", va="center", fontsize=9)
     if view.limit:
         axes.axvline(view.limit, color="black", linewidth=2)
     longest = max((len(row.remark) for row in view.rows), default=0)
+    end = max([view.limit or 0.0, *(row.end for row in view.rows)])
     axes.set(xlabel=view.unit, xlim=(0, end * (1.02 + 0.011 * longest) or 1),
              yticks=range(len(view.rows)), ylim=(len(view.rows) - 0.4, -0.6),
              yticklabels=[f"{row.group}  {row.label}".strip() for row in view.rows])

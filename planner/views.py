@@ -44,6 +44,12 @@ class Row:
     expected: Optional[Tuple[float, float]] = None       # the range in which its end is expected
     measured: Optional[float] = None
 
+    @property
+    def end(self) -> float:
+        """Where all that is drawn of the bar ends."""
+        return max([piece.start + piece.length for piece in self.segments] +
+                   [self.expected[1] if self.expected else 0.0, self.measured or 0.0])
+
 
 @dataclass(frozen=True)
 class View:
