@@ -108,9 +108,13 @@ def compare(argv: List[str]) -> int:
     compared = [Side.from_word(name, item, common, comparing.phase)
                 for name, item in zip(string.ascii_uppercase, items)]
     check_sides(compared)
-    # A picture is of plans.
-    shown = sides.asked_for(compared, bool(common or comparing.plot))
-    present(shown, comparing, "Comparison", sides.comparison_record(compared))
+    record = sides.comparison_record(compared)
+    # Runs of a host alone have no plan on IPUs unless it is asked for; a picture is of plans.
+    if not common and not comparing.plot and all(
+            side.kind == "run" and side.measured_on("host") for side in compared):
+        compared = [replace(side, plan=None, note="for its plan on IPUs, end with -- --ipu mk2")
+                    for side in compared]
+    present(compared, comparing, "Comparison", record)
     return 0
 
 
@@ -180,16 +184,16 @@ def _calibrate_own(request: flags.Request, calibrating: flags.CalibrateSettings)
     if request.planning.calibration:
         check_writable(file, f"--calibration {file}")
     profile = calibrating.profile and open_profile(calibrating.profile)
-    runs = measured_runs(calibrating.measured or "")
-    jobs = [make_job(request_of({**request.flags, **swept})) for swept, _ in runs]
-    fitted = calibration.fit_own([(job, speed) for job, (_, speed) in zip(jobs, runs)])
+    runs = [(swept, make_job(request_of({**request.flags, **swept})), speed)
+            for swept, speed in measured_runs(calibrating.measured or "")]
+    fitted = calibration.fit_own([(job, speed) for _, job, speed in runs])
     if profile:
         fitted = replace(fitted, code_bytes=profile.code_bytes)
     calibration.save(fitted, file)
     rows = [{"flags": flags.flag_words(swept), "measured_windows_per_second": speed,
              "planned_windows_per_second_before": make_plan(job).windows_per_second,
              "planned_windows_per_second": make_plan(job, fitted).windows_per_second}
-            for job, (swept, speed) in zip(jobs, runs)]
+            for swept, job, speed in runs]
     if calibrating.json:
         print(json.dumps({"runs": rows, "file": str(file), **asdict(fitted)}, indent=2))
         return

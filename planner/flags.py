@@ -54,12 +54,6 @@ class JobSettings(Settings):
         """Return the given sizes of the model by their names in a config.json."""
         return {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
 
-    def needs_checkpoint(self, settings: TrainSettings) -> bool:
-        """Whether the model to plan is that of a folder, or of a name that only the hub knows."""
-        name = settings.model_name_or_path
-        known = name.split("/")[-1] in MODELS and not Path(name).is_dir()
-        return not (self.config_json or settings.demo_data or known)
-
 
 @dataclass
 class PhaseFlags(Settings):

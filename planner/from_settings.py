@@ -192,16 +192,17 @@ def planned_model(request: Request) -> Any:
     Raises UsageError for an unsuitable model, RunError if its configuration cannot be loaded.
     """
     settings, planning = request.settings, request.planning
+    sizes = MODELS.get(settings.model_name_or_path.split("/")[-1])
     if planning.config_json is not None:
         model = _from_json(planning.config_json)
     elif settings.demo_data:
         model = _configuration({"model_type": "roberta", **demo.MODEL})
-    elif planning.needs_checkpoint(settings):
+    elif sizes is None or Path(settings.model_name_or_path).is_dir():
         check_checkpoint(settings, weights=False)  # before torch is imported
         from qa.model.pretrained import load_config
         model = load_config(settings, weights=False)
     else:
-        model = _configuration(MODELS[settings.model_name_or_path.split("/")[-1]])
+        model = _configuration(sizes)
     shape = planning.shape()
     width = shape.get("hidden_size")
     if width:  # of heads 64 wide, if that goes

@@ -216,14 +216,6 @@ def differences(sides: Sequence[Side]) -> Dict[str, Dict[str, Any]]:
     return different
 
 
-def asked_for(sides: Sequence[Side], asked: bool) -> Sequence[Side]:
-    """Return the sides; runs of a host alone have no plan on IPUs unless it is `asked` for."""
-    if asked or not all(side.kind == "run" and side.measured_on("host") for side in sides):
-        return sides
-    return [replace(side, plan=None, note="for its plan on IPUs, end with -- --ipu mk2")
-            for side in sides]
-
-
 def plan_record(plan: Plan, request: Request) -> Dict[str, Any]:
     """Return a plan as a dictionary for JSON, with units in the keys."""
     job, config, settings, planning = plan.job, plan.job.config, request.settings, request.planning
