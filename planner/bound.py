@@ -57,8 +57,7 @@ def groups(plan: Plan) -> Dict[str, float]:
 
 
 def _lever(plan: Plan, name: str, better: Sequence[Change]) -> Optional[Tuple[Change, float]]:
-    """Return the change that lowers a group's seconds most, and to which share; None if none does.
-    """
+    """Return the change that lowers a group's seconds most, if any does, and to which share."""
     # A row's seconds; if no change lowers these, a window's: packing helps all groups alike.
     for windows in (False, True):
         def seconds(one: Plan) -> float:

@@ -57,13 +57,13 @@ def plan(argv: List[str]) -> int:
 
 
 def show_plan(settings: TrainSettings, ipu_config: IPUConfig, planning: flags.PlanSettings,
-              values: Dict[str, Any] = {}, write: Optional[str] = None) -> int:
+              values: Optional[Dict[str, Any]] = None, write: Optional[str] = None) -> int:
     """Print the plan of train.py's run, and what the flags ask for; return the exit status."""
     if planning.fit and planning.json:
         raise UsageError("--fit and --json exclude each other: `python -m planner calibrate "
                          "--show --json` gives the errors as JSON")
     flags.check_output(planning)
-    request = flags.Request(settings, ipu_config, planning, planning.phase, values)
+    request = flags.Request(settings, ipu_config, planning, planning.phase, values or {})
     plan = planned(request)
     side = Side.from_plan("", plan, request)
     present([side], planning, f"Plan: {side.title}", side.plan)

@@ -148,8 +148,7 @@ def filled(texts: Dict[str, Any], flags: Dict[str, Any], phase: Phase) -> Dict[s
 
 
 def flags_of_best(base: Planned) -> Dict[str, Any]:
-    """Return the flags of the best plan on the pod, or on the IPUs of this one if those are more.
-    """
+    """Return the flags of the best plan on the pod, or on as many IPUs as this one if more."""
     plan, config = base.plan, base.request.ipu_config
     ipus = max(POD_IPUS[pod_of(plan.job.ipus)], POD_IPUS[base.request.settings.pod_type])
     (best, *_), _ = search(plan, ipus, config, 1)

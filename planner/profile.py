@@ -60,10 +60,7 @@ def open_profile(path: str) -> Profile:
 
 
 def profile_file(path: str) -> Path:
-    """Return `path`, or the newest profile.pop below it, of training if there is one.
-
-    Raises UsageError if there is none, or one of inference alone.
-    """
+    """Return `path`, or the newest profile.pop of training below it. Raises UsageError."""
     folder = Path(path)
     if not folder.exists():
         raise UsageError(f"{path}: no such file or folder; name a profile.pop, or the folder that "

@@ -22,6 +22,7 @@ from runtime.errors import UsageError, counted
 SHORT, HEADINGS, GROUPS = (WORDS[name] for name in ("short", "headings", "groups"))
 TIGHT = 0.05  # share of the memory that should stay free: the estimate is not better than this
 WIDTH = 112
+_signed = "{:+.1f} %".format
 Ranking = Tuple[List[str], List[List[str]]]  # head and rows of a table
 
 
@@ -401,10 +402,6 @@ def fit_text(records: Sequence[Dict[str, Any]], efficiencies: Efficiencies) -> s
         "held: not fitted, and its error a prediction. at least: the",
         "published time holds compilation and evaluation. fits, does not fit: published without a "
         "throughput. Sources: planner/published_runs.json."])
-
-
-def _signed(error_percent: float) -> str:
-    return f"{error_percent:+.1f} %"
 
 
 def _held_row(framework: str, runs: Sequence[Dict[str, Any]]) -> List[str]:

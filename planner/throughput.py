@@ -64,8 +64,7 @@ def copy_seconds(job: Job) -> float:
 
 
 def sent_bytes(job: Job) -> Dict[int, int]:
-    """Return {IPU: bytes that it sends in a step}: the next stage's input, and its gradient back.
-    """
+    """Return {IPU: bytes that it sends in a step}: stages' inputs, and their gradients back."""
     stages = job.stages()
     sent: Dict[int, int] = dict.fromkeys((ipu for ipu, _ in stages), 0)
     for (ipu, _), (following, blocks) in zip(stages, stages[1:]):
