@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import html
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -23,7 +24,7 @@ def write_page(path: str, title: str, sides: Sequence[Side], lines: Sequence[str
                ranking: Optional[Tuple[List[str], List[List[str]]]] = None) -> None:
     """Write the page to `path`: the verdict's `lines`, ranking, curves, views, and `text` below."""
     from plotly.io import to_html
-    figures = {**curves(sides), **{view.name: figure(view) for view in views_of(sides)
+    figures = {**curves(sides), **{view.name: figure(view) for view in views_of(_named(sides))
                                    if view.parts() or any(row.measured for row in view.rows)}}
     views = [to_html(drawn, full_html=False, include_plotlyjs=not place, config=PLOT_CONFIG,
                      validate=False, div_id=name)
@@ -42,6 +43,17 @@ def write_page(path: str, title: str, sides: Sequence[Side], lines: Sequence[str
             ranking=ranking and f'<div class="scroll"><table><thead><tr>{buttons}</tr></thead>'
                                 f'<tbody>{"".join(cells)}</tbody></table></div>' or "",
             names="".join(f"<li>{html.escape(side.label)}</li>" for side in sides if side.name)))
+
+
+def _named(sides: Sequence[Side]) -> List[Side]:
+    """Return the sides with the split in their names, and the micro-batch where it differs."""
+    plans = [side.plan or {} for side in sides]
+    batches = [plan.get("micro_batch_size") for plan in plans]
+    names = [" ".join(map(str, plan.get("layers_per_ipu", ()))) + (
+        f"<br>micro-batch {batch}" if batch and len(set(batches)) > 1 else "")
+        for plan, batch in zip(plans, batches)]
+    return [replace(side, name=f"{side.name}: {name}" if side.name and name else side.name)
+            for side, name in zip(sides, names)]
 
 
 def curves(sides: Sequence[Side]) -> Dict[str, Dict[str, Any]]:

@@ -22,7 +22,7 @@ def bars(browser, view):  # noqa: F811
     return browser.execute_script(
         "return document.getElementById(arguments[0]).data"
         ".filter(trace => trace.type == 'bar').map("
-        "trace => ({name: trace.name, x: Array.from(trace.x)}))", view)
+        "trace => ({name: trace.name, x: Array.from(trace.x), y: trace.y}))", view)
 
 
 def requests(browser):  # noqa: F811
@@ -65,6 +65,8 @@ def test_a_page_shows_the_planned_figures_and_asks_no_one(
     assert throughput[0]["x"][0] == pytest.approx(plan["windows_per_second"])
     forward = next(trace["x"] for trace in stages if trace["name"] == "forward")
     assert forward[0] == pytest.approx(1e3 * plan["stages"][0]["forward_seconds"])
+    splits = {"plan": " ", "search": "1: ", "compare": "A: 1 1 1 1", "sweep": "1: 1 1 1 1"}
+    assert any(name.startswith(splits[command]) for name in throughput[0]["y"])
     if command == "compare":
         assert len(weights) == 2 * 4
         assert "windows/s, measured on a host without IPUs" in browser.page_source
