@@ -16,12 +16,18 @@ from typing import Any, Dict, Optional, Tuple, Type, Union
 import torch
 import transformers
 from torch import nn
+from transformers import activations
 
 import ipu_options
 from ipu_options import poptorch
 from ipu_options.ipu_kernels import MASKED, Kernels
 from qa.families import ROBERTA, LayerParts, family_of
 from qa.model import deberta
+
+# GELU's approximation by tanh in six operations. PopTorch makes one of nn.GELU (ActivationOps.cpp,
+# geluHandler); the constants of six would be copied from stage to stage.
+WRITTEN_OUT = (activations.NewGELUActivation, activations.FastGELUActivation,
+               activations.AccurateGELUActivation)
 
 
 class Embeddings(nn.Module):
@@ -72,6 +78,8 @@ class EncoderLayer(nn.Module):
             self.add_module(name, module)
         # A tuple's modules are not registered once more.
         self.parts = LayerParts(*(path and attrgetter(path)(layer) for path in paths))
+        if isinstance(self.parts.activation, WRITTEN_OUT):
+            self.parts = self.parts._replace(activation=nn.GELU(approximate="tanh"))
         self.heads, self.kernels = heads, kernels
 
     def forward(self, hidden: torch.Tensor, window_ids: torch.Tensor, *distances: torch.Tensor,

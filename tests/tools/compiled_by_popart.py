@@ -89,8 +89,8 @@ def cases(folder: Path) -> Iterator[Tuple[str, str, Dict[str, Any]]]:
     for name, changes in VARIANTS.items():
         for phase in PHASES[:2]:
             yield f"acceptance, {name}", phase, {
-                "pod_type": "pod4", "config_json": path, **BASE, "inference_layers_per_ipu": None,
-                **changes}
+                "pod_type": "pod4", "config_json": path, **BASE, "doc_stride": 32,
+                "inference_layers_per_ipu": None, **changes}
     for name in named_configs():
         for phase in PHASES:
             yield name, phase, {"config": name}
@@ -203,7 +203,7 @@ def main() -> int:
                      "belongs there")
     if arguments.case:
         return compile_and_say(*json.loads(arguments.case))
-    failed = 0
+    failed = refused = 0
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "ir.jsonl"
         if arguments.wrong:
@@ -218,13 +218,14 @@ def main() -> int:
                 said = run(directory, phase, flags, False, report)
                 if said == "compiled":
                     wrong, numbers = examine(report, phase, flags)
+            refused += said.startswith("refused")
             failed += bool(wrong) or not said.startswith(("compiled", "refused"))
             print(f"{phase:<9} {time.monotonic() - began:>5.0f} s  {name}: {said}", flush=True)
             for line in wrong:
                 print(f"    {line}")
             if arguments.facts and numbers and set(flags) == {"config"} and phase != "question":
                 write_facts(arguments.facts, name, phase, numbers)
-    print(f"{len(chosen)} cases, {failed} of them not as they should be")
+    print(f"{len(chosen)} cases, {refused} of them refused, {failed} not as they should be")
     return 1 if failed else 0
 
 

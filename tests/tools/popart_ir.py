@@ -20,6 +20,8 @@ TYPES = {"float16": "FLOAT16", "float32": "FLOAT"}
 VIEWS = ("Identity", "Reshape", "Transpose", "Detach", "Slice")
 # Whether these are recomputed is checked: the others follow from them.
 WORK = ("MatMul", "Softmax", "Dropout", "Gelu", "GroupNormalization")
+# PopART's names (popart, transforms/automaticlossscaling.cpp and util.cpp)
+OF_LOSS_SCALING = ("summedCastedHistograms", "finalInverseLossScale")
 # They differ by attributes, which the file does not hold.
 WITH_ATTRIBUTES = ("ConcatGrad", "Init", "GetRandomSeed", "ReduceSum", "Cast")
 
@@ -139,7 +141,7 @@ def _recomputed(ir: Ir, job: Job, places: Dict[str, Tuple[int, int]]) -> Iterato
 def _crossings(ir: Ir, job: Job) -> Iterator[str]:
     """Activations, embeddings of distances, their gradients, ids and seeds go from IPU to IPU.
 
-    Norms to clip do, too.
+    Norms to clip do, too, and what automatic loss scaling counts and scales by.
     """
     rows = [job.micro_batch_size, job.max_seq_length]
     for op in ir.of("IpuCopy", context=""):
@@ -148,7 +150,8 @@ def _crossings(ir: Ir, job: Job) -> Iterator[str]:
         meant = (dtype == TYPES[job.precision] and len(shape) == 3 and shape[:2] == rows
                  or dtype == TYPES[job.precision] and shape[:-1] == [2 * job.max_seq_length]
                  or dtype == "INT32" and shape == rows or dtype == "UINT32" and shape == [2]
-                 or shape == [] and op["context"] != "Normal" and job.clips)
+                 or shape == [] and op["context"] != "Normal" and job.clips
+                 or ir.source(tensor["id"]).startswith(OF_LOSS_SCALING))
         if not meant:
             yield f"{ir.source(tensor['id'])} {dtype}{shape} crosses from IPU to IPU"
 
