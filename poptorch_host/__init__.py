@@ -9,9 +9,8 @@ import torch
 
 from . import enums, ops, optim, options, profiling  # noqa: F401
 from ._dataloader import DataLoader
-from ._errors import Error, NotOffered
+from ._errors import NOT_OFFERED, Error, NotOffered, refuse
 from ._memory import keep_freed_memory
-from ._not_offered import NOT_OFFERED, refuse
 from ._poplar_executor import PoplarExecutor
 from ._user_model import is_wrapped
 from .blocks import BeginBlock, Block, PipelinedExecution, ShardedExecution, removeBlocks
@@ -56,7 +55,7 @@ def ipuHardwareVersion() -> int:
 
 
 def _missing(module: str, path: str, name: str) -> None:
-    refuse(path, name)
+    refuse(path + name)
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 

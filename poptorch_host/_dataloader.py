@@ -17,9 +17,8 @@ import torch.multiprocessing
 
 from . import _structure, profiling
 from ._device import micro_batches_per_call
-from ._errors import NotOffered
+from ._errors import NotOffered, refuse
 from ._logging import logger
-from ._not_offered import refuse
 from .enums import DataLoaderMode
 from .options import Options
 
@@ -46,9 +45,9 @@ class DataLoader(torch.utils.data.DataLoader):
         options._freeze()
         self._options = options
         if mode == DataLoaderMode.AsyncRebatched or rebatched_worker_size is not None:
-            refuse("", "DataLoaderMode.AsyncRebatched")
+            refuse("DataLoaderMode.AsyncRebatched")
         if async_options is not None:
-            refuse("", "AsynchronousDataAccessor")
+            refuse("AsynchronousDataAccessor")
         if batch_sampler is not None:
             raise NotOffered("DataLoader(batch_sampler=...)", "the data set gives rows in order")
         if options.Distributed.numProcesses > 1 and auto_distributed_partitioning:

@@ -14,9 +14,8 @@ import torch
 from . import _checks, _hyperparameters, _structure, _user_model, enums, optim, profiling
 from ._arguments import Parser
 from ._device import Device, micro_batches_per_call
-from ._errors import Error
+from ._errors import Error, refuse
 from ._logging import logger
-from ._not_offered import refuse
 from ._threads import choose_threads
 from .options import Options
 
@@ -67,7 +66,7 @@ class PoplarExecutor:
     def __getattr__(self, name):
         if name.startswith("__") or "_user_model" not in self.__dict__:
             raise AttributeError(name)
-        refuse("PoplarExecutor.", name)
+        refuse("PoplarExecutor." + name)
         return getattr(self._user_model, name)
 
     def __repr__(self):

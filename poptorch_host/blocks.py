@@ -9,8 +9,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-from ._errors import Error
-from ._not_offered import refuse
+from ._errors import Error, refuse
 from .enums import AutoStage
 
 
@@ -24,7 +23,7 @@ class PipelinedExecution:
 
     def __init__(self, *args: Any):
         if len(args) > 1 or args and not isinstance(args[0], AutoStage):
-            refuse("", "Stage")
+            refuse("Stage")
         self._auto_stage = args[0] if args else AutoStage.SameAsIpu
         self._stages: Dict[str, int] = {}  # stage of each block met so far
 
@@ -138,7 +137,7 @@ def BeginBlock(layer_to_call: torch.nn.Module, user_id: str = None,
     """
     if not isinstance(layer_to_call, torch.nn.Module):
         if callable(layer_to_call):
-            refuse("", "LegacyBeginBlockFn")
+            refuse("LegacyBeginBlockFn")
         raise Error("module is not an instance of torch.nn.Module or function.")
     if any(isinstance(hook, _BlockHook) for hook in layer_to_call._forward_pre_hooks.values()):
         raise Error("module has already been assigned to a block.")

@@ -9,8 +9,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 
-from ._errors import NotOffered
-from ._not_offered import refuse
+from ._errors import NotOffered, refuse
 
 # The hyperparameters of a parameter group, by kind of optimizer, and those of a whole optimizer.
 HYPER = {
@@ -183,7 +182,7 @@ class LAMB(Optimizer, torch.optim.Optimizer):
 
     def step(self, closure: Optional[Callable] = None) -> Optional[float]:
         """Raise NotOffered: the device updates the weights."""
-        refuse("optim.", "LAMB.step")
+        refuse("optim.LAMB.step")
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
@@ -192,7 +191,7 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
         if isinstance(optimizer, parent):
             return kind
     for parent in type(optimizer).__mro__:
-        refuse("optim.", parent.__name__)
+        refuse("optim." + parent.__name__)
     raise AssertionError(
         f"Unsupported optimizer type. Types supported {', '.join(HYPER)}")
 

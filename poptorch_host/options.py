@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Union
 import torch
 
 from . import enums
-from ._not_offered import refuse
+from ._errors import refuse
 from .blocks import PipelinedExecution
 
 
@@ -74,7 +74,7 @@ class OptionsDict:
     def __getattr__(self, name):
         values = self.__dict__.get("_values", {})
         if name not in values:
-            refuse(self._path, name)
+            refuse(self._path + name)
             raise AttributeError(f"Invalid attribute {name}.")
         return values[name]
 
@@ -255,7 +255,7 @@ class Options(OptionsDict):
         if os.environ.get("POPTORCH_CACHE_DIR"):
             self.enableExecutableCaching(os.environ["POPTORCH_CACHE_DIR"])
         if os.environ.get("POPTORCH_DEFAULT_OPTIONS"):
-            refuse(self._path, "from_json")
+            refuse("Options.from_json")
 
     TensorLocations = property(lambda self: self._tensor_locations)
     Distributed = property(lambda self: self._distributed)
