@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -37,11 +37,7 @@ ITERATIONS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches of an inference call
 MATMUL_PROPORTION = 0.25  # used if the job gives a proportion per IPU, for another number of IPUs
 
 
-class Cut(NamedTuple):
-    """A split of the blocks into stages."""
-
-    ends: Tuple[int, ...]     # of each stage: the index of the block after its last one
-    slowest_seconds: float    # of the slowest stage for one micro-batch, without copies
+Ends = Tuple[int, ...]  # a split of the blocks: the index of the one after each stage's last
 
 
 def search(now: Plan, ipus: int, whole: IPUConfig, keep: int = 5) -> Tuple[List[Plan], int]:
@@ -131,36 +127,31 @@ def settings_in(plan: Plan, whole: IPUConfig, ipus: int) -> Dict[str, Any]:
             phase.micro_batch_flag: plan.job.micro_batch_size}
 
 
-def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Cut]:
+def best_split(job: Job, efficiencies: Efficiencies) -> Optional[Ends]:
     """Return the fitting split over job.config.num_ipus() IPUs with the shortest update or call."""
     totals = range_totals(job.blocks)
     stages = job.config.num_ipus()
-    if stages > len(job.blocks):
-        return None
     seconds = [_stage_table(job, efficiencies, totals, index, stages) for index in range(stages)]
     steps = job.phase.steps(job.micro_batches_over(stages), stages)
     best, best_seconds, cap = None, np.inf, np.inf
     # A lower bound of the update's time: that of parameters in equal shares.
     least = sum(update_seconds(job, -(-int(totals.parameters[0, -1]) // stages)))
     while True:
-        cut = _least_slowest([
+        ends, slowest = _least_slowest([
             np.where(totals.parameters <= cap, table, np.inf) for table in seconds])
-        if cut is None or steps * cut.slowest_seconds + least >= best_seconds:
+        if steps * slowest + least >= best_seconds:
             return best
-        starts = (0,) + cut.ends[:-1]
-        most = max(int(totals.parameters[i, j]) for i, j in zip(starts, cut.ends))
-        total = steps * cut.slowest_seconds + sum(update_seconds(job, most))
+        most = max(int(totals.parameters[i, j]) for i, j in zip((0, *ends), ends))
+        total = steps * slowest + sum(update_seconds(job, most))
         if total < best_seconds:
-            best, best_seconds = cut, total
+            best, best_seconds = ends, total
         cap = most - 1
 
 
-def with_cut(job: Job, cut: Cut) -> Job:
-    """Return the job with the split `cut` in its layout and configuration."""
-    ipu_of = [
-        ipu for ipu, (start, end) in enumerate(zip((0,) + cut.ends[:-1], cut.ends))
-        for _ in range(start, end)]
-    layout, ipus = Layout.from_blocks(ipu_of), len(cut.ends)
+def with_split(job: Job, ends: Ends) -> Job:
+    """Return the job with this split in its layout and configuration."""
+    ipus = len(ends)
+    layout = Layout.from_blocks(np.repeat(range(ipus), np.diff((0, *ends))).tolist())
     # The last IPU is the default for the head; it is named only where another one was.
     head_ipu = None if job.config.head_ipu is None else ipus - 1
     return replace(job, layout=layout,
@@ -170,16 +161,16 @@ def with_cut(job: Job, cut: Cut) -> Job:
 
 def best_plan(job: Job, efficiencies: Efficiencies) -> Optional[Plan]:
     """Return the plan of `job` with the best split, if one fits."""
-    cut = best_split(job, efficiencies)
-    return None if cut is None else make_plan(with_cut(job, cut), efficiencies)
+    ends = best_split(job, efficiencies)
+    return None if ends is None else make_plan(with_split(job, ends), efficiencies)
 
 
 def split_settings(job: Job, efficiencies: Efficiencies) -> Dict[str, Any]:
     """Return {field of the configuration: value} that the best split changes; {} if none fits."""
-    cut = best_split(job, efficiencies)
-    if cut is None:
+    ends = best_split(job, efficiencies)
+    if ends is None:
         return {}
-    config, changed = job.config, with_cut(job, cut).config
+    config, changed = job.config, with_split(job, ends).config
     return {name: getattr(changed, name) for name in ("layers_per_ipu", "embedding_ipu", "head_ipu")
             if name == "layers_per_ipu" or getattr(changed, name) != getattr(config, name)}
 
@@ -233,8 +224,8 @@ def _stage_table(job: Job, efficiencies: Efficiencies, totals: Totals, index: in
     return np.where(fits, seconds, np.inf)
 
 
-def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
-    """Return the split into stages s that minimises the largest tables[s][start, end], if any."""
+def _least_slowest(tables: Sequence[np.ndarray]) -> Tuple[Ends, float]:
+    """Return the split into stages s whose largest tables[s][start, end] is least, and that."""
     blocks = tables[0].shape[0]
     # The slowest stage so far, by the index of the block with which the next stage begins.
     reached = np.full(blocks + 1, np.inf)
@@ -244,12 +235,10 @@ def _least_slowest(tables: Sequence[np.ndarray]) -> Optional[Cut]:
         slowest = np.maximum(reached[:-1, None], table)
         origins.append(slowest.argmin(axis=0))
         reached = slowest.min(axis=0)
-    if not np.isfinite(reached[-1]):
-        return None
     ends = [blocks]
     for origin in reversed(origins[1:]):
         ends.append(int(origin[ends[-1]]))
-    return Cut(tuple(reversed(ends)), float(reached[-1]))
+    return tuple(reversed(ends)), float(reached[-1])
 
 
 def _distinct(plans: Sequence[Plan]) -> List[Plan]:
