@@ -106,14 +106,13 @@ def _training_changes(plan: Plan) -> Iterator[Candidate]:
              and accumulation // factor >= job.layout.min_gradient_accumulation()]
     sizes += [(micro // factor, accumulation * factor) for factor in (2, 4, 8)
               if micro % factor == 0]
-    for size, steps in sizes if job.count else ():
+    for size, steps in sizes:
         yield ({"micro_batch_size": size, "gradient_accumulation_steps": steps}, "the same batch")
     yield from _packing(job, ", the same windows an update")
     yield from _balance(plan)
     for name in ("optimizer_state_offchip", "recompute_checkpoint_every_layer"):
         yield {name: not getattr(config, name)}, ""
-    if job.count:
-        yield {"embedding_serialization_factor": 2 * config.embedding_serialization_factor}, ""
+    yield {"embedding_serialization_factor": 2 * config.embedding_serialization_factor}, ""
     if config.replication_factor > 1 and not config.replicated_tensor_sharding:
         yield {"replicated_tensor_sharding": True}, ""
     yield ({"device_iterations": 2 * config.device_iterations},

@@ -69,10 +69,8 @@ def _lever(plan: Plan, name: str, better: Sequence[Change]) -> Optional[Tuple[Ch
     return None
 
 
-def _fixed_seconds(plan: Plan) -> Optional[float]:
+def _fixed_seconds(plan: Plan) -> float:
     """Return the seconds of a step that do not depend on the micro-batch size."""
-    if plan.job.count is None:
-        return None
     slowest = max(plan.schedule.load, key=plan.schedule.load.get)
     # The counts are linear in the rows; what memory costs a multiplication is not.
     linear = replace(plan.efficiencies, exchange_cycles=0.0)

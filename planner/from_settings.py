@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
@@ -173,14 +174,15 @@ def published() -> List[calibrate.PublishedRun]:
         dropout = {"attention_probs_dropout_prob": 0.0} if config.head_ipu == 0 else {}
         sizes = {"model_type": "roberta", **dropout, **MODELS.get(sizes.pop("base", None), {}),
                  **sizes}
-        count = make_counter(_configuration(sizes), max_seq_length=length,
-                             training=phase is TRAINING)
         halves = [ipu for ipu, parts in run.get("att_ffn_placement", ())
                   for _ in range(sum(parts))]
-        blocks = count(size, config.embedding_serialization_factor, halves=bool(halves))
+        count = partial(make_counter(_configuration(sizes), max_seq_length=length,
+                                     training=phase is TRAINING), halves=bool(halves))
+        blocks = count(size, config.embedding_serialization_factor)
         layout = Layout(config.embedding_ipu, tuple(halves), config.head_ipu) if halves else (
             config.layout(sum(block.kind == "layer" for block in blocks)))
-        job = Job(blocks, layout, config, MACHINES[run["machine"]], size, length, phase=phase)
+        job = Job(blocks, layout, config, MACHINES[run["machine"]], size, length, phase=phase,
+                  count=count)
         runs.append(calibrate.PublishedRun(run["name"], run["use"], run.get("rows_per_second"),
                                            run["source"], job, run.get("framework", "PyTorch")))
     return runs

@@ -113,10 +113,10 @@ def stages(sides: Sequence[Side]) -> View:
                 "sum": total, **terms, "IPU": str(stage["ipu"]), "its load": load[stage["ipu"]]},
                 total))
         fixed, step = side.plan["step_fixed_seconds"], side.plan["step_seconds"]
-        note = (f"A step takes {1e3 * step:.2f} ms, as long as the slowest IPU and the copies" + (
-                f"; {1e3 * fixed:.2f} ms of it do not depend on the micro-batch size"
-                if fixed is not None else "") + f". {side.plan['pipeline_steps']} steps a "
-                f"{_round(sides)}, {percent(side.plan['bubble_fraction'], 1)} of them ramp.")
+        note = (f"A step takes {1e3 * step:.2f} ms, as long as the slowest IPU and the copies; "
+                f"{1e3 * fixed:.2f} ms of it do not depend on the micro-batch size. "
+                f"{side.plan['pipeline_steps']} steps a {_round(sides)}, "
+                f"{percent(side.plan['bubble_fraction'], 1)} of them ramp.")
     return View("stages", "Time of one micro-batch in ms, by pipeline stage, as planned for IPUs",
                 "ms", _by_group(rows), note=note if len(sides) == 1 else "")
 
