@@ -56,30 +56,22 @@ LEAST_POSITIONS = 16
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models; the defaults are those of BERT.
+    """A family of models; the defaults are those of BERT."""
 
-    model: transformers' class with the head for question answering. layers: the path of the layers
-    in its encoder. parts: those of a layer. projection: the name in the encoder of the linear layer
-    that follows the embeddings if they are narrower than the layers. head_dropout: the field of
-    config.json with the dropout before the head. positions_after_padding: whether positions count
-    from padding_idx + 1, and not from 0. distances: whether attention depends on the
-    distances between tokens. sizes, fractions, built: the fields of config.json that are checked:
-    the least of each, those from 0 to 1, and those of which only some values are built (None: left
-    out). own_names: those of the fields that the family calls otherwise.
-    """
-
-    model: str
-    layers: str = "encoder.layer"
-    parts: LayerParts = LayerParts()
-    projection: Optional[str] = None
-    head_dropout: Optional[str] = None
-    positions_after_padding: bool = False
-    distances: bool = False
+    model: str  # transformers' class with the head for question answering
+    layers: str = "encoder.layer"  # the path of the layers in its encoder
+    parts: LayerParts = LayerParts()  # of a layer
+    projection: Optional[str] = None  # of embeddings that are narrower than the layers
+    head_dropout: Optional[str] = None  # the field of config.json with the dropout before the head
+    positions_after_padding: bool = False  # whether they count from padding_idx + 1, not from 0
+    distances: bool = False  # whether attention depends on the distances between tokens
+    # The fields of config.json that are checked: the least of each, those from 0 to 1, and those of
+    # which only some values are built (None: left out).
     sizes: Dict[str, int] = field(default_factory=SIZES.copy)
     fractions: Tuple[str, ...] = ("layer_norm_eps", "hidden_dropout_prob",
                                   "attention_probs_dropout_prob")
     built: Dict[str, Tuple[Any, ...]] = field(default_factory=dict)
-    own_names: Dict[str, str] = field(default_factory=dict)
+    own_names: Dict[str, str] = field(default_factory=dict)  # of fields that it calls otherwise
 
 
 ROBERTA = Family("RobertaForQuestionAnswering", positions_after_padding=True)

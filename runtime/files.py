@@ -76,12 +76,12 @@ def read_json_object(path: Union[str, Path], source: str) -> Dict[str, Any]:
 
 
 @contextmanager
-def writing(what: str) -> Iterator[None]:
+def writing(what: str, part: str = "it", more: str = "") -> Iterator[None]:
     """Turn an OSError of the block into a RunError that begins with `what`, as "--trace FILE"."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"{what}: cannot write it ({error.strerror or error})") from error
+        raise RunError(f"{what}: cannot write {part} ({error.strerror or error}){more}") from error
 
 
 @contextmanager

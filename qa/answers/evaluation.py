@@ -135,21 +135,17 @@ def write_answers(answers: Iterable[dict], folder: Path, version_2_with_negative
     question to its text, its n-best list and its null odds. prefix: of the files' names. answers:
     of `InferencePipeline.answers`. Returns them without nbest. Raises OSError.
     """
-    def entries(answer):
-        yield answer["text"]
-        keys = ("start_logit", "end_logit", "text", "probability")
-        yield [{key: entry[key] for key in keys} for entry in answer["nbest"]]
-        if version_2_with_negative:
-            yield answer["null_odds"]
-
-    kept = []
+    keys, kept = ("start_logit", "end_logit", "text", "probability"), []
     names = ["predictions", "nbest_predictions", *["null_odds"] * version_2_with_negative]
     with contextlib.ExitStack() as files:
-        writers = [files.enter_context(_json_object(folder / f"{prefix}{name}.json"))
-                   for name in names]
+        write = {name: files.enter_context(_json_object(folder / f"{prefix}{name}.json"))
+                 for name in names}
         for answer in answers:
-            for write, entry in zip(writers, entries(answer)):
-                write(answer["id"], entry)
+            nbest = [{key: entry[key] for key in keys} for entry in answer["nbest"]]
+            write["predictions"](answer["id"], answer["text"])
+            write["nbest_predictions"](answer["id"], nbest)
+            if version_2_with_negative:
+                write["null_odds"](answer["id"], answer["null_odds"])
             kept.append({key: value for key, value in answer.items() if key != "nbest"})
     return kept
 

@@ -36,7 +36,7 @@ import pyarrow as pa
 from qa.data import readers
 from qa.data.readers import BadRow
 from runtime.errors import RunError, UsageError, counted, one_line
-from runtime.files import written_whole
+from runtime.files import writing, written_whole
 
 _log = logging.getLogger(__name__)
 
@@ -95,14 +95,9 @@ def _cached(source, identity, rows, max_samples, cache_dir, checks):
     # Every run has to report how many it skips, which is only known after reading the source.
     if checks["on_bad_row"] == "skip" or not arrow_file.exists():
         checked = _checked(rows, source, **checks)
-        try:
-            with closing(checked):
-                _write_arrow(islice(checked, max_samples), arrow_file, source)
-        except OSError as error:
-            raise RunError(
-                f"{arrow_file.parent}: cannot write the cache of {source} "
-                f"({error.strerror or error}); set HF_DATASETS_CACHE to a folder with room"
-            ) from error
+        with closing(checked), writing(str(folder), f"the cache of {source}",
+                                       "; set HF_DATASETS_CACHE to a folder with room"):
+            _write_arrow(islice(checked, max_samples), arrow_file, source)
     return datasets.Dataset(datasets.table.MemoryMappedTable.from_file(str(arrow_file)),
                             fingerprint=key)
 

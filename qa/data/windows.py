@@ -35,9 +35,8 @@ import pyarrow.compute as pc
 
 from qa.data.tokenizer import QATokenizer
 from qa.settings import ModelSettings, TrainSettings
-from runtime import processes
-from runtime.errors import RunError, UsageError, counted
-from runtime.files import delete, folder_written_aside, rename_folder
+from runtime import files, processes
+from runtime.errors import UsageError, counted
 from runtime.signals import forked_workers
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ def _load_questions(settings: TrainSettings, tokenizer: QATokenizer):
         validation = load("validation", settings.validation_file, settings.max_eval_samples)
     if settings.test_file:
         test = load("test", settings.test_file, need_answers=None)
-    stop_tokenizer_threads()
+    _stop_tokenizer_threads()
     return train, validation, test
 
 
@@ -148,11 +147,11 @@ def windows_for_answers(settings: ModelSettings, tokenizer: QATokenizer,
     """Collective: return the windows, with character offsets, of the questions to answer."""
     windows = processes.first_of_host_first(partial(
         make_windows, examples, tokenizer, settings, labels=False, offsets=True))
-    stop_tokenizer_threads()
+    _stop_tokenizer_threads()
     return windows
 
 
-def stop_tokenizer_threads() -> None:
+def _stop_tokenizer_threads() -> None:
     # If the tokenizers library had used threads, it would print a warning for every later fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -267,15 +266,12 @@ def _fill_cache(folder: Path, make: Callable) -> None:
     host = socket.gethostname().replace(".", "-")
     for left in folder.parent.glob(f".windows-*.{host}.*.tmp"):
         if not os.path.exists(f"/proc/{left.name.split('.')[-2]}"):
-            delete(left)
-    try:
-        with folder_written_aside(folder, f".{host}.{os.getpid()}") as aside, forked_workers():
-            make(cache_file_name=str(aside / "windows.arrow"))
-            rename_folder(aside, folder)
-    except OSError as error:
-        raise RunError(
-            f"{folder.parent}: cannot write the cache of windows ({error.strerror or error}); set "
-            "HF_DATASETS_CACHE to a folder with room") from error
+            files.delete(left)
+    with files.writing(str(folder.parent), "the cache of windows",
+                       "; set HF_DATASETS_CACHE to a folder with room"), \
+            files.folder_written_aside(folder, f".{host}.{os.getpid()}") as aside, forked_workers():
+        make(cache_file_name=str(aside / "windows.arrow"))
+        files.rename_folder(aside, folder)
 
 
 def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.Table:
