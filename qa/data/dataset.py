@@ -234,21 +234,18 @@ def _check(row, need_answers, version_2_with_negative):
 
 def _text(value, name):
     """Return `value` if it is a text that is not blank and can be encoded; else raise BadRow."""
+    one = f"an {name}" if name[0] in "ai" else f"a {name}"
     if not isinstance(value, str):
         null = value is None or (isinstance(value, float) and math.isnan(value))
         raise BadRow(f"has a null {name}"
-                     if null else f"has {_a(name)} that is no text but {type(value).__name__}")
+                     if null else f"has {one} that is no text but {type(value).__name__}")
     if not value.strip():
         raise BadRow(f"has an empty {name}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRow(f"has {_a(name)} that is not valid UTF-8 or holds a lone surrogate") from None
+        raise BadRow(f"has {one} that is not valid UTF-8 or holds a lone surrogate") from None
     return value
-
-
-def _a(name):
-    return ("an " if name[0] in "ai" else "a ") + name
 
 
 def _answers(row, context, need_answers, version_2_with_negative):

@@ -150,7 +150,8 @@ def _with_exact_offsets(file: Tokenizer):
     if _finds_words(file, False):
         return file, False
     values = json.loads(file.to_str())
-    _set_all(values.get("post_processor"), "trim_offsets", False)
+    values["post_processor"] = json.loads(json.dumps(values.get("post_processor")), object_hook=(
+        lambda part: {**part, "trim_offsets": False} if "trim_offsets" in part else part))
     untrimmed = Tokenizer.from_str(json.dumps(values))
     return (untrimmed, True) if _finds_words(untrimmed, True) else (file, False)
 
@@ -164,15 +165,6 @@ def _finds_words(backend: Tokenizer, trims: bool) -> bool:
         if begin < end:
             begins.add(begin)
     return all(place + 1 in begins for place, character in enumerate(_PROBE) if character == " ")
-
-
-def _set_all(values: Any, key: str, value: Any) -> None:
-    """Set every `key` in nested JSON to `value`."""
-    if isinstance(values, dict) and key in values:
-        values[key] = value
-    if isinstance(values, (dict, list)):
-        for each in values.values() if isinstance(values, dict) else values:
-            _set_all(each, key, value)
 
 
 def _note_contradictions(file: Tokenizer, values: Dict[str, Any], name: str) -> None:

@@ -306,7 +306,9 @@ def _windows_of_batch(examples: pa.Table, indices: list, recipe: _Recipe) -> pa.
 
     texts = (first[example], question_length[example]), (begin, end - begin)
     input_ids, lists, context_start, second_text = _assemble(ids, texts, recipe)
-    cls_position = _first_of_each_list(input_ids == recipe.tokenizer.cls_token_id, lists)
+    # The first one in each window.
+    cls_places = numpy.flatnonzero(input_ids == recipe.tokenizer.cls_token_id)
+    cls_position = cls_places[numpy.searchsorted(cls_places, lists[:-1])] - lists[:-1]
     columns = {
         "input_ids": pa.ListArray.from_arrays(_arrow(lists), _arrow(input_ids)),
         "example": numpy.array(indices)[example],
@@ -413,15 +415,6 @@ def _assemble(ids, texts, recipe):
     first_text, second_text = length[:, :1].sum(axis=1), length[:, :3].sum(axis=1)
     context_start = first_text if tokenizer.context_first else second_text
     return pool[taken], begins[::len(segments)], context_start, second_text
-
-
-def _first_of_each_list(mask, lists):
-    """Return for each list the index within the list of its first true element, [N].
-
-    mask: bool [elements of all lists]. lists: [N + 1], where each list begins.
-    """
-    places = numpy.flatnonzero(mask)
-    return places[numpy.searchsorted(places, lists[:-1])] - lists[:-1]
 
 
 def _context_characters(encodings):

@@ -1,22 +1,18 @@
 """Serves a page made with Dash."""
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
 import dash
 import flask
 from werkzeug.sansio.utils import host_is_trusted
-from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.serving import make_server
 
 from qa.settings import listen
 
 _THIS_MACHINE = ("127.0.0.1", "localhost")
-
-
-class _Quiet(WSGIRequestHandler):
-    def log_request(self, *_: Any) -> None:
-        pass
 
 
 def new_page(title: str, layout: Any, **options: Any) -> dash.Dash:
@@ -39,8 +35,8 @@ def serve(app: dash.Dash, host: str, port: int) -> None:
             if not host_is_trusted(flask.request.host, _THIS_MACHINE):
                 flask.abort(400)
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # no line for each request
     with listen(host, port) as listener:
-        server = make_server(host, port, app.server, threaded=True, fd=listener.fileno(),
-                             request_handler=_Quiet)
+        server = make_server(host, port, app.server, threaded=True, fd=listener.fileno())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"ready: http://{host}:{server.port}/ (Ctrl-C ends it)", flush=True)
