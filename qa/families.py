@@ -132,15 +132,13 @@ def family_of(config: Any, name: str = "the model") -> Family:
     if kind in FAMILIES and not decodes:
         shares = kind == "deberta-v2" and getattr(config, "share_att_key", False)
         return DEBERTA_V3 if shares else FAMILIES[kind]
+    if not decodes and kind not in REFUSED:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     reason = REFUSED.get(kind, f"this program has the families {families}")
-    if decodes or kind not in REFUSED and _is_decoder(kind):
+    if decodes:
         reason = _DECODER.format(families=families)
     raise UsageError(f"{name} is of the type {kind}: {reason}")
-
-
-def _is_decoder(kind: str) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def refuse_early(settings: Settings) -> None:
