@@ -185,11 +185,17 @@ def make_windows(examples: Union[datasets.Dataset, FewQuestions], tokenizer: QAT
     whether the windows have these. Those of a data set with a file are cached beside it, and found
     again there if nothing differs, unless settings.overwrite_cache is set.
 
-    Raises UsageError if max_seq_length and doc_stride are out of range, and for a question so long
-    that its context cannot be cut into windows that overlap by doc_stride; with on_bad_row="skip"
-    its end is cut off instead.
+    Raises UsageError if doc_stride is out of range, and for a question so long that its context
+    cannot be cut into windows that overlap by doc_stride; with on_bad_row="skip" its end is cut off
+    instead.
     """
-    recipe = _recipe(tokenizer, settings, labels, offsets)
+    length, stride = settings.max_seq_length, settings.doc_stride
+    recipe = _Recipe(tokenizer, length, stride, labels, offsets, settings.on_bad_row == "skip")
+    if not 0 <= stride < recipe.room - 1:
+        raise UsageError(
+            f"--doc_stride {stride} does not go with --max_seq_length {length}: it must be 0 to "
+            f"{recipe.room - 2}, for a window has {length - recipe.room} special tokens and must "
+            "move on from one to the next")
     if isinstance(examples, FewQuestions):
         table = pa.Table.from_arrays([_arrow_texts(texts) for texts in examples.columns.values()],
                                      list(examples.columns))
@@ -215,19 +221,6 @@ def make_windows(examples: Union[datasets.Dataset, FewQuestions], tokenizer: QAT
     shards = [datasets.table.MemoryMappedTable.from_file(str(file))
               for file in sorted(folder.iterdir())]
     return Windows(datasets.Dataset(datasets.table.concat_tables(shards), fingerprint=fingerprint))
-
-
-def _recipe(tokenizer, settings, labels, offsets):
-    length, stride = settings.max_seq_length, settings.doc_stride
-    recipe = _Recipe(tokenizer, length, stride, labels, offsets, settings.on_bad_row == "skip")
-    if length > _LONGEST:
-        raise UsageError(f"--max_seq_length {length} is too long: at most {_LONGEST} tokens")
-    if not 0 <= stride < recipe.room - 1:
-        raise UsageError(
-            f"--doc_stride {stride} does not go with --max_seq_length {length}: it must be 0 to "
-            f"{recipe.room - 2}, for a window has {length - recipe.room} special tokens and must "
-            "move on from one to the next")
-    return recipe
 
 
 def _check_read_back(examples: datasets.Dataset, recipe: _Recipe) -> None:
