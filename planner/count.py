@@ -11,8 +11,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import fields, replace
-from functools import lru_cache
-from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
+from functools import lru_cache, partial
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -152,37 +152,21 @@ def count_blocks(model: torch.nn.Module, blocks: Sequence[Tuple[str, str, torch.
     blocks: (name, kind, module) in the order of execution; each module is called once. Counted is
     what PopART computes and keeps (tests/planner/test_popart_facts.py), see `_OperationCounter`.
     """
-    counts = [dict.fromkeys(_COUNTED, 0) for _ in blocks]
-    current = [0]
-    saved: Dict[int, torch.Tensor] = {}
-    mode = _OperationCounter(lambda: counts[current[0]], model.parameters())
-
-    def pack(tensor: torch.Tensor) -> Tuple[torch.Tensor, int]:
-        key = _storage(tensor)
-        if key not in mode.free and key not in saved:
-            saved[key] = tensor  # kept alive, so that no other tensor can reuse its storage
-            counted, size = counts[current[0]], tensor.untyped_storage().nbytes()
-            counted["saved_bytes"] += size
-            counted["saved_results"] += size * (size == counted["result_bytes"])
-        return tensor, current[0]
-
-    def unpack(packed: Tuple[torch.Tensor, int]) -> torch.Tensor:
-        current[0] = packed[1]
-        return packed[0]
-
+    counter = _OperationCounter(len(blocks), model.parameters())
     with ExitStack() as hooks:
-        for i, (_, _, module) in enumerate(blocks):
-            for handle in _watch(module, i, counts[i], current):
-                hooks.enter_context(handle)
-        with torch.set_grad_enabled(model.training), saved_tensors_hooks(pack, unpack), mode:
+        for index, (_, _, module) in enumerate(blocks):
+            hooks.enter_context(module.register_forward_pre_hook(partial(counter.begin, index)))
+            hooks.enter_context(module.register_forward_hook(partial(counter.end, index)))
+        saving = saved_tensors_hooks(counter.pack, counter.unpack)
+        with torch.set_grad_enabled(model.training), saving, counter:
             loss = model(**inputs)
             if model.training:
-                mode.direction = "backward"
+                counter.direction = "backward"
                 loss.backward()
     model.zero_grad(set_to_none=True)
     return [CountedBlock(name, kind, sum(p.numel() for p in module.parameters()),
                          max(p.numel() for p in module.parameters()), **counted)
-            for (name, kind, module), counted in zip(blocks, counts)]
+            for (name, kind, module), counted in zip(blocks, counter.counts)]
 
 
 def for_micro_batch(two: Sequence[CountedBlock], three: Sequence[CountedBlock],
@@ -197,7 +181,7 @@ _COUNTED = [f.name for f in fields(CountedBlock)][4:]  # from forward_flops on
 
 
 class _OperationCounter(TorchDispatchMode):
-    """Adds the operations that reach the dispatcher to block(), the counts of the block at hand.
+    """Adds the operations that reach the dispatcher to `block`, the counts of the block at hand.
 
     torch.utils.flop_counter came after torch 2.0 and counts matrix multiplications only.
 
@@ -206,11 +190,40 @@ class _OperationCounter(TorchDispatchMode):
     backward pass (popart, willow/src/op/dropout.cpp, getGradOps). Kept alive, none is reused.
     """
 
-    def __init__(self, block: Callable[[], Dict[str, int]], parameters: Iterable[torch.Tensor]):
+    def __init__(self, blocks: int, parameters: Iterable[torch.Tensor]):
         super().__init__()
-        self.block = block
+        self.counts = [dict.fromkeys(_COUNTED, 0) for _ in range(blocks)]
+        self.current = 0
         self.direction = "forward"
         self.free = {_storage(parameter): parameter for parameter in parameters}
+        self.saved: Dict[int, torch.Tensor] = {}  # kept alive, too
+
+    @property
+    def block(self) -> Dict[str, int]:
+        return self.counts[self.current]
+
+    def begin(self, index: int, module: torch.nn.Module, args: Tuple[Any, ...]) -> None:
+        self.current = index
+        self.block["input_bytes"] = sum(_bytes(arg) for arg in args)
+        self.block["handed_bytes"] = sum(
+            _bytes(arg) for arg in args[1:] if arg.is_floating_point())
+
+    def end(self, index: int, module: torch.nn.Module, args: Tuple[Any, ...],
+            output: torch.Tensor) -> None:
+        self.counts[index]["output_bytes"] = _bytes(output)
+
+    def pack(self, tensor: torch.Tensor) -> Tuple[torch.Tensor, int]:
+        key = _storage(tensor)
+        if key not in self.free and key not in self.saved:
+            self.saved[key] = tensor
+            size = tensor.untyped_storage().nbytes()
+            self.block["saved_bytes"] += size
+            self.block["saved_results"] += size * (size == self.block["result_bytes"])
+        return tensor, self.current
+
+    def unpack(self, packed: Tuple[torch.Tensor, int]) -> torch.Tensor:
+        tensor, self.current = packed
+        return tensor
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -223,17 +236,17 @@ class _OperationCounter(TorchDispatchMode):
             self.free[_storage(first)] = first
         if operation is _aten.cat and all(_storage(part) in self.free for part in args[0]):
             self.free[_storage(first)] = first
-            self.block()["backward_elements"] += first.numel()
+            self.block["backward_elements"] += first.numel()
         if (place in (None, 1) and operation not in _NO_WORK and _storage(first) not in self.free
                 and not _is_view(function, first, args)):
             of = args[0] if operation is _aten.sum else first
-            self.block()[self.direction + "_elements"] += _PASSES.get(operation, 1) * of.numel()
+            self.block[self.direction + "_elements"] += _PASSES.get(operation, 1) * of.numel()
         if self.direction == "forward" and _storage(first) not in self.free:
-            self.block()["result_bytes"] = max(self.block()["result_bytes"], _bytes(first))
+            self.block["result_bytes"] = max(self.block["result_bytes"], _bytes(first))
         return result
 
     def _add_matmul(self, left: torch.Tensor, right: torch.Tensor, result: torch.Tensor) -> None:
-        block, flops = self.block(), 2 * result.numel() * left.shape[-1]
+        block, flops = self.block, 2 * result.numel() * left.shape[-1]
         block[self.direction + "_flops"] += flops
         block[self.direction + "_matmuls"] += 1
         if flops > block["matmul_flops"]:
@@ -263,20 +276,6 @@ def _is_view(function, result: torch.Tensor, args: Sequence[Any]) -> bool:
     """Return whether an operation has only made a view of one of its arguments."""
     return not function._schema.is_mutable and any(
         isinstance(arg, torch.Tensor) and _storage(arg) == _storage(result) for arg in args)
-
-
-def _watch(module: torch.nn.Module, index: int, count: Dict[str, int],
-           current: List[int]) -> List[Any]:
-    """Have the block set current[0] to `index` and count its bytes; return the hooks' handles."""
-    def begin(module, args):
-        current[0] = index
-        count["input_bytes"] = sum(_bytes(arg) for arg in args)
-        count["handed_bytes"] = sum(_bytes(arg) for arg in args[1:] if arg.is_floating_point())
-
-    def end(module, args, output):
-        count["output_bytes"] = _bytes(output)
-
-    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
 
 def _storage(tensor: torch.Tensor) -> int:
