@@ -61,6 +61,8 @@ EXCLUDES = (
     ("synthetic_data", "push_to_hub", "nothing is trained"),
     ("demo_data", "train_file", "the demo makes its own questions"),
     ("demo_data", "validation_file", "the demo makes its own questions"),
+    ("demo_data", "dataset_name", "the demo makes its own questions"),
+    ("demo_data", "model_name_or_path", "the demo makes its own model"),
     ("context", "context_file", "there is one text"),
     ("question", "input_file", "there is one source of questions"),
     ("web", "question", "the page asks for it"), ("web", "input_file", "the page asks for it"))
@@ -484,7 +486,8 @@ def _read_qa_settings(folder: Path) -> List[Source]:
 def _check_files(settings: Settings) -> None:
     source, count = settings.source, processes.count()
     for one, other, why in EXCLUDES:
-        _refuse(_is_set(settings, one) and _is_set(settings, other),
+        _refuse(_is_set(settings, one) and _is_set(settings, other)
+                and getattr(settings, other) != getattr(type(settings), other),
                 f"{source(one)} and {source(other)} exclude each other: {why}; leave one out")
     _check_needs(settings, "output_file", "question")
     for name in filter(partial(_is_set, settings), INPUT_FILES):

@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy
 
+from runtime.errors import UsageError
 from runtime.files import read_json_object, write_json
 
 CONFIDENCE = "confidence.json"
@@ -80,7 +81,12 @@ def write_table(folder: Path, answers: Sequence[dict], references: Sequence[List
 def read_table(folder: Path) -> Optional[Dict[str, Any]]:
     """Return the table in a model's folder, if it has one. Raises UsageError for another file."""
     path = folder / CONFIDENCE
-    return read_json_object(path, str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    table = read_json_object(path, str(path))
+    if set(table) != {"measure", "right_from_f1", "rows"}:
+        raise UsageError(f"{path}: not as train.py writes it; evaluate again, or delete it")
+    return table
 
 
 def judgement(answer: Dict[str, Any]) -> str:

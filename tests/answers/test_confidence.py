@@ -3,6 +3,7 @@ import numpy
 import pytest
 
 from qa.answers.confidence import calibrate, confidence, judgement, read_table, write_table
+from runtime.errors import UsageError
 
 
 def answers_with(informative, count=2000):
@@ -41,5 +42,8 @@ def test_little_is_known_from_few_answers_and_nothing_of_no_answer(tmp_path):
     assert calibrate(answers[:19], references) is None
     write_table(tmp_path, answers, references)
     assert read_table(tmp_path) == calibrate(answers, references)
+    (tmp_path / "confidence.json").write_text('{"temperature": 1.5}')  # another program's
+    with pytest.raises(UsageError, match="confidence.json: not as train.py writes it"):
+        read_table(tmp_path)
     assert judgement({"confidence": 0.25}) == "confidence 0.250: doubtful, perhaps not in the text"
     assert judgement({"confidence": None}) == ""

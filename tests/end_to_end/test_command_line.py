@@ -112,6 +112,8 @@ TRAIN = [
     ("--validation_file {tmp}/train.json", "--validation_file", "--train_file"),
     ("--demo_data --train_file {tmp}/train.json --validation_file {tmp}/train.json", "--demo_data",
      "exclude each other"),
+    ("--demo_data --model_name_or_path {tmp}", "--model_name_or_path", "makes its own model"),
+    ("--demo_data --dataset_name squad_v2", "--dataset_name", "makes its own questions"),
     ("--output_dir {tmp}/train.json", "--output_dir", "name a folder"),
     ("--resume_from_checkpoint {tmp}/none", "--resume_from_checkpoint", "no such folder"),
     ("--trace {tmp}/none/trace.json", "--trace", "make it"),
