@@ -126,12 +126,14 @@ def _recomputed(ir: Ir, job: Job, places: Dict[str, Tuple[int, int]]) -> Iterato
         yield f"the output of {block} is {'' if block in kept else 'not '}kept"
     # From the last checkpoint on the backward pass follows at once.
     tail = {f"Encoder {layers - 1}", "QA head"} if by_layer else set(stages[-1][1])
+    deberta = any("rel_embeddings" in name for name in ir.tensors)
     for op in ir.of(*WORK) if job.training else ():
         block = block_of(op["name"])
         if block and not op["from_loss"]:
             # Distances follow from no checkpoint, so that PopART computes with them again.
             *others, tokens, _ = ir.first(op)["shape"]
-            of_distances = math.prod(others) == 1 and tokens == 2 * job.max_seq_length
+            of_distances = (deberta and math.prod(others) == 1
+                            and tokens == 2 * job.max_seq_length)
             again = len(stages) > 1 and (of_distances or not (
                 block in tail and places[block][1] == len(stages) - 1))
             if (op["recompute"] == "Recompute") != again:
