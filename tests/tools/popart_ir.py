@@ -85,8 +85,10 @@ def block_of(name: str) -> Optional[str]:
 
 def problems(ir: Ir, job: Job, settings: Any) -> List[str]:
     """Return what the file shows that the job does not ask for, one line each."""
-    places = {name: (ipu, stage) for stage, (ipu, names) in enumerate(job.layout.stages())
-              for name in names}
+    # What a stage without blocks holds are inputs' detach operations, which inference lacks
+    # (poptorch, AddDetachOperations.cpp); PopTorch counts the stage nevertheless.
+    stages = [stage for stage in job.layout.stages() if stage[1] or job.training]
+    places = {name: (ipu, stage) for stage, (ipu, names) in enumerate(stages) for name in names}
     found = [*ir.refused, *_places(ir, job, places), *_recomputed(ir, job, places),
              *_crossings(ir, job), *_stashes(ir, job), *_types(ir, job), *_repetitions(ir)]
     return found + (list(_optimizer(ir, job, settings, places)) if job.training else [])
