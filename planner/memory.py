@@ -64,10 +64,14 @@ def stage_memory(job: Job, totals: Totals, matmul_proportion: float, index: int,
         "code": code_bytes,
         "activations": live + _most_gradients(totals, size) + (0 if last else totals.output_bytes),
         "matmul_temporaries": temporary_bytes(job, totals.matmul_flops, matmul_proportion)}
-    # The embedding's gradient comes last, when all that is free again.
-    embedding = totals.embedding_parameter * size
+    # The embedding's gradient comes last, when all is free again but the embeddings and their
+    # gradient (with several parts: that of one, too). With layers there are the stage's output and
+    # the gradients of queries, keys and values, which PopART multiplies for the weights only then.
+    beside = (2 + (config.embedding_serialization_factor > 1) + 4 * (totals.layer_parameter > 0)
+              ) * totals.output_bytes * (totals.embedding_parameter > 0)
     memory["embedding_gradient"] = np.maximum(0, (
-        embedding + 2 * totals.output_bytes - memory["activations"] - memory["matmul_temporaries"]))
+        totals.embedding_parameter * size + beside - memory["activations"]
+        - memory["matmul_temporaries"]))
     memory["update_temporaries"] = _beyond_step(memory, _update_bytes(job, totals))
     return memory
 

@@ -16,7 +16,7 @@ OPTIONAL = {"popdist", "poptorch", "libpvti", "pva", "wandb", "dash", "plotly",
             "flask", "werkzeug"}
 PACKAGES = {"yaml": "pyyaml"}  # {imported name: name of its package}, where the two differ
 # Most lines of Python in a folder, blank ones and comments too; CONTRIBUTING says how one rises.
-BUDGET = {"planner": 4618, "qa": 6232, "ipu_options": 1326, "runtime": 1237, "poptorch_host": 3264,
+BUDGET = {"planner": 4622, "qa": 6232, "ipu_options": 1326, "runtime": 1237, "poptorch_host": 3264,
           "benchmarks": 1035, "train.py": 175, "infer.py": 100}
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "poptorch_host/README.md",
              *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))))
@@ -142,14 +142,14 @@ def test_each_name_in_how_to_add_is_defined():
 def all_flags():
     """All flags of the project's programs, with the names of a dataclass's fields or arguments."""
     import planner.commands  # noqa: F401
-    from benchmarks.__main__ import MODULE_OF
+    from benchmarks.__main__ import HIDDEN, MODULE_OF
     from runtime.flags import Settings
     names, groups = set(FOREIGN), [Settings]
     for group in groups:  # grows
         groups += group.__subclasses__()
         for field in group.__dataclass_fields__.values():
             names |= {field.name, *field.metadata.get("aliases", ())}
-    for benchmark, module in MODULE_OF.items():
+    for benchmark, module in {**MODULE_OF, **HIDDEN}.items():
         function = getattr(importlib.import_module(f"benchmarks.{module}"), benchmark)
         names |= set(inspect.signature(function).parameters)
     for path in (ROOT / "tests/conftest.py", ROOT / "qa/settings.py",
