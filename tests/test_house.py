@@ -16,7 +16,7 @@ OPTIONAL = {"popdist", "poptorch", "libpvti", "pva", "wandb", "dash", "plotly",
             "flask", "werkzeug"}
 PACKAGES = {"yaml": "pyyaml"}  # {imported name: name of its package}, where the two differ
 # Most lines of Python in a folder, blank ones and comments too; CONTRIBUTING says how one rises.
-BUDGET = {"planner": 4622, "qa": 6232, "ipu_options": 1326, "runtime": 1237, "poptorch_host": 3264,
+BUDGET = {"planner": 4622, "qa": 6227, "ipu_options": 1326, "runtime": 1237, "poptorch_host": 3264,
           "benchmarks": 1035, "train.py": 175, "infer.py": 100}
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "poptorch_host/README.md",
              *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))))

@@ -25,13 +25,6 @@ from runtime import processes
 from runtime.errors import RunError
 from runtime.files import system_error
 
-TEXTS = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8"))
-# What a slot of the texts may hold, in the order in which a person's facts are drawn.
-FACTS = {
-    "birthplace": TEXTS["cities"], "home": TEXTS["cities"],
-    "birth_year": [str(year) for year in range(1860, 1900)],
-    "prize_year": [str(year) for year in range(1910, 1950)], **TEXTS["facts"]}
-
 TRAIN_QUESTIONS, VALIDATION_QUESTIONS, QUESTIONS_PER_CONTEXT, TOPICS_PER_CONTEXT = 8000, 500, 4, 4
 MEAN_TOKENS = 62  # per window, special tokens included
 # The model's sizes, named as in its config.json.
@@ -88,12 +81,13 @@ def write_demo(folder, *, seed, version_2_with_negative=False):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    texts = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8"))
     rng = random.Random(seed)
     seen = set()
     for name, questions in (("train", TRAIN_QUESTIONS), ("validation", VALIDATION_QUESTIONS)):
         paragraphs = []
         while len(paragraphs) * QUESTIONS_PER_CONTEXT < questions:
-            paragraph = _paragraph(rng, version_2_with_negative)
+            paragraph = _paragraph(rng, texts, version_2_with_negative)
             if paragraph["context"] not in seen:
                 seen.add(paragraph["context"])
                 paragraphs.append(paragraph)
@@ -106,20 +100,20 @@ def write_demo(folder, *, seed, version_2_with_negative=False):
             _write_model(folder / "model", paragraphs, seed)
 
 
-def _paragraph(rng, version_2_with_negative):
+def _paragraph(rng, texts, version_2_with_negative):
     """Return one person's context and its questions, in SQuAD's layout but without ids."""
-    person = _person(rng)
-    topics = rng.sample(sorted(TEXTS["topics"]), TOPICS_PER_CONTEXT)
-    sentences = [TEXTS["opening"], *(TEXTS["topics"][topic] for topic in topics)]
-    context, starts = _fill([rng.choice(wordings) for wordings in sentences], person)
-    absent = sorted(set(FACTS) - set(starts))
+    person, facts = _person(rng, texts), texts["facts"]
+    topics = rng.sample(sorted(texts["topics"]), TOPICS_PER_CONTEXT)
+    sentences = [texts["opening"], *(texts["topics"][topic] for topic in topics)]
+    context, starts = _fill([rng.choice(wordings) for wordings in sentences], person, facts)
+    absent = sorted(set(facts) - set(starts))
     qas = []
     for fact in rng.sample(sorted(starts), QUESTIONS_PER_CONTEXT):
         impossible = version_2_with_negative and rng.random() < 1 / 3
         if impossible:
             fact = absent.pop(rng.randrange(len(absent)))
         qa = {
-            "question": rng.choice(TEXTS["questions"][fact]).format(**person),
+            "question": rng.choice(texts["questions"][fact]).format(**person),
             "answers": [] if impossible else [{"text": person[fact], "answer_start": starts[fact]}]}
         if version_2_with_negative:
             qa["is_impossible"] = impossible
@@ -127,20 +121,21 @@ def _paragraph(rng, version_2_with_negative):
     return {"context": context, "qas": qas}
 
 
-def _person(rng):
+def _person(rng, texts):
     """Return a random value for every slot of the sentences and questions, by the slot's name."""
     woman = rng.random() < 0.5
-    person = {fact: rng.choice(values) for fact, values in FACTS.items()}
-    person["home"] = rng.choice([city for city in FACTS["home"] if city != person["birthplace"]])
-    first_names = TEXTS["women" if woman else "men"]
-    person["name"] = f"{rng.choice(first_names)} {rng.choice(TEXTS['surnames'])}"
+    person = {fact: rng.choice(values) for fact, values in texts["facts"].items()}
+    person["home"] = rng.choice([city for city in texts["facts"]["home"]
+                                 if city != person["birthplace"]])
+    first_names = texts["women" if woman else "men"]
+    person["name"] = f"{rng.choice(first_names)} {rng.choice(texts['surnames'])}"
     pronouns = {"she": "she", "her": "her", "her_object": "her"} if woman else {
         "she": "he", "her": "his", "her_object": "him"}
     person.update(pronouns, She=pronouns["she"].capitalize(), Her=pronouns["her"].capitalize())
     return person
 
 
-def _fill(sentences, person):
+def _fill(sentences, person, facts):
     """Join the sentences and fill their slots.
 
     Returns (text, {fact: index of the character at which its value starts}).
@@ -148,7 +143,7 @@ def _fill(sentences, person):
     text, starts = "", {}
     for literal, slot, _, _ in Formatter().parse(" ".join(sentences)):
         text += literal
-        if slot in FACTS:
+        if slot in facts:
             starts[slot] = len(text)
         if slot:
             text += person[slot]
