@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
-from planner.flags import JobSettings, SweepSettings, flag_words
+from planner.flags import SHAPE, JobSettings, SweepSettings, flag_words
 from planner.present import present
 from planner.sides import THIS_HOST, Side, parse_around
 from planner.text import ranking
@@ -28,8 +28,8 @@ USAGE = (
     '[--timeout SECONDS] [--output FILE] [--html FILE] -- [train.py flags]')
 COLUMNS = ("setting", "job", "fits", "planned_windows_per_second", "measured_windows_per_second",
            "measured_on", "bubble_percent", "fullest_mib", "status")
-# Flags that change a plan and not the run: train.py refuses them without --plan.
-OF_PLANS = ("ipu", "windows_per_row", "train_windows", "eval_windows", "calibration")
+# Flags of plans that train.py refuses without --plan. The others would ask it for another model.
+OF_PLANS = set(JobSettings().values()) - {"config_json", *SHAPE}
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
