@@ -76,7 +76,7 @@ class Best:
             if fault is None:
                 return cls(metric, best["step"], best["metric"], folder)
             _log.warning("%s, the best checkpoint so far, is left out of the comparison: %s",
-                        folder, fault)
+                         folder, fault)
         return cls(metric)
 
     def to_json(self) -> Optional[Dict[str, Any]]:
